@@ -1,0 +1,31 @@
+"""Settings of every test: 8 fake CPU devices, float32, rank promotion raises.
+
+Compiles dominate the suite, so XLA's backend optimisations are off except in the tests that
+compare bit for bit, which run the trainer in subprocesses of their own.
+"""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = os.environ.get("VLP_TEST_PLATFORM", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ["XLA_FLAGS"] = (
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    )
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+PACK = REPO.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def pack() -> pathlib.Path:
+    """The folder of the real data pack, or a skip that says what is missing."""
+    if not (PACK / "captions.json").is_file():
+        pytest.skip("the real data pack is absent: ../shared/data/captions.json not found")
+    return PACK

@@ -1,0 +1,186 @@
+"""Measure the update of a config on the machine at hand, without reading any data.
+
+    python -m tools.bench step --config=configs/flm_base.py --batch=512
+
+prints one JSON line: samples/s (median and range over repeats), model FLOPs per sample, MFU against
+a matmul peak measured in the same run, peak memory, compile seconds by bucket, versions, device.
+
+Batches are planned as in training (windows sorted by length, cut, permuted; edges fitted to the
+lengths) from caption lengths uniform in [min_length, max_length]. Pixels and tokens are random and
+lie on the device, so that the figure is that of the update alone.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, Bucket, StepBucket
+from vlp_jax.data.captions import batch_maxima, fit_edges
+from vlp_jax.data.plan import Plan, PlannedBatch, PlannedSource
+from vlp_jax.infra.compilation import CompiledSteps, set_gpu_flags
+from vlp_jax.infra.hardware import device_facts, measure_matmul_peak, memory
+from vlp_jax.infra.mesh import global_batch, make_mesh
+from vlp_jax.train.program import Program
+from vlp_jax.train.schedule import Budget
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "configuration to measure")
+_BATCH = flags.DEFINE_integer("batch", None, "global batch size; the config's own if not given")
+_STEPS = flags.DEFINE_integer("steps", 32, "updates timed in one repeat", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "timed repeats", lower_bound=1)
+_MIN_LENGTH = flags.DEFINE_integer("min_length", 8, "shortest caption in tokens", lower_bound=3)
+_MAX_LENGTH = flags.DEFINE_integer("max_length", 20, "longest caption in tokens", lower_bound=3)
+
+MASK_ID = 4  # any id will do: the tokens are random
+
+
+class UniformLengths:
+    """An unbounded source, and its encoded captions, of which only the lengths exist."""
+
+    name = "uniform_lengths"
+    num_records = None
+
+    def __init__(self, shortest: int, longest: int):
+        self.shortest, self.longest = shortest, longest
+
+    def num_captions(self, records: np.ndarray) -> np.ndarray:
+        """One caption a record: int64 [n] -> int64 [n]."""
+        return np.ones_like(records)
+
+    def lengths(self, records: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """A uniform length for each record, a function of its number: int32 [n]."""
+        rng = np.random.default_rng(int(records[0]))
+        return rng.integers(self.shortest, self.longest + 1, len(records)).astype(np.int32)
+
+    def histogram(self) -> np.ndarray:
+        """Equal counts from shortest to longest: int64 [longest + 1]."""
+        counts = np.zeros(self.longest + 1, np.int64)
+        counts[self.shortest :] = 1
+        return counts
+
+
+def bench_step(config: Any) -> dict[str, Any]:
+    """Time the update of a config.
+
+    Args:
+        config: a run's config; its data section gives batch size, image size and the edge fit.
+
+    Returns:
+        The figures, ready for JSON.
+    """
+    data = config.data
+    mesh = make_mesh(**config.mesh)
+    program = Program(
+        config,
+        config.tokenizer.vocab_size,
+        MASK_ID,
+        mesh,
+        Budget(data.batch_size, None, total_steps=config.total_steps or 10_000),
+    )
+    source = UniformLengths(_MIN_LENGTH.value, _MAX_LENGTH.value)
+    maxima = batch_maxima(source.histogram(), data.batch_size)
+    edges = tuple(data.text_edges) or fit_edges(
+        maxima, data.num_edges, data.edge_multiple, longest=source.longest
+    )
+    plan = Plan(
+        [PlannedSource(source, source)],  # type: ignore[arg-type]
+        data.batch_size,
+        config.seed,
+        edges,
+        data.image_size,
+        data.window_batches,
+    )
+    peak = measure_matmul_peak()
+    planned = [plan.batch(t) for t in range(min(_STEPS.value, plan.window_batches))]
+    names = sorted({objective.batch_name for objective in program.objectives})
+    rng = np.random.default_rng(config.seed)
+    pixels = rng.integers(
+        0, 256, (data.batch_size, data.image_size, data.image_size, 3), dtype=np.uint8
+    )
+    image = global_batch({"image": pixels}, mesh)["image"]
+    batches = [
+        _batch(rng, batch, config.tokenizer.vocab_size, mesh) | {"image": image}
+        for batch in planned
+    ]
+    steps: CompiledSteps[StepBucket, Any] = CompiledSteps(limit=MAX_SCHEDULED_BUCKETS)
+    state = program.init()
+
+    def run(state: Any, count: int) -> Any:
+        for t in range(count):
+            index = t % len(planned)
+            key: StepBucket = tuple((name, planned[index].bucket) for name in names)
+            step = steps.get(key, lambda bucket: program.lower(bucket).compile())
+            state, metrics = step(state, dict.fromkeys(names, batches[index]))
+        return state, metrics
+
+    state, _ = run(state, len(planned))
+    seconds = []
+    for _ in range(_REPEATS.value):
+        jax.block_until_ready(state)
+        started = time.perf_counter()
+        state, metrics = run(state, _STEPS.value)
+        jax.block_until_ready(state)
+        seconds.append((time.perf_counter() - started) / _STEPS.value)
+    lengths = np.concatenate([batch.length for batch in planned])
+    padded = np.concatenate([np.full(len(b), b.bucket.text_length) for b in planned])
+    flops = program.flops(dict.fromkeys(names, float(lengths.mean())))
+    rates = sorted(data.batch_size / s for s in seconds)
+    rate = statistics.median(rates)
+    return {
+        "samples_per_second": round(rate, 2),
+        "samples_per_second_range": [round(rates[0], 2), round(rates[-1], 2)],
+        "step_ms": round(1e3 * data.batch_size / rate, 3),
+        "mfu": round(rate * flops / (peak * mesh.size), 4),
+        "gflops_per_sample": round(flops / 1e9, 4),
+        "matmul_peak_tflops": round(peak / 1e12, 2),
+        "peak_memory_gb": round(memory().peak / 1e9, 3),
+        "memory_source": memory().source,
+        "compile_seconds": {_label(bucket): round(s, 1) for bucket, s in steps.seconds.items()},
+        "batch": data.batch_size,
+        "text_length_mean": round(float(lengths.mean()), 3),
+        "text_padding_waste": round(1 - float(lengths.sum() / padded.sum()), 4),
+        "loss": round(float(metrics["loss"]), 4),
+        "skipped": int(metrics["skipped"]),
+        "config": config.name,
+        **device_facts(),
+    }
+
+
+def _batch(rng: np.random.Generator, planned: PlannedBatch, vocab_size: int, mesh: Any) -> Any:
+    rows, tokens = len(planned), planned.bucket.text_length
+    host = {
+        "text_ids": rng.integers(5, vocab_size, (rows, tokens), dtype=np.int32),
+        "text_length": planned.length.astype(np.int32),
+        "position": planned.position.astype(np.int32),
+        "valid": np.ones(rows, np.bool_),
+        "replaced": np.zeros(rows, np.int32),
+    }
+    return global_batch(host, mesh)
+
+
+def _label(bucket: StepBucket) -> str:
+    sizes: list[Bucket] = [size for _, size in bucket]
+    return "+".join(f"{size.text_length}x{size.image_size}" for size in sizes)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the measurement named on the command line."""
+    if list(argv[1:]) != ["step"]:
+        raise app.UsageError("say what to measure: python -m tools.bench step --config=CONFIG")
+    config = _CONFIG.value
+    if config is None:
+        raise app.UsageError("--config=configs/NAME.py is needed")
+    if _BATCH.value is not None:
+        config.data.batch_size = _BATCH.value
+    print(json.dumps(bench_step(config)))
+
+
+if __name__ == "__main__":
+    set_gpu_flags()
+    app.run(main)

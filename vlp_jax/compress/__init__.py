@@ -1,0 +1,1 @@
+"""Static sizes of a step, and operators that shorten what is encoded."""

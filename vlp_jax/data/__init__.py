@@ -1,0 +1,1 @@
+"""Sources, the deterministic plan, and the loader."""

@@ -1,0 +1,50 @@
+"""The batch contract: a flat dict of arrays whose names and shapes are declared here, once."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from vlp_jax.compress.buckets import Bucket
+
+Batch = Mapping[str, jax.Array]
+HostBatch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """Dtype, symbolic shape and meaning of one array; B rows, N text tokens, H = W pixels."""
+
+    dtype: type[np.generic]
+    shape: tuple[str, ...]
+    meaning: str
+
+
+FIELDS: Mapping[str, Field] = {
+    "image": Field(np.uint8, ("B", "H", "W", "3"), "RGB pixels, not normalised"),
+    "text_ids": Field(np.int32, ("B", "N"), "token ids: <s> words </s>, then padding"),
+    "text_length": Field(np.int32, ("B",), "tokens including <s> and </s>; the rest is padding"),
+    "position": Field(np.int32, ("B",), "global position in the run, t * B + row; folded into keys"),
+    "valid": Field(np.bool_, ("B",), "False for a row that only fills up the last batch of a set"),
+    "replaced": Field(np.int32, ("B",), "damaged records passed over before this row was read"),
+}
+
+
+def batch_spec(
+    bucket: Bucket, batch_size: int, names: tuple[str, ...] = tuple(FIELDS)
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch with ``batch_size`` rows in ``bucket``."""
+    sizes = {
+        "B": batch_size,
+        "N": bucket.text_length,
+        "H": bucket.image_size,
+        "W": bucket.image_size,
+        "3": 3,
+    }
+    return {
+        name: jax.ShapeDtypeStruct(
+            tuple(sizes[axis] for axis in FIELDS[name].shape), FIELDS[name].dtype
+        )
+        for name in names
+    }

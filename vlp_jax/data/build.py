@@ -1,0 +1,155 @@
+"""From a config to sources, tokenizer and plans."""
+
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlp_jax.data.cache import ImageCache
+from vlp_jax.data.captions import EncodedCaptions, batch_maxima, fit_edges
+from vlp_jax.data.folder import Folder
+from vlp_jax.data.plan import EvalPlan, Plan, PlannedSource
+from vlp_jax.data.scenes import Scenes
+from vlp_jax.data.source import Source
+from vlp_jax.data.tokenizer import Tokenizer
+from vlp_jax.infra.errors import ConfigError, unknown_key
+
+SOURCES: Mapping[str, type] = {"scenes": Scenes, "folder": Folder}
+# Keys of a source's section that are read here and not by the source.
+_RESERVED = ("type", "weight", "split", "cache")
+# Captions that train a tokenizer where the source is unbounded.
+TOKENIZER_SAMPLE = 20_000
+
+
+def build_source(
+    config: ConfigDict, name: str, split: str | None = None, num_records: int | None = None
+) -> Source:
+    """A source of ``config.data.sources``.
+
+    Args:
+        config: of the run.
+        name: of the source.
+        split: in place of the section's own; a section without one means ``train``.
+        num_records: for another split, how many records are wanted of a source that can make any
+            number; the section's ``num_records`` belongs to its own split.
+
+    Raises:
+        ConfigError: no such source, or a key it does not take.
+        ValueError: from the source, naming the key or the file.
+    """
+    path = f"data.sources.{name}"
+    if name not in config.data.sources:
+        raise ConfigError(path, "no such source", f"There are {sorted(config.data.sources)}")
+    section = config.data.sources[name]
+    kind = section.get("type", name)
+    if kind not in SOURCES:
+        raise ConfigError(f"{path}.type", f"{kind!r} is no source", f"Use one of {sorted(SOURCES)}")
+    known = [p for p in inspect.signature(SOURCES[kind]).parameters if p not in ("name", "key")]
+    arguments = {key: value for key, value in section.items() if key not in _RESERVED}
+    for key in arguments:
+        if key not in known:
+            raise unknown_key(f"{path}.{key}", [*known, *_RESERVED])
+    own_split = section.get("split", "train")
+    if split not in (None, own_split) and "num_records" in known:
+        arguments["num_records"] = num_records
+    if "key" in inspect.signature(SOURCES[kind]).parameters:
+        arguments["key"] = f"{path}.root"
+    source = SOURCES[kind](split=split or own_split, name=name, **arguments)
+    if section.get("cache", False) and source.num_records is not None:
+        source = ImageCache(source, config.data.image_size)
+    return source
+
+
+def build_tokenizer(config: ConfigDict, sources: Sequence[Source]) -> Tokenizer:
+    """Load the tokenizer of ``config.tokenizer.path``, or train one on the captions.
+
+    Args:
+        config: of the run.
+        sources: whose captions to train on; of an unbounded one, the first records.
+    """
+    section = config.tokenizer
+    if section.path:
+        return Tokenizer.load(section.path)
+
+    def corpus() -> Iterator[str]:
+        for source in sources:
+            records = np.arange(source.num_records or TOKENIZER_SAMPLE // 5)
+            for record, count in zip(records, source.num_captions(records), strict=True):
+                for index in range(count):
+                    yield source.caption(int(record), index)
+
+    return Tokenizer.train(corpus(), section.vocab_size, section.kind)
+
+
+def build_plan(config: ConfigDict, sources: Mapping[str, Source], tokenizer: Tokenizer) -> Plan:
+    """The training plan: every source of the config, edges fitted to their lengths.
+
+    Args:
+        config: of the run.
+        sources: name -> training source.
+        tokenizer: of the run.
+
+    Raises:
+        ConfigError: captions could be longer than the model has positions.
+    """
+    data = config.data
+    if not sources:
+        raise ConfigError("data.sources", "there is none", f"Add one of {sorted(SOURCES)}")
+    if data.max_text_length > config.model.text.max_positions:
+        raise ConfigError(
+            "data.max_text_length",
+            f"{data.max_text_length} tokens exceed "
+            f"model.text.max_positions={config.model.text.max_positions}",
+            "Lower the one or raise the other",
+        )
+    planned = [
+        PlannedSource(
+            source,
+            EncodedCaptions(source, tokenizer, data.max_text_length),
+            data.sources[name].get("weight", 1.0),
+        )
+        for name, source in sources.items()
+    ]
+    edges = tuple(data.text_edges) or _fitted_edges(config, planned)
+    return Plan(
+        planned, data.batch_size, config.seed, edges, data.image_size, data.window_batches
+    )
+
+
+def build_eval_plan(
+    config: ConfigDict,
+    source: Source,
+    tokenizer: Tokenizer,
+    edges: Sequence[int],
+    num_examples: int,
+    batch_size: int,
+) -> EvalPlan:
+    """The first records of a source, each with its first caption, in a fixed order."""
+    captions = EncodedCaptions(source, tokenizer, config.data.max_text_length, store=False)
+    return EvalPlan(
+        PlannedSource(source, captions), num_examples, batch_size, edges, config.data.image_size
+    )
+
+
+def bad_captions(sources: Mapping[str, Source]) -> dict[str, int]:
+    """Captions that sources left out when they read their annotations, by kind."""
+    counts: dict[str, int] = {}
+    for kind, count in itertools.chain.from_iterable(
+        getattr(source, "bad_captions", {}).items() for source in sources.values()
+    ):
+        counts[kind] = counts.get(kind, 0) + count
+    return counts
+
+
+def _fitted_edges(config: ConfigDict, planned: Sequence[PlannedSource]) -> tuple[int, ...]:
+    data = config.data
+    total = np.zeros(data.max_text_length + 1)
+    weights = sum(p.weight for p in planned)
+    for p in planned:
+        histogram = p.captions.histogram()
+        total += p.weight / weights * histogram / histogram.sum()
+    maxima = batch_maxima(total, data.batch_size, data.window_batches)
+    longest = max(p.captions.longest for p in planned)
+    return fit_edges(maxima, data.num_edges, data.edge_multiple, longest=longest)

@@ -1,0 +1,297 @@
+"""Encoded captions: token ids and lengths of a source's captions, and text-length edges.
+
+    captions = EncodedCaptions(source, tokenizer, max_length=40)
+    captions.lengths(records, indices)        # int32 [n], what the plan sorts by
+    captions.ids(record, index)               # int32 [length]
+    edges = fit_edges(batch_maxima(captions.histogram(), batch_size=256),
+                      num_edges=6, multiple_of=4, longest=captions.longest)
+
+The captions of a finite source are tokenised once into flat arrays. Those of an unbounded source
+are tokenised as they are planned, a window at a time, and the latest windows are kept.
+"""
+
+import collections
+import hashlib
+import os
+import pathlib
+import threading
+import zipfile
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from vlp_jax.data.source import Source
+from vlp_jax.data.tokenizer import Tokenizer
+
+_CHUNK = 1 << 15  # captions tokenised at a time: the library's encodings take about 1 KiB each
+_CALLS_KEPT = 4  # of `lengths`, whose ids an unbounded source keeps; the plan makes one a window
+
+
+@runtime_checkable
+class ManyCaptions(Protocol):
+    """A source that writes many captions in less time than one by one; optional."""
+
+    def captions(self, records: np.ndarray, indices: np.ndarray) -> list[str]:
+        """``caption`` of each record and index, int64 [n] both."""
+        ...
+
+
+class EncodedCaptions:
+    """The captions of a source as token ids.
+
+    Picklable, like its source: loader workers receive a copy.
+
+    Attributes:
+        source: the source.
+        tokenizer: the tokenizer.
+        max_length: longest row in tokens, ``<s>`` and ``</s>`` included; longer captions are cut.
+        longest: no row is longer: the longest stored one, or ``max_length`` where the captions of
+            an unbounded source are not known beforehand.
+        num_truncated: captions that were cut, of those tokenised so far (all, if stored).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        max_length: int,
+        *,
+        store: bool | None = None,
+        cache_file: str | os.PathLike[str] | None = None,
+    ):
+        """Tokenises the captions of a finite source, or reads them from ``cache_file``.
+
+        Args:
+            source: where captions come from.
+            tokenizer: what encodes them.
+            max_length: longest row in tokens, special tokens included.
+            store: whether to tokenise all captions now; by default if the source is finite. A
+                source of which only a few records will be read does better without.
+            cache_file: an ``.npz`` written when absent or made from other captions or another
+                tokenizer, and read otherwise. Stored captions only.
+
+        Raises:
+            ValueError: ``store`` is asked of an unbounded source, a cache file of one that does
+                not store, or ``max_length`` leaves no room for a word.
+        """
+        if store is None:
+            store = source.num_records is not None
+        if store and source.num_records is None:
+            raise ValueError(f"source {source.name}: an unbounded source's captions have no end")
+        if cache_file is not None and not store:
+            raise ValueError(f"{cache_file}: only stored captions can be cached in a file")
+        self.source = source
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.longest = max_length
+        self.num_truncated = 0
+        self._stored = store
+        self._recent: collections.deque[dict[tuple[int, int], np.ndarray]] = collections.deque(
+            maxlen=_CALLS_KEPT
+        )
+        self._lock = threading.Lock()
+        if store:
+            self._store(None if cache_file is None else pathlib.Path(cache_file))
+
+    def lengths(self, records: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """Row lengths, special tokens included: int64 [n], int [n] -> int32 [n]."""
+        if self._stored:
+            rows = self._first_row[records] + indices
+            return (self._start[rows + 1] - self._start[rows]).astype(np.int32)
+        keys = list(zip(records.tolist(), indices.tolist(), strict=True))
+        ids = self._encode_on_demand(keys)
+        return np.fromiter((len(ids[key]) for key in keys), np.int32, len(keys))
+
+    def ids(self, record: int, index: int) -> np.ndarray:
+        """Token ids ``<s> ... </s>`` of one caption: int32 [length]."""
+        if self._stored:
+            row = self._first_row[record] + index
+            return self._flat[self._start[row] : self._start[row + 1]].astype(np.int32)
+        key = (int(record), int(index))
+        with self._lock:
+            for recent in reversed(self._recent):
+                if key in recent:
+                    return recent[key]
+        return self._encode_on_demand([key])[key]
+
+    def histogram(self, sample: int = 4096) -> np.ndarray:
+        """How many captions have each length: int64 [max_length + 1].
+
+        Args:
+            sample: records to look at, with all their captions, where captions are not stored;
+                stored captions are all counted.
+        """
+        if self._stored:
+            lengths = np.diff(self._start)
+        else:
+            records = np.arange(min(sample, self.source.num_records or sample))
+            counts = self.source.num_captions(records)
+            lengths = self.lengths(np.repeat(records, counts), _count_up(counts))
+        return np.bincount(lengths, minlength=self.max_length + 1).astype(np.int64)
+
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        # One token more than fits tells a caption that is cut from one that just fits.
+        rows = self.tokenizer.encode(texts, self.max_length + 1)
+        cut = [index for index, row in enumerate(rows) if len(row) > self.max_length]
+        for index in cut:
+            rows[index] = np.append(rows[index][: self.max_length - 1], self.tokenizer.eos_id)
+        with self._lock:
+            self.num_truncated += len(cut)
+        return [row.astype(np.int32, copy=False) for row in rows]
+
+    def _encode_on_demand(self, keys: list[tuple[int, int]]) -> dict[tuple[int, int], np.ndarray]:
+        unique = list(dict.fromkeys(keys))
+        rows = self._encode(self._texts(np.asarray(unique, np.int64)))
+        encoded = dict(zip(unique, rows, strict=True))
+        if len(encoded) > 1:
+            with self._lock:
+                self._recent.append(encoded)
+        return encoded
+
+    def _store(self, cache_file: pathlib.Path | None) -> None:
+        assert self.source.num_records is not None
+        records = np.arange(self.source.num_records)
+        counts = self.source.num_captions(records)
+        self._first_row = np.concatenate([[0], np.cumsum(counts)])
+        digest = "" if cache_file is None else self._digest()
+        stored = None if cache_file is None else _read_cache(cache_file, digest)
+        if stored is None:
+            rows = [row for texts in self._chunks() for row in self._encode(texts)]
+            stored = {
+                "start": np.concatenate(
+                    [[0], np.cumsum([len(row) for row in rows], dtype=np.int64)]
+                ),
+                "flat": np.concatenate([*rows, np.empty(0, np.int32)]).astype(
+                    np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.int32
+                ),
+                "num_truncated": np.asarray(self.num_truncated),
+            }
+            if cache_file is not None:
+                _write_cache(cache_file, digest, stored)
+        self._start, self._flat = stored["start"], stored["flat"]
+        self.num_truncated = int(stored["num_truncated"])
+        self.longest = int(np.diff(self._start).max(initial=0))
+
+    def _chunks(self) -> Iterator[list[str]]:
+        """All captions in the order of records, a list at a time."""
+        counts = np.diff(self._first_row)
+        pairs = np.stack([np.repeat(np.arange(len(counts)), counts), _count_up(counts)], axis=1)
+        for start in range(0, len(pairs), _CHUNK):
+            yield self._texts(pairs[start : start + _CHUNK])
+
+    def _texts(self, pairs: np.ndarray) -> list[str]:
+        """The captions of (record, index) pairs, int64 [n, 2]."""
+        if isinstance(self.source, ManyCaptions):
+            return self.source.captions(pairs[:, 0], pairs[:, 1])
+        return [self.source.caption(record, index) for record, index in pairs.tolist()]
+
+    def _digest(self) -> str:
+        """Of everything the stored arrays depend on."""
+        digest = hashlib.sha256(f"{self.max_length}\n{self.tokenizer.to_json()}\n".encode())
+        for texts in self._chunks():
+            for text in texts:
+                digest.update(text.encode() + b"\n")
+        digest.update(self._first_row.tobytes())
+        return digest.hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: value for name, value in vars(self).items() if name not in ("_lock", "_recent")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.Lock()
+        self._recent = collections.deque(maxlen=_CALLS_KEPT)
+
+
+def batch_maxima(
+    histogram: np.ndarray, batch_size: int, window_batches: int = 32, windows: int = 64
+) -> np.ndarray:
+    """How often a planned batch's longest row has each length: int64 [max_length + 1].
+
+    Rows are not padded to their own edge but to their batch's, so edges are fitted to these
+    counts. Drawn from the histogram with a fixed seed: ``windows`` windows of ``window_batches``
+    batches, sorted by length and cut, as the plan does.
+    """
+    rng = np.random.default_rng(0)
+    shares = histogram / histogram.sum()
+    counts = rng.multinomial(batch_size * window_batches, shares, size=windows)
+    # The longest row of batch b is the first length by which (b + 1) * batch_size rows are passed.
+    passed = np.cumsum(counts, axis=1)
+    ends = np.arange(1, window_batches + 1) * batch_size
+    longest = np.concatenate([np.searchsorted(row, ends) for row in passed])
+    return np.bincount(longest, minlength=len(histogram)).astype(np.int64)
+
+
+def fit_edges(
+    histogram: np.ndarray, num_edges: int = 6, multiple_of: int = 4, longest: int | None = None
+) -> tuple[int, ...]:
+    """The text-length edges that waste the fewest tokens; optimal, by dynamic programming.
+
+    Args:
+        histogram: int64 [max_length + 1], how many rows (or batches, see ``batch_maxima``) have
+            each length.
+        num_edges: most edges to have; fewer are returned if more would not help.
+        multiple_of: every edge is a multiple of this.
+        longest: a length the last edge must hold, though the histogram may not reach it.
+
+    Returns:
+        Increasing edges; a row of length n is padded to the first edge >= n.
+
+    Raises:
+        ValueError: the histogram is empty, or a number is below 1.
+    """
+    if num_edges < 1 or multiple_of < 1:
+        raise ValueError(
+            f"data.num_edges={num_edges}, data.edge_multiple={multiple_of}: both must be at least 1"
+        )
+    if not histogram.any():
+        raise ValueError("cannot fit text-length edges: the length histogram is empty")
+    last = max(int(np.flatnonzero(histogram)[-1]), longest or 0, 1)
+    size = -(-last // multiple_of)  # candidate edge i is i * multiple_of, 0 < i <= size
+    edges = np.arange(size + 1) * multiple_of
+    covered = np.cumsum(np.pad(histogram, (0, max(0, edges[-1] + 1 - len(histogram)))))[edges]
+    covered[0] = 0  # rows of length 0 go to the first edge
+    # best[k][j]: fewest tokens that hold all rows up to edge j with k edges, j the last of them.
+    best = np.full((num_edges + 1, size + 1), np.inf)
+    previous = np.zeros((num_edges + 1, size + 1), np.int64)
+    best[0, 0] = 0
+    for k in range(1, num_edges + 1):
+        for j in range(1, size + 1):
+            cost = best[k - 1, :j] + edges[j] * (covered[j] - covered[:j])
+            previous[k, j] = np.argmin(cost)
+            best[k, j] = cost[previous[k, j]]
+    k, j = int(np.argmin(best[:, size])), size
+    chosen = []
+    while j > 0:
+        chosen.append(int(edges[j]))
+        k, j = k - 1, int(previous[k, j])
+    return tuple(reversed(chosen))
+
+
+def _count_up(counts: np.ndarray) -> np.ndarray:
+    """[2, 3] -> [0, 1, 0, 1, 2]."""
+    starts = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) - np.repeat(starts, counts)
+
+
+def _read_cache(file: pathlib.Path, digest: str) -> dict[str, np.ndarray] | None:
+    """The arrays of a cache file, or None if it is absent or of other captions."""
+    if not file.is_file():
+        return None
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file}: not a caption cache ({error}); delete it") from error
+    return found if str(found.get("digest")) == digest else None
+
+
+def _write_cache(file: pathlib.Path, digest: str, arrays: dict[str, np.ndarray]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    with partial.open("wb") as stream:
+        np.savez(stream, allow_pickle=False, digest=np.asarray(digest), **arrays)
+    os.replace(partial, file)  # another process sees the whole file or none

@@ -1,0 +1,260 @@
+"""The loader: planned batches, read and decoded ahead of the step that needs them.
+
+    with Loader(plan, start_step=0, stop_step=1000, host=0, hosts=1, workers=0, threads=4,
+                prefetch=8) as loader:
+        for batch in loader:          # HostBatch of step loader.step - 1
+            ...
+    loader.bad.counts                 # {"truncated image": 2}
+
+Grain does the reading: a map over step numbers, sliced from the first, whose item is one host
+batch. Its only state is the step, so a loader started at t gives what an uninterrupted one gives
+from t on, whatever the number of hosts, workers or threads.
+"""
+
+import collections
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+import grain
+import numpy as np
+from absl import flags
+
+from vlp_jax.data.batch import HostBatch
+from vlp_jax.data.plan import BatchPlan, PlannedBatch, host_rows
+from vlp_jax.data.source import BadExample
+
+# Kind and place of every damaged record that was met while a batch was read.
+_Met = list[tuple[str, str]]
+
+
+class BadCounts:
+    """Bad examples by kind; the first of each kind is logged with its file.
+
+    Attributes:
+        counts: how many of each kind.
+    """
+
+    def __init__(self) -> None:
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def add(self, kind: str, where: str) -> None:
+        """Counts one bad example; logs it if it is the first of its kind."""
+        if kind not in self.counts:
+            logging.warning("bad example, %s: %s (later ones are counted only)", kind, where)
+        self.counts[kind] += 1
+
+    @property
+    def total(self) -> int:
+        """Bad examples of all kinds."""
+        return self.counts.total()
+
+
+class Loader(Iterator[HostBatch]):
+    """Host batches of the steps [start_step, stop_step), in order.
+
+    A damaged record is replaced by another of the same source whose text fits the bucket (see
+    ``Plan.substitutes``); a pure function of the plan, of t and of which files are damaged. The
+    batch's ``replaced`` counts the damaged records passed over before a row was read. The damaged
+    rows of an ``EvalPlan`` are not replaced, for its rows are to be seen once: they come black,
+    with ``replaced`` at 1 and not ``valid``.
+
+    Close the loader, or use it as a context manager: it holds threads and processes.
+
+    Attributes:
+        step: the step whose batch comes next; all there is to save.
+        bad: bad examples met by this host's rows so far, by kind.
+    """
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        start_step: int,
+        stop_step: int,
+        host: int = 0,
+        hosts: int = 1,
+        workers: int = 0,
+        threads: int = 4,
+        prefetch: int = 4,
+    ):
+        """Starts reading ahead with the first batch that is asked for.
+
+        Args:
+            plan: what is in each batch.
+            start_step: first step.
+            stop_step: step after the last.
+            host: number of this host.
+            hosts: how many hosts there are; each reads its contiguous rows of the global batch.
+            workers: processes to read in; 0 for this process. They are spawned, so the main
+                script must be importable (``if __name__ == "__main__":``). Worth it for sources
+                that compute in Python; decoding leaves the interpreter free to other threads.
+            threads: threads a process, each of which reads one batch at a time; 0 to read in
+                the calling thread, for debugging.
+            prefetch: batches a process keeps ready or in the making.
+
+        Raises:
+            ValueError: a number is out of range; the message names its config key.
+        """
+        host_rows(plan.batch_size, host, hosts)
+        if workers < 0 or threads < 0:
+            raise ValueError(f"data.workers={workers}, data.threads={threads}: must be at least 0")
+        if threads and prefetch < threads:
+            raise ValueError(
+                f"data.prefetch={prefetch}: at least data.threads={threads}, "
+                "since every thread works on a batch of its own"
+            )
+        if not 0 <= start_step <= stop_step:
+            raise ValueError(f"cannot load steps {start_step} to {stop_step}")
+        self.step = start_step
+        self.bad = BadCounts()
+        reading = (
+            grain.MapDataset.range(start_step, stop_step)
+            .map(_Reader(plan, host, hosts))
+            .to_iter_dataset(
+                grain.ReadOptions(
+                    num_threads=threads, prefetch_buffer_size=prefetch if threads else 0
+                )
+            )
+        )
+        if workers:
+            if not flags.FLAGS.is_parsed():  # Grain reads its own flags when it starts a worker
+                flags.FLAGS.mark_as_parsed()
+            reading = reading.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_start_worker
+            )
+        self._batches: grain.DatasetIterator | None = iter(reading)
+        # Should the owner forget: Grain's own deletion raises once the interpreter shuts down.
+        self._finalizer = weakref.finalize(self, self._batches.close)
+
+    def __next__(self) -> HostBatch:
+        """The batch of ``step``; with workers its arrays lie in memory shared with them.
+
+        Raises:
+            ValueError: the loader is closed, or a batch holds no readable record of a source.
+        """
+        if self._batches is None:
+            raise ValueError("the loader is closed")
+        batch, met = next(self._batches)
+        # Grain's subclass frees shared memory when deleted; a plain view keeps it until then.
+        batch = {name: array.view(np.ndarray) for name, array in batch.items()}
+        for kind, where in met:
+            self.bad.add(kind, where)
+        self.step += 1
+        return batch
+
+    def close(self) -> None:
+        """Ends threads and worker processes; the loader cannot be read any more."""
+        self._finalizer()
+        self._batches = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Reader:
+    """Step -> one host's batch and the bad examples met; what loader workers receive a copy of."""
+
+    def __init__(self, plan: BatchPlan, host: int, hosts: int):
+        self._plan = plan
+        self._rows = host_rows(plan.batch_size, host, hosts)
+
+    def __call__(self, t: int) -> tuple[HostBatch, _Met]:
+        t, plan = int(t), self._plan
+        planned = plan.batch(t)
+        mine, bucket = planned.rows(self._rows), planned.bucket
+        batch: HostBatch = {
+            "image": np.zeros((len(mine), bucket.image_size, bucket.image_size, 3), np.uint8),
+            "text_ids": np.empty((len(mine), bucket.text_length), np.int32),
+            "text_length": np.empty(len(mine), np.int32),
+            # Only ever folded into keys, so wrapping round after 2^31 examples does no harm.
+            "position": (mine.position & 0x7FFFFFFF).astype(np.int32),
+            "valid": mine.valid.copy(),
+            "replaced": np.zeros(len(mine), np.int32),
+        }
+        met: _Met = []
+        for index in range(len(mine)):
+            already_met = len(met)
+            record, caption = self._read_image(
+                t, planned, self._rows.start + index, batch["image"][index], met
+            )
+            batch["replaced"][index] = len(met) - already_met
+            if not plan.replaces_damaged:
+                batch["valid"][index] &= len(met) == already_met
+            captions = plan.sources[mine.source[index]].captions
+            ids = captions.ids(record, caption)
+            batch["text_ids"][index, : len(ids)] = ids
+            batch["text_ids"][index, len(ids) :] = captions.tokenizer.pad_id
+            batch["text_length"][index] = len(ids)
+        return batch, met
+
+    def _read_image(
+        self, t: int, planned: PlannedBatch, row: int, into: np.ndarray, met: _Met
+    ) -> tuple[int, int]:
+        """Reads the picture of a row, or of its first readable substitute.
+
+        Args:
+            t: the step.
+            planned: the global batch of step t.
+            row: which of its rows is wanted.
+            into: uint8 [H, W, 3], written to; left as it is if nothing may stand in for the row.
+            met: damaged records are added to it.
+
+        Returns:
+            The record and caption that were read, or planned if nothing may stand in for them.
+
+        Raises:
+            ValueError: neither the row nor any substitute can be read.
+        """
+        source = self._plan.sources[planned.source[row]].source
+        tried: set[int] = set()
+        for record, caption in self._candidates(t, planned, row):
+            if record in tried:
+                continue
+            tried.add(record)
+            try:
+                into[:] = source.image(record, planned.bucket.image_size)
+            except BadExample as bad:
+                met.append((bad.kind, bad.where))
+            else:
+                return record, caption
+        if self._plan.replaces_damaged:
+            raise ValueError(
+                f"data.sources.{source.name}: {len(tried)} records tried for one row of step {t} "
+                f"and none could be read, the last: {met[-1][0]}: {met[-1][1]}; check the files, "
+                "or remove the source"
+            )
+        return int(planned.record[row]), int(planned.caption[row])
+
+    def _candidates(self, t: int, planned: PlannedBatch, row: int) -> Iterator[tuple[int, int]]:
+        yield int(planned.record[row]), int(planned.caption[row])
+        yield from map(tuple, self._plan.substitutes(t, row).tolist())
+
+
+def _start_worker(worker: int, workers: int) -> None:
+    """Leaves signals to the main process, and ends with it even if it is killed."""
+    del worker, workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # so does the end of a job: main saves, then ends
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in worker processes only"
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,51 @@
+"""The source contract: random access to images and their captions by record number."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+
+class BadExample(Exception):
+    """A record that cannot be used; it is counted, logged once per kind and replaced.
+
+    Attributes:
+        kind: short name shared by all faults of one kind, e.g. ``truncated image``.
+        where: the file or record, for the log.
+    """
+
+    def __init__(self, kind: str, where: str):
+        super().__init__(f"{kind}: {where}")
+        self.kind = kind
+        self.where = where
+
+
+class Source(Protocol):
+    """Records 0 <= r < num_records, each an image with one or more captions.
+
+    A source is a pure function of its arguments: the same record gives the same bytes in every
+    process. It must be picklable, since loader workers receive a copy.
+    """
+
+    name: str
+    num_records: int | None  # None: unbounded; every int64 >= 0 is a record
+
+    def num_captions(self, records: np.ndarray) -> np.ndarray:
+        """Captions of each record: int64 [n] -> int64 [n], all >= 1."""
+        ...
+
+    def caption(self, record: int, index: int) -> str:
+        """Caption ``index`` of a record, as written by its author."""
+        ...
+
+    def image(self, record: int, size: int) -> np.ndarray:
+        """The picture as uint8 [size, size, 3] RGB.
+
+        Raises:
+            BadExample: the picture is damaged, too large, or not readable.
+        """
+        ...
+
+    def word_classes(self) -> Mapping[str, str]:
+        """Class of each word the source can name one for (``red`` -> ``colour``); may be empty."""
+        ...

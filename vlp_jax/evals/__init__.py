@@ -1,0 +1,1 @@
+"""Evaluators: each yields (name, value) pairs from parameters."""

@@ -1,0 +1,1 @@
+"""Mesh, checkpoints, logs and reports; knows nothing of the field."""

@@ -1,0 +1,585 @@
+"""Checkpoints: saved in the background, verified before use, restored onto any topology.
+
+Orbax writes and reads the arrays. This module adds what a long run needs on top:
+
+- a manifest beside every checkpoint, with the shape of each array and the size and CRC-32 of each
+  file. It is written before Orbax renames the finished directory into place, so a directory with a
+  step's name and without a manifest was damaged, not interrupted. (Orbax alone notices truncated
+  files, but restores flipped bits without a word.)
+- a damaged checkpoint is named in a warning, and the one before it is used;
+- a state that does not fit the checkpoint is refused by the paths and shapes that differ;
+- parameters can be read without knowing the type of the state they were saved in.
+
+Arrays are stored under their path in the state (``params/text/dense/kernel``), as nested dicts, so
+a checkpoint outlives the Python classes of the state. Layout of a checkpoint directory::
+
+    1200/state/          arrays (Orbax, OCDBT)
+    1200/extra/          JSON given to ``save``: config, tokenizer, facts
+    1200/manifest.json   what there is, for verification
+    damaged-1300/        set aside on resume; safe to delete
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import traverse_util
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
+
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.sharding import leaf_path
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_CHUNK_BYTES = 1 << 22
+_NAMED_DIFFERENCES = 5
+_NONE_THERE, _ALL_DAMAGED = -1, -2
+
+logger = logging.getLogger(__name__)
+
+BestMode = Literal["max", "min"]
+
+
+class DamagedCheckpointError(RuntimeError):
+    """A checkpoint is incomplete or its bytes changed since it was written."""
+
+
+class CheckpointMismatchError(ValueError):
+    """A checkpoint is sound, but holds other arrays than those asked for."""
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held.
+
+    Attributes:
+        state: the state in the structure of the abstract state, or the nested dict of parameters.
+        step: the step it was saved at.
+        extra: the JSON object saved with it.
+    """
+
+    state: Any
+    step: int
+    extra: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Manifest:
+    """What one checkpoint consists of.
+
+    Attributes:
+        step: the step it was saved at.
+        metrics: evaluated at that step; empty where none were.
+        best_metric: the metric that ranks the checkpoints of this run, if any does.
+        best_mode: whether more or less of it is better.
+        arrays: path -> (shape, dtype).
+        files: path within the checkpoint -> (bytes, CRC-32).
+        format: version of this record.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    best_metric: str | None
+    best_mode: BestMode
+    arrays: dict[str, tuple[list[int], str]]
+    files: dict[str, tuple[int, int]]
+    format: int = FORMAT
+
+    def score(self) -> float:
+        """The ranking metric, negated where less is better; -inf where there is none."""
+        return _score(self.metrics, self.best_metric, self.best_mode)
+
+
+class Checkpoints:
+    """The checkpoints of one run: the latest and the best are kept.
+
+    Every process of the run makes the same calls. ``with Checkpoints(...)`` waits for the last save
+    on leaving.
+    """
+
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        *,
+        keep_latest: int = 2,
+        keep_best: int = 1,
+        best_metric: str | None = None,
+        best_mode: BestMode = "max",
+    ) -> None:
+        """Open the directory, create it if need be, and delete what an interrupted save left.
+
+        Args:
+            directory: where the checkpoints are; a local path or a bucket that all processes see.
+            keep_latest: how many of the newest checkpoints stay; two or more survive a damaged one.
+            keep_best: how many of the best by ``best_metric`` stay as well.
+            best_metric: name of the ranking metric; None keeps the latest only.
+            best_mode: "max" if more of it is better, "min" if less is.
+
+        Raises:
+            ConfigError: a value above makes no sense.
+        """
+        if keep_latest < 1:
+            raise ConfigError(
+                "checkpoint.keep_latest", f"{keep_latest} would keep nothing", "Use 1 or more"
+            )
+        if best_mode not in ("max", "min"):
+            raise ConfigError("checkpoint.best_mode", f"{best_mode!r}", "Use 'max' or 'min'")
+        self.directory = epath.Path(directory).resolve()
+        self._best_metric = best_metric
+        self._best_mode: BestMode = best_mode
+        self._scores = self._read_scores()
+        self._saving: tuple[int, dict[str, float], dict[str, tuple[list[int], str]]] | None = None
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy(
+                    [LatestN(keep_latest), _Best(self._scores, keep_best)]
+                ),
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+            ),
+        )
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        metrics: Mapping[str, float] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Copy the state off the device and write it in the background.
+
+        The buffers of ``state`` may be donated as soon as this returns. It first waits for the save
+        before it, and raises what that one failed with.
+
+        Args:
+            step: the step of the state.
+            state: a pytree of arrays (typed PRNG keys included).
+            metrics: evaluated for this very state. Without any, the checkpoint is no candidate for
+                the best.
+            extra: a JSON object stored beside the state.
+
+        Returns:
+            False if there was already a checkpoint of this step; it is left as it is.
+
+        Raises:
+            ConfigError: ``metrics`` lacks the metric that ranks the checkpoints.
+        """
+        metrics = {name: float(value) for name, value in (metrics or {}).items()}
+        if metrics and self._best_metric is not None and self._best_metric not in metrics:
+            raise ConfigError(
+                "checkpoint.best_metric",
+                f"{self._best_metric!r} is not among the metrics of step {step}: "
+                f"{', '.join(sorted(metrics))}",
+                "Name one of them, or None to keep only the latest",
+            )
+        self.wait()
+        if step in self._manager.all_steps():
+            return False
+        arrays = _by_path(state)
+        self._scores[step] = _score(metrics, self._best_metric, self._best_mode)
+        self._saving = (
+            step,
+            metrics,
+            {path: (list(leaf.shape), str(leaf.dtype)) for path, leaf in arrays.items()},
+        )
+        # Orbax copies to the host implicitly; a training loop forbids that to its own code.
+        with jax.transfer_guard("allow"):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_nested(arrays)),
+                    extra=ocp.args.JsonSave(dict(extra or {})),
+                ),
+            )
+        return True
+
+    def restore_latest(self, abstract_state: Any) -> Restored | None:
+        """Restore the newest sound checkpoint, on whatever devices the abstract state names.
+
+        Newer checkpoints that are damaged are named in a warning and renamed to ``damaged-STEP``,
+        so that the run can save at their steps again.
+
+        Args:
+            abstract_state: the state as ``jax.ShapeDtypeStruct`` leaves with shardings (arrays do
+                as well). Leaves without a sharding go to the first local device.
+
+        Returns:
+            The state, or None if there is no checkpoint.
+
+        Raises:
+            DamagedCheckpointError: there are checkpoints, and all of them are damaged.
+            CheckpointMismatchError: the state has other paths, shapes or dtypes.
+        """
+        self.wait()
+        step = self._newest_sound_step()
+        if step is None:
+            return None
+        self._manager.reload()
+        return _restore(self.directory / str(step), step, abstract_state)
+
+    @property
+    def latest_path(self) -> epath.Path | None:
+        """The newest committed checkpoint, for messages; None if there is none."""
+        steps = _steps(self.directory)
+        return self.directory / str(steps[0]) if steps else None
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint by the ranking metric; None if none was ranked."""
+        ranked = {step: score for step, score in self._scores.items() if score > -math.inf}
+        return max(ranked, key=lambda step: (ranked[step], step)) if ranked else None
+
+    def wait(self) -> None:
+        """Block until the last save is on disk; raises what it failed with."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait for the last save and release the threads."""
+        self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _newest_sound_step(self) -> int | None:
+        """Verify from the newest to the oldest on the first process; all processes learn it."""
+        step = _NONE_THERE
+        damaged: list[DamagedCheckpointError] = []
+        if jax.process_index() == 0:
+            step, damaged = _choose_newest(self.directory)
+            if step >= 0:
+                for path in [self.directory / str(s) for s in _steps(self.directory) if s > step]:
+                    _set_aside(path)
+        if jax.process_count() > 1:
+            step = int(multihost_utils.broadcast_one_to_all(np.int64(step)))
+        if step == _ALL_DAMAGED:
+            raise _all_damaged(self.directory, damaged)
+        return None if step == _NONE_THERE else step
+
+    def _read_scores(self) -> dict[int, float]:
+        """Scores of the checkpoints that are there, by the metric this run ranks them with."""
+        scores = {}
+        for step in _steps(self.directory):
+            try:
+                manifest = _read_manifest(self.directory / str(step))
+            except DamagedCheckpointError:
+                continue  # named when a restore meets it
+            scores[step] = _score(manifest.metrics, self._best_metric, self._best_mode)
+        return scores
+
+    def _write_manifest(self) -> None:
+        """Called by Orbax's thread when all files are written and the rename is still to come."""
+        if jax.process_index() != 0:
+            return
+        assert self._saving is not None
+        step, metrics, arrays = self._saving
+        # Buckets have no atomic rename: there, Orbax writes in place and commits by a marker file.
+        candidates = [self.directory / str(step), *self.directory.glob(f"{step}.orbax-*")]
+        (root,) = [path for path in candidates if path.exists()]
+        names = sorted(
+            (folder / name).relative_to(root).as_posix()
+            for item in ("state", "extra")
+            for folder, _, files in (root / item).walk()
+            for name in files
+        )
+        with ThreadPoolExecutor() as pool:
+            sums = list(pool.map(_size_and_crc, [root / name for name in names]))
+        manifest = _Manifest(
+            step=step,
+            metrics=metrics,
+            best_metric=self._best_metric,
+            best_mode=self._best_mode,
+            arrays=arrays,
+            files=dict(zip(names, sums, strict=True)),
+        )
+        (root / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest)))
+
+
+def load_params(
+    directory: epath.PathLike,
+    step: int | Literal["latest", "best"] = "latest",
+    subtree: str = "params",
+) -> Restored:
+    """Read one subtree of a checkpoint, without knowing the type of the state it was saved in.
+
+    Nothing is renamed or deleted, so a run may be writing to the directory meanwhile.
+
+    Args:
+        directory: the checkpoints of a run, or one checkpoint (``.../checkpoints/1200``).
+        step: a step, "latest" (the newest sound one), or "best" by the run's ranking metric.
+        subtree: path of the subtree, such as ``params`` or ``extras/ema``.
+
+    Returns:
+        The subtree as nested dicts of NumPy arrays in the dtypes saved, its step, and the extra.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        DamagedCheckpointError: it is damaged (for "latest" and "best": all candidates are).
+        CheckpointMismatchError: it has no such subtree.
+    """
+    root = _locate(epath.Path(directory).resolve(), step)
+    manifest = _verify(root)
+    prefix = f"{subtree}/"
+    wanted = {
+        path.removeprefix(prefix): spec
+        for path, spec in manifest.arrays.items()
+        if path.startswith(prefix)
+    }
+    if not wanted:
+        there = sorted({path.split("/")[0] for path in manifest.arrays})
+        raise CheckpointMismatchError(
+            f"{root} holds no {subtree!r}; its top level is {', '.join(there)}"
+        )
+    abstract = {
+        prefix + path: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
+        for path, (shape, dtype) in wanted.items()
+    }
+    restored = _read_arrays(root, abstract, as_numpy=True)
+    params = _nested({path.removeprefix(prefix): leaf for path, leaf in restored.items()})
+    return Restored(params, manifest.step, _read_extra(root))
+
+
+@dataclasses.dataclass
+class _Best:
+    """Preservation policy of Orbax: keep the ``count`` checkpoints of highest score."""
+
+    scores: Mapping[int, float]
+    count: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """One flag per checkpoint; of equal scores the later one stays."""
+        ranked = [c.step for c in checkpoints if self.scores.get(c.step, -math.inf) > -math.inf]
+        ranked.sort(key=lambda step: (self.scores[step], step), reverse=True)
+        best = set(ranked[: self.count])
+        return [checkpoint.step in best for checkpoint in checkpoints]
+
+
+def _score(metrics: Mapping[str, float], name: str | None, mode: BestMode) -> float:
+    """More is better; NaN and absence lose against everything."""
+    value = metrics.get(name, math.nan) if name is not None else math.nan
+    if math.isnan(value):
+        return -math.inf
+    return value if mode == "max" else -value
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """Leaves by their path."""
+    return {leaf_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts from leaves by path."""
+    return traverse_util.unflatten_dict(dict(arrays), sep="/")
+
+
+def _steps(directory: epath.Path) -> list[int]:
+    """Steps with a committed directory, newest first."""
+    if not directory.is_dir():
+        return []
+    return sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True)
+
+
+def _locate(directory: epath.Path, step: int | Literal["latest", "best"]) -> epath.Path:
+    """The directory of one checkpoint."""
+    if (directory / MANIFEST).is_file():
+        return directory
+    if isinstance(step, int):
+        if not (directory / str(step)).is_dir():
+            raise FileNotFoundError(
+                f"{directory} has no checkpoint of step {step}; there are "
+                f"{', '.join(map(str, _steps(directory))) or 'none'}"
+            )
+        return directory / str(step)
+    chosen, damaged = _choose_best(directory) if step == "best" else _choose_newest(directory)
+    if chosen == _ALL_DAMAGED:
+        raise _all_damaged(directory, damaged)
+    if chosen == _NONE_THERE:
+        raise FileNotFoundError(
+            f"{directory} holds no {'ranked ' if step == 'best' else ''}checkpoint; "
+            "name the folder of checkpoints of a run, or one checkpoint in it"
+        )
+    return directory / str(chosen)
+
+
+def _choose_newest(directory: epath.Path) -> tuple[int, list[DamagedCheckpointError]]:
+    """The newest sound step (or a negative code), and what is wrong with those after it."""
+    return _choose(directory, _steps(directory))
+
+
+def _choose_best(directory: epath.Path) -> tuple[int, list[DamagedCheckpointError]]:
+    """The best sound step by the metric it was saved with (or a negative code)."""
+    scores = {}
+    for step in _steps(directory):
+        try:
+            scores[step] = _read_manifest(directory / str(step)).score()
+        except DamagedCheckpointError as error:
+            logger.warning("%s", error)
+    ranked = [step for step in scores if scores[step] > -math.inf]
+    return _choose(directory, sorted(ranked, key=lambda s: (scores[s], s), reverse=True))
+
+
+def _choose(directory: epath.Path, steps: list[int]) -> tuple[int, list[DamagedCheckpointError]]:
+    """The first sound step of the list (or a negative code), and what is wrong before it."""
+    damaged = []
+    for step in steps:
+        try:
+            _verify(directory / str(step))
+        except DamagedCheckpointError as error:
+            logger.warning("%s; it is passed over", error)
+            damaged.append(error)
+        else:
+            return step, damaged
+    return (_ALL_DAMAGED if damaged else _NONE_THERE), damaged
+
+
+def _all_damaged(
+    directory: epath.Path, damaged: Sequence[DamagedCheckpointError]
+) -> DamagedCheckpointError:
+    reasons = "".join(f"\n  {error}" for error in damaged)
+    return DamagedCheckpointError(
+        f"every checkpoint in {directory} is damaged. Restore the directory from a copy, or move "
+        f"it away to start from the beginning.{reasons}"
+    )
+
+
+def _set_aside(path: epath.Path) -> None:
+    """Rename a damaged checkpoint, replacing an earlier one of the same step."""
+    aside = path.parent / f"damaged-{path.name}"
+    if aside.exists():
+        aside.rmtree()
+    path.rename(aside)
+
+
+def _size_and_crc(path: epath.Path) -> tuple[int, int]:
+    """Bytes and CRC-32 of a file."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            size += len(chunk)
+            crc = zlib.crc32(chunk, crc)
+    return size, crc
+
+
+def _read_manifest(root: epath.Path) -> _Manifest:
+    """The manifest of a checkpoint; DamagedCheckpointError if it is absent or no manifest."""
+    try:
+        manifest = _Manifest(**json.loads((root / MANIFEST).read_text()))
+    except FileNotFoundError:
+        raise DamagedCheckpointError(f"checkpoint {root} is incomplete: no {MANIFEST}") from None
+    except (ValueError, TypeError) as error:
+        raise DamagedCheckpointError(
+            f"checkpoint {root} is damaged: {MANIFEST} is not readable ({error})"
+        ) from error
+    if manifest.format != FORMAT:
+        raise CheckpointMismatchError(
+            f"{root} has format {manifest.format}, this version reads {FORMAT}"
+        )
+    return manifest
+
+
+def _verify(root: epath.Path) -> _Manifest:
+    """Compare every file with the manifest; DamagedCheckpointError names the first that differs."""
+    manifest = _read_manifest(root)
+    paths = [root / name for name in manifest.files]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise DamagedCheckpointError(f"checkpoint {root} is damaged: {missing[0]} is missing")
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(_size_and_crc, paths))
+    for path, (size, crc), expected in zip(paths, found, manifest.files.values(), strict=True):
+        if size != expected[0]:
+            raise DamagedCheckpointError(
+                f"checkpoint {root} is damaged: {path} has {size} bytes instead of {expected[0]}"
+            )
+        if crc != expected[1]:
+            raise DamagedCheckpointError(
+                f"checkpoint {root} is damaged: the content of {path} has changed"
+            )
+    return manifest
+
+
+def _restore(root: epath.Path, step: int, abstract_state: Any) -> Restored:
+    """Restore a verified checkpoint into the structure and onto the devices of a state."""
+    arrays = _by_path(abstract_state)
+    _check_match(root, _read_manifest(root).arrays, arrays)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = {
+        path: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here
+        )
+        for path, leaf in arrays.items()
+    }
+    restored = _read_arrays(root, abstract, as_numpy=False)
+    structure = jax.tree.structure(abstract_state)
+    state = jax.tree.unflatten(structure, [restored[path] for path in arrays])
+    return Restored(state, step, _read_extra(root))
+
+
+def _check_match(
+    root: epath.Path, saved: Mapping[str, tuple[list[int], str]], wanted: Mapping[str, Any]
+) -> None:
+    """Refuse other paths, shapes or dtypes, naming the first few."""
+
+    def text(spec: tuple[Sequence[int], str] | None) -> str:
+        return "nothing" if spec is None else f"{spec[1]}{list(spec[0])}"
+
+    there = {path: (tuple(shape), dtype) for path, (shape, dtype) in saved.items()}
+    here = {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in wanted.items()}
+    differing = [
+        path for path in [*here, *(set(there) - set(here))] if there.get(path) != here.get(path)
+    ]
+    if not differing:
+        return
+    lines = "".join(
+        f"\n  {path}: {text(there.get(path))} in the checkpoint, {text(here.get(path))} in this run"
+        for path in sorted(differing)[:_NAMED_DIFFERENCES]
+    )
+    raise CheckpointMismatchError(
+        f"checkpoint {root} does not fit this run's state; {len(differing)} arrays differ:{lines}\n"
+        "Resume with the config that the run was started with, or choose a new workdir."
+    )
+
+
+def _read_arrays(
+    root: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct], as_numpy: bool
+) -> dict[str, Any]:
+    """Read the arrays of the given paths, as NumPy or onto the shardings given."""
+
+    def how(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
+        if as_numpy:
+            return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+        return ocp.ArrayRestoreArgs(sharding=leaf.sharding)
+
+    nested = _nested(abstract)
+    with jax.transfer_guard("allow"), ocp.PyTreeCheckpointer() as reader:
+        restored = reader.restore(
+            root / "state",
+            args=ocp.args.PyTreeRestore(
+                item=nested, restore_args=jax.tree.map(how, nested), partial_restore=True
+            ),
+        )
+    return _by_path(restored)
+
+
+def _read_extra(root: epath.Path) -> dict[str, Any]:
+    """The JSON object saved beside the state."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(root / "extra", args=ocp.args.JsonRestore())

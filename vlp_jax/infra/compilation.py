@@ -1,0 +1,123 @@
+"""Compilation: the flags before it, the cache across runs, and one program per bucket.
+
+No program is compiled twice in a run: ``CompiledSteps`` compiles ahead of time and calls the
+compiled object, so that an argument of another shape or sharding is an error and never a silent
+second compile.
+"""
+
+import importlib.util
+import os
+import pathlib
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import Generic, TypeVar
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+# Overlap collectives with compute; without it XLA:GPU waits for each all-gather of FSDP.
+GPU_FLAGS: Mapping[str, str] = {"xla_gpu_enable_latency_hiding_scheduler": "true"}
+
+_CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+_NVIDIA_DRIVER = pathlib.Path("/proc/driver/nvidia/version")
+
+Bucket = TypeVar("Bucket", bound=Hashable)
+Step = TypeVar("Step")
+
+
+def is_gpu_host() -> bool:
+    """Whether JAX will run on NVIDIA GPUs, told without initialising it.
+
+    ``JAX_PLATFORMS`` decides where it is set; else a driver and JAX's CUDA plugin must be there.
+    """
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    if asked:
+        return not {"cuda", "gpu"}.isdisjoint(asked.split(","))
+    has_plugin = any(importlib.util.find_spec(name) is not None for name in _CUDA_PLUGINS)
+    return has_plugin and (_NVIDIA_DRIVER.exists() or pathlib.Path("/dev/nvidia0").exists())
+
+
+def set_gpu_flags(flags: Mapping[str, str] = GPU_FLAGS) -> dict[str, str]:
+    """Add XLA's GPU flags to ``XLA_FLAGS`` on a GPU host; elsewhere do nothing.
+
+    XLA reads the variable once, when its first backend starts: call this before any JAX call that
+    touches a device. XLA aborts the process over a flag it does not know, so nothing is set where
+    no GPU will be used.
+
+    Args:
+        flags: flag name without dashes -> value. Flags that ``XLA_FLAGS`` already sets stay as
+            the user set them.
+
+    Returns:
+        The flags added.
+    """
+    if not is_gpu_host():
+        return {}
+    present = os.environ.get("XLA_FLAGS", "").split()
+    taken = {flag.removeprefix("--").split("=")[0] for flag in present}
+    added = {name: value for name, value in flags.items() if name not in taken}
+    os.environ["XLA_FLAGS"] = " ".join([*present, *(f"--{n}={v}" for n, v in added.items())])
+    return added
+
+
+def enable_compile_cache(path: str | os.PathLike[str], min_compile_seconds: float = 1.0) -> None:
+    """Keep compiled programs on disk, so that a resumed run starts without compiling.
+
+    JAX keys the entries by program, flags, versions and kind of device. Use the folder only on
+    machines you trust: what is in it is executed.
+
+    Args:
+        path: the folder; created on first use.
+        min_compile_seconds: programs that compile faster are not kept.
+    """
+    jax.config.update("jax_compilation_cache_dir", os.fspath(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", min_compile_seconds)
+    # A compile before this call has made JAX decide, once, that there is no cache.
+    compilation_cache.reset_cache()
+
+
+class CompiledSteps(Generic[Bucket, Step]):
+    """The compiled step of every bucket, each compiled once.
+
+    Attributes:
+        seconds: bucket -> seconds its compile took (tracing and lowering included).
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Start empty.
+
+        Args:
+            limit: the most buckets a run may compile; the schedule knows how many it needs.
+        """
+        self.seconds: dict[Bucket, float] = {}
+        self._limit = limit
+        self._steps: dict[Bucket, Step] = {}
+
+    def get(self, bucket: Bucket, build: Callable[[Bucket], Step]) -> Step:
+        """The step of a bucket; built by ``build(bucket)`` at its first use."""
+        return self._steps[bucket] if bucket in self._steps else self.compile(bucket, build)
+
+    def compile(self, bucket: Bucket, build: Callable[[Bucket], Step]) -> Step:
+        """Build the step of a new bucket.
+
+        Args:
+            bucket: the static sizes of the step.
+            build: returns the compiled step, as ``jax.jit(...).lower(...).compile()`` does.
+
+        Raises:
+            RuntimeError: the bucket was compiled before, or the limit is reached.
+        """
+        if bucket in self._steps:
+            raise RuntimeError(f"bucket {bucket} is compiled already; a second compile is a bug")
+        if len(self._steps) >= self._limit:
+            raise RuntimeError(
+                f"bucket {bucket} would be compiled program {len(self._steps) + 1} of a run that "
+                f"was planned with {self._limit}; compiled: {list(self._steps)}"
+            )
+        started = time.perf_counter()
+        self._steps[bucket] = build(bucket)
+        self.seconds[bucket] = time.perf_counter() - started
+        return self._steps[bucket]
+
+    def __len__(self) -> int:
+        return len(self._steps)

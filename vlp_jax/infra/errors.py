@@ -1,0 +1,34 @@
+"""The error of a bad configuration: it names the key, the problem and the remedy."""
+
+import difflib
+from collections.abc import Sequence
+
+
+class ConfigError(ValueError):
+    """A value of the config that cannot work, found before any device time is spent.
+
+    The message reads ``config.KEY: problem. Remedy.``
+
+    Attributes:
+        key: dotted name of the config key, without the leading ``config.``.
+        problem: what is wrong, with the values involved; no full stop at the end.
+        remedy: what the user can do about it; no full stop at the end.
+    """
+
+    def __init__(self, key: str, problem: str, remedy: str) -> None:
+        super().__init__(f"config.{key}: {problem}. {remedy}.")
+        self.key = key
+        self.problem = problem
+        self.remedy = remedy
+
+
+def unknown_key(path: str, known: Sequence[str]) -> ConfigError:
+    """The error for a key that nobody reads.
+
+    Args:
+        path: dotted name of the key.
+        known: the last parts of the names that would be read in its place.
+    """
+    close = difflib.get_close_matches(path.rpartition(".")[2], known, n=1)
+    remedy = f"Perhaps you mean {close[0]!r}" if close else f"Use one of {', '.join(sorted(known))}"
+    return ConfigError(path, "unknown key", remedy)

@@ -1,0 +1,92 @@
+"""Leaving a run in order: signals become a flag, and every outcome has its exit code."""
+
+import enum
+import logging
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class ExitCode(enum.IntEnum):
+    """How a run ended, for scripts and schedulers.
+
+    Attributes:
+        OK: trained to the end of its budget.
+        FAILED: an uncaught error; the traceback says which (Python's own code).
+        BAD_INPUT: the config or the data cannot work; the message names the key or the file
+            (``EX_USAGE`` of sysexits.h). Starting again does not help.
+        TOO_MANY_BAD_UPDATES: losses or gradients were not finite too often; the message names the
+            last good checkpoint (``EX_DATAERR``).
+        TOO_MANY_BAD_EXAMPLES: more records were damaged than the config allows (``EX_NOINPUT``).
+        DAMAGED_CHECKPOINTS: there are checkpoints, and none can be read (``EX_IOERR``).
+        PREEMPTED: asked to stop by a signal, and saved; start it again to resume
+            (``EX_TEMPFAIL``).
+    """
+
+    OK = 0
+    FAILED = 1
+    BAD_INPUT = 64
+    TOO_MANY_BAD_UPDATES = 65
+    TOO_MANY_BAD_EXAMPLES = 66
+    DAMAGED_CHECKPOINTS = 74
+    PREEMPTED = 75
+
+
+class PreemptionGuard:
+    """Turns the first SIGTERM or SIGINT into a flag that the training loop polls.
+
+    The old handlers come back with that first signal, so a second one ends the process at once (or
+    raises KeyboardInterrupt), for those who cannot wait for the save; and on leaving the context.
+
+    With several processes, agree before acting on it: signals reach them at different steps.
+
+    Example::
+
+        with PreemptionGuard() as guard:
+            for step in steps:
+                ...
+                if guard.requested:
+                    save(); sys.exit(ExitCode.PREEMPTED)
+    """
+
+    def __init__(self) -> None:
+        self._requested = threading.Event()
+        self._old_handlers: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self._requested.is_set()
+
+    def __enter__(self) -> Self:
+        for number in SIGNALS:
+            self._old_handlers[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._requested.set()
+        self._restore()
+        logger.warning(
+            "%s: saving after this step, then leaving with code %d; a second signal ends at once",
+            signal.Signals(number).name,
+            ExitCode.PREEMPTED,
+        )
+
+    def _restore(self) -> None:
+        for number, handler in self._old_handlers.items():
+            # None: a handler that was not set from Python; it cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._old_handlers.clear()

@@ -1,0 +1,53 @@
+"""Train by a config: ``python -m vlp_jax.main --config=configs/demo.py --workdir=runs/demo``."""
+
+import contextlib
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from vlp_jax.infra.checkpoint import DamagedCheckpointError
+from vlp_jax.infra.compilation import set_gpu_flags
+from vlp_jax.infra.preemption import ExitCode
+from vlp_jax.train.loop import RunStopped, train
+from vlp_jax.train.setup import prepare
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "the run's configuration", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; an existing run is resumed")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train, and exit with a code that says how it ended (``infra.preemption.ExitCode``)."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; config keys are --config.KEY=VALUE")
+    config = _CONFIG.value
+    with contextlib.ExitStack() as stack:
+        if config.debug:
+            jax.config.update("jax_debug_nans", True)
+            stack.enter_context(jax.disable_jit())
+        try:
+            setup = prepare(config, pathlib.Path(_WORKDIR.value))
+        except (ValueError, OSError) as error:
+            logging.debug("traceback of the error below", exc_info=True)
+            sys.exit(_fail(ExitCode.BAD_INPUT, error))
+        try:
+            code = train(setup)
+        except RunStopped as error:
+            code = _fail(error.code, error)
+        except DamagedCheckpointError as error:
+            code = _fail(ExitCode.DAMAGED_CHECKPOINTS, error)
+    sys.exit(code)
+
+
+def _fail(code: ExitCode, error: Exception) -> ExitCode:
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    set_gpu_flags()
+    app.run(main)

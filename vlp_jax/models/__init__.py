@@ -1,0 +1,1 @@
+"""Flax linen modules; nothing here knows of a loss."""

@@ -1,0 +1,144 @@
+"""One attention function for the whole project.
+
+It picks the XLA or the cuDNN kernel by what was measured for a shape (``docs/perf.md``), masks
+truly (a query with nothing to see gives zeros, never a uniform average) and takes its softmax in
+float32.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from vlp_jax.models.dropout import dropout
+
+Implementation = Literal["auto", "xla", "cudnn"]
+
+# Below this many keys the XLA kernel was as fast or faster on an H200 (docs/perf.md).
+CUDNN_MIN_KEYS = 64
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_noise: jax.Array | None = None,
+    site: str = "",
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """Scaled dot-product attention over several heads.
+
+    Args:
+        query: [..., Q, H, d].
+        key: [..., K, H, d], same leading dimensions as ``query``.
+        value: [..., K, H, d].
+        mask: bool [..., Q, K] over the leading dimensions of ``query`` (each may be 1), True where
+            the query may see the key; None: everything is seen.
+        dropout_rate: share of attention weights dropped; needs ``dropout_noise`` when positive.
+        dropout_noise: see ``vlp_jax.models.dropout``.
+        site: name of this attention in the model, for the dropout.
+        implementation: ``auto``, ``xla`` or ``cudnn``; cuDNN takes neither mask nor dropout here.
+
+    Returns:
+        [..., Q, H, d] in the dtype of ``query``; zeros for a query that sees no key.
+
+    Raises:
+        ValueError: ``cudnn`` is asked for with a mask or with dropout.
+    """
+    plain = mask is None and dropout_rate == 0.0
+    if implementation == "cudnn" and not plain:
+        raise ValueError("model.attention='cudnn' takes no mask and no dropout; use 'auto'")
+    if implementation == "cudnn" or (
+        implementation == "auto"
+        and plain
+        and jax.default_backend() == "gpu"
+        and query.dtype in (jnp.bfloat16, jnp.float16)
+        and key.shape[-3] >= CUDNN_MIN_KEYS
+    ):
+        return _cudnn_attention(query, key, value)
+    if dropout_rate > 0.0 and dropout_noise is None:
+        raise ValueError("dropout_rate > 0 needs dropout_noise")
+
+    def drop(weights: jax.Array) -> jax.Array:
+        return dropout(weights, dropout_rate, dropout_noise, site) if dropout_rate else weights
+
+    return _xla_attention(query, key, value, mask, drop)
+
+
+def _xla_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    drop: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    scale = query.shape[-1] ** -0.5
+    logits = _scores(query * scale, key)
+    if mask is not None:
+        mask = jnp.expand_dims(mask, -3)  # the same for every head
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1)
+    if mask is not None:
+        # A fully hidden row comes out of the softmax uniform; this makes it zero.
+        weights = jnp.where(mask, weights, 0.0)
+    weights = weights.astype(query.dtype)
+    return jnp.einsum("...hqk,...khd->...qhd", drop(weights), value)
+
+
+@jax.custom_vjp
+def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
+    """Products of queries and keys: [..., Q, H, d], [..., K, H, d] -> float32 [..., H, Q, K].
+
+    Accumulated and kept in float32 for the softmax. The gradient enters its two products in the
+    compute dtype, as in fused kernels; without this rule JAX multiplies them in float32, off the
+    fast matrix units.
+    """
+    return jnp.einsum("...qhd,...khd->...hqk", query, key, preferred_element_type=jnp.float32)
+
+
+def _scores_forward(
+    query: jax.Array, key: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _scores(query, key), (query, key)
+
+
+def _scores_backward(
+    residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    query, key = residuals
+    cotangent = cotangent.astype(query.dtype)
+    return (
+        jnp.einsum("...hqk,...khd->...qhd", cotangent, key),
+        jnp.einsum("...hqk,...qhd->...khd", cotangent, query),
+    )
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
+
+
+def _cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Fused attention; lengths are padded to multiples of 8, which cuDNN asks for."""
+    batch = query.shape[:-3]
+    queries, keys = query.shape[-3], key.shape[-3]
+
+    def padded(x: jax.Array) -> jax.Array:
+        x = x.reshape(-1, *x.shape[-3:])
+        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
+
+    rows = 1
+    for size in batch:
+        rows *= size
+    lengths = {}
+    if queries % 8 or keys % 8:
+        lengths = {
+            "query_seq_lengths": jnp.full((rows,), queries, jnp.int32),
+            "key_value_seq_lengths": jnp.full((rows,), keys, jnp.int32),
+        }
+    out = jax.nn.dot_product_attention(
+        padded(query), padded(key), padded(value), implementation="cudnn", **lengths
+    )
+    return out[:, :queries].reshape(query.shape)

@@ -1,0 +1,70 @@
+"""Floating-point operations of each part, by formula: two for every multiply-add of a product.
+
+Norms, activations, softmax and dropout are left out, as is usual for model FLOPs. Held against the
+lowered module's own count in ``tests/models/test_flops.py``.
+"""
+
+from vlp_jax.models.layers import BlockConfig
+from vlp_jax.models.vision_language import VisionLanguageConfig
+from vlp_jax.models.vit import ViTConfig
+
+
+def block_flops(
+    config: BlockConfig, queries: float, self_keys: float = 0, context_keys: float = 0
+) -> float:
+    """Forward FLOPs of one block for one example.
+
+    Args:
+        config: geometry.
+        queries: tokens that pass through the block, all streams together.
+        self_keys: tokens each query meets in self-attention; 0: none.
+        context_keys: tokens each query meets in cross-attention, projected once; 0: none.
+    """
+    width, mlp = config.width, config.mlp_width
+    macs = queries * 2 * width * mlp
+    if self_keys:
+        macs += queries * 4 * width * width + 2 * queries * self_keys * width
+    if context_keys:
+        macs += queries * 2 * width * width + context_keys * 2 * width * width
+        macs += 2 * queries * context_keys * width
+    return 2.0 * macs
+
+
+def vit_flops(config: ViTConfig) -> float:
+    """Forward FLOPs of an image tower for one image."""
+    width = config.block.width
+    grid = config.image_size // config.patch_size
+    stem = 0.0
+    patch, channels = config.patch_size, 3
+    if config.stem == "conv":
+        side, inputs = config.image_size, 3
+        for features in (width // 4, width // 2):
+            side //= 2
+            stem += 2.0 * side * side * 9 * inputs * features
+            inputs = features
+        patch, channels = patch // 4, inputs
+    stem += 2.0 * grid * grid * patch * patch * channels * width
+    return stem + config.depth * block_flops(config.block, config.tokens, config.tokens)
+
+
+def text_flops(config: VisionLanguageConfig, tokens: float, streams: int) -> float:
+    """Forward FLOPs of both halves of the text stack for one example."""
+    text, image = config.text, config.image
+    rows = streams * tokens
+    projections = 2.0 * text.width * (rows * text.width + image.tokens * image.block.width)
+    lower = config.lower_depth * block_flops(text, rows, tokens)
+    upper = config.upper_depth * block_flops(text, rows, tokens, image.tokens)
+    return projections + lower + upper
+
+
+def reconstructor_flops(config: VisionLanguageConfig, queries: float, keys: float) -> float:
+    """Forward FLOPs of the reconstructor for ``queries`` queries over ``keys`` states."""
+    text = config.text
+    projection = 2.0 * queries * text.width * text.width
+    return projection + config.reconstructor_depth * block_flops(text, queries, context_keys=keys)
+
+
+def vocabulary_flops(config: VisionLanguageConfig, rows: float) -> float:
+    """Forward FLOPs of the vocabulary head for ``rows`` predictions."""
+    width = config.text.width
+    return 2.0 * rows * width * (width + config.padded_vocab_size)

@@ -1,0 +1,216 @@
+"""Building blocks of every transformer of the project.
+
+Parameters are float32; ``dtype`` is the compute dtype. Layer norms and softmax run in float32.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from vlp_jax.infra.sharding import constrain_batch
+from vlp_jax.models.attention import Implementation, attention
+from vlp_jax.models.dropout import dropout
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(1.702 x), the activation of the CLIP towers."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": quick_gelu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """What the blocks of one stack share.
+
+    Attributes:
+        width: D, features of a token.
+        heads: H; each head has D / H features.
+        mlp_width: hidden features of the feed-forward part.
+        norm: ``pre`` (norm on the way into a branch) or ``post`` (after the residual sum).
+        norm_eps: added to the variance.
+        activation: key of ``ACTIVATIONS``.
+        dropout: rate on attention weights and on the output of every branch.
+        attention: implementation asked of ``attention``.
+        dtype: compute dtype.
+    """
+
+    width: int
+    heads: int
+    mlp_width: int
+    norm: Literal["pre", "post"] = "pre"
+    norm_eps: float = 1e-5
+    activation: str = "gelu"
+    dropout: float = 0.0
+    attention: Implementation = "auto"
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r} is none of {sorted(ACTIVATIONS)}")
+        if self.norm not in ("pre", "post"):
+            raise ValueError(f"norm {self.norm!r} is neither 'pre' nor 'post'")
+
+
+Noise = jax.Array | None  # uint32 [2] of ``models.dropout``; None: no dropout
+
+
+def site(module: nn.Module, name: str) -> str:
+    """The name of a place in the model, from the module's path."""
+    return "/".join((*module.path, name))
+
+
+def drop(module: nn.Module, name: str, x: jax.Array, rate: float, noise: Noise) -> jax.Array:
+    """Dropout at a named place of a module; the identity without noise."""
+    return x if noise is None else dropout(x, rate, noise, site(module, name))
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """Keep the last dimension contiguous on a GPU.
+
+    Left alone, XLA carries the layout that a small attention product likes into the residual
+    stream, and transposes around every wide product instead (docs/perf.md).
+    """
+    if jax.default_backend() != "gpu":
+        return x
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries over a context, or of tokens over each other."""
+
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array | None,
+        mask: jax.Array | None,
+        noise: Noise,
+    ) -> jax.Array:
+        """Attend.
+
+        Args:
+            x: queries [..., Q, D].
+            context: [..., K, D] with the leading dimensions of ``x``; None: self-attention.
+            mask: bool [..., Q, K] or None.
+            noise: of the dropout on attention weights, or None.
+
+        Returns:
+            [..., Q, D].
+        """
+        c = self.config
+        context = x if context is None else context
+
+        def project(name: str, inputs: jax.Array) -> jax.Array:
+            heads = (c.heads, c.width // c.heads)
+            return nn.DenseGeneral(heads, dtype=c.dtype, name=name)(inputs)
+
+        out = attention(
+            project("query", x),
+            project("key", context),
+            project("value", context),
+            mask,
+            dropout_rate=0.0 if noise is None else c.dropout,
+            dropout_noise=noise,
+            site=site(self, "weights"),
+            implementation=c.attention,
+        )
+        return nn.DenseGeneral(c.width, axis=(-2, -1), dtype=c.dtype, name="out")(out)
+
+
+class Mlp(nn.Module):
+    """Two dense layers with an activation between them: [..., D] -> [..., D]."""
+
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply to every token."""
+        c = self.config
+        x = nn.Dense(c.mlp_width, dtype=c.dtype, name="in")(x)
+        x = ACTIVATIONS[c.activation](x)
+        return nn.Dense(c.width, dtype=c.dtype, name="out")(x)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward; either attention may be absent.
+
+    ``x`` may carry an inner axis of streams [B, S, N, D]. Self-attention stays within a stream.
+    Cross-attention flattens the streams into one run of queries [B, S * N, D], so that the keys
+    and values of a shared context are computed once.
+    """
+
+    config: BlockConfig
+    self_attention: bool = True
+    cross_attention: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        context: jax.Array | None = None,
+        context_mask: jax.Array | None = None,
+        noise: Noise = None,
+    ) -> jax.Array:
+        """Apply the block.
+
+        Args:
+            x: [B, N, D] or [B, S, N, D].
+            mask: bool, over the tokens of one stream: [B or 1, (S,) N, N].
+            context: [B, K, D], read by cross-attention.
+            context_mask: bool [B or 1, S * N or N, K].
+            noise: of the dropout, or None.
+
+        Returns:
+            Same shape as ``x``.
+        """
+        c = self.config
+        if self.self_attention:
+
+            def attend_self(h: jax.Array) -> jax.Array:
+                return Attention(c, name="self_attention")(h, None, mask, noise)
+
+            x = self._branch("self_attention", x, attend_self, noise)
+        if self.cross_attention:
+            if context is None:
+                raise ValueError("a block with cross-attention needs a context")
+            if c.norm == "pre":
+                context = norm(c, "context_norm")(context)
+
+            def attend_context(h: jax.Array) -> jax.Array:
+                flat = h.reshape(h.shape[0], -1, h.shape[-1])
+                out = Attention(c, name="cross_attention")(flat, context, context_mask, noise)
+                return out.reshape(h.shape)
+
+            x = self._branch("cross_attention", x, attend_context, noise)
+        return constrain_batch(self._branch("mlp", x, Mlp(c, name="mlp"), noise))
+
+    def _branch(
+        self, name: str, x: jax.Array, branch: Callable[[jax.Array], jax.Array], noise: Noise
+    ) -> jax.Array:
+        c = self.config
+        scale = norm(c, f"{name}_norm")
+        out = branch(scale(x) if c.norm == "pre" else x)
+        out = row_major(x + drop(self, name, out, c.dropout, noise))
+        return row_major(scale(out)) if c.norm == "post" else out
+
+
+def norm(config: BlockConfig, name: str | None = None) -> nn.LayerNorm:
+    """The layer norm of a stack; statistics in float32."""
+    return nn.LayerNorm(epsilon=config.norm_eps, dtype=config.dtype, name=name)

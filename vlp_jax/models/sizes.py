@@ -1,0 +1,159 @@
+"""Named sizes, and the way from a config to a model."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vlp_jax.models.layers import BlockConfig
+from vlp_jax.models.vision_language import VisionLanguageConfig, VisionLanguageModel
+from vlp_jax.models.vit import ViTConfig
+
+_SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    # For CPUs: the demo and the tests.
+    "tiny": {
+        "image": {
+            "width": 128,
+            "heads": 4,
+            "mlp_width": 512,
+            "depth": 2,
+            "patch_size": 4,
+            "stem": "conv",
+        },
+        "text": {
+            "width": 128,
+            "heads": 4,
+            "mlp_width": 512,
+            "lower_depth": 2,
+            "upper_depth": 2,
+            "max_positions": 64,
+        },
+        "reconstructor": {"depth": 2},
+    },
+    # For one GPU and experiments of minutes.
+    "small": {
+        "image": {
+            "width": 384,
+            "heads": 6,
+            "mlp_width": 1536,
+            "depth": 8,
+            "patch_size": 8,
+            "stem": "conv",
+        },
+        "text": {
+            "width": 384,
+            "heads": 6,
+            "mlp_width": 1536,
+            "lower_depth": 4,
+            "upper_depth": 4,
+            "max_positions": 64,
+            "dropout": 0.1,
+        },
+        "reconstructor": {"depth": 8},
+    },
+    # The geometry of the released recipe: CLIP ViT-B/32 without its last block, RoBERTa-base cut
+    # in half (FLM fact sheet, sections 1 and 3).
+    "base": {
+        "image": {
+            "width": 768,
+            "heads": 12,
+            "mlp_width": 3072,
+            "depth": 11,
+            "patch_size": 32,
+            "activation": "quick_gelu",
+            "pre_norm": True,
+        },
+        "text": {
+            "width": 768,
+            "heads": 12,
+            "mlp_width": 3072,
+            "lower_depth": 6,
+            "upper_depth": 6,
+            "max_positions": 512,
+            "norm": "post",
+            "dropout": 0.1,
+        },
+        "reconstructor": {"depth": 12},
+    },
+}
+
+
+def model_config(size: str) -> ConfigDict:
+    """The explicit geometry of a named size, to be changed key by key.
+
+    Args:
+        size: ``tiny``, ``small`` or ``base``.
+
+    Raises:
+        ValueError: the size is none of these.
+    """
+    if size not in _SIZES:
+        raise ValueError(f"model size {size!r} is none of {sorted(_SIZES)}")
+    chosen = _SIZES[size]
+    block = {"norm_eps": 1e-5, "activation": "gelu", "dropout": 0.0}
+    return ConfigDict(
+        {
+            "dtype": "bfloat16",
+            "attention": "auto",
+            "image": {**block, "stem": "patch", "pre_norm": False, **chosen["image"]},
+            "text": {**block, "norm": "pre", **chosen["text"]},
+            "reconstructor": dict(chosen["reconstructor"]),
+        }
+    )
+
+
+def build_model(
+    config: ConfigDict, vocab_size: int, mask_id: int, image_size: int
+) -> VisionLanguageModel:
+    """Build the module a config describes.
+
+    Args:
+        config: ``config.model``, see ``model_config``.
+        vocab_size: entries of the tokenizer.
+        mask_id: its mask token.
+        image_size: side of the images in pixels.
+
+    Raises:
+        ValueError: the geometry does not fit; the message names the keys.
+    """
+
+    def block(section: ConfigDict) -> BlockConfig:
+        shared = {f.name for f in dataclasses.fields(BlockConfig)}
+        values = {key: value for key, value in section.items() if key in shared}
+        return BlockConfig(**values, attention=config.attention, dtype=jnp.dtype(config.dtype))
+
+    return VisionLanguageModel(
+        VisionLanguageConfig(
+            image=ViTConfig(
+                block=block(config.image),
+                depth=config.image.depth,
+                patch_size=config.image.patch_size,
+                image_size=image_size,
+                stem=config.image.stem,
+                pre_norm=config.image.pre_norm,
+            ),
+            text=block(config.text),
+            lower_depth=config.text.lower_depth,
+            upper_depth=config.text.upper_depth,
+            reconstructor_depth=config.reconstructor.depth,
+            vocab_size=vocab_size,
+            max_positions=config.text.max_positions,
+            mask_id=mask_id,
+        )
+    )
+
+
+def parameter_table(params: Any, depth: int = 1) -> list[tuple[str, int]]:
+    """Parameters of each module: [(path, count)], largest part last summed as ``total``.
+
+    Args:
+        params: nested dict of arrays or shapes.
+        depth: how many levels of the tree get a row of their own.
+    """
+    counts: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = "/".join(str(key.key) for key in path[:depth])
+        counts[name] = counts.get(name, 0) + leaf.size
+    return [*counts.items(), ("total", sum(counts.values()))]

@@ -1,0 +1,292 @@
+"""Free Language Modeling: encode once, corrupt in attention, predict every token.
+
+Source: fact sheet of Free Language Modeling (CVPR 2023), sections 1 and 2.
+
+A text x_0 = <s>, x_1, ..., x_{n-1} = </s> is encoded uncorrupted in two streams that share all
+weights, forward (row i sees j <= i) and reverse (row i sees j >= i). A query for token i then reads
+the states of both streams outside a span around i. Since a forward state before the span has seen
+nothing of the span, and neither has a reverse state after it, the span is hidden from the query;
+the encoder ran once for all n - 1 predictions.
+
+Each of the three losses predicts L = n - 1 tokens, so that the mean over tokens of every one has
+the same weight:
+
+* reconstruction: query i -> x_i, i = 1 .. n-1;
+* forward: row i -> x_{i+1}, i = 0 .. n-2;
+* reverse: row i -> x_{i-1}, i = 1 .. n-1.
+
+Where the released code has a quirk (fact sheet, sections 1 and 7), this is what we do:
+
+* *The end token stands in its own query there*, a trivial target. Here </s> is hidden from its
+  query and predicted as any other token. Evaluators report words only, without </s>.
+* *The class row sees all tokens in both streams, and its column is hidden from the others.* Here
+  both masks are plainly causal: in the forward stream <s> sees itself and the image, which makes
+  it the start of a caption, and x_1 is predicted from it (never predicted there). A query may
+  always read it, so that at r = 1 the image remains. In the reverse stream row 0 comes last and
+  sees everything. The readout of a whole text is the query for position 0.
+* *The first row of padding predicts </s> in the reverse stream*, trivially. Rows of padding are no
+  targets here, and no query reads them.
+* *Blocked rows of an additive -10000 mask attend everywhere.* Masks are boolean here, and a row
+  with nothing to see gives zeros.
+* *Spans are clipped at the edges*, so that less than r is hidden. Here a span is shifted inwards:
+  it always has the length drawn, and the mean share hidden is r.
+* *Corruption is drawn afresh in evaluation.* Here evaluators pass a fixed key.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlp_jax.compress.buckets import Bucket
+from vlp_jax.data.augment import normalize
+from vlp_jax.data.batch import Batch
+from vlp_jax.models.dropout import dropout_noise
+from vlp_jax.models.flops import (
+    reconstructor_flops,
+    text_flops,
+    vit_flops,
+    vocabulary_flops,
+)
+from vlp_jax.models.masks import token_mask, two_stream_mask
+from vlp_jax.models.vision_language import TextStates, VisionLanguageModel
+from vlp_jax.objectives.base import Extras, LossOutput, Mean, Params, example_keys
+from vlp_jax.objectives.cross_entropy import CHUNK_ROWS, TokenScores, vocabulary_cross_entropy
+
+LOSSES = ("reconstruction", "forward", "reverse")
+
+
+def hidden_spans(
+    rng: jax.Array, lengths: jax.Array, tokens: int, rate: float | jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Draw the span hidden from each query.
+
+    With L = n - 1 tokens that can be hidden (positions 1 .. n-1), a span holds 1 + m of them,
+    m ~ Binomial(L - 1, (rate L - 1) / (L - 1)), so that its mean length is rate * L; a rate below
+    1 / L means 1 / L, the query's own token alone. The span is centred on its query, the odd
+    token falling to either side by a coin, and shifted inwards at both ends.
+
+    Args:
+        rng: keys [B], one an example.
+        lengths: int32 [B], n, including <s> and </s>.
+        tokens: N.
+        rate: corruption rate r in [0, 1].
+
+    Returns:
+        First and last hidden position of each query, int32 [B, N] each; meaningful for queries
+        1 .. n-1.
+    """
+    rate = jnp.asarray(rate, jnp.float32)
+
+    def one(key: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+        extra_key, side_key = jax.random.split(key)
+        others = jnp.maximum(length - 2, 0)  # L - 1
+        probability = jnp.clip((rate * (others + 1) - 1.0) / jnp.maximum(others, 1), 0.0, 1.0)
+        # The binomial as a sum of coins, row i the coins of query i; coins past L - 1 do not count.
+        coins = jax.random.uniform(extra_key, (tokens, tokens)) < probability
+        coins &= (jnp.arange(tokens) < others)[None, :]
+        extra = coins.sum(axis=-1, dtype=jnp.int32)
+        odd_left = jax.random.bits(side_key, (tokens,), jnp.uint8) < 128
+        before = (extra + odd_left) // 2
+        first = jnp.arange(tokens) - before
+        first = jnp.clip(first, 1, jnp.maximum(length - 1 - extra, 1))
+        return first, first + extra
+
+    return jax.vmap(one)(rng, lengths)
+
+
+def visible_mask(
+    positions: jax.Array, lengths: jax.Array, first: jax.Array, last: jax.Array, tokens: int
+) -> jax.Array:
+    """Which states of the two streams a query may read.
+
+    Args:
+        positions: int32 [Q], what is asked for. The query for 0 reads everything.
+        lengths: int32 [B].
+        first: int32 [B, N], first hidden position of each query.
+        last: int32 [B, N], last hidden position.
+        tokens: N.
+
+    Returns:
+        bool [B, Q, 2 N]: N keys of the forward stream, then N of the reverse one.
+    """
+    key = jnp.arange(tokens)[None, None, :]
+    whole = (positions == 0)[None, :, None]
+    forward = whole | (key < first[:, positions][..., None])
+    reverse = whole | (key > last[:, positions][..., None])
+    real = token_mask(lengths, tokens)[:, None, :]
+    return jnp.concatenate([forward & real, reverse & real], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class FLM:
+    """Reconstruction of every token plus next-token losses of both streams.
+
+    Attributes:
+        model: the shared encoder.
+        batch_name: named batch it reads.
+        corruption_rate: r in [0, 1]; what lies below 1 / L (so also 0.0) is the base case, the
+            query's own token alone.
+        loss_weights: factor of each loss in ``LOSSES``; their sum need not be 1.
+        chunk_rows: rows of logits that exist at a time.
+        name: key in ``config.objectives``.
+    """
+
+    model: VisionLanguageModel
+    batch_name: str = "pairs"
+    corruption_rate: float = 0.0
+    loss_weights: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(LOSSES, 1.0 / len(LOSSES))
+    )
+    chunk_rows: int = CHUNK_ROWS
+    name: str = "flm"
+    splittable: bool = True
+
+    def __post_init__(self) -> None:
+        key = f"config.objectives.{self.name}"
+        if not 0.0 <= self.corruption_rate <= 1.0:
+            raise ValueError(
+                f"{key}.corruption_rate={self.corruption_rate} must lie in [0, 1]; "
+                "0 hides a query's own token alone"
+            )
+        if set(self.loss_weights) != set(LOSSES):
+            raise ValueError(
+                f"{key}.loss_weights has {sorted(self.loss_weights)}; give {sorted(LOSSES)}"
+            )
+
+    def init(
+        self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> tuple[Params, Extras]:
+        """Parameters of the whole model; no extras."""
+        batch = {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in batch_spec.items()}
+
+        def forward(model: VisionLanguageModel) -> None:
+            queries, _ = self._encode(model, batch, rng, self.corruption_rate, None)
+            model.predict_vocabulary(queries)
+
+        return nn.init(forward, self.model)(rng)["params"], {}
+
+    def loss(
+        self,
+        params: Params,
+        extras: Extras,
+        batch: Batch,
+        rng: jax.Array,
+        bucket: Bucket,
+        train: bool = True,
+    ) -> LossOutput:
+        """The weighted sum of the three losses; see the module's docstring."""
+        scores, weight = self._scores(params, batch, rng, train)
+        count = (weight > 0).sum(dtype=jnp.float32)
+        tokens = batch["text_ids"].shape[1] - 1
+        metrics = {}
+        for i, name in enumerate(LOSSES):
+            part = slice(i * tokens, (i + 1) * tokens)
+            metrics[f"{name}_loss"] = Mean(scores.nll[:, part].sum(), count)
+            metrics[f"{name}_accuracy"] = Mean(scores.correct[:, part].sum(), count)
+        return LossOutput(Mean(scores.loss, count), extras, metrics)
+
+    def flops(self, text_length: float) -> float:
+        """Forward FLOPs of one example with n = ``text_length`` tokens; a step costs three times.
+
+        By formula over real tokens, padding not counted.
+        """
+        c = self.model.config
+        predictions = text_length - 1
+        return (
+            vit_flops(c.image)
+            + text_flops(c, text_length, streams=2)
+            + reconstructor_flops(c, predictions, keys=2 * text_length)
+            + vocabulary_flops(c, len(LOSSES) * predictions)
+        )
+
+    def reconstruction_scores(
+        self, params: Params, batch: Batch, rng: jax.Array, rate: jax.Array
+    ) -> TokenScores:
+        """Score the reconstruction of every token at a given rate, without dropout.
+
+        Args:
+            params: parameters of the model.
+            batch: named arrays, see ``vlp_jax.data.batch``.
+            rng: key of the corruption, folded with each example's position.
+            rate: float32 [], corruption rate.
+
+        Returns:
+            Scores [B, N - 1] of the tokens 1 .. N-1, zero at padding.
+        """
+
+        def forward(model: VisionLanguageModel) -> tuple[jax.Array, ...]:
+            queries, _ = self._encode(model, batch, rng, rate, None)
+            return model.predict_vocabulary(queries)
+
+        features, kernel, bias = nn.apply(forward, self.model)({"params": params})
+        return vocabulary_cross_entropy(
+            features,
+            kernel,
+            bias,
+            batch["text_ids"][:, 1:],
+            _token_weights(batch),
+            self.model.config.vocab_size,
+            self.chunk_rows,
+        )
+
+    def _encode(
+        self,
+        model: VisionLanguageModel,
+        batch: Batch,
+        rng: jax.Array,
+        rate: float | jax.Array,
+        noise: jax.Array | None,
+    ) -> tuple[jax.Array, TextStates]:
+        """Queries [B, N - 1, D] for the tokens 1 .. N-1, and the states they read."""
+        ids, lengths = batch["text_ids"], batch["text_length"]
+        tokens = ids.shape[1]
+        image = model.encode_image(normalize(batch["image"]), noise)
+        states = model.encode_text(
+            ids, two_stream_mask(lengths, tokens), image, ("forward", "reverse"), noise
+        )
+        first, last = hidden_spans(example_keys(rng, batch["position"]), lengths, tokens, rate)
+        positions = jnp.arange(1, tokens)
+        mask = visible_mask(positions, lengths, first, last, tokens)
+        return model.reconstruct(positions, states, mask, noise), states
+
+    def _scores(
+        self, params: Params, batch: Batch, rng: jax.Array, train: bool
+    ) -> tuple[TokenScores, jax.Array]:
+        """Scores [B, 3 (N - 1)] in the order of ``LOSSES``, and which tokens count [B, N - 1]."""
+        ids = batch["text_ids"]
+        corruption_key, dropout_key = jax.random.split(rng)
+        # Unique to this batch, or to this micro-batch of it.
+        noise = dropout_noise(jax.random.fold_in(dropout_key, batch["position"][0]))
+
+        def forward(model: VisionLanguageModel) -> tuple[jax.Array, ...]:
+            queries, states = self._encode(
+                model, batch, corruption_key, self.corruption_rate, noise if train else None
+            )
+            forward_rows, reverse_rows = states.last[:, 0, :-1], states.last[:, 1, 1:]
+            rows = jnp.concatenate([queries, forward_rows, reverse_rows], axis=1)
+            return model.predict_vocabulary(rows)
+
+        features, kernel, bias = nn.apply(forward, self.model)({"params": params})
+        labels = jnp.concatenate([ids[:, 1:], ids[:, 1:], ids[:, :-1]], axis=1)
+        counted = _token_weights(batch)
+        weights = jnp.concatenate([self.loss_weights[name] * counted for name in LOSSES], axis=1)
+        scores = vocabulary_cross_entropy(
+            features,
+            kernel,
+            bias,
+            labels,
+            weights,
+            self.model.config.vocab_size,
+            self.chunk_rows,
+        )
+        return scores, counted
+
+
+def _token_weights(batch: Batch) -> jax.Array:
+    """1 for each of the n - 1 tokens of a valid row, 0 for padding: float32 [B, N - 1]."""
+    tokens = batch["text_ids"].shape[1]
+    real = token_mask(batch["text_length"] - 1, tokens - 1)
+    return (real & batch["valid"][:, None]).astype(jnp.float32)

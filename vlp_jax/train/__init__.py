@@ -1,0 +1,1 @@
+"""The train loop, its state, step, optimiser and schedules."""

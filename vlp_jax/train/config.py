@@ -1,0 +1,124 @@
+"""Every key a run understands, with its default.
+
+A config file starts from ``default_config()`` and changes keys. The result is locked: a key that
+is not here is an error that names it, whether it comes from the file or from a flag.
+
+    name            of the run, in logs and reports
+    seed            of everything that is drawn
+    total_*         length of the run in steps, examples or epochs (see schedule.duration)
+    debug           True: one device, no jit, NaN checks
+    model           geometry, see models.sizes
+    objectives      name -> weight, batch (named batch it reads), and what the objective takes
+    data            batch_size (global), image_size (pixels), max_text_length (tokens),
+                    text_edges (fitted where empty), num_edges and edge_multiple (of the fit),
+                    window_batches (sorted by length together), threads, workers, prefetch
+                    (batches), max_bad_fraction (of examples; the run stops above it), root (for
+                    configs whose sources share one), sources (name -> type, weight, and what the
+                    source takes)
+    tokenizer       path (a file or folder to load; empty: train on the captions), kind, vocab_size
+    optim           AdamW: b1, b2, eps, weight_decay, no_decay (paths without decay), clip_norm
+                    (0: none), ema_decay (0: none), accumulation (micro-batches), groups (name ->
+                    pattern and rate_factor), max_skipped (non-finite updates in a row)
+    schedule        peak, warmup_*, decay, cooldown_*, final_factor
+    evals           name -> type, every_*, and what the evaluator takes; each also runs at the end
+    mesh            data, fsdp, model: sizes of the axes, -1 for the rest
+    checkpoint      every_*, keep_latest, keep_best, best_metric, best_mode
+    log             every_* steps written, tensorboard, wandb (project name or empty)
+    profile         start_step, num_steps (0: none)
+    compile_cache   folder of compiled programs; empty: WORKDIR/compile_cache; "off": none
+"""
+
+from ml_collections import ConfigDict
+
+from vlp_jax.infra.errors import ConfigError, unknown_key
+from vlp_jax.models.sizes import model_config
+from vlp_jax.train.schedule import duration
+
+# Sections whose keys are names chosen by the user; what they hold is checked by its builder.
+OPEN_SECTIONS = ("objectives", "data.sources", "optim.groups", "evals")
+
+
+def default_config(size: str = "tiny") -> ConfigDict:
+    """A complete config without sources, objectives and evaluators.
+
+    Args:
+        size: of the model, see ``models.sizes``.
+    """
+    config = ConfigDict(
+        {
+            "name": "vlp",
+            "seed": 0,
+            "debug": False,
+            **duration("total"),
+            "model": model_config(size),
+            "objectives": {},
+            "data": {
+                "root": "",
+                "batch_size": 256,
+                "image_size": 32,
+                "max_text_length": 64,
+                "text_edges": (),
+                "num_edges": 6,
+                "edge_multiple": 2,
+                "window_batches": 128,
+                "threads": 4,
+                "workers": 0,
+                "prefetch": 8,
+                "max_bad_fraction": 0.01,
+                "sources": {},
+            },
+            "tokenizer": {"path": "", "kind": "wordpiece", "vocab_size": 8192},
+            "optim": {
+                "b1": 0.9,
+                "b2": 0.98,
+                "eps": 1e-8,
+                "weight_decay": 0.01,
+                "no_decay": "embedding",
+                "clip_norm": 1.0,
+                "ema_decay": 0.0,
+                "accumulation": 1,
+                "max_skipped": 10,
+                "groups": {},
+            },
+            "schedule": {
+                "peak": 1e-3,
+                **duration("warmup", percent=5.0),
+                "decay": "linear",
+                **duration("cooldown"),
+                "final_factor": 0.0,
+            },
+            "evals": {},
+            "mesh": {"data": -1, "fsdp": 1, "model": 1},
+            "checkpoint": {
+                **duration("every", percent=10.0),
+                "keep_latest": 2,
+                "keep_best": 1,
+                "best_metric": "",
+                "best_mode": "max",
+            },
+            "log": {**duration("every", steps=50), "tensorboard": True, "wandb": ""},
+            "profile": {"start_step": 20, "num_steps": 0},
+            "compile_cache": "",
+        }
+    )
+    return config.lock()
+
+
+def check_keys(config: ConfigDict) -> None:
+    """Refuse keys that ``default_config`` does not have.
+
+    Raises:
+        ConfigError: names the key and the nearest one that exists.
+    """
+    _check_section(config, default_config(), "")
+
+
+def _check_section(config: ConfigDict, known: ConfigDict, prefix: str) -> None:
+    for key, value in config.items():
+        path = f"{prefix}{key}"
+        if key not in known:
+            raise unknown_key(path, list(known))
+        if isinstance(known[key], ConfigDict) and path not in OPEN_SECTIONS:
+            if not isinstance(value, ConfigDict):
+                raise ConfigError(path, f"{value!r} is no section", "Set the keys inside it")
+            _check_section(value, known[key], f"{path}.")

@@ -1,0 +1,310 @@
+"""The train loop, from top to bottom.
+
+Nothing of a run lives outside its state and the step's number: the batch of step t is a function of
+t, so a run that was killed goes on as if nothing had happened.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import datetime
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from absl import logging
+
+from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket
+from vlp_jax.data.loader import Loader
+from vlp_jax.infra.compilation import CompiledSteps, enable_compile_cache
+from vlp_jax.infra.hardware import device_facts, measure_matmul_peak, memory
+from vlp_jax.infra.mesh import global_batch
+from vlp_jax.infra.metrics import MetricWriter, open_writer
+from vlp_jax.infra.preemption import ExitCode, PreemptionGuard
+from vlp_jax.infra.profiling import ProfilerWindow
+from vlp_jax.infra.report import write_report
+from vlp_jax.models.sizes import parameter_table
+from vlp_jax.train.program import Program
+from vlp_jax.train.schedule import to_steps
+from vlp_jax.train.setup import Setup, plain
+from vlp_jax.train.state import TrainState
+from vlp_jax.train.step import StepFunction
+
+# Steps that may wait on the device: enough to hide the host, few enough to hold few batches.
+QUEUED_STEPS = 2
+
+
+class RunStopped(RuntimeError):
+    """The run cannot go on.
+
+    Attributes:
+        code: exit code of the process.
+    """
+
+    def __init__(self, code: ExitCode, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+@dataclasses.dataclass
+class Clock:
+    """Where the time between two log lines went, in seconds.
+
+    Attributes:
+        waited: for input.
+        paused: for compiling, evaluating and saving.
+        examples: trained on.
+        tokens: of their texts.
+    """
+
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    paused: float = 0.0
+    examples: int = 0
+    tokens: int = 0
+
+    @contextlib.contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Time that is not training."""
+        begun = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - begun
+
+    def speed(self, program: Program, peak: float) -> dict[str, float]:
+        """Samples/s, MFU and the share of the time that the step waited for input."""
+        seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
+        rate = self.examples / seconds
+        names = {objective.batch_name for objective in program.objectives}
+        mean_length = self.tokens / max(self.examples, 1)
+        flops = program.flops(dict.fromkeys(names, mean_length))
+        return {
+            "speed/samples_per_second": rate,
+            "speed/mfu": rate * flops / (peak * program.mesh.size),
+            "speed/input_wait_fraction": self.waited / seconds,
+        }
+
+
+def train(setup: Setup) -> ExitCode:
+    """Train to the end of the budget, or until a signal asks to stop.
+
+    Prints one JSON line at the end: ``workdir``, ``report``, ``step``, ``metrics``.
+
+    Args:
+        setup: of ``train.setup.prepare``.
+
+    Returns:
+        ``OK`` or ``PREEMPTED``.
+
+    Raises:
+        RunStopped: too many bad updates or examples; the message names the last checkpoint.
+    """
+    config, program, mesh, total = setup.config, setup.program, setup.mesh, setup.total_steps
+    primary = jax.process_index() == 0
+    if config.compile_cache != "off":
+        enable_compile_cache(config.compile_cache or setup.workdir / "compile_cache")
+
+    with contextlib.ExitStack() as stack:
+        # Restore or begin. -----------------------------------------------------------------------
+        checkpoints = stack.enter_context(setup.open_checkpoints())
+        restored = checkpoints.restore_latest(program.state_spec)
+        state = program.init() if restored is None else restored.state
+        start = 0 if restored is None else restored.step
+        if restored is not None:
+            logging.info("resumed from step %d of %s", start, checkpoints.directory)
+
+        # Open what is written to. ----------------------------------------------------------------
+        facts = run_facts(setup, start)
+        writer = open_writer(
+            setup.workdir,
+            total,
+            primary=primary,
+            resume_step=None if restored is None else start,
+            tensorboard=config.log.tensorboard,
+            wandb_project=config.log.wandb,
+            config=plain(config),
+        )
+        stack.callback(writer.close)
+        peak = measure_matmul_peak()
+        facts["matmul_peak_tflops"] = round(peak / 1e12, 2)
+
+        # Compile every bucket ahead of its first use. --------------------------------------------
+        steps = _compile(setup, writer, start)
+        facts["compile_seconds"] = {_label(key): round(s, 1) for key, s in steps.seconds.items()}
+        _write_facts(setup, facts | {"status": "running"}, primary)
+
+        # Train. ----------------------------------------------------------------------------------
+        loader = stack.enter_context(
+            Loader(
+                setup.plan,
+                start,
+                total,
+                host=jax.process_index(),
+                hosts=jax.process_count(),
+                workers=config.data.workers,
+                threads=config.data.threads,
+                prefetch=config.data.prefetch,
+            )
+        )
+        guard = stack.enter_context(PreemptionGuard())
+        profiler = stack.enter_context(
+            ProfilerWindow(setup.workdir / "profile", **config.profile.to_dict())
+        )
+        log_every = to_steps(config.log, "log", "every", setup.budget) or total
+        save_every = to_steps(config.checkpoint, "checkpoint", "every", setup.budget) or total
+        queue: collections.deque[Any] = collections.deque()
+        clock, results = Clock(), {}
+        step = start
+        while step < total and not guard.requested:
+            waiting = time.perf_counter()
+            host = next(loader)
+            clock.waited += time.perf_counter() - waiting
+            planned = setup.plan.batch(step)
+            batches = {name: global_batch(host, mesh) for name in _batch_names(program)}
+            with profiler.step(step), jax.transfer_guard("disallow"):
+                state, metrics = steps.get(_key(setup, step), _never)(state, batches)
+            step += 1
+            clock.examples += len(planned)
+            clock.tokens += int(planned.length.sum())
+            queue.append(metrics)
+            if len(queue) > QUEUED_STEPS:
+                jax.block_until_ready(queue.popleft())
+
+            if step % log_every == 0 or step == total:
+                values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+                _check_health(setup, values, step, checkpoints.latest_path)
+                used = memory()
+                writer.write(
+                    step,
+                    {f"train/{name}": value for name, value in values.items()}
+                    | clock.speed(program, peak)
+                    | {"memory/peak_bytes": used.peak, "memory/in_use_bytes": used.in_use},
+                )
+                clock = Clock()
+
+            with clock.pausing():
+                evaluated = _evaluate(setup, state, step, writer)
+                results |= evaluated
+                if step % save_every == 0 and step < total:
+                    checkpoints.save(step, state, evaluated, setup.checkpoint_extra())
+
+        # Save and report. ------------------------------------------------------------------------
+        preempted = step < total
+        checkpoints.save(step, state, {} if preempted else evaluated, setup.checkpoint_extra())
+        checkpoints.wait()
+        values = {f"train/{k}": float(v) for k, v in jax.device_get(metrics).items()}
+        facts |= {
+            "status": "preempted" if preempted else "finished",
+            "step": step,
+            "end": _now(),
+            "bad_examples": dict(loader.bad.counts) | setup.dropped_captions,
+        }
+        _write_facts(setup, facts, primary)
+    report = write_report(setup.workdir) if primary else None
+    if primary:
+        summary = {"workdir": str(setup.workdir), "report": str(report), "step": step}
+        print(json.dumps(summary | {"metrics": values | results}), flush=True)
+    return ExitCode.PREEMPTED if preempted else ExitCode.OK
+
+
+def _compile(setup: Setup, writer: MetricWriter, start: int) -> CompiledSteps[StepBucket, StepFunction]:
+    """The compiled update of every bucket the plan can ask for."""
+    steps: CompiledSteps[StepBucket, StepFunction] = CompiledSteps(limit=MAX_SCHEDULED_BUCKETS)
+    names = _batch_names(setup.program)
+    for bucket in setup.plan.buckets():
+        key = tuple((name, bucket) for name in names)
+        if setup.config.debug:
+            steps.compile(key, setup.program.step)
+        else:
+            steps.compile(key, lambda key: setup.program.lower(key).compile())
+        writer.write(start, {f"compile/seconds/{_label(key)}": steps.seconds[key]})
+    return steps
+
+
+def _evaluate(
+    setup: Setup, state: TrainState, step: int, writer: MetricWriter
+) -> dict[str, float]:
+    """Run the evaluators that are due, on the moving average where there is one."""
+    values = {}
+    for name, evaluator in setup.evaluators.items():
+        every = setup.eval_steps[name]
+        if step == setup.total_steps or (every and step % every == 0):
+            params = state.extras["ema"] or state.params
+            values |= {f"{name}/{key}": value for key, value in evaluator.run(params, step)}
+    if values:
+        writer.write(step, values)
+    return values
+
+
+def _check_health(setup: Setup, values: Mapping[str, float], step: int, last_good: Any) -> None:
+    """Stop a run that has lost its way, and say from where to go on."""
+    last = f"last good checkpoint: {last_good or 'none'}"
+    limit = setup.config.optim.max_skipped
+    if values["skipped_in_a_row"] >= limit:
+        raise RunStopped(
+            ExitCode.TOO_MANY_BAD_UPDATES,
+            f"step {step}: loss or gradient not finite {int(values['skipped_in_a_row'])} times in "
+            f"a row (config.optim.max_skipped={limit}); {last}. Lower config.schedule.peak or set "
+            "config.debug=True to find the first NaN.",
+        )
+    seen = step * setup.budget.batch_size
+    bad_limit = setup.config.data.max_bad_fraction
+    if values["replaced"] > bad_limit * seen:
+        raise RunStopped(
+            ExitCode.TOO_MANY_BAD_EXAMPLES,
+            f"step {step}: {int(values['replaced'])} of {seen} examples were damaged, more than "
+            f"config.data.max_bad_fraction={bad_limit:.2%}; {last}. Mend the data (the first of "
+            "each kind is logged above) or raise the limit.",
+        )
+
+
+def run_facts(setup: Setup, start: int) -> dict[str, Any]:
+    """What the report says of a run beside its metrics."""
+    device = device_facts()
+    return {
+        "name": setup.config.name,
+        "start": _now(),
+        "step": start,
+        "total_steps": setup.total_steps,
+        "command": shlex.join(["python", "-m", "vlp_jax.main", *sys.argv[1:]]),
+        "device": device.pop("device_kind"),
+        **device,
+        "mesh": dict(setup.mesh.shape),
+        "batch_size": setup.budget.batch_size,
+        "text_edges": list(setup.plan.edges),
+        "padding_waste": round(setup.plan.padding_waste(setup.plan.window_batches), 4),
+        "vocabulary": setup.tokenizer.vocab_size,
+        "parameters": [
+            {"module": module, "parameters": count}
+            for module, count in parameter_table(setup.program.state_spec.params)
+        ],
+    }
+
+
+def _write_facts(setup: Setup, facts: Mapping[str, Any], primary: bool) -> None:
+    if primary:
+        (setup.workdir / "run.json").write_text(json.dumps(dict(facts), indent=2) + "\n")
+
+
+def _batch_names(program: Program) -> list[str]:
+    return sorted({objective.batch_name for objective in program.objectives})
+
+
+def _key(setup: Setup, step: int) -> StepBucket:
+    bucket = setup.plan.bucket(step)
+    return tuple((name, bucket) for name in _batch_names(setup.program))
+
+
+def _label(key: StepBucket) -> str:
+    return "+".join(f"{size.text_length}x{size.image_size}" for _, size in key)
+
+
+def _never(key: StepBucket) -> StepFunction:
+    raise RuntimeError(f"bucket {_label(key)} was not among those the plan announced")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,195 @@
+"""Everything a run needs, built and checked before any device time is spent."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vlp_jax.data.build import bad_captions, build_plan, build_source, build_tokenizer
+from vlp_jax.data.plan import Plan
+from vlp_jax.data.source import Source
+from vlp_jax.data.tokenizer import Tokenizer
+from vlp_jax.evals import EvalContext, Evaluator, build_evaluators
+from vlp_jax.infra.checkpoint import Checkpoints
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.mesh import make_mesh
+from vlp_jax.train.config import check_keys
+from vlp_jax.train.program import Program
+from vlp_jax.train.schedule import Budget, to_steps
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "config.json"
+CHECKPOINT_FOLDER = "checkpoints"
+
+# Keys that may change between two starts of a run without changing what it computes.
+FREE_KEYS = ("name", "debug", "log", "profile", "checkpoint", "evals", "compile_cache", "mesh")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What ``prepare`` builds.
+
+    Attributes:
+        config: of the run.
+        workdir: where the run keeps its files.
+        mesh: all devices, or one in debug mode.
+        tokenizer: loaded or trained; kept in the workdir and in every checkpoint.
+        sources: training sources by name.
+        plan: of the training batches.
+        budget: batch size, epoch and total steps.
+        program: the update.
+        evaluators: by name.
+        eval_steps: name -> steps between two runs of an evaluator; None: only at the end.
+        dropped_captions: captions left out when the annotations were read, by kind.
+    """
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    mesh: Mesh
+    tokenizer: Tokenizer
+    sources: dict[str, Source]
+    plan: Plan
+    budget: Budget
+    program: Program
+    evaluators: dict[str, Evaluator]
+    eval_steps: dict[str, int | None]
+    dropped_captions: dict[str, int]
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole run."""
+        assert self.budget.total_steps is not None
+        return self.budget.total_steps
+
+    def open_checkpoints(self) -> Checkpoints:
+        """The checkpoints of the workdir."""
+        section = self.config.checkpoint
+        return Checkpoints(
+            self.workdir / CHECKPOINT_FOLDER,
+            keep_latest=section.keep_latest,
+            keep_best=section.keep_best,
+            best_metric=section.best_metric or None,
+            best_mode=section.best_mode,
+        )
+
+    def checkpoint_extra(self) -> dict[str, Any]:
+        """What is saved beside the state: enough to use it without the workdir."""
+        return {"config": plain(self.config), "tokenizer": self.tokenizer.to_json()}
+
+
+def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
+    """Build a run from its config; every fault of the input shows here.
+
+    Args:
+        config: complete, see ``train.config``.
+        workdir: made if absent; a tokenizer found there is used again.
+
+    Raises:
+        ConfigError, ValueError, OSError: the message names the key or the file, and the remedy.
+    """
+    check_keys(config)
+    mesh = make_mesh(devices=jax.devices()[:1]) if config.debug else make_mesh(**config.mesh)
+    sources = {name: build_source(config, name) for name in sorted(config.data.sources)}
+    dropped = bad_captions(sources)
+    _check_dropped(config, sources, dropped)
+    workdir.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(config, workdir, list(sources.values()))
+    plan = build_plan(config, sources, tokenizer)
+    budget = Budget(config.data.batch_size, plan.examples_per_epoch)
+    total = to_steps(config, "", "total", budget)
+    if not total:
+        raise ConfigError(
+            "total_steps", "the run has no length", "Give total_steps, _examples or _epochs"
+        )
+    budget = dataclasses.replace(budget, total_steps=total)
+    program = Program(config, tokenizer.vocab_size, tokenizer.mask_id, mesh, budget)
+    evaluators = build_evaluators(
+        EvalContext(config, program.objectives, tokenizer, mesh, plan.edges, workdir)
+    )
+    eval_steps = {
+        name: to_steps(with_durations(config.evals[name]), f"evals.{name}", "every", budget)
+        for name in evaluators
+    }
+    _write_config(config, workdir)
+    return Setup(
+        config,
+        workdir,
+        mesh,
+        tokenizer,
+        sources,
+        plan,
+        budget,
+        program,
+        evaluators,
+        eval_steps,
+        dropped,
+    )
+
+
+def with_durations(section: ConfigDict) -> ConfigDict:
+    """A section whose missing ``every_*`` keys are None."""
+    keys = ("every_steps", "every_examples", "every_epochs", "every_percent")
+    return ConfigDict({key: section.get(key) for key in keys})
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """A config as JSON holds it."""
+    result: dict[str, Any] = json.loads(config.to_json_best_effort())
+    return result
+
+
+def _tokenizer(config: ConfigDict, workdir: pathlib.Path, sources: list[Source]) -> Tokenizer:
+    file = workdir / TOKENIZER_FILE
+    if file.exists():
+        return Tokenizer.load(file)
+    tokenizer = build_tokenizer(config, sources)
+    if jax.process_index() == 0:
+        tokenizer.save(file)
+    return tokenizer
+
+
+def _check_dropped(
+    config: ConfigDict, sources: dict[str, Source], dropped: dict[str, int]
+) -> None:
+    """Stop where annotations are worse than the config allows."""
+    kept = sum(
+        int(source.num_captions(np.arange(source.num_records)).sum())
+        for source in sources.values()
+        if source.num_records is not None
+    )
+    total = sum(dropped.values())
+    if total > config.data.max_bad_fraction * (kept + total):
+        raise ConfigError(
+            "data.max_bad_fraction",
+            f"{total} of {kept + total} captions are bad ({dropped}), more than "
+            f"{config.data.max_bad_fraction:.2%}",
+            "Mend the annotations or raise the limit",
+        )
+    if dropped:
+        logging.warning("captions left out: %s", dropped)
+
+
+def _write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Keep the config in the workdir; say so where it changes what a resumed run computes."""
+    if jax.process_index() != 0:
+        return
+    file = workdir / CONFIG_FILE
+    new = plain(config)
+    if file.exists():
+        old = json.loads(file.read_text())
+        changed = sorted(
+            key for key in new if key not in FREE_KEYS and old.get(key) != new[key]
+        )
+        if changed:
+            logging.warning(
+                "the config differs from that of the last start in %s: from here on the run is "
+                "not the one that was begun",
+                ", ".join(changed),
+            )
+    file.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n")
