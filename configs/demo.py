@@ -17,8 +17,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.name = "demo"
     config.total_steps = 1200
     config.model.dtype = "float32"
+    config.model.image.patch_size = 8
+    config.model.image.activation = config.model.text.activation = "gelu_tanh"
 
-    config.data.batch_size = 64
+    config.data.batch_size = 128
     config.data.image_size = 32
     config.data.max_text_length = 16
     config.data.num_edges = 2

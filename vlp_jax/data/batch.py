@@ -25,7 +25,9 @@ FIELDS: Mapping[str, Field] = {
     "image": Field(np.uint8, ("B", "H", "W", "3"), "RGB pixels, not normalised"),
     "text_ids": Field(np.int32, ("B", "N"), "token ids: <s> words </s>, then padding"),
     "text_length": Field(np.int32, ("B",), "tokens including <s> and </s>; the rest is padding"),
-    "position": Field(np.int32, ("B",), "global position in the run, t * B + row; folded into keys"),
+    "position": Field(
+        np.int32, ("B",), "global position in the run, t * B + row; folded into keys"
+    ),
     "valid": Field(np.bool_, ("B",), "False for a row that only fills up the last batch of a set"),
     "replaced": Field(np.int32, ("B",), "damaged records passed over before this row was read"),
 }

@@ -113,9 +113,7 @@ def build_plan(config: ConfigDict, sources: Mapping[str, Source], tokenizer: Tok
         for name, source in sources.items()
     ]
     edges = tuple(data.text_edges) or _fitted_edges(config, planned)
-    return Plan(
-        planned, data.batch_size, config.seed, edges, data.image_size, data.window_batches
-    )
+    return Plan(planned, data.batch_size, config.seed, edges, data.image_size, data.window_batches)
 
 
 def build_eval_plan(

@@ -76,6 +76,22 @@ def _xla_attention(
     mask: jax.Array | None,
     drop: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
+    weights = drop(attention_weights(query, key, mask))
+    return jnp.einsum("...hqk,...khd->...qhd", weights, value)
+
+
+def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """How much each query reads of each key, before dropout.
+
+    Args:
+        query: [..., Q, H, d].
+        key: [..., K, H, d].
+        mask: as in ``attention``.
+
+    Returns:
+        [..., H, Q, K] in the dtype of ``query``, from a softmax in float32; a row sums to 1, or is
+        zero where the query sees no key.
+    """
     scale = query.shape[-1] ** -0.5
     logits = _scores(query * scale, key)
     if mask is not None:
@@ -85,8 +101,7 @@ def _xla_attention(
     if mask is not None:
         # A fully hidden row comes out of the softmax uniform; this makes it zero.
         weights = jnp.where(mask, weights, 0.0)
-    weights = weights.astype(query.dtype)
-    return jnp.einsum("...hqk,...khd->...qhd", drop(weights), value)
+    return weights.astype(query.dtype)
 
 
 @jax.custom_vjp

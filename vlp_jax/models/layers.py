@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from vlp_jax.infra.sharding import constrain_batch
-from vlp_jax.models.attention import Implementation, attention
+from vlp_jax.models.attention import Implementation, attention, attention_weights
 from vlp_jax.models.dropout import dropout
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """x * sigmoid(1.702 x), the activation of the CLIP towers."""
+    """The activation of the CLIP towers: x * sigmoid(1.702 x)."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -53,7 +53,7 @@ class BlockConfig:
     activation: str = "gelu"
     dropout: float = 0.0
     attention: Implementation = "auto"
-    dtype: jnp.dtype = jnp.dtype("float32")
+    dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype("float32"))
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -103,6 +103,9 @@ class Attention(nn.Module):
     ) -> jax.Array:
         """Attend.
 
+        Where the collection ``intermediates`` is mutable, the attention weights are sown there as
+        ``weights`` [..., H, Q, K], for evaluators that show them.
+
         Args:
             x: queries [..., Q, D].
             context: [..., K, D] with the leading dimensions of ``x``; None: self-attention.
@@ -119,9 +122,12 @@ class Attention(nn.Module):
             heads = (c.heads, c.width // c.heads)
             return nn.DenseGeneral(heads, dtype=c.dtype, name=name)(inputs)
 
+        query, key = project("query", x), project("key", context)
+        if self.is_mutable_collection("intermediates"):
+            self.sow("intermediates", "weights", attention_weights(query, key, mask))
         out = attention(
-            project("query", x),
-            project("key", context),
+            query,
+            key,
             project("value", context),
             mask,
             dropout_rate=0.0 if noise is None else c.dropout,

@@ -72,9 +72,7 @@ class ViT(nn.Module):
         block = c.block
         x = self._stem(image.astype(block.dtype))
         class_token = self.param("class_token", nn.initializers.normal(0.02), (1, 1, block.width))
-        class_token = jnp.broadcast_to(
-            class_token.astype(x.dtype), (x.shape[0], 1, block.width)
-        )
+        class_token = jnp.broadcast_to(class_token.astype(x.dtype), (x.shape[0], 1, block.width))
         x = jnp.concatenate([class_token, x], axis=1)
         positions = self.param(
             "position_embedding", nn.initializers.normal(0.02), (1, c.tokens, block.width)

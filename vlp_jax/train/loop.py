@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from absl import logging
 
 from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket
 from vlp_jax.data.loader import Loader
@@ -113,8 +112,8 @@ def train(setup: Setup) -> ExitCode:
         restored = checkpoints.restore_latest(program.state_spec)
         state = program.init() if restored is None else restored.state
         start = 0 if restored is None else restored.step
-        if restored is not None:
-            logging.info("resumed from step %d of %s", start, checkpoints.directory)
+        if restored is not None and primary:
+            print(f"resumed from step {start} of {checkpoints.directory}", flush=True)
 
         # Open what is written to. ----------------------------------------------------------------
         facts = run_facts(setup, start)
@@ -181,7 +180,8 @@ def train(setup: Setup) -> ExitCode:
                     step,
                     {f"train/{name}": value for name, value in values.items()}
                     | clock.speed(program, peak)
-                    | {"memory/peak_bytes": used.peak, "memory/in_use_bytes": used.in_use},
+                    | {"memory/peak_bytes": used.peak, "memory/in_use_bytes": used.in_use}
+                    | {"data/fingerprint": float(planned.fingerprint())},
                 )
                 clock = Clock()
 
@@ -210,7 +210,9 @@ def train(setup: Setup) -> ExitCode:
     return ExitCode.PREEMPTED if preempted else ExitCode.OK
 
 
-def _compile(setup: Setup, writer: MetricWriter, start: int) -> CompiledSteps[StepBucket, StepFunction]:
+def _compile(
+    setup: Setup, writer: MetricWriter, start: int
+) -> CompiledSteps[StepBucket, StepFunction]:
     """The compiled update of every bucket the plan can ask for."""
     steps: CompiledSteps[StepBucket, StepFunction] = CompiledSteps(limit=MAX_SCHEDULED_BUCKETS)
     names = _batch_names(setup.program)
@@ -224,9 +226,7 @@ def _compile(setup: Setup, writer: MetricWriter, start: int) -> CompiledSteps[St
     return steps
 
 
-def _evaluate(
-    setup: Setup, state: TrainState, step: int, writer: MetricWriter
-) -> dict[str, float]:
+def _evaluate(setup: Setup, state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
     """Run the evaluators that are due, on the moving average where there is one."""
     values = {}
     for name, evaluator in setup.evaluators.items():

@@ -44,9 +44,11 @@ def decay_mask(config: ConfigDict, params: Any) -> Any:
     """True where weight decay applies: matrices whose path ``no_decay`` does not match."""
     pattern = _compile("optim.no_decay", config.no_decay)
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.ndim > 1
-        and not leaf_path(path).endswith("bias")  # the bias of fused heads is a matrix in shape
-        and not (config.no_decay and pattern.search(leaf_path(path))),
+        lambda path, leaf: (
+            leaf.ndim > 1
+            and not leaf_path(path).endswith("bias")  # the bias of fused heads is a matrix in shape
+            and not (config.no_decay and pattern.search(leaf_path(path)))
+        ),
         params,
     )
 
@@ -80,7 +82,9 @@ def rate_factors(config: ConfigDict, params: Any) -> Any:
 
 def moving_average(average: Any, params: Any, decay: float) -> Any:
     """One step of the exponential moving average, in float32."""
-    return jax.tree.map(lambda a, p: a + (1.0 - decay) * (p.astype(jnp.float32) - a), average, params)
+    return jax.tree.map(
+        lambda a, p: a + (1.0 - decay) * (p.astype(jnp.float32) - a), average, params
+    )
 
 
 def _compile(key: str, pattern: str) -> re.Pattern[str]:

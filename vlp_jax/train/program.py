@@ -120,5 +120,3 @@ class Program:
             text_lengths: mean tokens of the examples of every named batch.
         """
         return 3.0 * sum(o.flops(text_lengths[o.batch_name]) for o in self.objectives)
-
-

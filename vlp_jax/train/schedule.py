@@ -37,7 +37,9 @@ def duration(name: str, **value: float) -> dict[str, Any]:
         value: at most one of ``steps``, ``examples``, ``epochs``, ``percent``, the default.
     """
     return {
-        f"{name}_{unit}": value.get(unit, config_dict.placeholder(int if unit == "steps" else float))
+        f"{name}_{unit}": value.get(
+            unit, config_dict.placeholder(int if unit == "steps" else float)
+        )
         for unit in UNITS
     }
 

@@ -154,9 +154,7 @@ def _tokenizer(config: ConfigDict, workdir: pathlib.Path, sources: list[Source])
     return tokenizer
 
 
-def _check_dropped(
-    config: ConfigDict, sources: dict[str, Source], dropped: dict[str, int]
-) -> None:
+def _check_dropped(config: ConfigDict, sources: dict[str, Source], dropped: dict[str, int]) -> None:
     """Stop where annotations are worse than the config allows."""
     kept = sum(
         int(source.num_captions(np.arange(source.num_records)).sum())
@@ -183,9 +181,7 @@ def _write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     new = plain(config)
     if file.exists():
         old = json.loads(file.read_text())
-        changed = sorted(
-            key for key in new if key not in FREE_KEYS and old.get(key) != new[key]
-        )
+        changed = sorted(key for key in new if key not in FREE_KEYS and old.get(key) != new[key])
         if changed:
             logging.warning(
                 "the config differs from that of the last start in %s: from here on the run is "

@@ -197,7 +197,10 @@ def _accumulate(
     def add(carry: Any, micro: Batch) -> tuple[Any, None]:
         extras, *sums = carry
         grads, output = gradient(extras, micro)
-        return (output.extras, *jax.tree.map(jnp.add, sums, [grads, output.loss, output.metrics])), None
+        return (
+            output.extras,
+            *jax.tree.map(jnp.add, sums, [grads, output.loss, output.metrics]),
+        ), None
 
     shapes = jax.eval_shape(gradient, extras, jax.tree.map(lambda x: x[0], strided))
     grads, output = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

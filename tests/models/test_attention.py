@@ -1,0 +1,153 @@
+"""The one attention function, against NumPy in float64 and against plain automatic gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlp_jax.models.attention import attention
+from vlp_jax.models.dropout import dropout_noise
+
+HEADS, FEATURES = 2, 8
+
+
+def operands(*batch: int, queries: int = 5, keys: int = 7) -> tuple[np.ndarray, ...]:
+    draw = np.random.default_rng(0)
+    sizes = (queries, keys, keys)
+    return tuple(draw.normal(size=(*batch, n, HEADS, FEATURES)).astype(np.float32) for n in sizes)
+
+
+def reference(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.ndarray | None
+) -> np.ndarray:
+    """Row by row in float64: softmax over the keys that are seen, zeros where there are none."""
+    query, key, value = (x.astype(np.float64) for x in (query, key, value))
+    out = np.zeros(query.shape)
+    for index in np.ndindex(*query.shape[:-1]):
+        *batch, q, h = index
+        seen = np.ones(key.shape[-3], bool)
+        if mask is not None:
+            seen = np.broadcast_to(mask, (*query.shape[:-2], key.shape[-3]))[(*batch, q)]
+        if not seen.any():
+            continue
+        keys, values = key[tuple(batch)][seen, h], value[tuple(batch)][seen, h]
+        scores = keys @ query[index] / np.sqrt(FEATURES)
+        weights = np.exp(scores - scores.max())
+        out[index] = weights @ values / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("batch", [(3,), (2, 2)], ids=["plain", "streams"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_matches_float64_reference(batch: tuple[int, ...], masked: bool) -> None:
+    query, key, value = operands(*batch)
+    mask = np.random.default_rng(1).random((*batch, 5, 7)) < 0.5 if masked else None
+    if mask is not None:
+        mask[0, ..., 0, :] = False  # one query with nothing to see
+    out = attention(query, key, value, mask)
+    np.testing.assert_allclose(out, reference(query, key, value, mask), atol=1e-6)
+
+
+def test_mask_broadcasts_over_the_batch() -> None:
+    query, key, value = operands(3)
+    mask = np.tril(np.ones((1, 5, 7), bool))
+    out = attention(query, key, value, mask)
+    np.testing.assert_allclose(out, reference(query, key, value, mask), atol=1e-6)
+
+
+def test_blind_query_gives_zeros_and_finite_gradients() -> None:
+    query, key, value = operands(2)
+    mask = np.ones((2, 5, 7), bool)
+    mask[0, 3] = False
+    mask[1] = False
+
+    def total(*args: jax.Array) -> jax.Array:
+        return (attention(*args, mask) ** 2).sum()
+
+    out = np.asarray(attention(query, key, value, mask))
+    assert not out[0, 3].any()
+    assert not out[1].any()
+    assert out[0, 2].any()
+    gradients = jax.grad(total, argnums=(0, 1, 2))(query, key, value)
+    for gradient in gradients:
+        assert np.isfinite(gradient).all()
+        assert not np.asarray(gradient[1]).any()  # nothing was seen, nothing flows
+
+
+def test_hidden_keys_have_no_influence() -> None:
+    query, key, value = operands(2)
+    mask = np.ones((2, 5, 7), bool)
+    mask[..., 4] = False
+    changed = [x.copy() for x in (key, value)]
+    for x in changed:
+        x[:, 4] = 1e4
+    np.testing.assert_array_equal(
+        attention(query, key, value, mask), attention(query, *changed, mask)
+    )
+
+
+def test_gradients_match_automatic_ones() -> None:
+    query, key, value = operands(2)
+    mask = jnp.asarray(np.random.default_rng(2).random((2, 5, 7)) < 0.7).at[..., 0].set(True)
+    cotangent = np.random.default_rng(3).normal(size=query.shape).astype(np.float32)
+
+    def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / jnp.sqrt(FEATURES)
+        weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
+        return (cotangent * jnp.einsum("bhqk,bkhd->bqhd", weights, value)).sum()
+
+    def ours(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return (cotangent * attention(query, key, value, mask)).sum()
+
+    expected = jax.grad(plain, argnums=(0, 1, 2))(query, key, value)
+    actual = jax.grad(ours, argnums=(0, 1, 2))(query, key, value)
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_bfloat16_keeps_its_dtype_and_is_near() -> None:
+    query, key, value = (jnp.asarray(x, jnp.bfloat16) for x in operands(2))
+    out = attention(query, key, value)
+    assert out.dtype == jnp.bfloat16
+    exact = reference(*(np.asarray(x, np.float32) for x in (query, key, value)), None)
+    np.testing.assert_allclose(out.astype(np.float32), exact, atol=0.03)
+
+
+def test_dropout_acts_on_weights() -> None:
+    query, key, value = operands(4)
+    noise = dropout_noise(jax.random.key(0))
+    ones = np.ones_like(value)
+    kept = attention(query, key, ones, dropout_rate=0.5, dropout_noise=noise, site="a")
+    # Without dropout the weights of every query sum to one; with it they do on average only.
+    np.testing.assert_allclose(attention(query, key, ones), 1.0, atol=1e-6)
+    assert np.asarray(kept)[..., 0].std() > 0.1
+    with pytest.raises(ValueError, match="dropout_noise"):
+        attention(query, key, value, dropout_rate=0.5)
+
+
+def test_cudnn_refuses_masks_and_dropout() -> None:
+    query, key, value = operands(1)
+    with pytest.raises(ValueError, match="attention='cudnn'"):
+        attention(query, key, value, np.ones((1, 5, 7), bool), implementation="cudnn")
+    with pytest.raises(ValueError, match="attention='cudnn'"):
+        attention(query, key, value, dropout_rate=0.1, implementation="cudnn")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [82, 197])
+def test_cudnn_matches_xla(length: int) -> None:
+    """Odd lengths too: they are padded for cuDNN, and the padding must not be seen."""
+    draw = jax.random.normal(jax.random.key(0), (3, 4, length, 12, 64), jnp.bfloat16)
+
+    def total(implementation: str, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = attention(*args, implementation=implementation).astype(jnp.float32)
+        return (out**2).sum(), out
+
+    results = [
+        jax.value_and_grad(lambda *x, i=i: total(i, *x), argnums=(0, 1, 2), has_aux=True)(*draw)
+        for i in ("xla", "cudnn")
+    ]
+    ((_, xla), xla_gradients), ((_, cudnn), cudnn_gradients) = results
+    np.testing.assert_allclose(cudnn, xla, atol=0.02)
+    for a, b in zip(cudnn_gradients, xla_gradients, strict=True):
+        np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=0.05)

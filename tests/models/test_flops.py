@@ -1,0 +1,70 @@
+"""Model FLOPs by formula against the lowered module's own count, and parameter counts."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny import tiny_config
+
+from vlp_jax.compress.buckets import Bucket
+from vlp_jax.data.batch import batch_spec
+from vlp_jax.models.sizes import build_model, model_config, parameter_table
+from vlp_jax.objectives.flm import FLM
+
+TOKENS, IMAGE_SIZE, ROWS = 16, 288, 4
+BUCKET = Bucket(TOKENS, IMAGE_SIZE)
+
+
+@pytest.fixture(scope="module")
+def base() -> tuple[FLM, dict]:
+    """The objective at the geometry of the recipe, and the shapes of its parameters."""
+    config = model_config("base")
+    config.dtype = "float32"
+    config.text.dropout = 0.0  # its integer operations are no model FLOPs
+    model = build_model(config, 50_265, 4, IMAGE_SIZE)
+    # One chunk holds all rows: a count of the lowered module takes the body of a loop once.
+    objective = FLM(model, chunk_rows=10**9)
+    params, _ = jax.eval_shape(
+        lambda key: objective.init(key, batch_spec(BUCKET, 1)), jax.random.key(0)
+    )
+    return objective, params
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "update"])
+def test_formula_matches_the_lowered_module(base: tuple[FLM, dict], backward: bool) -> None:
+    objective, params = base
+
+    def loss(params: dict, batch: dict, rng: jax.Array) -> jax.Array:
+        return objective.loss(params, {}, batch, rng, BUCKET).loss.sum
+
+    function = jax.value_and_grad(loss) if backward else loss
+    lowered = jax.jit(function).lower(params, batch_spec(BUCKET, ROWS), jax.random.key(0))
+    counted = lowered.cost_analysis()["flops"] / ROWS
+    expected = objective.flops(TOKENS) * (3 if backward else 1)
+    assert counted == pytest.approx(expected, rel=0.03)
+
+
+def test_base_has_the_parameters_of_the_recipe(base: tuple[FLM, dict]) -> None:
+    """About 346M, in these parts (fact sheet of the paper, section 3)."""
+    table = dict(parameter_table(base[1]))
+    assert table["total"] == pytest.approx(346e6, rel=0.01)
+    assert table["image_tower"] == pytest.approx(80e6, rel=0.02)
+    assert table["text_embedding"] == pytest.approx(39e6, rel=0.02)
+    assert table["vocabulary_head"] == pytest.approx(39e6, rel=0.02)
+    assert table["total"] == sum(leaf.size for leaf in jax.tree.leaves(base[1]))
+
+
+def test_flops_grow_with_the_text() -> None:
+    config = tiny_config()
+    objective = FLM(build_model(config.model, 50, 3, config.data.image_size))
+    assert objective.flops(12.0) > objective.flops(11.5) > objective.flops(8.0) > 0
+
+
+def test_unknown_size_names_the_known() -> None:
+    with pytest.raises(ValueError, match=r"'huge' is none of \['base', 'small', 'tiny'\]"):
+        model_config("huge")
+
+
+def test_parameter_table_depth() -> None:
+    params = {"a": {"x": jnp.ones((2, 3)), "y": jnp.ones(4)}, "b": {"z": jnp.ones(5)}}
+    assert parameter_table(params) == [("a", 10), ("b", 5), ("total", 15)]
+    assert parameter_table(params, depth=2) == [("a/x", 6), ("a/y", 4), ("b/z", 5), ("total", 15)]

@@ -1,0 +1,193 @@
+"""The evaluator contract, and what evaluators over a fixed set of records share."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vlp_jax.data.batch import HostBatch
+from vlp_jax.data.build import build_eval_plan, build_source
+from vlp_jax.data.loader import Loader
+from vlp_jax.data.plan import EvalPlan
+from vlp_jax.data.source import Source
+from vlp_jax.data.tokenizer import Tokenizer
+from vlp_jax.infra.artifacts import ARTIFACTS_FOLDER, Artifact
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.objectives.base import Objective, Params
+from vlp_jax.objectives.flm import FLM
+
+
+class Evaluator(Protocol):
+    """Figures about a set of parameters; all that the train loop knows of an evaluator."""
+
+    def run(self, params: Params, step: int = 0) -> Iterator[tuple[str, float]]:
+        """Evaluate; artefacts are written beside the metrics by process 0.
+
+        Every process must run it to its end, for the programs inside are collective.
+
+        Args:
+            params: parameters of the run, sharded or not.
+            step: updates made, which artefacts carry.
+
+        Returns:
+            (name, value) pairs, the same on every process.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalContext:
+    """What a run gives to each of its evaluators.
+
+    Attributes:
+        config: of the run.
+        objectives: of the run.
+        tokenizer: of the run.
+        mesh: of the run.
+        edges: increasing text lengths that the training plan pads to.
+        workdir: where artefacts go, below ``artifacts/``; None: nowhere.
+    """
+
+    config: ConfigDict
+    objectives: tuple[Objective, ...]
+    tokenizer: Tokenizer
+    mesh: Mesh
+    edges: tuple[int, ...]
+    workdir: pathlib.Path | None
+
+    def flm(self, evaluator: str, name: str) -> FLM:
+        """The FLM objective that ``evals.<evaluator>.objective`` names.
+
+        Raises:
+            ConfigError: the run has no such objective.
+        """
+        found = {o.name: o for o in self.objectives if isinstance(o, FLM)}
+        if name not in found:
+            raise ConfigError(
+                f"evals.{evaluator}.objective",
+                f"{name!r} is no objective of type 'flm' of this run",
+                f"Use one of {sorted(found)}" if found else "Add one to `objectives`",
+            )
+        return found[name]
+
+    def source(self, evaluator: str, name: str, split: str, num_examples: int) -> Source:
+        """The source that ``evals.<evaluator>.source`` names.
+
+        Args:
+            evaluator: key in ``config.evals``.
+            name: key in ``config.data.sources``.
+            split: of that source.
+            num_examples: how many records will be read.
+
+        Raises:
+            ConfigError: there is no such source, or nothing to read.
+            ValueError: from the source, naming the key or the file.
+        """
+        self.check_source(f"evals.{evaluator}.source", name)
+        if num_examples < 1:
+            raise ConfigError(
+                f"evals.{evaluator}.num_examples",
+                f"{num_examples} examples are no set",
+                "Use 1 or more, or remove the evaluator",
+            )
+        return build_source(self.config, name, split=split, num_records=num_examples)
+
+    def check_source(self, key: str, name: str) -> None:
+        """Raise a ConfigError about ``key`` if the run has no source of that name."""
+        if name not in self.config.data.sources:
+            raise ConfigError(
+                key,
+                f"{name!r} is no source of this run",
+                f"Use one of {sorted(self.config.data.sources)}",
+            )
+
+    def save(self, name: str, artifact: Artifact) -> None:
+        """Write an artefact to ``workdir/artifacts/<name>``, on process 0 alone."""
+        if self.workdir is not None and jax.process_index() == 0:
+            artifact.save(self.workdir / ARTIFACTS_FOLDER / name)
+
+
+def fixed_plan(
+    context: EvalContext, source: Source, num_examples: int, batch_size: int
+) -> EvalPlan:
+    """The first records of a source, each with its first caption, in a single bucket.
+
+    One bucket means one compile. It is the smallest edge of the run that holds every caption, or
+    ``data.max_text_length`` where a caption is longer than any that the run trains on.
+
+    Args:
+        context: of the run.
+        source: where the records come from.
+        num_examples: how many of them.
+        batch_size: rows of a global batch.
+    """
+    config = context.config
+    cap = config.data.max_text_length
+    edges = (*(edge for edge in context.edges if edge < cap), max(cap, context.edges[-1]))
+
+    def plan(edges: tuple[int, ...]) -> EvalPlan:
+        return build_eval_plan(config, source, context.tokenizer, edges, num_examples, batch_size)
+
+    needed = plan(edges).buckets()[-1].text_length
+    return plan(edges[edges.index(needed) :])
+
+
+def read(config: ConfigDict, plan: EvalPlan, rows: slice) -> Iterator[HostBatch]:
+    """Read the whole set once.
+
+    Args:
+        config: of the run; ``data.threads`` and ``data.prefetch`` apply.
+        plan: the set.
+        rows: the rows of each global batch to read, as ``infra.mesh.host_rows`` gives them.
+    """
+    share = rows.stop - rows.start
+    with Loader(
+        plan,
+        start_step=0,
+        stop_step=plan.num_batches,
+        host=rows.start // share,
+        hosts=plan.batch_size // share,
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+    ) as loader:
+        yield from loader
+
+
+def token_classes(
+    plan: EvalPlan, tokenizer: Tokenizer, t: int, rows: slice, classes: tuple[str, ...]
+) -> np.ndarray:
+    """What kind of word each token of batch t belongs to.
+
+    Args:
+        plan: the set.
+        tokenizer: of the run.
+        t: which batch.
+        rows: the rows wanted.
+        classes: names of the classes of ``source.word_classes()`` that are told apart.
+
+    Returns:
+        int32 [B, N]: ``1 + classes.index(...)``, 0 for tokens of other words and for figures and
+        commas, -1 for ``<s>``, ``</s>`` and padding. All pieces of a word are of its class.
+    """
+    planned = plan.batch(t).rows(rows)
+    [source] = plan.sources
+    class_of = {
+        word: 1 + classes.index(name)
+        for word, name in source.source.word_classes().items()
+        if name in classes
+    }
+    result = np.full((len(planned), planned.bucket.text_length), -1, np.int32)
+    for row, (record, caption, length) in enumerate(
+        zip(planned.record, planned.caption, planned.length, strict=True)
+    ):
+        result[row, 1 : length - 1] = 0
+        if class_of:
+            text = source.source.caption(int(record), int(caption))
+            _, words = tokenizer.encode_with_words(text, source.captions.max_length)
+            result[row, 1 : length - 1] = [class_of.get(word or "", 0) for word in words[1:-1]]
+    return result
