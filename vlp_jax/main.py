@@ -18,8 +18,10 @@ from vlp_jax.train.setup import prepare
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "the run's configuration", lock_config=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; an existing run is resumed")
-flags.mark_flags_as_required(["config", "workdir"])
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "folder of the run; an existing run is resumed", required=True
+)
+flags.mark_flag_as_required("config")
 # Libraries log every file they write; what a user must know is printed or a warning.
 flags.FLAGS.set_default("verbosity", logging.WARNING)
 

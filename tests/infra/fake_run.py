@@ -15,7 +15,7 @@ HOSTILE = "<script>alert(1)</script>"
 LONG_WORD = "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft"
 COLOURS = ("red", "green", "blue", "orange", "purple", "teal", "brown", "gold")
 SHAPES = ("circle", "square", "triangle", "star", "circle", "square", "triangle", "star")
-CLASSES = {"colour": 86.0, "shape": 54.0, "size": 33.0, "relation": 21.0, "function": 1.8}
+CLASSES = {"colour": 0.86, "shape": 0.54, "size": 0.33, "relation": 0.21, "function": 0.018}
 
 
 def write_fake_run(workdir: Path) -> None:
@@ -41,6 +41,7 @@ def _write_metrics(workdir: Path) -> None:
     for step in range(1, STEPS + 1):
         learned = 1 - math.exp(-step / 70)
         noise = rng.normal(0, 0.06, 6)
+        rate = min(step / 30, 0.5 + 0.5 * math.cos(step / 300 * math.pi))
         parts = {
             "reconstruction": 8.9 - 6.6 * learned + noise[0],
             "forward": 8.9 - 5.7 * learned + noise[1],
@@ -53,8 +54,7 @@ def _write_metrics(workdir: Path) -> None:
         values |= {
             "train/flm/reconstruction_accuracy": 0.61 * learned + abs(noise[3]) / 4,
             "train/flm/forward_accuracy": 0.47 * learned + abs(noise[4]) / 4,
-            "train/learning_rate": 3e-4
-            * min(step / 30, 0.5 + 0.5 * math.cos(step / 300 * math.pi)),
+            "train/learning_rate": 3e-4 * rate,
             "train/grad_norm": 1.4 + 18 * math.exp(-step / 12) + abs(noise[5]) * 4,
             "train/skipped": 0.0,
             "speed/samples_per_second": 4120 + 900 * noise[0],
@@ -71,9 +71,10 @@ def _write_metrics(workdir: Path) -> None:
 
 
 def _evaluation(learned: float) -> dict[str, float]:
-    values = {"reconstruction/grounding_gap": 38.2 * learned}
+    values = {"reconstruction/grounding_gap": 0.382 * learned}
     for name, gap in CLASSES.items():
-        values[f"reconstruction/grounding_gap/{name}"] = gap * learned - 3
+        values[f"reconstruction/grounding_gap/{name}"] = gap * learned - 0.03
+    values["reconstruction/unigram_entropy"] = 4.71
     for rate, hard in (("base", 0.0), ("0.15", -0.1), ("0.3", 0.1), ("0.5", 0.25)):
         for suffix, worse in (("", 0.0), ("_shuffled", 1.0)):
             loss = 8.9 - (6.6 - 2.1 * worse - 2 * hard) * learned
@@ -141,7 +142,7 @@ def _card(index: int) -> Card:
     pixels = _scene(index)
     ys, xs = np.mgrid[0:64, 0:64]
     heat = np.exp(-((xs - 20 - 3 * index) ** 2 + (ys - 30) ** 2) / 220)
-    overlay = np.uint8(pixels * (0.25 + 0.75 * heat[..., None]))
+    overlay = (pixels * (0.25 + 0.75 * heat[..., None])).astype(np.uint8)
     colour, shape = COLOURS[index], SHAPES[index]
     wrong = index % 3 == 1
     spans = (
@@ -152,15 +153,15 @@ def _card(index: int) -> Card:
         Span(" thing" if index else f" {HOSTILE}"),
     )
     rows: tuple[Row, ...] = (
-        (colour, "red" if wrong else colour, 0.812 - index / 11),
-        ("striped", "striped" if index else LONG_WORD, 0.31),
-        ("thing", "the", 0.02),
+        (colour, "red" if wrong else colour, 0.812 - index / 11, "blue 10%, the 4%"),
+        ("striped", "striped" if index else LONG_WORD, 0.31, "dotted 30%, outlined 9%"),
+        ("thing", "the", 0.02, "a 1%, an 1%"),
     )
     images = (
         Picture.from_array(pixels, "image"),
         Picture.from_array(overlay, f"attention of “{colour}”"),
     )
-    columns = ("hidden", "predicted", "probability")
+    columns = ("hidden", "prediction", "probability", "next guesses")
     return Card(images, f"val/{index:05d}", spans, columns, rows)
 
 

@@ -91,9 +91,13 @@ class PlannedBatch:
 class BatchPlan(Protocol):
     """What the loader needs of a plan."""
 
-    sources: tuple[PlannedSource, ...]
     batch_size: int
     replaces_damaged: bool  # False: a damaged row is not valid instead
+
+    @property
+    def sources(self) -> Sequence[PlannedSource]:
+        """The mixture."""
+        ...
 
     def batch(self, t: int) -> PlannedBatch:
         """Global batch t."""

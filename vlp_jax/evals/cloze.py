@@ -308,15 +308,17 @@ def heat_map(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
 
     Args:
         image: uint8 [H, H, 3].
-        attention: [I], of the patches in rows, not negative; the highest gets the full colour.
+        attention: [I], of the patches in rows; those above the mean are coloured, the highest in
+            full.
 
     Returns:
         uint8 [S, S, 3].
     """
     picture = enlarge(image).astype(np.float32)
     grid = math.isqrt(len(attention))
-    highest = max(float(attention.max()), np.finfo(np.float32).tiny)
-    heat = Image.fromarray((attention.reshape(grid, grid) / highest).astype(np.float32))
+    above = np.maximum(attention - attention.mean(), 0.0)
+    above = above / max(float(above.max()), np.finfo(np.float32).tiny)
+    heat = Image.fromarray(above.reshape(grid, grid).astype(np.float32))
     heat = heat.resize(picture.shape[:2], Image.Resampling.BICUBIC)
     opacity = HEAT_OPACITY * np.clip(np.asarray(heat), 0.0, 1.0)[..., None]
     blended = (1.0 - opacity) * picture + opacity * np.asarray(HEAT_COLOUR, np.float32)[None, None]

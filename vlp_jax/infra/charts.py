@@ -117,23 +117,27 @@ def line_chart(title: str, name: str, series: Sequence[Series], x_label: str = "
     Args:
         title: heading.
         name: metric name that implies the unit of y and the kind of axis, see `units.unit_of`.
-        series: at least one series, with at least one finite point between them.
+        series: at least one, each with points, and with a finite point between them.
         x_label: what x counts.
     """
+    lasts = [item.points[-1][1] for item in series]
+    gaps = sum(not math.isfinite(y) for item in series for _, y in item.points)
     series = [dataclasses.replace(item, points=thin(item.points)) for item in series]
     xs = [x for item in series for x, _ in item.points]
     ys = [y for item in series for _, y in item.points if math.isfinite(y)]
     x_axis = _Axis(min(xs), max(xs), logarithmic=False)
     y_axis = _y_axis(name, ys)
-    lines = tuple(_line(item, name, x_axis, y_axis) for item in series)
+    lines = tuple(
+        _line(item, units.format_value(name, last), x_axis, y_axis)
+        for item, last in zip(series, lasts, strict=True)
+    )
     notes = []
     if y_axis.logarithmic:
         notes.append("logarithmic axis")
     if any(line.raw for line in lines):
-        notes.append("moving average over the faint raw values")
-    gaps = sum(not math.isfinite(y) for item in series for _, y in item.points)
+        notes.append("faint: values as logged")
     if gaps:
-        notes.append(f"{gaps} non-finite values left out")
+        notes.append(f"{gaps} non-finite {'value' if gaps == 1 else 'values'} left out")
     unit = units.unit_of(name)
     zero = 100 - 100 * y_axis.place(0) if not y_axis.logarithmic and y_axis.low < 0 else None
     return Chart(
@@ -178,8 +182,8 @@ def bars(name: str, values: Sequence[tuple[str, float]]) -> tuple[Bar, ...]:
         values: (label, value); a non-finite value gets no bar.
     """
     finite = [abs(value) for _, value in values if math.isfinite(value)]
-    full = {"percent": 1.0, "points": 100.0}.get(units.unit_of(name), 0.0)
-    full = max([full, *finite]) or 1.0
+    whole = 1.0 if units.unit_of(name) in ("percent", "points") else 0.0
+    full = max([whole, *finite]) or 1.0
     return tuple(
         Bar(
             label=label,
@@ -192,12 +196,12 @@ def bars(name: str, values: Sequence[tuple[str, float]]) -> tuple[Bar, ...]:
 
 
 def thin(points: Points, most: int = MAX_POINTS) -> list[tuple[float, float]]:
-    """At most ``most`` points: means of consecutive groups, each at its last x."""
+    """At most ``most`` points: means of consecutive groups of one size, each at its last x."""
     if len(points) <= most:
         return list(points)
-    edges = [len(points) * index // most for index in range(most + 1)]
-    groups = [points[start:end] for start, end in itertools.pairwise(edges)]
-    # One non-finite value makes its group's mean non-finite, so that it stays visible as a gap.
+    size = -(-len(points) // most)
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    # A non-finite value makes its group's mean non-finite, so that it stays visible as a gap.
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
 
 
@@ -249,22 +253,24 @@ def _y_axis(name: str, ys: Sequence[float]) -> _Axis:
 
 
 def _round_step(step: float) -> float:
-    """The next of 1, 2, 5 times a power of ten that is at least ``step``."""
+    """The next of 1, 2, 2.5, 5 times a power of ten that is at least ``step``."""
     power = 10.0 ** math.floor(math.log10(step))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * 0.999999)
+    factors = (1, 2, 2.5, 5, 10)
+    return next(factor * power for factor in factors if factor * power >= step * 0.999999)
 
 
 def _y_labels(axis: _Axis, unit: Unit) -> list[tuple[float, str]]:
     ticks = axis.ticks(4)
     if unit == "bytes":
         return [(tick, units.format_bytes(tick)) for tick in ticks]
-    scale, suffix = (100, " %") if unit == "percent" else (1, " s" if unit == "seconds" else "")
+    scale = 100 if unit in ("percent", "points") else 1
+    suffix = {"percent": " %", "seconds": " s"}.get(unit, "")
     if axis.logarithmic or len(ticks) < 2:
         return [(tick, _short(tick * scale) + suffix) for tick in ticks]
     step = scale * (ticks[1] - ticks[0])
     if step < 5e-4 or scale * ticks[-1] >= 1e4:
         return [(tick, _short(tick * scale) + suffix) for tick in ticks]
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    digits = next(count for count in range(6) if math.isclose(round(step, count), step))
     return [(tick, f"{tick * scale:,.{digits}f}{suffix}".replace("-", "−")) for tick in ticks]
 
 
@@ -279,7 +285,7 @@ def _short(value: float) -> str:
     return f"{value:,.4g}".replace("-", "−")
 
 
-def _line(series: Series, name: str, x_axis: _Axis, y_axis: _Axis) -> Line:
+def _line(series: Series, last: str, x_axis: _Axis, y_axis: _Axis) -> Line:
     smooth = _moving_average(series.points) if _is_noisy(series.points) else []
     marked = len(series.points) <= MARKED_POINTS
     return Line(
@@ -289,7 +295,7 @@ def _line(series: Series, name: str, x_axis: _Axis, y_axis: _Axis) -> Line:
         path=_path(smooth or series.points, x_axis, y_axis),
         raw=_path(series.points, x_axis, y_axis) if smooth else "",
         dots=_dots(series.points, x_axis, y_axis) if marked else "",
-        last=units.format_value(name, series.points[-1][1]) if series.points else "",
+        last=last,
     )
 
 

@@ -43,22 +43,39 @@ RUN_FILE = "run.json"
 LOOP_GROUPS = ("train", "speed", "memory", "compile")
 # Words whose metrics share one chart per group; others are drawn alone, as their scales differ.
 SHARED_WORDS = ("gap", "accuracy", "loss", "perplexity", "precision", "recall")
+# Words drawn in the chart of another as a reference: an entropy is a loss that needs no model.
+REFERENCES: Mapping[str, str] = {"entropy": "loss"}
+REFERENCE_COLOUR = 5  # grey
 # The order of charts: these words first, then as logged.
 CHART_ORDER: Mapping[str, tuple[str, ...]] = {
     "train": ("loss", "accuracy", "norm"),
     "evaluator": SHARED_WORDS,
 }
-HEADLINES = ("train/loss", "speed/samples_per_second", "speed/mfu", "memory/peak_bytes")
+# Names on the first screen, the loss before the evaluators and the others after them.
+HEADLINES: Mapping[str, str] = {
+    "train/loss": "Training loss",
+    "speed/samples_per_second": "Throughput",
+    "speed/mfu": "Model FLOPs utilisation",
+    "memory/peak_bytes": "Peak memory",
+}
 EVALUATOR_HEADLINES = 3  # headline numbers per evaluator
 
-# Names that are abbreviations, written in capitals.
-CAPITALS = re.compile(r"\b(mfu|flops|id|ids|gpu|tpu|cpu|ema|lr)\b")
+# Words of names that read better written out, or in capitals.
+SPELLINGS: Mapping[str, str] = {
+    "ema": "EMA",
+    "flops": "FLOPs",
+    "grad": "gradient",
+    "mfu": "MFU",
+    "param": "parameter",
+}
 
 # Keys of run.json with a place of their own on the page.
 PLACED_FACTS = frozenset(
     {"name", "status", "step", "total_steps", "start", "end", "device", "device_count"}
-    | {"command", "versions"}
+    | {"device_kind", "command", "versions", "compile_seconds"}
 )
+
+INLINE_FACTS = 6  # a dict of at most as many scalars is told in one line
 
 History = dict[str, list[tuple[float, float]]]
 
@@ -249,15 +266,17 @@ def _read_history(workdir: Path, problems: list[str]) -> History:
 
 def _subtitle(run: Mapping[str, Any], history: History) -> tuple[str, ...]:
     parts = []
-    if run.get("device"):
+    device = run.get("device") or run.get("device_kind")
+    if device:
         count = run.get("device_count") or 1
-        parts.append(f"{count} × {run['device']}" if count != 1 else str(run["device"]))
+        parts.append(f"{count} × {device}" if count != 1 else str(device))
     last_steps = [points[-1][0] for points in history.values()]
-    step = run.get("step", max(last_steps, default=None))
-    if isinstance(step, (int, float)):
+    if isinstance(run.get("step"), int):
+        last_steps.append(run["step"])
+    if last_steps:
         total = run.get("total_steps")
         of_total = f" of {total:,}" if isinstance(total, int) else ""
-        parts.append(f"step {step:,}{of_total}")
+        parts.append(f"step {max(last_steps):,}{of_total}")
     start, end = _time(run.get("start")), _time(run.get("end"))
     if start and end and (start.tzinfo is None) == (end.tzinfo is None):
         parts.append(units.format_seconds((end - start).total_seconds()))
@@ -277,13 +296,20 @@ def _time(text: object) -> datetime.datetime | None:
 
 def _headlines(history: History) -> tuple[Headline, ...]:
     """Loss, the shallowest numbers of each evaluator, then speed and memory."""
-    names = [HEADLINES[0]]
+    first, *others = HEADLINES
+    names = [first]
     for group in _evaluator_groups(history):
-        members = [name for name in history if name.split("/", 1)[0] == group]
+        members = [
+            name
+            for name in history
+            if name.split("/", 1)[0] == group and units.unit_word(name) not in REFERENCES
+        ]
+        if not members:
+            continue
         ranked = sorted(members, key=lambda name: (name.count("/"), _rank("evaluator", name)))
         shallow = [name for name in ranked if name.count("/") == ranked[0].count("/")]
         names += shallow[:EVALUATOR_HEADLINES]
-    names += HEADLINES[1:]
+    names += others
     return tuple(_headline(name, history[name]) for name in names if name in history)
 
 
@@ -291,13 +317,14 @@ def _headline(name: str, points: charts.Points) -> Headline:
     number, _, unit = units.format_value(name, points[-1][1]).partition(" ")
     if units.unit_of(name) == "seconds":
         number, unit = f"{number} {unit}", ""
-    group, _, rest = name.partition("/")
-    label = _words(rest if group in LOOP_GROUPS else name)
-    if group == "train":
-        label = f"Training {label[0].lower()}{label[1:]}"
-    if name == HEADLINES[1]:
-        label = "Throughput"
+    label = HEADLINES.get(name) or _headline_label(name)
     return Headline(label, number, unit, charts.sparkline(points))
+
+
+def _headline_label(name: str) -> str:
+    """What an evaluator's metric is called; one plain word needs the evaluator's name with it."""
+    rest = name.partition("/")[2]
+    return _words(name if rest == units.unit_word(name) else rest or name)
 
 
 # Sections made of metrics
@@ -320,11 +347,10 @@ def _evaluators(history: History) -> list[Section]:
     sections = []
     for group in _evaluator_groups(history):
         names = [name for name in history if name.split("/", 1)[0] == group]
-        title = _words(group)
         sections.append(
             Section(
                 anchor=f"eval-{_anchor(group)}",
-                title=title,
+                title=_words(group),
                 charts=_charts("evaluator", names, history),
                 bars=_breakdowns(names, history),
                 tables=_matrix(names, history),
@@ -384,7 +410,7 @@ def _charts(order: str, names: Sequence[str], history: History) -> tuple[Chart, 
     grouped: dict[str, list[str]] = {}
     for name in names:
         if any(math.isfinite(value) for _, value in history[name]):
-            word = units.unit_word(name)
+            word = REFERENCES.get(units.unit_word(name), units.unit_word(name))
             grouped.setdefault(word if word in SHARED_WORDS else name, []).append(name)
     ordered = sorted(grouped.values(), key=lambda members: _rank(order, members[0]))
     return tuple(_chart(members, history) for members in ordered)
@@ -401,35 +427,44 @@ def _chart(names: Sequence[str], history: History) -> Chart:
     if len(names) == 1:
         title = _words(names[0].split("/", 1)[-1])
         return charts.line_chart(title, names[0], [Series("", history[names[0]])])
-    title, labels = _title_and_labels(names)
-    colour_of: dict[str, int] = {}
-    series = []
+    # Wholes before their parts, references last, whatever the order in which they were logged.
+    names = sorted(names, key=lambda name: (units.unit_word(name) in REFERENCES, name.count("/")))
+    word = units.unit_word(names[0])
+    title, labels = _title_and_labels(names, word)
+    colours: dict[str, int] = {}
+    series: list[Series] = []
     for name, label in zip(names, labels, strict=True):
-        original = next((other for other in names if name.startswith(other + "_")), None)
-        if original is None:
-            colour_of[name] = len(colour_of)
-        colour = colour_of[name] if original is None else colour_of.setdefault(original, 0)
-        series.append(Series(label, history[name], colour, dashed=original is not None))
+        original = next((other for other in names if name.startswith(other + "_")), name)
+        colour = colours.setdefault(original, len(colours))
+        reference = units.unit_word(name) != word
+        if any(history[name] == item.points for item in series):
+            continue  # the one loss of a run is also its total
+        series.append(
+            Series(
+                label,
+                history[name],
+                REFERENCE_COLOUR if reference else colour,
+                dashed=reference or original != name,
+            )
+        )
     return charts.line_chart(title, names[0], series)
 
 
-def _title_and_labels(names: Sequence[str]) -> tuple[str, list[str]]:
+def _title_and_labels(names: Sequence[str], word: str) -> tuple[str, list[str]]:
     """What the metrics of a chart have in common, and what tells them apart."""
-    word = units.unit_word(names[0])
     parts_of = [name.split("/")[1:] or [name] for name in names]
     measured = {part for parts in parts_of for part in parts if units.unit_word(part) == word}
-    whole = measured.pop() if len(measured) == 1 else None
+    whole = measured.pop() if len(measured) == 1 else word
     labels = []
     for parts in parts_of:
         rest = ["" if part == whole else _without_word(part, word) for part in parts]
         labels.append(" · ".join(filter(None, rest)) or ("total" if word == "loss" else "overall"))
-    return _words(whole or word), labels
+    return _words(whole), labels
 
 
 def _without_word(part: str, word: str) -> str:
     """``part`` as words, without the word that all lines of the chart have in common."""
-    kept = [piece for piece in part.split("_") if piece != word]
-    return " ".join(kept)
+    return " ".join(piece for piece in part.split("_") if piece != word)
 
 
 def _breakdowns(names: Sequence[str], history: History) -> tuple[BarsView, ...]:
@@ -451,23 +486,24 @@ def _breakdowns(names: Sequence[str], history: History) -> tuple[BarsView, ...]:
 
 def _matrix(names: Sequence[str], history: History) -> tuple[TableView, ...]:
     """Last values of ``group/case/measure`` as a table of cases by measures."""
-    cells = {}
+    cells: dict[tuple[str, str], str] = {}
     for name in names:
-        _, *case, measure = name.split("/")
-        if case and units.unit_word(measure):
-            cells["/".join(case), measure] = name
-    cases = list(dict.fromkeys(case for case, _ in cells))
-    measures = list(dict.fromkeys(measure for _, measure in cells))
+        _, *parts, measure = name.split("/")
+        if parts and units.unit_word(measure):
+            cells["/".join(parts), measure] = name
     if len(cells) < 2:
         return ()
-    last_step = max(history[name][-1][0] for name in cells.values())
+    cases = dict.fromkeys(case for case, _ in cells)
+    measures = sorted(
+        dict.fromkeys(measure for _, measure in cells), key=lambda name: _rank("evaluator", name)
+    )
     rows = []
     for case in cases:
         named = (cells.get((case, measure)) for measure in measures)
         values = (history[name][-1][1] if name else "–" for name in named)
         rows.append((_words(case), *values))
-    columns = ("", *measures)
-    return (_table(f"Last values, step {last_step:,}", columns, rows),)
+    last_step = max(history[name][-1][0] for name in cells.values())
+    return (_table(f"Last values, step {last_step:,}", ("", *measures), rows),)
 
 
 # Sections made of artefacts
@@ -484,13 +520,13 @@ def _artifacts(workdir: Path, problems: list[str]) -> list[Section]:
             problems.append(f"The artefact {name} is left out: {error}.")
             continue
         sections.append(_artifact(f"artifact-{_anchor(name)}", artifact))
-    return sections
+    # Pictures first: they say most at a glance.
+    return sorted(sections, key=lambda section: not section.cards)
 
 
 def _artifact(anchor: str, artifact: artifacts.Artifact) -> Section:
-    notes = tuple(
-        filter(None, (artifact.note, f"Step {artifact.step:,}." if artifact.step else ""))
-    )
+    made = f"Step {artifact.step:,}." if artifact.step else ""
+    notes = tuple(filter(None, (f"{artifact.note} {made}".strip(),)))
     if isinstance(artifact, artifacts.Gallery):
         cards = tuple(map(_card, artifact.cards))
         return Section(anchor, artifact.title, notes=notes, cards=cards)
@@ -504,7 +540,7 @@ def _artifact(anchor: str, artifact: artifacts.Artifact) -> Section:
             series.append(Series(label, drawable, colour))
     if not series:
         return Section(anchor, artifact.title, notes=(*notes, "This plot has no points."))
-    chart = charts.line_chart(artifact.y_label, artifact.y_label, series, artifact.x_label)
+    chart = charts.line_chart(_words(artifact.y_label), artifact.y_label, series, artifact.x_label)
     return Section(anchor, artifact.title, notes=notes, charts=(chart,))
 
 
@@ -533,22 +569,15 @@ def _facts(run: Mapping[str, Any]) -> Section:
     others = {key: value for key, value in run.items() if key not in PLACED_FACTS}
     facts, tables = [], []
     for key, value in others.items():
-        if isinstance(value, dict) and value:
-            tables.append(_table(_words(key), ("", _count_name(key)), tuple(_rows(value))))
+        if isinstance(value, dict) and len(value) > INLINE_FACTS:
+            rows = [(str(item), _plain(number)) for item, number in value.items()]
+            tables.append(_table(_words(key), ("", "value"), rows))
         elif isinstance(value, list) and value and isinstance(value[0], (dict, list)):
             tables.append(_fact_table(key, value))
         elif value not in ("", None, [], {}):
             facts.append((_words(key), _fact(key, value)))
     notes = () if facts or tables else ("No facts about the run were recorded.",)
     return Section("run", "Model and data", notes=notes, tables=tuple(tables), facts=tuple(facts))
-
-
-def _count_name(key: str) -> str:
-    return key if units.unit_of(key) else "value"
-
-
-def _rows(values: Mapping[str, Any]) -> list[artifacts.Row]:
-    return [(str(key), _plain(value)) for key, value in values.items()]
 
 
 def _fact_table(key: str, rows: Sequence[Any]) -> TableView:
@@ -573,6 +602,8 @@ def _plain(value: Any) -> artifacts.Cell:
         return value
     if isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value):
         return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -679,9 +710,9 @@ def _share(name: str, cell: artifacts.Cell) -> float | None:
 
 
 def _lower_words(name: str) -> str:
-    """A metric name as words: ``grad_norm`` as ``grad norm``, ``speed/mfu`` as ``speed · MFU``."""
-    words = name.replace("/", " · ").replace("_", " ")
-    return CAPITALS.sub(lambda match: match[0].upper(), words)
+    """A name as words: ``grad_norm`` as ``gradient norm``, ``speed/mfu`` as ``speed · MFU``."""
+    words = name.replace("/", " · ").replace("_", " ").split(" ")
+    return " ".join(SPELLINGS.get(word, word) for word in words)
 
 
 def _words(name: str) -> str:

@@ -9,7 +9,7 @@ import math
 import re
 from typing import Literal
 
-Unit = Literal["", "percent", "points", "bytes", "seconds", "rate", "count"]
+Unit = Literal["", "percent", "points", "bytes", "seconds", "rate", "tflops", "count"]
 
 PER_SECOND = "_per_second"
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -25,8 +25,10 @@ UNIT_OF_WORD: dict[str, Unit] = {
     "probability": "percent",
     "recall": "percent",
     "share": "percent",
+    "waste": "percent",
     "gap": "points",
     "points": "points",
+    "tflops": "tflops",
     "bytes": "bytes",
     "seconds": "seconds",
     "parameters": "count",
@@ -68,8 +70,9 @@ def unit_of(name: str) -> Unit:
         name: see `unit_word`.
 
     Returns:
-        ``percent`` (values are fractions of one), ``points`` (values are percentage points),
-        ``bytes``, ``seconds``, ``rate`` (somethings per second), ``count`` or ``""``.
+        ``percent`` and ``points`` (differences of percentages), both of fractions of one;
+        ``bytes``, ``seconds``, ``rate`` (somethings per second), ``tflops`` (10^12 operations per
+        second), ``count`` or ``""``.
     """
     return UNIT_OF_WORD.get(unit_word(name), "")
 
@@ -135,11 +138,13 @@ def format_value(name: str, value: float) -> str:
     if unit == "percent":
         return f"{value * 100:.1f} %".replace("-", "−")
     if unit == "points":
-        return f"{value:.1f} points".replace("-", "−")
+        return f"{value * 100:.1f} points".replace("-", "−")
     if unit == "bytes":
         return format_bytes(value)
     if unit == "seconds":
         return format_seconds(value)
+    if unit == "tflops":
+        return f"{format_number(value)} TFLOP/s"
     if unit == "rate":
         noun = name.rsplit("/", 1)[-1].removesuffix(PER_SECOND).replace("_", " ")
         return f"{format_number(value)} {noun}/s"

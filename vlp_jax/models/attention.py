@@ -5,6 +5,7 @@ truly (a query with nothing to see gives zeros, never a uniform average) and tak
 float32.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -64,7 +65,9 @@ def attention(
         raise ValueError("dropout_rate > 0 needs dropout_noise")
 
     def drop(weights: jax.Array) -> jax.Array:
-        return dropout(weights, dropout_rate, dropout_noise, site) if dropout_rate else weights
+        if dropout_noise is None:
+            return weights
+        return dropout(weights, dropout_rate, dropout_noise, site)
 
     return _xla_attention(query, key, value, mask, drop)
 
@@ -137,23 +140,22 @@ _scores.defvjp(_scores_forward, _scores_backward)
 
 def _cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Fused attention; lengths are padded to multiples of 8, which cuDNN asks for."""
-    batch = query.shape[:-3]
     queries, keys = query.shape[-3], key.shape[-3]
+    rows = math.prod(query.shape[:-3])
 
     def padded(x: jax.Array) -> jax.Array:
         x = x.reshape(-1, *x.shape[-3:])
         return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
 
-    rows = 1
-    for size in batch:
-        rows *= size
-    lengths = {}
-    if queries % 8 or keys % 8:
-        lengths = {
-            "query_seq_lengths": jnp.full((rows,), queries, jnp.int32),
-            "key_value_seq_lengths": jnp.full((rows,), keys, jnp.int32),
-        }
+    def lengths(tokens: int) -> jax.Array | None:
+        return jnp.full((rows,), tokens, jnp.int32) if queries % 8 or keys % 8 else None
+
     out = jax.nn.dot_product_attention(
-        padded(query), padded(key), padded(value), implementation="cudnn", **lengths
+        padded(query),
+        padded(key),
+        padded(value),
+        query_seq_lengths=lengths(queries),
+        key_value_seq_lengths=lengths(keys),
+        implementation="cudnn",
     )
     return out[:, :queries].reshape(query.shape)

@@ -7,6 +7,7 @@ cross-attention), and a reconstructor of independent queries that runs beside th
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -153,9 +154,9 @@ class VisionLanguageModel(nn.Module):
         )
         self.text_upper = [Block(c.text, cross_attention=True) for _ in range(c.upper_depth)]
         half = c.reconstructor_depth // 2
-        reader = {"self_attention": False, "cross_attention": True}
-        self.reconstructor_lower = [Block(c.text, **reader) for _ in range(half)]
-        self.reconstructor_upper = [Block(c.text, **reader) for _ in range(half)]
+        reader = functools.partial(Block, self_attention=False, cross_attention=True)
+        self.reconstructor_lower = [reader(c.text) for _ in range(half)]
+        self.reconstructor_upper = [reader(c.text) for _ in range(half)]
         self.vocabulary_head = VocabularyHead(c.text, c.padded_vocab_size)
         if c.text.norm == "pre":
             self.text_norm = norm(c.text)

@@ -1,6 +1,7 @@
 """Losses as pure functions over a parameter tree, one file each."""
 
-import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
@@ -9,7 +10,11 @@ from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import Objective
 from vlp_jax.objectives.flm import FLM
 
-OBJECTIVES: dict[str, type[Objective]] = {"flm": FLM}
+OBJECTIVES: Mapping[str, Callable[..., Objective]] = {"flm": FLM}
+
+# Keys of a section that are read here or by the step, and arguments that are not keys.
+_RESERVED = ("type", "weight", "batch")
+_GIVEN = ("model", "name", "batch_name", "splittable")
 
 
 def build_objectives(config: ConfigDict, model: VisionLanguageModel) -> tuple[Objective, ...]:
@@ -35,11 +40,11 @@ def build_objectives(config: ConfigDict, model: VisionLanguageModel) -> tuple[Ob
                 f"Use one of {sorted(OBJECTIVES)}, or give `type`",
             )
         objective = OBJECTIVES[kind]
-        fields = {field.name for field in dataclasses.fields(objective)} - {"model", "name"}  # type: ignore[arg-type]
-        arguments = {k: v for k, v in section.items() if k not in ("type", "weight", "batch")}
+        known = set(inspect.signature(objective).parameters) - set(_GIVEN)
+        arguments = {key: value for key, value in section.items() if key not in _RESERVED}
         for key in arguments:
-            if key not in fields:
-                raise unknown_key(f"objectives.{name}.{key}", [*fields, "type", "weight", "batch"])
+            if key not in known:
+                raise unknown_key(f"objectives.{name}.{key}", [*known, *_RESERVED])
         built.append(
             objective(
                 model=model,

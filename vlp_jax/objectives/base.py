@@ -49,9 +49,12 @@ class Objective(Protocol):
             statistics), so that gradient accumulation must not cut the batch.
     """
 
-    name: str
-    batch_name: str
-    splittable: bool
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def batch_name(self) -> str: ...  # noqa: D102
+    @property
+    def splittable(self) -> bool: ...  # noqa: D102
 
     def init(
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]

@@ -162,7 +162,7 @@ def _walk(
     exists = jnp.arange(kernel.shape[1]) < vocab_size
 
     def body(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        step, nll, correct, *gradients = state
+        step, nll, correct = state[:3]
         start = step * chunk
         index = jax.lax.dynamic_slice(order, (start,), (chunk,))
         weight = jax.lax.dynamic_slice(sorted_weights, (start,), (chunk,))[:, None]
@@ -179,31 +179,34 @@ def _walk(
         row_correct = jnp.where(counted & (label_logit >= highest), 1.0, 0.0)
         nll = jax.lax.dynamic_update_slice(nll, row_nll[:, 0], (start,))
         correct = jax.lax.dynamic_update_slice(correct, row_correct[:, 0], (start,))
-        if gradients:
-            d_row, d_kernel, d_bias = gradients
-            is_label = jnp.arange(kernel.shape[1])[None] == label
-            d_logits = (jnp.exp(logits - log_total) - is_label) * weight
-            d_bias = d_bias + d_logits.sum(axis=0)
-            d_logits = d_logits.astype(features.dtype)
-            d_row = jax.lax.dynamic_update_slice(d_row, jnp.dot(d_logits, kernel.T), (start, 0))
-            d_kernel = d_kernel + jnp.dot(row.T, d_logits, preferred_element_type=jnp.float32)
-            gradients = [d_row, d_kernel, d_bias]
-        return (step + 1, nll, correct, *gradients)
+        if not gradient:
+            return step + 1, nll, correct
+        d_row, d_kernel, d_bias = state[3:]
+        is_label = jnp.arange(kernel.shape[1])[None] == label
+        d_logits = (jnp.exp(logits - log_total) - is_label) * weight
+        d_bias = d_bias + d_logits.sum(axis=0)
+        d_logits = d_logits.astype(features.dtype)
+        d_row = jax.lax.dynamic_update_slice(d_row, jnp.dot(d_logits, kernel.T), (start, 0))
+        d_kernel = d_kernel + jnp.dot(row.T, d_logits, preferred_element_type=jnp.float32)
+        return step + 1, nll, correct, d_row, d_kernel, d_bias
 
-    state = (jnp.zeros((), jnp.int32), jnp.zeros(padded), jnp.zeros(padded))
+    state: tuple[jax.Array, ...] = (
+        jnp.zeros((), jnp.int32),
+        jnp.zeros(padded),
+        jnp.zeros(padded),
+    )
     if gradient:
         state += (
             jnp.zeros((padded, width), features.dtype),
             jnp.zeros(kernel.shape, jnp.float32),
             jnp.zeros(bias.shape, jnp.float32),
         )
-    _, nll, correct, *gradients = jax.lax.while_loop(
-        lambda state: state[0] * chunk < active, body, state
-    )
+    state = jax.lax.while_loop(lambda state: state[0] * chunk < active, body, state)
+    nll, correct = state[1:3]
     loss = jnp.sum(nll * sorted_weights)
     back = jnp.argsort(order[:rows])
-    gradients = tuple(gradients)
+    gradients: tuple[jax.Array, ...] = ()
     if gradient:
-        d_row, d_kernel, d_bias = gradients
+        d_row, d_kernel, d_bias = state[3:]
         gradients = (d_row[:rows][back], d_kernel.astype(kernel.dtype), d_bias)
     return (loss, nll[:rows][back], correct[:rows][back]), gradients

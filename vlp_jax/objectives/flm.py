@@ -35,6 +35,7 @@ Where the released code has a quirk (fact sheet, sections 1 and 7), this is what
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -142,7 +143,8 @@ class FLM:
     )
     chunk_rows: int = CHUNK_ROWS
     name: str = "flm"
-    splittable: bool = True
+
+    splittable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         key = f"config.objectives.{self.name}"

@@ -155,7 +155,8 @@ def train(setup: Setup) -> ExitCode:
         log_every = to_steps(config.log, "log", "every", setup.budget) or total
         save_every = to_steps(config.checkpoint, "checkpoint", "every", setup.budget) or total
         queue: collections.deque[Any] = collections.deque()
-        clock, results = Clock(), {}
+        clock = Clock()
+        results: dict[str, float] = {}
         step = start
         while step < total and not guard.requested:
             waiting = time.perf_counter()
@@ -228,7 +229,7 @@ def _compile(
 
 def _evaluate(setup: Setup, state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
     """Run the evaluators that are due, on the moving average where there is one."""
-    values = {}
+    values: dict[str, float] = {}
     for name, evaluator in setup.evaluators.items():
         every = setup.eval_steps[name]
         if step == setup.total_steps or (every and step % every == 0):
