@@ -1,4 +1,4 @@
-"""Imports run downwards only, and linen stays below the objectives (architecture of the package)."""
+"""Imports run downwards only, and linen stays below the objectives."""
 
 import ast
 import pathlib
@@ -26,7 +26,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 def part_of(module: str) -> str:
     """The part of the package that a dotted name belongs to: vlp_jax.PART..."""
-    return (module.split(".") + [""])[1]
+    return ([*module.split("."), ""])[1]
 
 
 def imported(tree: ast.AST) -> set[str]:

@@ -63,6 +63,10 @@ def make_batch(
 
     Args:
         lengths: n of every row; by default ``BATCH`` rows of 3 to ``tokens``.
+        tokens: N.
+        image_size: in pixels.
+        seed: of ids and pixels.
+        vocab: ids stay below it.
     """
     draw = np.random.default_rng(seed)
     if lengths is None:

@@ -22,14 +22,15 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "folder of the run; an existing run is resumed", required=True
 )
 flags.mark_flag_as_required("config")
-# Libraries log every file they write; what a user must know is printed or a warning.
-flags.FLAGS.set_default("verbosity", logging.WARNING)
 
 
 def main(argv: Sequence[str]) -> None:
     """Train, and exit with a code that says how it ended (``infra.preemption.ExitCode``)."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; config keys are --config.KEY=VALUE")
+    if not flags.FLAGS["verbosity"].present:
+        # Libraries log every file they write; what a user must know is printed, or a warning.
+        logging.set_verbosity(logging.WARNING)
     config = _CONFIG.value
     with contextlib.ExitStack() as stack:
         if config.debug:

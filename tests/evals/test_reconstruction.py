@@ -61,7 +61,7 @@ def test_metrics_equal_plain_recomputation(context, metrics, scores):
             found = scores[rate, shuffled]
             expected[f"{label}/loss{suffix}"] = found["nll"][counted].mean()
             expected[f"{label}/accuracy{suffix}"] = found["correct"][counted].mean()
-    gain = scores[0.0, False]["correct"] - scores[0.0, True]["correct"]
+    gain = 100 * (scores[0.0, False]["correct"] - scores[0.0, True]["correct"])
     expected["grounding_gap"] = gain[counted].mean()
     for name in set(source.word_classes().values()) & set(classes[counted]):
         expected[f"grounding_gap/{name}"] = gain[classes == name].mean()

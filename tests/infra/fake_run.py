@@ -71,9 +71,9 @@ def _write_metrics(workdir: Path) -> None:
 
 
 def _evaluation(learned: float) -> dict[str, float]:
-    values = {"reconstruction/grounding_gap": 0.382 * learned}
+    values = {"reconstruction/grounding_gap": 38.2 * learned}
     for name, gap in CLASSES.items():
-        values[f"reconstruction/grounding_gap/{name}"] = gap * learned - 0.03
+        values[f"reconstruction/grounding_gap/{name}"] = 100 * (gap * learned - 0.03)
     values["reconstruction/unigram_entropy"] = 4.71
     for rate, hard in (("base", 0.0), ("0.15", -0.1), ("0.3", 0.1), ("0.5", 0.25)):
         for suffix, worse in (("", 0.0), ("_shuffled", 1.0)):
@@ -139,7 +139,7 @@ def _gallery() -> Gallery:
 
 
 def _card(index: int) -> Card:
-    pixels = _scene(index)
+    pixels = scene(index)
     ys, xs = np.mgrid[0:64, 0:64]
     heat = np.exp(-((xs - 20 - 3 * index) ** 2 + (ys - 30) ** 2) / 220)
     overlay = (pixels * (0.25 + 0.75 * heat[..., None])).astype(np.uint8)
@@ -165,7 +165,8 @@ def _card(index: int) -> Card:
     return Card(images, f"val/{index:05d}", spans, columns, rows)
 
 
-def _scene(index: int) -> np.ndarray:
+def scene(index: int) -> np.ndarray:
+    """A small picture, uint8 [64, 64, 3]."""
     image = Image.new("RGB", (256, 256), (236, 231, 222))
     draw = ImageDraw.Draw(image)
     x, y = 30 + 12 * index, 60

@@ -11,7 +11,7 @@ from tiny import IMAGE_SIZE, TOKENS, make_batch, tiny_model
 
 from vlp_jax.data.augment import normalize
 from vlp_jax.models.masks import forward_mask, reverse_mask, two_stream_mask
-from vlp_jax.models.vision_language import TextStates, VisionLanguageModel
+from vlp_jax.models.vision_language import TextEmbedding, TextStates, VisionLanguageModel
 from vlp_jax.models.vit import ViT
 
 LENGTHS = [12, 9, 5, 2]
@@ -36,7 +36,7 @@ def encode(
 
 @pytest.fixture(scope="module", params=["pre", "post"])
 def model(request: pytest.FixtureRequest) -> VisionLanguageModel:
-    return tiny_model(**{"text.norm": request.param, "text.lower_depth": 2})
+    return tiny_model(**{"text.norm": request.param})
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,8 @@ def test_stacked_streams_equal_separate_streams(
     for stream, (name, mask) in enumerate(
         [("forward", forward_mask(N, TOKENS)), ("reverse", reverse_mask(N, TOKENS))]
     ):
-        alone = nn.apply(
-            lambda m, name=name, mask=mask: encode(m, IDS, IMAGE, mask[:, None], (name,)), model
+        alone = jax.jit(
+            nn.apply(lambda m, s=name, x=mask: encode(m, IDS, IMAGE, x[:, None], (s,)), model)
         )(params)
         for together, separate in zip(
             jax.tree.leaves(stacked), jax.tree.leaves(alone), strict=True
@@ -110,35 +110,55 @@ def test_every_row_of_the_upper_half_sees_its_own_image_only(states_of: Any) -> 
     assert same[[0, 2, 3]].all()
 
 
-@pytest.mark.parametrize("query", [0, 1, 6, 11])
-def test_one_query_equals_all_queries(
-    model: VisionLanguageModel, params: Any, states_of: Any, query: int
-) -> None:
+@pytest.fixture(scope="module")
+def reconstruct(model: VisionLanguageModel, params: Any, states_of: Any) -> Any:
+    """(positions, mask) -> queries [B, Q, D] over the states of ``BATCH``."""
     states = states_of(IDS, IMAGE)
+    method = nn.apply(VisionLanguageModel.reconstruct, model)
+    return jax.jit(lambda positions, mask: method(params, positions, states, mask))
+
+
+def test_one_query_equals_all_queries(reconstruct: Any) -> None:
     mask = np.random.default_rng(0).random((len(LENGTHS), TOKENS, 2 * TOKENS)) < 0.5
-    reconstruct = nn.apply(VisionLanguageModel.reconstruct, model)
-    every = reconstruct(params, jnp.arange(TOKENS), states, mask)
-    one = reconstruct(params, jnp.array([query]), states, mask[:, query : query + 1])
-    np.testing.assert_allclose(one[:, 0], every[:, query], atol=2e-6)
+    every = reconstruct(jnp.arange(TOKENS), mask)
+    for query in (0, 1, 6, 11):
+        one = reconstruct(jnp.array([query]), mask[:, query : query + 1])
+        np.testing.assert_allclose(one[:, 0], every[:, query], atol=2e-6)
 
 
-def test_blind_query_is_finite_and_depends_on_its_position_alone(
-    model: VisionLanguageModel, params: Any, states_of: Any
-) -> None:
-    states = states_of(IDS, IMAGE)
-    mask = jnp.zeros((len(LENGTHS), 2, 2 * TOKENS), bool)
-    out = nn.apply(VisionLanguageModel.reconstruct, model)(params, jnp.array([3, 4]), states, mask)
+def test_blind_query_depends_on_its_position_alone(reconstruct: Any) -> None:
+    blind = np.zeros((len(LENGTHS), TOKENS, 2 * TOKENS), bool)
+    out = reconstruct(jnp.arange(TOKENS), blind)
     assert np.isfinite(out).all()
     np.testing.assert_allclose(out, jnp.broadcast_to(out[:1], out.shape), atol=1e-6)
     assert np.abs(out[0, 0] - out[0, 1]).max() > 1e-3
 
 
+def test_lookup_of_one_row_equals_that_of_many() -> None:
+    """One row takes a way of its own (see ``_rows``): same values, same gradient."""
+    embedding = TextEmbedding(tiny_model().config.text, vocab_size=20, max_positions=10)
+    positions = jnp.arange(10)
+    variables = embedding.init(jax.random.key(0), jnp.zeros((1, 10), jnp.int32), positions)
+
+    def total(variables: Any, ids: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
+        out = embedding.apply(variables, ids, positions)
+        return (jnp.broadcast_to(out, (1, 10, 32)) ** 3).sum(), out
+
+    for place in (positions, jnp.array([4])):
+        one = jax.grad(total, has_aux=True)(variables, jnp.full((1, 1), 7), place)
+        many = jax.grad(total, has_aux=True)(
+            variables, jnp.full((1, 10), 7), jnp.broadcast_to(place, 10)
+        )
+        np.testing.assert_allclose(jnp.broadcast_to(one[1], (1, 10, 32)), many[1], atol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-4), one[0], many[0])
+
+
 def test_bad_geometry_names_the_key() -> None:
-    with pytest.raises(ValueError, match="model.reconstructor.depth=4"):
+    with pytest.raises(ValueError, match=r"model.reconstructor.depth=4"):
         tiny_model(**{"reconstructor.depth": 4})
-    with pytest.raises(ValueError, match="model.image.patch_size=5"):
+    with pytest.raises(ValueError, match=r"model.image.patch_size=5"):
         tiny_model(**{"image.patch_size": 5})
-    with pytest.raises(ValueError, match="model.image.stem"):
+    with pytest.raises(ValueError, match=r"model.image.stem"):
         tiny_model(**{"image.stem": "fancy"})
     with pytest.raises(ValueError, match="width 32 is not a multiple of heads 3"):
         tiny_model(**{"text.heads": 3})

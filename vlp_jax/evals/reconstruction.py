@@ -120,10 +120,10 @@ class Reconstruction:
         if "base" in self._rates:
             _, right, count = sums["base"]
             gain = right - sums["base_shuffled"][1]
-            yield "grounding_gap", float(gain.sum() / count.sum())
+            yield "grounding_gap", float(100 * gain.sum() / count.sum())
             for index, name in enumerate(self._classes, start=1):
                 if count[index]:
-                    yield f"grounding_gap/{name}", float(gain[index] / count[index])
+                    yield f"grounding_gap/{name}", float(100 * gain[index] / count[index])
         if self._unigram_entropy is not None:
             yield "unigram_entropy", self._unigram_entropy
 

@@ -135,7 +135,7 @@ def line_chart(title: str, name: str, series: Sequence[Series], x_label: str = "
     if y_axis.logarithmic:
         notes.append("logarithmic axis")
     if any(line.raw for line in lines):
-        notes.append("faint: values as logged")
+        notes.append("faint: before smoothing")
     if gaps:
         notes.append(f"{gaps} non-finite {'value' if gaps == 1 else 'values'} left out")
     unit = units.unit_of(name)
@@ -182,7 +182,7 @@ def bars(name: str, values: Sequence[tuple[str, float]]) -> tuple[Bar, ...]:
         values: (label, value); a non-finite value gets no bar.
     """
     finite = [abs(value) for _, value in values if math.isfinite(value)]
-    whole = 1.0 if units.unit_of(name) in ("percent", "points") else 0.0
+    whole = {"percent": 1.0, "points": 100.0}.get(units.unit_of(name), 0.0)
     full = max([whole, *finite]) or 1.0
     return tuple(
         Bar(
@@ -263,7 +263,7 @@ def _y_labels(axis: _Axis, unit: Unit) -> list[tuple[float, str]]:
     ticks = axis.ticks(4)
     if unit == "bytes":
         return [(tick, units.format_bytes(tick)) for tick in ticks]
-    scale = 100 if unit in ("percent", "points") else 1
+    scale = 100 if unit == "percent" else 1
     suffix = {"percent": " %", "seconds": " s"}.get(unit, "")
     if axis.logarithmic or len(ticks) < 2:
         return [(tick, _short(tick * scale) + suffix) for tick in ticks]
@@ -328,11 +328,11 @@ def _is_noisy(points: Points) -> bool:
 
 
 def _moving_average(points: Points) -> list[tuple[float, float]]:
-    """Centred means over a window that narrows towards the ends, so that they are not shifted."""
+    """Centred means; the window narrows at the start, where a curve is too steep to lean on it."""
     reach = max(1, len(points) // 40)
     averaged = []
     for index, (x, _) in enumerate(points):
-        near = min(reach, index, len(points) - 1 - index)
+        near = min(reach, index)
         window = [y for _, y in points[index - near : index + near + 1]]
         averaged.append((x, sum(window) / len(window)))
     return averaged

@@ -185,7 +185,7 @@ class WandbWriter:
 class Terminal:
     """A progress bar with ETA, samples/s, MFU, memory and loss; plain lines where there is no tty.
 
-    Values under ``train/``, ``speed/``, ``memory/`` and ``compile/`` move the bar; any other group
+    What the train loop writes (``train/``, ``speed/``, ...) moves the bar; any other group
     (an evaluator's) is printed once, in full, above it.
     """
 
@@ -348,4 +348,4 @@ def _strict(value: float) -> float | str:
 
 
 def _is_progress(name: str) -> bool:
-    return name.split("/", 1)[0] in ("train", "speed", "memory", "compile")
+    return name.split("/", 1)[0] in ("train", "data", "speed", "memory", "compile")

@@ -7,6 +7,7 @@ for (const chart of document.querySelectorAll(".chart")) {
   const { domain, lines } = JSON.parse(source.textContent);
   const [plot, cursor, tip] = [".plot", ".cursor", ".tip"].map((name) => chart.querySelector(name));
   const labels = [...chart.querySelectorAll(".legend li")].map((item) => item.firstChild.nextSibling.textContent.trim());
+  const title = chart.querySelector("h3").firstChild.textContent.trim();
   const xLabel = chart.querySelector(".x-label").textContent;
   const xs = [...new Set(lines.flatMap((line) => line.x))].sort((a, b) => a - b);
   const share = (x) => (domain[1] === domain[0] ? 0.5 : (x - domain[0]) / (domain[1] - domain[0]));
@@ -26,14 +27,15 @@ for (const chart of document.querySelectorAll(".chart")) {
     const x = xs.reduce((best, next) => (Math.abs(share(next) - wanted) < Math.abs(share(best) - wanted) ? next : best));
     const rows = lines.flatMap((line, index) => {
       const at = line.x.indexOf(x);
-      return at < 0 ? [] : [row(labels[index] ?? "", line.text[at])];
+      return at < 0 ? [] : [row(labels[index] ?? title, line.text[at])];
     });
     tip.replaceChildren(row(xLabel, x.toLocaleString("en")), ...rows);
     cursor.hidden = tip.hidden = false;
     cursor.style.left = `${100 * share(x)}%`;
-    const onLeft = share(x) > 0.5;
-    tip.style.left = onLeft ? "auto" : `calc(${100 * share(x)}% + 0.5rem)`;
-    tip.style.right = onLeft ? `calc(${100 - 100 * share(x)}% + 0.5rem)` : "auto";
+    // Right of the line, else left of it, else wherever it fits.
+    const at = share(x) * box.width;
+    const room = box.width - tip.offsetWidth;
+    tip.style.left = `${Math.max(0, at + 8 <= room ? at + 8 : Math.min(at - 8 - tip.offsetWidth, room))}px`;
   };
   plot.addEventListener("pointermove", show);
   plot.addEventListener("pointerdown", show);

@@ -39,13 +39,15 @@ REPORT_FILE = "report.html"
 CONFIG_FILE = "config.json"
 RUN_FILE = "run.json"
 
-# First parts of metric names that have a section of their own; any other is an evaluator.
-LOOP_GROUPS = ("train", "speed", "memory", "compile")
+# First parts of metric names that the train loop writes; any other is an evaluator. Those of
+# ``data`` (the fingerprint of a batch) are for comparing runs, and nothing to look at.
+LOOP_GROUPS = ("train", "data", "speed", "memory", "compile")
 # Words whose metrics share one chart per group; others are drawn alone, as their scales differ.
 SHARED_WORDS = ("gap", "accuracy", "loss", "perplexity", "precision", "recall")
 # Words drawn in the chart of another as a reference: an entropy is a loss that needs no model.
 REFERENCES: Mapping[str, str] = {"entropy": "loss"}
 REFERENCE_COLOUR = 5  # grey
+TOTAL = "total"  # what a loss without a name of its own is called
 # The order of charts: these words first, then as logged.
 CHART_ORDER: Mapping[str, tuple[str, ...]] = {
     "train": ("loss", "accuracy", "norm"),
@@ -62,11 +64,13 @@ EVALUATOR_HEADLINES = 3  # headline numbers per evaluator
 
 # Words of names that read better written out, or in capitals.
 SPELLINGS: Mapping[str, str] = {
+    "bytes": "memory",
     "ema": "EMA",
     "flops": "FLOPs",
     "grad": "gradient",
     "mfu": "MFU",
     "param": "parameter",
+    "tflops": "throughput",
 }
 
 # Keys of run.json with a place of their own on the page.
@@ -107,7 +111,6 @@ class TableView:
     title: str
     columns: tuple[CellView, ...]
     rows: tuple[tuple[CellView, ...], ...]
-    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,9 +283,8 @@ def _subtitle(run: Mapping[str, Any], history: History) -> tuple[str, ...]:
     start, end = _time(run.get("start")), _time(run.get("end"))
     if start and end and (start.tzinfo is None) == (end.tzinfo is None):
         parts.append(units.format_seconds((end - start).total_seconds()))
-    if end or start:
-        moment = end or start
-        assert moment is not None
+    moment = end or start
+    if moment:
         parts.append(f"{'ended' if end else 'started'} {moment:%-d %B %Y, %H:%M}")
     return tuple(parts)
 
@@ -310,21 +312,26 @@ def _headlines(history: History) -> tuple[Headline, ...]:
         shallow = [name for name in ranked if name.count("/") == ranked[0].count("/")]
         names += shallow[:EVALUATOR_HEADLINES]
     names += others
-    return tuple(_headline(name, history[name]) for name in names if name in history)
+    shown = [name for name in names if name in history]
+    return tuple(
+        _headline(name, HEADLINES.get(name) or _headline_label(name, shown), history[name])
+        for name in shown
+    )
 
 
-def _headline(name: str, points: charts.Points) -> Headline:
+def _headline(name: str, label: str, points: charts.Points) -> Headline:
     number, _, unit = units.format_value(name, points[-1][1]).partition(" ")
     if units.unit_of(name) == "seconds":
         number, unit = f"{number} {unit}", ""
-    label = HEADLINES.get(name) or _headline_label(name)
     return Headline(label, number, unit, charts.sparkline(points))
 
 
-def _headline_label(name: str) -> str:
-    """What an evaluator's metric is called; one plain word needs the evaluator's name with it."""
+def _headline_label(name: str, shown: Sequence[str]) -> str:
+    """What an evaluator's metric is called, with the evaluator's name where that is not clear."""
     rest = name.partition("/")[2]
-    return _words(name if rest == units.unit_word(name) else rest or name)
+    unclear = rest in ("", units.unit_word(name))
+    shared = sum(other.partition("/")[2] == rest for other in shown) > 1
+    return _words(name if unclear or shared else rest)
 
 
 # Sections made of metrics
@@ -338,7 +345,7 @@ def _training(history: History) -> Section:
     return Section(
         "training",
         "Training",
-        charts=_charts("train", drawn, history),
+        charts=metric_charts("train", drawn, history),
         facts=_constant_facts(constant, history),
     )
 
@@ -351,7 +358,7 @@ def _evaluators(history: History) -> list[Section]:
             Section(
                 anchor=f"eval-{_anchor(group)}",
                 title=_words(group),
-                charts=_charts("evaluator", names, history),
+                charts=metric_charts("evaluator", names, history),
                 bars=_breakdowns(names, history),
                 tables=_matrix(names, history),
             )
@@ -369,12 +376,12 @@ def _speed(history: History) -> Section:
         note = "Neither speed nor memory was logged."
         return Section("speed", "Speed and memory", notes=(note,))
     drawn, constant = _split_constant(names, history)
-    values = [(_words(name.rsplit("/", 1)[-1]), history[name][-1][1]) for name in compiled]
+    values = [(_lower_words(name.rsplit("/", 1)[-1]), history[name][-1][1]) for name in compiled]
     title = "Compilation per bucket"
     return Section(
         "speed",
         "Speed and memory",
-        charts=_charts("speed", drawn, history),
+        charts=metric_charts("speed", drawn, history),
         bars=(BarsView(title, charts.bars(compiled[0], values)),) if compiled else (),
         facts=_constant_facts(constant, history),
     )
@@ -405,14 +412,16 @@ def _constant_facts(names: Sequence[str], history: History) -> tuple[tuple[str, 
     )
 
 
-def _charts(order: str, names: Sequence[str], history: History) -> tuple[Chart, ...]:
+def metric_charts(order: str, names: Sequence[str], history: History) -> tuple[Chart, ...]:
     """The charts of one group of metrics; those with the same shared word are one chart."""
     grouped: dict[str, list[str]] = {}
     for name in names:
         if any(math.isfinite(value) for _, value in history[name]):
             word = REFERENCES.get(units.unit_word(name), units.unit_word(name))
             grouped.setdefault(word if word in SHARED_WORDS else name, []).append(name)
-    ordered = sorted(grouped.values(), key=lambda members: _rank(order, members[0]))
+    ordered = sorted(
+        grouped.values(), key=lambda members: min(_rank(order, name) for name in members)
+    )
     return tuple(_chart(members, history) for members in ordered)
 
 
@@ -437,8 +446,8 @@ def _chart(names: Sequence[str], history: History) -> Chart:
         original = next((other for other in names if name.startswith(other + "_")), name)
         colour = colours.setdefault(original, len(colours))
         reference = units.unit_word(name) != word
-        if any(history[name] == item.points for item in series):
-            continue  # the one loss of a run is also its total
+        if series and series[0].label == TOTAL and series[0].points == history[name]:
+            continue  # the only loss of a run is its total
         series.append(
             Series(
                 label,
@@ -458,7 +467,7 @@ def _title_and_labels(names: Sequence[str], word: str) -> tuple[str, list[str]]:
     labels = []
     for parts in parts_of:
         rest = ["" if part == whole else _without_word(part, word) for part in parts]
-        labels.append(" · ".join(filter(None, rest)) or ("total" if word == "loss" else "overall"))
+        labels.append(" · ".join(filter(None, rest)) or (TOTAL if word == "loss" else "overall"))
     return _words(whole), labels
 
 
@@ -474,11 +483,12 @@ def _breakdowns(names: Sequence[str], history: History) -> tuple[BarsView, ...]:
         children = [name for name in names if name.startswith(parent + "/")]
         if not children:
             continue
-        values = [("overall", history[parent][-1][1])]
-        values += [
+        parts = [
             (_lower_words(name.removeprefix(parent + "/")), history[name][-1][1])
             for name in children
         ]
+        parts.sort(key=lambda part: part[1], reverse=True)
+        values = [("overall", history[parent][-1][1]), *parts]
         title = f"{_words(parent.split('/', 1)[-1])} by class, step {history[parent][-1][0]:,}"
         views.append(BarsView(title, charts.bars(parent, values)))
     return tuple(views)
@@ -488,7 +498,7 @@ def _matrix(names: Sequence[str], history: History) -> tuple[TableView, ...]:
     """Last values of ``group/case/measure`` as a table of cases by measures."""
     cells: dict[tuple[str, str], str] = {}
     for name in names:
-        _, *parts, measure = name.split("/")
+        *parts, measure = name.split("/")[1:] or [name]
         if parts and units.unit_word(measure):
             cells["/".join(parts), measure] = name
     if len(cells) < 2:
@@ -501,7 +511,7 @@ def _matrix(names: Sequence[str], history: History) -> tuple[TableView, ...]:
     for case in cases:
         named = (cells.get((case, measure)) for measure in measures)
         values = (history[name][-1][1] if name else "–" for name in named)
-        rows.append((_words(case), *values))
+        rows.append((_lower_words(case), *values))
     last_step = max(history[name][-1][0] for name in cells.values())
     return (_table(f"Last values, step {last_step:,}", ("", *measures), rows),)
 

@@ -138,7 +138,7 @@ def format_value(name: str, value: float) -> str:
     if unit == "percent":
         return f"{value * 100:.1f} %".replace("-", "−")
     if unit == "points":
-        return f"{value * 100:.1f} points".replace("-", "−")
+        return f"{value:.1f} points".replace("-", "−")
     if unit == "bytes":
         return format_bytes(value)
     if unit == "seconds":

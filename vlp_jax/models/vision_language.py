@@ -104,8 +104,20 @@ class TextEmbedding(nn.Module):
         Returns:
             [B, N, D], B = 1 for ids [1, 1].
         """
-        x = self.token(ids) + self.position(positions)[None]
+        x = _rows(self.token, ids) + _rows(self.position, positions)[None]
         return self.norm(x.astype(self.config.dtype))
+
+
+def _rows(table: nn.Embed, ids: jax.Array) -> jax.Array:
+    """Rows of a table [V, D]: int32 [...] -> [..., D], in the dtype of the table."""
+    if ids.size > 1:
+        return table(ids)
+    # A lookup of one row would have the gradient of one row, which XLA makes an update of a slice.
+    # Where the table is cut along V, it then clobbers the first row of every shard that does not
+    # hold the one looked up (jax 0.10.2; tests/train/test_step.py). A selection has no such update.
+    chosen = jnp.arange(table.num_embeddings)[:, None] == ids.reshape(1, 1)
+    row = jnp.where(chosen, table.embedding, 0.0).sum(axis=0)
+    return jnp.broadcast_to(row, (*ids.shape, table.features))
 
 
 class VocabularyHead(nn.Module):

@@ -185,6 +185,8 @@ class FLM:
         tokens = batch["text_ids"].shape[1] - 1
         metrics = {}
         for i, name in enumerate(LOSSES):
+            if not self.loss_weights[name]:
+                continue  # its rows were skipped
             part = slice(i * tokens, (i + 1) * tokens)
             metrics[f"{name}_loss"] = Mean(scores.nll[:, part].sum(), count)
             metrics[f"{name}_accuracy"] = Mean(scores.correct[:, part].sum(), count)
@@ -197,11 +199,12 @@ class FLM:
         """
         c = self.model.config
         predictions = text_length - 1
+        weighted = sum(weight != 0 for weight in self.loss_weights.values())
         return (
             vit_flops(c.image)
             + text_flops(c, text_length, streams=2)
             + reconstructor_flops(c, predictions, keys=2 * text_length)
-            + vocabulary_flops(c, len(LOSSES) * predictions)
+            + vocabulary_flops(c, weighted * predictions)
         )
 
     def reconstruction_scores(

@@ -73,7 +73,7 @@ def default_config(size: str = "tiny") -> ConfigDict:
                 "b2": 0.98,
                 "eps": 1e-8,
                 "weight_decay": 0.01,
-                "no_decay": "embedding",
+                "no_decay": "(embedding|class_token)$",
                 "clip_norm": 1.0,
                 "ema_decay": 0.0,
                 "accumulation": 1,

@@ -22,7 +22,7 @@ from vlp_jax.data.loader import Loader
 from vlp_jax.infra.compilation import CompiledSteps, enable_compile_cache
 from vlp_jax.infra.hardware import device_facts, measure_matmul_peak, memory
 from vlp_jax.infra.mesh import global_batch
-from vlp_jax.infra.metrics import MetricWriter, open_writer
+from vlp_jax.infra.metrics import MetricWriter, open_writer, read_metrics
 from vlp_jax.infra.preemption import ExitCode, PreemptionGuard
 from vlp_jax.infra.profiling import ProfilerWindow
 from vlp_jax.infra.report import write_report
@@ -115,8 +115,19 @@ def train(setup: Setup) -> ExitCode:
         if restored is not None and primary:
             print(f"resumed from step {start} of {checkpoints.directory}", flush=True)
 
+        # Compile every bucket ahead of its first use. --------------------------------------------
+        peak = measure_matmul_peak()
+        steps = _compile(setup, primary)
+        compiled = {_label(key): seconds for key, seconds in steps.seconds.items()}
+
         # Open what is written to. ----------------------------------------------------------------
-        facts = run_facts(setup, start)
+        facts = _run_facts(setup) | {
+            "matmul_peak_tflops": round(peak / 1e12, 2),
+            "compile_seconds": {label: round(seconds, 1) for label, seconds in compiled.items()},
+        }
+        _write_facts(setup, facts | {"status": "running", "step": start}, primary)
+        facts["status"] = "failed"  # unless the end of this function is reached
+        stack.callback(lambda: _write_facts(setup, facts, primary))
         writer = open_writer(
             setup.workdir,
             total,
@@ -127,13 +138,7 @@ def train(setup: Setup) -> ExitCode:
             config=plain(config),
         )
         stack.callback(writer.close)
-        peak = measure_matmul_peak()
-        facts["matmul_peak_tflops"] = round(peak / 1e12, 2)
-
-        # Compile every bucket ahead of its first use. --------------------------------------------
-        steps = _compile(setup, writer, start)
-        facts["compile_seconds"] = {_label(key): round(s, 1) for key, s in steps.seconds.items()}
-        _write_facts(setup, facts | {"status": "running"}, primary)
+        writer.write(start, {f"compile/seconds/{name}": value for name, value in compiled.items()})
 
         # Train. ----------------------------------------------------------------------------------
         loader = stack.enter_context(
@@ -155,9 +160,8 @@ def train(setup: Setup) -> ExitCode:
         log_every = to_steps(config.log, "log", "every", setup.budget) or total
         save_every = to_steps(config.checkpoint, "checkpoint", "every", setup.budget) or total
         queue: collections.deque[Any] = collections.deque()
-        clock = Clock()
-        results: dict[str, float] = {}
-        step = start
+        clock, step = Clock(), start
+        evaluated: dict[str, float] = {}
         while step < total and not guard.requested:
             waiting = time.perf_counter()
             host = next(loader)
@@ -188,7 +192,6 @@ def train(setup: Setup) -> ExitCode:
 
             with clock.pausing():
                 evaluated = _evaluate(setup, state, step, writer)
-                results |= evaluated
                 if step % save_every == 0 and step < total:
                     checkpoints.save(step, state, evaluated, setup.checkpoint_extra())
 
@@ -196,24 +199,24 @@ def train(setup: Setup) -> ExitCode:
         preempted = step < total
         checkpoints.save(step, state, {} if preempted else evaluated, setup.checkpoint_extra())
         checkpoints.wait()
-        values = {f"train/{k}": float(v) for k, v in jax.device_get(metrics).items()}
         facts |= {
             "status": "preempted" if preempted else "finished",
             "step": step,
             "end": _now(),
             "bad_examples": dict(loader.bad.counts) | setup.dropped_captions,
         }
-        _write_facts(setup, facts, primary)
-    report = write_report(setup.workdir) if primary else None
     if primary:
+        report = write_report(setup.workdir)
+        latest: dict[str, float] = {}
+        for record in read_metrics(setup.workdir):
+            latest |= record
+        del latest["step"]
         summary = {"workdir": str(setup.workdir), "report": str(report), "step": step}
-        print(json.dumps(summary | {"metrics": values | results}), flush=True)
+        print(json.dumps(summary | {"metrics": latest}), flush=True)
     return ExitCode.PREEMPTED if preempted else ExitCode.OK
 
 
-def _compile(
-    setup: Setup, writer: MetricWriter, start: int
-) -> CompiledSteps[StepBucket, StepFunction]:
+def _compile(setup: Setup, primary: bool) -> CompiledSteps[StepBucket, StepFunction]:
     """The compiled update of every bucket the plan can ask for."""
     steps: CompiledSteps[StepBucket, StepFunction] = CompiledSteps(limit=MAX_SCHEDULED_BUCKETS)
     names = _batch_names(setup.program)
@@ -221,9 +224,10 @@ def _compile(
         key = tuple((name, bucket) for name in names)
         if setup.config.debug:
             steps.compile(key, setup.program.step)
-        else:
-            steps.compile(key, lambda key: setup.program.lower(key).compile())
-        writer.write(start, {f"compile/seconds/{_label(key)}": steps.seconds[key]})
+            continue
+        steps.compile(key, lambda key: setup.program.lower(key).compile())
+        if primary:
+            print(f"compiled bucket {_label(key)} in {steps.seconds[key]:.1f} s", flush=True)
     return steps
 
 
@@ -262,13 +266,12 @@ def _check_health(setup: Setup, values: Mapping[str, float], step: int, last_goo
         )
 
 
-def run_facts(setup: Setup, start: int) -> dict[str, Any]:
+def _run_facts(setup: Setup) -> dict[str, Any]:
     """What the report says of a run beside its metrics."""
     device = device_facts()
     return {
         "name": setup.config.name,
         "start": _now(),
-        "step": start,
         "total_steps": setup.total_steps,
         "command": shlex.join(["python", "-m", "vlp_jax.main", *sys.argv[1:]]),
         "device": device.pop("device_kind"),

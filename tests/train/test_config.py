@@ -1,0 +1,137 @@
+"""Keys are checked, defaults and shipped configs are frozen, and every shipped config runs."""
+
+import importlib
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+from golden import check_golden
+from ml_collections import ConfigDict
+from tiny import BATCH, Run, make_batch, make_program
+
+from vlp_jax.compress.buckets import Bucket
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.train.config import check_keys, default_config
+
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / "configs"
+SHIPPED = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != "__init__")
+
+
+def shipped(name: str) -> ConfigDict:
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """Values by dotted key; an empty section is a value."""
+    found: dict[str, Any] = {}
+
+    def walk(section: dict[str, Any], prefix: str) -> None:
+        for key, value in section.items():
+            if isinstance(value, dict) and value:
+                walk(value, f"{prefix}{key}.")
+            else:
+                found[f"{prefix}{key}"] = value
+
+    walk(json.loads(config.to_json_best_effort()), "")
+    return dict(sorted(found.items()))
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_default_config_passes_its_own_check(size: str) -> None:
+    check_keys(default_config(size))
+
+
+def test_golden_default_config() -> None:
+    check_golden("config_default", flat(default_config()))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_golden_shipped_config(name: str) -> None:
+    check_golden(f"config_{name}", flat(shipped(name)))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("optim.weight_decy", r"config.optim.weight_decy: unknown key. .*'weight_decay'"),
+        ("modle", r"config.modle: unknown key. Perhaps you mean 'model'"),
+        ("model.text.hads", r"config.model.text.hads: unknown key. Perhaps you mean 'heads'"),
+        ("mesh.zzz", r"config.mesh.zzz: unknown key. Use one of data, fsdp, model"),
+    ],
+)
+def test_unknown_keys_are_named_with_a_suggestion(path: str, message: str) -> None:
+    config = default_config()
+    *sections, key = path.split(".")
+    target = config
+    for section in sections:
+        target = target[section]
+    with config.unlocked():
+        target[key] = 1
+    with pytest.raises(ConfigError, match=message):
+        check_keys(config)
+
+
+def test_a_value_in_place_of_a_section_is_refused() -> None:
+    config = default_config()
+    with config.unlocked(), config.ignore_type():
+        config.optim = 3
+    with pytest.raises(ConfigError, match=r"config.optim: 3 is no section"):
+        check_keys(config)
+
+
+def test_named_sections_are_open() -> None:
+    config = default_config()
+    with config.unlocked():
+        config.evals.anything = {"type": "whatever"}
+        config.optim.groups.head = {"pattern": "head", "rate_factor": 5.0}
+    check_keys(config)
+
+
+def test_a_config_is_locked() -> None:
+    with pytest.raises(AttributeError, match="seeed"):
+        default_config().seeed = 1
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_config_names_its_command(name: str) -> None:
+    """The docstring of a config says how it is run and on what."""
+    text = importlib.import_module(f"configs.{name}").__doc__
+    assert text is not None
+    assert f"configs/{name}.py" in text
+    assert "Hardware" in text
+
+
+def shrunk(config: ConfigDict) -> ConfigDict:
+    """The same run at a size that a test can compile; its kinds of parts stay as they are."""
+    block = {"width": 32, "heads": 2, "mlp_width": 64}
+    config.model.image.update(**block, depth=1, patch_size=8)
+    config.model.text.update(**block, lower_depth=1, upper_depth=1)
+    config.model.reconstructor.depth = 2
+    config.data.image_size = 16
+    config.data.batch_size = BATCH
+    config.total_steps = 100
+    return config
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_config_builds(name: str) -> None:
+    config = shipped(name)
+    check_keys(config)
+    program = make_program(shrunk(config))
+    assert program.state_spec.step.shape == ()
+    assert {objective.batch_name for objective in program.objectives} == {"pairs"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_config_runs_one_step(name: str) -> None:
+    config = shrunk(shipped(name))
+    program = make_program(config)
+    bucket = tuple((o.batch_name, Bucket(12, 16)) for o in program.objectives)
+    run = Run(program, program.lower(bucket).compile())
+    state, metrics = run(run.init(), make_batch())
+    assert int(state.step) == 1
+    assert np.isfinite(list(metrics.values())).all()
+    assert metrics["skipped"] == 0
