@@ -10,7 +10,6 @@ SOURCES := vlp_jax configs tools tests setup.py
 
 demo: $(READY)
 	$(BIN)/python -m vlp_jax.main --config=configs/demo.py --workdir=$(WORKDIR)
-	@echo "Open $(WORKDIR)/report.html"
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -15,12 +15,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The config of the run."""
     config = default_config("tiny")
     config.name = "demo"
-    config.total_steps = 1200
+    config.total_steps = 900
     config.model.dtype = "float32"
-    config.model.image.patch_size = 8
+    config.model.image.depth = 1
+    config.model.text.lower_depth = config.model.text.upper_depth = 1
     config.model.image.activation = config.model.text.activation = "gelu_tanh"
 
-    config.data.batch_size = 128
+    config.data.batch_size = 64
     config.data.image_size = 32
     config.data.max_text_length = 16
     config.data.num_edges = 2
@@ -38,7 +39,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "num_examples": 512,
             "every_percent": 20.0,
         }
-        config.evals.cloze = {"type": "cloze", "source": "scenes", "split": "val"}
+        config.evals.cloze = {"type": "cloze", "source": "scenes", "split": "val", "rate": 0.0}
     config.schedule.peak = 2e-3
     config.checkpoint.every_percent = 20.0
     config.checkpoint.best_metric = "reconstruction/grounding_gap"

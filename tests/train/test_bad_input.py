@@ -61,7 +61,11 @@ def edit_captions(root: pathlib.Path, edit) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("data.batchsize", 8, r"config\.data\.batchsize: unknown key\. Perhaps you mean 'batch_size'"),
+        (
+            "data.batchsize",
+            8,
+            r"config\.data\.batchsize: unknown key\. Perhaps you mean 'batch_size'",
+        ),
         ("optimiser", 1, r"config\.optimiser: unknown key"),
         ("data.sources.photographs.rot", "x", r"config\.data\.sources\.photographs\.rot: unknown"),
         ("data.sources.photographs.type", "zip", r"sources\.photographs\.type: 'zip' is no source"),

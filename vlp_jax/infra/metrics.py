@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import rich.console
 import rich.progress
+import rich.table
 from tensorboardX import SummaryWriter
 
 from vlp_jax.infra import units
@@ -297,6 +298,20 @@ def open_writer(
         writers.append(TensorBoardWriter(workdir / TENSORBOARD_FOLDER, resume_step))
     writers.append(Terminal(total_steps, start_step=resume_step or 0))
     return MultiWriter(writers)
+
+
+def results_table(values: Mapping[str, float]) -> rich.table.Table:
+    """The last figures of every evaluator, one row each, for the end of a run.
+
+    Args:
+        values: name -> value; what the train loop itself writes is left out.
+    """
+    table = rich.table.Table("evaluator", "figure", rich.table.Column("value", justify="right"))
+    for name, value in sorted(values.items()):
+        if not _is_progress(name):
+            evaluator, _, figure = name.partition("/")
+            table.add_row(evaluator, figure, units.format_value(name, value))
+    return table
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:

@@ -16,13 +16,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import rich
 
 from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket
 from vlp_jax.data.loader import Loader
 from vlp_jax.infra.compilation import CompiledSteps, enable_compile_cache
 from vlp_jax.infra.hardware import device_facts, measure_matmul_peak, memory
 from vlp_jax.infra.mesh import global_batch
-from vlp_jax.infra.metrics import MetricWriter, open_writer, read_metrics
+from vlp_jax.infra.metrics import MetricWriter, open_writer, read_metrics, results_table
 from vlp_jax.infra.preemption import ExitCode, PreemptionGuard
 from vlp_jax.infra.profiling import ProfilerWindow
 from vlp_jax.infra.report import write_report
@@ -211,6 +212,8 @@ def train(setup: Setup) -> ExitCode:
         for record in read_metrics(setup.workdir):
             latest |= record
         del latest["step"]
+        rich.print(results_table(latest))
+        print(f"report: {report}")
         summary = {"workdir": str(setup.workdir), "report": str(report), "step": step}
         print(json.dumps(summary | {"metrics": latest}), flush=True)
     return ExitCode.PREEMPTED if preempted else ExitCode.OK
