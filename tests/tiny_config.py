@@ -8,7 +8,7 @@ from vlp_jax.train.config import default_config
 def get_config(arg: str | None = None) -> ConfigDict:
     config = default_config("tiny")
     config.name = "tiny"
-    config.total_steps = 240
+    config.total_steps = 100
     model = config.model
     model.dtype = "float32"
     model.image.width = model.text.width = 16
@@ -34,10 +34,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "split": "val",
             "num_examples": 16,
             "rates": (0.0, 0.3),
-            "every_steps": 80,
+            "every_steps": 40,
         }
     config.optim.ema_decay = 0.9
-    config.checkpoint.every_steps = 20
+    config.checkpoint.every_steps = 10
     config.checkpoint.best_metric = "reconstruction/base/accuracy"
     config.log.every_steps = 1
     config.log.tensorboard = False

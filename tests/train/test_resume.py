@@ -16,7 +16,7 @@ from tests.conftest import REPO
 from vlp_jax.infra.checkpoint import load_params
 from vlp_jax.infra.preemption import ExitCode
 
-TOTAL = 240
+TOTAL = 100
 # What measures the machine and not the model.
 TIMED = ("speed/", "memory/", "compile/")
 
@@ -119,10 +119,10 @@ def whole(trainer: Trainer) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def killed(trainer: Trainer, whole: pathlib.Path) -> pathlib.Path:
-    """A run of the same config, killed without warning after its 50th step."""
+    """A run of the same config, killed without warning after its 33rd step."""
     workdir = trainer.folder / "killed"
     process = trainer.start(workdir)
-    trainer.signal_at(process, workdir, 50, signal.SIGKILL)
+    trainer.signal_at(process, workdir, 33, signal.SIGKILL)
     code, _, _ = trainer.finish(process)
     assert code == -signal.SIGKILL
     return workdir
@@ -130,15 +130,15 @@ def killed(trainer: Trainer, whole: pathlib.Path) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def resumed(trainer: Trainer, killed: pathlib.Path) -> pathlib.Path:
-    """The killed run, resumed, stopped by SIGTERM after step 120, and resumed again to its end."""
+    """The killed run, resumed, stopped by SIGTERM after step 60, and resumed again to its end."""
     workdir = trainer.folder / "resumed"
     shutil.copytree(killed, workdir)
     process = trainer.start(workdir)
-    trainer.signal_at(process, workdir, 120, signal.SIGTERM)
+    trainer.signal_at(process, workdir, 60, signal.SIGTERM)
     code, out, err = trainer.finish(process)
     assert code == ExitCode.PREEMPTED, err[-3000:]
     stopped = json.loads(out.splitlines()[-1])["step"]
-    assert 120 <= stopped < TOTAL
+    assert 60 <= stopped < TOTAL
     assert (workdir / "checkpoints" / str(stopped)).is_dir()
     code, out, err = trainer.finish(trainer.start(workdir))
     assert code == 0, err[-3000:]
