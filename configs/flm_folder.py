@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "type": "folder",
             "root": config.data.get_oneway_ref("root"),
         }
-        config.objectives.flm = {"weight": 1.0, "corruption_rate": 0.15}
+        config.objectives.flm = {"weight": 1.0, "corruption_rate": 0.3}
         config.evals.reconstruction = {
             "type": "reconstruction",
             "source": "photographs",
