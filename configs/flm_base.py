@@ -9,9 +9,9 @@ that are new on top of the pretrained towers, 5 % warm-up, linear decay to 0, no
 corruption (the query's own token alone). Ours starts all parts from scratch, so that all take the
 higher rate.
 
-Hardware: 346M parameters; one H200 holds batch 512 (docs/perf.md has samples/s), eight hold the
-whole batch, or --config.optim.accumulation=8 on one. At 4,000 samples/s and GPU, 122.9M samples
-take about 8.5 GPU-hours. Score to expect: not measured yet.
+Hardware: 344M parameters; one H200 holds batch 512 in 35 GB, so that one GPU needs
+--config.optim.accumulation=8. The 122.9M samples of the recipe take about 8.7 GPU-hours at the
+3,938 samples/s of docs/perf.md (one bucket of 16 tokens). Score to expect: not measured yet.
 """
 
 from ml_collections import ConfigDict
