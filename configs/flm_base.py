@@ -40,6 +40,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "type": "folder",
             "weight": 1.0,
             "root": config.data.get_oneway_ref("root"),
+            "missing_images": "error",
         }
         config.objectives.flm = {"weight": 1.0, "corruption_rate": 0.0}
         config.evals.reconstruction = {

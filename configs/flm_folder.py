@@ -37,6 +37,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.data.sources.photographs = {
             "type": "folder",
             "root": config.data.get_oneway_ref("root"),
+            "missing_images": "error",
         }
         config.objectives.flm = {"weight": 1.0, "corruption_rate": 0.3}
         config.evals.reconstruction = {

@@ -84,7 +84,7 @@ def bench_step(config: Any) -> dict[str, Any]:
         Budget(data.batch_size, None, total_steps=config.total_steps or 10_000),
     )
     source = UniformLengths(_MIN_LENGTH.value, _MAX_LENGTH.value)
-    maxima = batch_maxima(source.histogram(), data.batch_size)
+    maxima = batch_maxima(source.histogram(), data.batch_size, data.window_batches)
     edges = tuple(data.text_edges) or fit_edges(
         maxima, data.num_edges, data.edge_multiple, longest=source.longest
     )

@@ -9,8 +9,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from vlp_jax.infra.checkpoint import DamagedCheckpointError
+from vlp_jax.infra.checkpoint import CheckpointMismatchError, DamagedCheckpointError
 from vlp_jax.infra.compilation import set_gpu_flags
+from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.train.loop import RunStopped, train
 from vlp_jax.train.setup import prepare
@@ -18,6 +19,8 @@ from vlp_jax.train.setup import prepare
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "the run's configuration", lock_config=True
 )
+# What ml_collections raises for a key that the config lacks or a value of the wrong type.
+_FLAG_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "folder of the run; an existing run is resumed", required=True
 )
@@ -45,9 +48,21 @@ def main(argv: Sequence[str]) -> None:
             code = train(setup)
         except RunStopped as error:
             code = _fail(error.code, error)
+        except (ConfigError, CheckpointMismatchError) as error:
+            code = _fail(ExitCode.BAD_INPUT, error)
         except DamagedCheckpointError as error:
             code = _fail(ExitCode.DAMAGED_CHECKPOINTS, error)
     sys.exit(code)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parse the flags; a config key that does not exist is bad input and not a crash."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except _FLAG_ERRORS as error:
+        remedy = "vlp_jax/train/config.py lists the keys; sections of names have those of the file"
+        print(f"error: bad flag: {error} ({remedy})", file=sys.stderr)
+        sys.exit(ExitCode.BAD_INPUT)
 
 
 def _fail(code: ExitCode, error: Exception) -> ExitCode:
@@ -57,4 +72,4 @@ def _fail(code: ExitCode, error: Exception) -> ExitCode:
 
 if __name__ == "__main__":
     set_gpu_flags()
-    app.run(main)
+    app.run(main, flags_parser=_parse)

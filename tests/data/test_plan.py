@@ -177,9 +177,13 @@ def test_bad_numbers_name_their_key():
         Plan([], 4, 0, EDGES, 32)
     with pytest.raises(ValueError, match=r"data\.sources\.none: the source is empty"):
         plan_of(planned(Fake(0, "none")))
-    with pytest.raises(ValueError, match=r"data\.edges=\(8, 16\): captions have up to 22 tokens"):
+    with pytest.raises(
+        ValueError, match=r"data\.text_edges=\(8, 16\): captions have up to 22 tokens"
+    ):
         plan_of(edges=(8, 16))
-    with pytest.raises(ValueError, match=r"data\.edges=\(16, 8\): must be positive and increasing"):
+    with pytest.raises(
+        ValueError, match=r"data\.text_edges=\(16, 8\): must be positive and increasing"
+    ):
         plan_of(edges=(16, 8))
     with pytest.raises(ValueError, match=r"data\.window_batches=31"):
         plan_of(window_batches=31)
@@ -212,7 +216,7 @@ def test_a_fixed_set_holds_every_row_once(edges, all_captions):
 def test_a_fixed_set_larger_than_its_source_is_the_whole_source():
     assert EvalPlan(planned(Fake(5)), 100, 4, EDGES, 32).num_rows == 5
     assert EvalPlan(planned(Fake(None)), 100, 4, EDGES, 32).num_rows == 100
-    with pytest.raises(ValueError, match=r"eval\.num_examples=0"):
+    with pytest.raises(ValueError, match=r"num_examples=0"):
         EvalPlan(planned(Fake(5)), 0, 4, EDGES, 32)
 
 

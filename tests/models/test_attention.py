@@ -125,12 +125,13 @@ def test_dropout_acts_on_weights() -> None:
         attention(query, key, value, dropout_rate=0.5)
 
 
-def test_cudnn_refuses_masks_and_dropout() -> None:
+def test_cudnn_leaves_masks_to_xla() -> None:
     query, key, value = operands(1)
-    with pytest.raises(ValueError, match="attention='cudnn'"):
-        attention(query, key, value, np.ones((1, 5, 7), bool), implementation="cudnn")
-    with pytest.raises(ValueError, match="attention='cudnn'"):
-        attention(query, key, value, dropout_rate=0.1, implementation="cudnn")
+    mask = np.tri(5, 7, dtype=bool)[None]
+    np.testing.assert_array_equal(
+        attention(query, key, value, mask, implementation="cudnn"),
+        attention(query, key, value, mask, implementation="xla"),
+    )
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import cv2
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -77,6 +78,11 @@ def edit_captions(root: pathlib.Path, edit) -> None:
         ("schedule.decay", "cosin", r"config\.schedule\.decay: 'cosin' is unknown"),
         ("model.image.patch_size", 7, r"patch_size=7 does not divide data\.image_size=16"),
         ("data.max_text_length", 100, r"config\.data\.max_text_length: 100 tokens exceed"),
+        ("data.text_edges", (40, 65), r"config\.data\.text_edges: the last of \(40, 65\) exceeds"),
+        ("data.root", "", r"config\.data\.sources\.photographs\.root: missing"),
+        ("checkpoint.best_metric", "vqa/score", r"config\.checkpoint\.best_metric: 'vqa/score'"),
+        ("model.attention", "flash", r"model\.attention='flash' is none of"),
+        ("total_epochs", 2.0, r"config\.total_epochs: total_steps=4 is given as well"),
         ("tokenizer.path", "/nowhere", r"/nowhere"),
     ],
 )
@@ -86,6 +92,13 @@ def test_errors_name_the_key(photographs, tmp_path, key, value, message):
         config.update_from_flattened_dict({key: value})
     with pytest.raises((ValueError, OSError), match=message):
         prepare(config, tmp_path / "run")
+
+
+def test_a_run_without_jit_trains(photographs, tmp_path):
+    """The debug setting: one device, no jit, NaN checks."""
+    config = folder_config(photographs, debug=True, total_steps=1)
+    with jax.disable_jit():
+        assert train(prepare(config, tmp_path / "run")) == ExitCode.OK
 
 
 def test_missing_root_is_named(tmp_path):

@@ -188,3 +188,8 @@ def test_bad_input_exits_with_its_own_code_and_one_line(trainer):
     assert "config.data.batch_size: 17 rows" in err
     assert "Traceback" not in err
     assert not (trainer.folder / "bad" / "metrics.jsonl").exists()
+    process = trainer.start(trainer.folder / "bad", 8, "--config.data.batchsize=8")
+    code, _, err = trainer.finish(process)
+    assert code == ExitCode.BAD_INPUT
+    assert "batchsize" in err
+    assert "Traceback" not in err

@@ -20,12 +20,12 @@ def section(**values: float) -> ConfigDict:
     [
         ({}, None),
         ({"steps": 7}, 7),
-        ({"steps": 0}, 0),
+        ({"steps": 0}, None),
+        ({"steps": 0, "epochs": 2.0}, 31),
         ({"examples": 6400.0}, 100),
         ({"epochs": 2.0}, 31),  # 2000 / 64, rounded
         ({"percent": 5.0}, 20),
-        ({"steps": 7, "examples": 6400.0, "percent": 5.0}, 7),
-        ({"examples": 6400.0, "epochs": 2.0}, 100),
+        ({"steps": 7, "percent": 5.0}, 7),
         ({"epochs": 2.0, "percent": 5.0}, 31),
     ],
 )
@@ -38,6 +38,11 @@ def test_units_and_their_precedence(values: dict[str, float], steps: int | None)
     [
         ({"steps": -1}, BUDGET, r"config.log.every_steps: -1 is negative"),
         ({"epochs": 1.0}, Budget(64, None, 400), r"config.log.every_epochs: .*unbounded.*_steps"),
+        (
+            {"steps": 7, "epochs": 1.0},
+            BUDGET,
+            r"config.log.every_epochs: log.every_steps=7 is given as well.*every_steps=0",
+        ),
         ({"percent": 1.0}, Budget(64, 1000), r"config.log.every_percent: .*not known"),
     ],
 )
@@ -65,7 +70,7 @@ def test_warmup_starts_above_zero_and_ends_at_the_peak() -> None:
 
 
 def test_no_warmup() -> None:
-    assert rates([0], warmup_steps=0) == pytest.approx([2.0])
+    assert rates([0], warmup_percent=0.0) == pytest.approx([2.0])
 
 
 @pytest.mark.parametrize(

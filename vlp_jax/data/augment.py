@@ -13,25 +13,3 @@ def normalize(image: jax.Array) -> jax.Array:
     scale = 1.0 / (255.0 * jnp.asarray(PIXEL_STD))
     offset = jnp.asarray(PIXEL_MEAN) / jnp.asarray(PIXEL_STD)
     return image.astype(jnp.float32) * scale[None, None, None] - offset[None, None, None]
-
-
-def random_shift(image: jax.Array, keys: jax.Array, pixels: int) -> jax.Array:
-    """Move each image by up to ``pixels`` in both directions, repeating the edge.
-
-    Args:
-        image: [B, H, W, 3], any dtype.
-        keys: PRNG keys [B], one an example.
-        pixels: largest shift; 0 gives the image back.
-
-    Returns:
-        Same shape and dtype.
-    """
-    if pixels == 0:
-        return image
-
-    def one(key: jax.Array, picture: jax.Array) -> jax.Array:
-        padded = jnp.pad(picture, ((pixels, pixels), (pixels, pixels), (0, 0)), mode="edge")
-        row, column = jax.random.randint(key, (2,), 0, 2 * pixels + 1)
-        return jax.lax.dynamic_slice(padded, (row, column, 0), picture.shape)
-
-    return jax.vmap(one)(keys, image)

@@ -1,7 +1,7 @@
 """From a config to sources, tokenizer and plans."""
 
+import collections
 import inspect
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -18,7 +18,7 @@ from vlp_jax.infra.errors import ConfigError, unknown_key
 
 SOURCES: Mapping[str, type] = {"scenes": Scenes, "folder": Folder}
 # Keys of a source's section that are read here and not by the source.
-_RESERVED = ("type", "weight", "split", "cache")
+_RESERVED = ("type", "weight", "split", "cache", "cache_path", "cache_workers")
 # Captions that train a tokenizer where the source is unbounded.
 TOKENIZER_SAMPLE = 20_000
 
@@ -46,19 +46,29 @@ def build_source(
     kind = section.get("type", name)
     if kind not in SOURCES:
         raise ConfigError(f"{path}.type", f"{kind!r} is no source", f"Use one of {sorted(SOURCES)}")
-    known = [p for p in inspect.signature(SOURCES[kind]).parameters if p not in ("name", "key")]
+    parameters = inspect.signature(SOURCES[kind]).parameters
+    known = [name for name in parameters if name not in ("name", "key")]
     arguments = {key: value for key, value in section.items() if key not in _RESERVED}
     for key in arguments:
         if key not in known:
             raise unknown_key(f"{path}.{key}", [*known, *_RESERVED])
+    for key in known:
+        missing = parameters[key].default is inspect.Parameter.empty and key != "split"
+        if missing and not arguments.get(key):
+            raise ConfigError(f"{path}.{key}", "missing", "Add it")
     own_split = section.get("split", "train")
     if split not in (None, own_split) and "num_records" in known:
         arguments["num_records"] = num_records
-    if "key" in inspect.signature(SOURCES[kind]).parameters:
+    if "key" in parameters:
         arguments["key"] = f"{path}.root"
     source = SOURCES[kind](split=split or own_split, name=name, **arguments)
     if section.get("cache", False) and source.num_records is not None:
-        source = ImageCache(source, config.data.image_size)
+        source = ImageCache(
+            source,
+            config.data.image_size,
+            path=section.get("cache_path", "") or None,
+            workers=section.get("cache_workers", 0),
+        )
     return source
 
 
@@ -113,6 +123,13 @@ def build_plan(config: ConfigDict, sources: Mapping[str, Source], tokenizer: Tok
         for name, source in sources.items()
     ]
     edges = tuple(data.text_edges) or _fitted_edges(config, planned)
+    if edges[-1] > config.model.text.max_positions:
+        raise ConfigError(
+            "data.text_edges",
+            f"the last of {edges} exceeds the positions of the text stack "
+            f"(model.text.max_positions={config.model.text.max_positions})",
+            "Lower the one or raise the other",
+        )
     return Plan(planned, data.batch_size, config.seed, edges, data.image_size, data.window_batches)
 
 
@@ -133,12 +150,22 @@ def build_eval_plan(
 
 def bad_captions(sources: Mapping[str, Source]) -> dict[str, int]:
     """Captions that sources left out when they read their annotations, by kind."""
-    counts: dict[str, int] = {}
-    for kind, count in itertools.chain.from_iterable(
-        getattr(source, "bad_captions", {}).items() for source in sources.values()
-    ):
-        counts[kind] = counts.get(kind, 0) + count
-    return counts
+    counts: collections.Counter[str] = collections.Counter()
+    for source in sources.values():
+        read = source.source if isinstance(source, ImageCache) else source
+        if isinstance(read, Folder):
+            counts += read.bad_captions
+    return dict(counts)
+
+
+def missing_images(sources: Mapping[str, Source]) -> int:
+    """Images that annotations name and that are not there, where ``missing_images`` is ``skip``."""
+    count = 0
+    for source in sources.values():
+        read = source.source if isinstance(source, ImageCache) else source
+        if isinstance(read, Folder):
+            count += read.num_missing
+    return count
 
 
 def _fitted_edges(config: ConfigDict, planned: Sequence[PlannedSource]) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from vlp_jax.data.captions import ManyCaptions
 from vlp_jax.data.source import BadExample, Source
 
 _CHUNK = 256  # records that one worker makes at a time
@@ -69,6 +70,12 @@ class ImageCache:
                 "recognised; give ImageCache one, or cache in memory"
             )
         self._open_or_make(self._path, identity, workers)
+
+    def captions(self, records: np.ndarray, indices: np.ndarray) -> list[str]:
+        """Captions of many records at once, the source's own way where it has one."""
+        if isinstance(self.source, ManyCaptions):
+            return self.source.captions(records, indices)
+        return [self.source.caption(int(r), int(i)) for r, i in zip(records, indices, strict=True)]
 
     def num_captions(self, records: np.ndarray) -> np.ndarray:
         """Captions of each record: int64 [n] -> int64 [n]."""

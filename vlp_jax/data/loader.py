@@ -30,6 +30,7 @@ from absl import flags
 from vlp_jax.data.batch import HostBatch
 from vlp_jax.data.plan import BatchPlan, PlannedBatch, host_rows
 from vlp_jax.data.source import BadExample
+from vlp_jax.infra.errors import ConfigError
 
 # Kind and place of every damaged record that was met while a batch was read.
 _Met = list[tuple[str, str]]
@@ -100,18 +101,26 @@ class Loader(Iterator[HostBatch]):
             prefetch: batches a process keeps ready or in the making.
 
         Raises:
-            ValueError: a number is out of range; the message names its config key.
+            ConfigError: a number is out of range; the message names its key.
         """
         host_rows(plan.batch_size, host, hosts)
         if workers < 0 or threads < 0:
-            raise ValueError(f"data.workers={workers}, data.threads={threads}: must be at least 0")
+            raise ConfigError(
+                "data.workers", f"{workers} workers of {threads} threads", "Use 0 or more of each"
+            )
         if threads and prefetch < threads:
-            raise ValueError(
-                f"data.prefetch={prefetch}: at least data.threads={threads}, "
-                "since every thread works on a batch of its own"
+            raise ConfigError(
+                "data.prefetch",
+                f"{prefetch} is less than data.threads={threads}, and every thread works on a "
+                "batch of its own",
+                f"Use {threads} or more",
             )
         if not 0 <= start_step <= stop_step:
-            raise ValueError(f"cannot load steps {start_step} to {stop_step}")
+            raise ConfigError(
+                "total_steps",
+                f"the run was restored at step {start_step}, beyond its end at {stop_step}",
+                "Raise the length of the run or use another workdir",
+            )
         self.step = start_step
         self.bad = BadCounts()
         reading = (

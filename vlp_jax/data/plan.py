@@ -356,7 +356,7 @@ class EvalPlan:
         """
         _check_batch([source], batch_size, edges)
         if num_records < 1:
-            raise ValueError(f"eval.num_examples={num_records}: must be at least 1")
+            raise ValueError(f"num_examples={num_records}: must be at least 1")
         self.sources = (source,)
         self.batch_size = batch_size
         self.edges = tuple(edges)
@@ -451,17 +451,28 @@ class _Memo(Generic[T]):
     def __init__(self, size: int):
         self._size = size
         self._values: collections.OrderedDict[Hashable, T] = collections.OrderedDict()
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._making = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The value of a key, made under the lock: threads that need one window make it once."""
+        """The value of a key; threads that need one window make it once.
+
+        Who needs a value that is there does not wait for one that is being made.
+        """
         with self._lock:
-            if key not in self._values:
-                self._values[key] = make()
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+        with self._making:
+            with self._lock:
+                if key in self._values:
+                    return self._values[key]
+            value = make()
+            with self._lock:
+                self._values[key] = value
                 if len(self._values) > self._size:
                     self._values.popitem(last=False)
-            self._values.move_to_end(key)
-            return self._values[key]
+            return value
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Memo, (self._size,)
@@ -482,12 +493,12 @@ def _check_batch(sources: Sequence[PlannedSource], batch_size: int, edges: Seque
                 "remove the source to leave it out"
             )
     if not edges or any(low >= high for low, high in zip([0, *edges], edges, strict=False)):
-        raise ValueError(f"data.edges={tuple(edges)}: must be positive and increasing")
+        raise ValueError(f"data.text_edges={tuple(edges)}: must be positive and increasing")
     longest = max(planned.captions.longest for planned in sources)
     if longest > edges[-1]:
         raise ValueError(
-            f"data.edges={tuple(edges)}: captions have up to {longest} tokens; raise the last edge "
-            "or lower data.max_text_length"
+            f"data.text_edges={tuple(edges)}: captions have up to {longest} tokens; raise the last "
+            "edge or lower data.max_text_length"
         )
 
 

@@ -108,7 +108,7 @@ class JsonlWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line; ``values`` keep their order."""
         record: dict[str, int | float | str] = {"step": int(step)}
-        record.update({name: _strict(float(value)) for name, value in values.items()})
+        record.update(strict(values))
         # One call with the newline in it, so that a kill tears at most the last line.
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
@@ -351,6 +351,11 @@ def _records(path: Path) -> list[tuple[str, dict[str, float]]]:
             ) from error
         records.append((line.decode("ascii") + "\n", values))
     return records
+
+
+def strict(values: Mapping[str, float]) -> dict[str, float | str]:
+    """The values as strict JSON holds them: those that are not finite by name."""
+    return {name: _strict(float(value)) for name, value in values.items()}
 
 
 def _strict(value: float) -> float | str:

@@ -5,7 +5,7 @@ Parameters are float32; ``dtype`` is the compute dtype. Layer norms and softmax 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -60,6 +60,10 @@ class BlockConfig:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is none of {sorted(ACTIVATIONS)}")
+        if self.attention not in get_args(Implementation):
+            raise ValueError(
+                f"model.attention={self.attention!r} is none of {get_args(Implementation)}"
+            )
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm {self.norm!r} is neither 'pre' nor 'post'")
 

@@ -26,7 +26,7 @@ class TokenScores(NamedTuple):
         loss: sum over rows of weight * -log p(label), float32 []; gradients flow through it.
         nll: -log p(label) of each row, float32, zero where the weight is; no gradient.
         correct: 1 where the label has the highest logit, float32, zero where the weight is; no
-            gradient.
+            gradient. While gradients are taken, a tie for the highest counts as correct.
     """
 
     loss: jax.Array
@@ -168,15 +168,18 @@ def _walk(
         weight = jax.lax.dynamic_slice(sorted_weights, (start,), (chunk,))[:, None]
         row = features[index]
         label = labels[index][:, None]
-        # Stored in the compute dtype, as any product; softmax and sums run in float32.
-        products = jnp.dot(row, kernel) + bias.astype(row.dtype)[None]
+        # While it trains, products are stored in the compute dtype, as any other; softmax and sums
+        # run in float32. Scores that are reported come from float32 logits.
+        dtype = row.dtype if gradient else jnp.float32
+        products = jnp.dot(row, kernel, preferred_element_type=dtype) + bias.astype(dtype)[None]
         logits = jnp.where(exists[None], products.astype(jnp.float32), jnp.finfo(jnp.float32).min)
         highest = logits.max(axis=-1, keepdims=True)
         log_total = highest + jnp.log(jnp.exp(logits - highest).sum(axis=-1, keepdims=True))
         label_logit = jnp.take_along_axis(logits, label, axis=-1)
         counted = weight != 0.0
         row_nll = jnp.where(counted, log_total - label_logit, 0.0)
-        row_correct = jnp.where(counted & (label_logit >= highest), 1.0, 0.0)
+        best = (label_logit >= highest)[:, 0] if gradient else logits.argmax(axis=-1) == label[:, 0]
+        row_correct = jnp.where(counted & best[:, None], 1.0, 0.0)
         nll = jax.lax.dynamic_update_slice(nll, row_nll[:, 0], (start,))
         correct = jax.lax.dynamic_update_slice(correct, row_correct[:, 0], (start,))
         if not gradient:

@@ -7,10 +7,7 @@ t, so a run that was killed goes on as if nothing had happened.
 import collections
 import contextlib
 import dataclasses
-import datetime
 import json
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,13 +18,13 @@ import rich
 from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket
 from vlp_jax.data.loader import Loader
 from vlp_jax.infra.compilation import CompiledSteps, enable_compile_cache
-from vlp_jax.infra.hardware import device_facts, measure_matmul_peak, memory
+from vlp_jax.infra.hardware import measure_matmul_peak, memory
 from vlp_jax.infra.mesh import global_batch
-from vlp_jax.infra.metrics import MetricWriter, open_writer, read_metrics, results_table
+from vlp_jax.infra.metrics import MetricWriter, open_writer, read_metrics, results_table, strict
 from vlp_jax.infra.preemption import ExitCode, PreemptionGuard
 from vlp_jax.infra.profiling import ProfilerWindow
 from vlp_jax.infra.report import write_report
-from vlp_jax.models.sizes import parameter_table
+from vlp_jax.train.facts import facts_table, now, run_facts, write_facts
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import to_steps
 from vlp_jax.train.setup import Setup, plain
@@ -108,27 +105,45 @@ def train(setup: Setup) -> ExitCode:
         enable_compile_cache(config.compile_cache or setup.workdir / "compile_cache")
 
     with contextlib.ExitStack() as stack:
-        # Restore or begin. -----------------------------------------------------------------------
+        # Look for a checkpoint, and open what reads and writes. ----------------------------------
         checkpoints = stack.enter_context(setup.open_checkpoints())
         restored = checkpoints.restore_latest(program.state_spec)
-        state = program.init() if restored is None else restored.state
         start = 0 if restored is None else restored.step
-        if restored is not None and primary:
-            print(f"resumed from step {start} of {checkpoints.directory}", flush=True)
+        loader = stack.enter_context(
+            Loader(
+                setup.plan,
+                start,
+                total,
+                host=jax.process_index(),
+                hosts=jax.process_count(),
+                workers=config.data.workers,
+                threads=config.data.threads,
+                prefetch=config.data.prefetch,
+            )
+        )
+        profiler = stack.enter_context(
+            ProfilerWindow(setup.workdir / "profile", **config.profile.to_dict())
+        )
+        log_every = to_steps(config.log, "log", "every", setup.budget) or total
+        save_every = to_steps(config.checkpoint, "checkpoint", "every", setup.budget) or total
+        facts = run_facts(setup, None if restored is None else setup.workdir)
 
-        # Compile every bucket ahead of its first use. --------------------------------------------
+        # Restore or begin, and compile every bucket ahead of its first use. ----------------------
+        if primary:
+            rich.print(facts_table(facts["parameters"]))
+            if restored is not None:
+                print(f"resumed from step {start} of {checkpoints.directory}", flush=True)
+        state = program.init() if restored is None else restored.state
         peak = measure_matmul_peak()
         steps = _compile(setup, primary)
         compiled = {_label(key): seconds for key, seconds in steps.seconds.items()}
-
-        # Open what is written to. ----------------------------------------------------------------
-        facts = _run_facts(setup) | {
+        facts |= {
             "matmul_peak_tflops": round(peak / 1e12, 2),
             "compile_seconds": {label: round(seconds, 1) for label, seconds in compiled.items()},
         }
-        _write_facts(setup, facts | {"status": "running", "step": start}, primary)
+        write_facts(setup, facts | {"status": "running", "step": start}, primary)
         facts["status"] = "failed"  # unless the end of this function is reached
-        stack.callback(lambda: _write_facts(setup, facts, primary))
+        stack.callback(lambda: write_facts(setup, facts, primary))
         writer = open_writer(
             setup.workdir,
             total,
@@ -142,34 +157,19 @@ def train(setup: Setup) -> ExitCode:
         writer.write(start, {f"compile/seconds/{name}": value for name, value in compiled.items()})
 
         # Train. ----------------------------------------------------------------------------------
-        loader = stack.enter_context(
-            Loader(
-                setup.plan,
-                start,
-                total,
-                host=jax.process_index(),
-                hosts=jax.process_count(),
-                workers=config.data.workers,
-                threads=config.data.threads,
-                prefetch=config.data.prefetch,
-            )
-        )
         guard = stack.enter_context(PreemptionGuard())
-        profiler = stack.enter_context(
-            ProfilerWindow(setup.workdir / "profile", **config.profile.to_dict())
-        )
-        log_every = to_steps(config.log, "log", "every", setup.budget) or total
-        save_every = to_steps(config.checkpoint, "checkpoint", "every", setup.budget) or total
         queue: collections.deque[Any] = collections.deque()
         clock, step = Clock(), start
         evaluated: dict[str, float] = {}
+        # Without jit, the constants of a step are transfers.
+        guarded = "allow" if config.debug else "disallow"
         while step < total and not guard.requested:
             waiting = time.perf_counter()
             host = next(loader)
             clock.waited += time.perf_counter() - waiting
             planned = setup.plan.batch(step)
             batches = {name: global_batch(host, mesh) for name in _batch_names(program)}
-            with profiler.step(step), jax.transfer_guard("disallow"):
+            with profiler.step(step), jax.transfer_guard(guarded):
                 state, metrics = steps.get(_key(setup, step), _never)(state, batches)
             step += 1
             clock.examples += len(planned)
@@ -194,17 +194,19 @@ def train(setup: Setup) -> ExitCode:
             with clock.pausing():
                 evaluated = _evaluate(setup, state, step, writer)
                 if step % save_every == 0 and step < total:
-                    checkpoints.save(step, state, evaluated, setup.checkpoint_extra())
+                    checkpoints.save(
+                        step, state, _ranked(setup, evaluated), setup.checkpoint_extra()
+                    )
 
         # Save and report. ------------------------------------------------------------------------
         preempted = step < total
-        checkpoints.save(step, state, {} if preempted else evaluated, setup.checkpoint_extra())
+        checkpoints.save(step, state, _ranked(setup, evaluated), setup.checkpoint_extra())
         checkpoints.wait()
         facts |= {
             "status": "preempted" if preempted else "finished",
             "step": step,
-            "end": _now(),
-            "bad_examples": dict(loader.bad.counts) | setup.dropped_captions,
+            "end": now(),
+            "bad_examples": dict(loader.bad.counts + collections.Counter(facts["bad_examples"])),
         }
     if primary:
         report = write_report(setup.workdir)
@@ -215,7 +217,7 @@ def train(setup: Setup) -> ExitCode:
         rich.print(results_table(latest))
         print(f"report: {report}")
         summary = {"workdir": str(setup.workdir), "report": str(report), "step": step}
-        print(json.dumps(summary | {"metrics": latest}), flush=True)
+        print(json.dumps(summary | {"metrics": strict(latest)}, allow_nan=False), flush=True)
     return ExitCode.PREEMPTED if preempted else ExitCode.OK
 
 
@@ -247,11 +249,18 @@ def _evaluate(setup: Setup, state: TrainState, step: int, writer: MetricWriter) 
     return values
 
 
+def _ranked(setup: Setup, evaluated: Mapping[str, float]) -> Mapping[str, float]:
+    """The metrics of a checkpoint: none where the evaluator that ranks it did not run."""
+    ranking = setup.config.checkpoint.best_metric.partition("/")[0]
+    ran = {name.partition("/")[0] for name in evaluated}
+    return evaluated if ranking in ran else {}
+
+
 def _check_health(setup: Setup, values: Mapping[str, float], step: int, last_good: Any) -> None:
     """Stop a run that has lost its way, and say from where to go on."""
     last = f"last good checkpoint: {last_good or 'none'}"
     limit = setup.config.optim.max_skipped
-    if values["skipped_in_a_row"] >= limit:
+    if limit and values["skipped_in_a_row"] >= limit:
         raise RunStopped(
             ExitCode.TOO_MANY_BAD_UPDATES,
             f"step {step}: loss or gradient not finite {int(values['skipped_in_a_row'])} times in "
@@ -269,33 +278,6 @@ def _check_health(setup: Setup, values: Mapping[str, float], step: int, last_goo
         )
 
 
-def _run_facts(setup: Setup) -> dict[str, Any]:
-    """What the report says of a run beside its metrics."""
-    device = device_facts()
-    return {
-        "name": setup.config.name,
-        "start": _now(),
-        "total_steps": setup.total_steps,
-        "command": shlex.join(["python", "-m", "vlp_jax.main", *sys.argv[1:]]),
-        "device": device.pop("device_kind"),
-        **device,
-        "mesh": dict(setup.mesh.shape),
-        "batch_size": setup.budget.batch_size,
-        "text_edges": list(setup.plan.edges),
-        "padding_waste": round(setup.plan.padding_waste(setup.plan.window_batches), 4),
-        "vocabulary": setup.tokenizer.vocab_size,
-        "parameters": [
-            {"module": module, "parameters": count}
-            for module, count in parameter_table(setup.program.state_spec.params)
-        ],
-    }
-
-
-def _write_facts(setup: Setup, facts: Mapping[str, Any], primary: bool) -> None:
-    if primary:
-        (setup.workdir / "run.json").write_text(json.dumps(dict(facts), indent=2) + "\n")
-
-
 def _batch_names(program: Program) -> list[str]:
     return sorted({objective.batch_name for objective in program.objectives})
 
@@ -311,7 +293,3 @@ def _label(key: StepBucket) -> str:
 
 def _never(key: StepBucket) -> StepFunction:
     raise RuntimeError(f"bucket {_label(key)} was not among those the plan announced")
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

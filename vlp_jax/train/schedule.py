@@ -47,8 +47,8 @@ def duration(name: str, **value: float) -> dict[str, Any]:
 def to_steps(config: ConfigDict, section: str, name: str, budget: Budget) -> int | None:
     """Read a duration in whichever unit it is given.
 
-    Where several units are set, the first of steps, examples, epochs, percent counts, so that a
-    flag in steps overrides a default in percent.
+    A unit at None or 0 is not given. Of steps, examples and epochs one may be given; it comes
+    before a percentage, so that a flag overrides a default in percent.
 
     Args:
         config: a section with keys made by ``duration``.
@@ -57,17 +57,22 @@ def to_steps(config: ConfigDict, section: str, name: str, budget: Budget) -> int
         budget: of the run.
 
     Returns:
-        Whole steps, or None where no unit is set.
+        Whole steps, or None where no unit is given.
 
     Raises:
-        ConfigError: epochs of an unbounded source, a percentage of an unknown total, or a negative
-            number.
+        ConfigError: two units, epochs of an unbounded source, a percentage of an unknown total, or
+            a negative number.
     """
     key = f"{section}.{name}" if section else name
-    for unit in UNITS:
+    given = [unit for unit in UNITS if config[f"{name}_{unit}"]]
+    if len(set(given) - {"percent"}) > 1:
+        raise ConfigError(
+            f"{key}_{given[1]}",
+            f"{key}_{given[0]}={config[f'{name}_{given[0]}']} is given as well",
+            f"Give one; --config.{key}_{given[0]}=0 takes the other back",
+        )
+    for unit in given:
         value = config[f"{name}_{unit}"]
-        if value is None:
-            continue
         if value < 0:
             raise ConfigError(f"{key}_{unit}", f"{value} is negative", "Give 0 or more")
         if unit == "steps":

@@ -11,13 +11,21 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vlp_jax.data.build import bad_captions, build_plan, build_source, build_tokenizer
+from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS
+from vlp_jax.data.build import (
+    bad_captions,
+    build_plan,
+    build_source,
+    build_tokenizer,
+    missing_images,
+)
 from vlp_jax.data.plan import Plan
 from vlp_jax.data.source import Source
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.evals import EvalContext, Evaluator, build_evaluators
 from vlp_jax.infra.checkpoint import Checkpoints
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.files import write_text
 from vlp_jax.infra.mesh import make_mesh
 from vlp_jax.train.config import check_keys
 from vlp_jax.train.program import Program
@@ -47,6 +55,7 @@ class Setup:
         evaluators: by name.
         eval_steps: name -> steps between two runs of an evaluator; None: only at the end.
         dropped_captions: captions left out when the annotations were read, by kind.
+        missing_images: images that the annotations name and that are not there.
     """
 
     config: ConfigDict
@@ -60,6 +69,7 @@ class Setup:
     evaluators: dict[str, Evaluator]
     eval_steps: dict[str, int | None]
     dropped_captions: dict[str, int]
+    missing_images: int
 
     @property
     def total_steps(self) -> int:
@@ -101,6 +111,12 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     workdir.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(config, workdir, list(sources.values()))
     plan = build_plan(config, sources, tokenizer)
+    if len(plan.buckets()) > MAX_SCHEDULED_BUCKETS:
+        raise ConfigError(
+            "data.text_edges",
+            f"a run compiles at most {MAX_SCHEDULED_BUCKETS} buckets, not {len(plan.buckets())}",
+            "Give fewer edges",
+        )
     budget = Budget(config.data.batch_size, plan.examples_per_epoch)
     total = to_steps(config, "", "total", budget)
     if not total:
@@ -116,6 +132,13 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         name: to_steps(with_durations(config.evals[name]), f"evals.{name}", "every", budget)
         for name in evaluators
     }
+    best = config.checkpoint.best_metric
+    if best and best.partition("/")[0] not in evaluators:
+        raise ConfigError(
+            "checkpoint.best_metric",
+            f"{best!r} is a figure of no evaluator of this run",
+            f"Begin it with one of {sorted(evaluators)}, or leave it empty",
+        )
     _write_config(config, workdir)
     return Setup(
         config,
@@ -129,6 +152,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         evaluators,
         eval_steps,
         dropped,
+        missing_images(sources),
     )
 
 
@@ -145,9 +169,17 @@ def plain(config: ConfigDict) -> dict[str, Any]:
 
 
 def _tokenizer(config: ConfigDict, workdir: pathlib.Path, sources: list[Source]) -> Tokenizer:
-    file = workdir / TOKENIZER_FILE
-    if file.exists():
-        return Tokenizer.load(file)
+    file, old = workdir / TOKENIZER_FILE, workdir / CONFIG_FILE
+    begun = (workdir / CHECKPOINT_FOLDER).is_dir()
+    if file.exists() and old.exists():
+        if json.loads(old.read_text())["tokenizer"] == plain(config)["tokenizer"]:
+            return Tokenizer.load(file)
+        if begun:
+            raise ConfigError(
+                "tokenizer",
+                f"the run in {workdir} was begun with another tokenizer section",
+                "Use the old one (it is in config.json there) or another workdir",
+            )
     tokenizer = build_tokenizer(config, sources)
     if jax.process_index() == 0:
         tokenizer.save(file)
@@ -188,4 +220,4 @@ def _write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
                 "not the one that was begun",
                 ", ".join(changed),
             )
-    file.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n")
+    write_text(file, json.dumps(new, indent=2, sort_keys=True) + "\n")

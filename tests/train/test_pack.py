@@ -1,0 +1,25 @@
+"""The shipped config for photographs runs on the real pack."""
+
+import json
+
+import pytest
+
+from configs.flm_folder import get_config
+from vlp_jax.infra.preemption import ExitCode
+from vlp_jax.train.loop import train
+from vlp_jax.train.setup import prepare
+
+
+@pytest.mark.slow
+@pytest.mark.pack
+def test_flm_folder_trains_on_the_pack_and_reports_its_photographs(pack, tmp_path, capsys):
+    config = get_config()
+    config.data.root = str(pack)
+    config.total_steps = 4
+    config.data.text_edges = (32,)
+    assert train(prepare(config, tmp_path / "run")) == ExitCode.OK
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["metrics"]["reconstruction/unigram_entropy"] > 4.0
+    assert summary["metrics"]["train/replaced"] == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("data:image/png;base64") >= 16  # eight photographs, each with its heat map

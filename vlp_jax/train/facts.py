@@ -1,0 +1,69 @@
+"""What the report says of a run beside its metrics: machine, versions, data, parameters."""
+
+import datetime
+import json
+import pathlib
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import rich.table
+
+from vlp_jax.infra.files import write_text
+from vlp_jax.infra.hardware import device_facts
+from vlp_jax.infra.report import RUN_FILE
+from vlp_jax.models.sizes import parameter_table
+from vlp_jax.train.setup import Setup
+
+
+def run_facts(setup: Setup, resumed: pathlib.Path | None) -> dict[str, Any]:
+    """What the report says of a run beside its metrics; a resumed run keeps its start and counts.
+
+    Args:
+        setup: of the run.
+        resumed: the workdir, where an earlier start left its facts; None for a new run.
+    """
+    device = device_facts()
+    facts = {
+        "name": setup.config.name,
+        "start": now(),
+        "total_steps": setup.total_steps,
+        "command": shlex.join(["python", "-m", "vlp_jax.main", *sys.argv[1:]]),
+        "device": device.pop("device_kind"),
+        **device,
+        "mesh": dict(setup.mesh.shape),
+        "batch_size": setup.budget.batch_size,
+        "text_edges": list(setup.plan.edges),
+        "padding_waste": round(setup.plan.padding_waste(setup.plan.window_batches), 4),
+        "vocabulary": setup.tokenizer.vocab_size,
+        "missing_images": setup.missing_images,
+        "bad_examples": setup.dropped_captions,
+        "parameters": [
+            {"module": module, "parameters": count}
+            for module, count in parameter_table(setup.program.state_spec.params)
+        ],
+    }
+    if resumed is not None and (resumed / RUN_FILE).exists():
+        earlier = json.loads((resumed / RUN_FILE).read_text())
+        facts |= {key: earlier[key] for key in ("start", "bad_examples") if key in earlier}
+    return facts
+
+
+def facts_table(rows: list[dict[str, Any]]) -> rich.table.Table:
+    """The parameters of every module, for the terminal."""
+    table = rich.table.Table("module", rich.table.Column("parameters", justify="right"))
+    for row in rows:
+        table.add_row(row["module"], f"{row['parameters']:,}")
+    return table
+
+
+def write_facts(setup: Setup, facts: Mapping[str, Any], primary: bool) -> None:
+    """Write ``run.json``, on the first process alone."""
+    if primary:
+        write_text(setup.workdir / RUN_FILE, json.dumps(dict(facts), indent=2) + "\n")
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601 to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
