@@ -146,7 +146,7 @@ def build_model(
 
 
 def parameter_table(params: Any, depth: int = 1) -> list[tuple[str, int]]:
-    """Parameters of each module: [(path, count)], largest part last summed as ``total``.
+    """Parameters of each module: [(path, count)], then their sum as ``total``.
 
     Args:
         params: nested dict of arrays or shapes.
