@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, Bucket, StepBucket
+from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket, bucket_label
 from vlp_jax.data.captions import batch_maxima, fit_edges
 from vlp_jax.data.plan import Plan, PlannedBatch, PlannedSource
 from vlp_jax.infra.compilation import CompiledSteps, set_gpu_flags
@@ -98,7 +98,7 @@ def bench_step(config: Any) -> dict[str, Any]:
     )
     peak = measure_matmul_peak()
     planned = [plan.batch(t) for t in range(min(_STEPS.value, plan.window_batches))]
-    names = sorted({objective.batch_name for objective in program.objectives})
+    names = program.batch_names
     rng = np.random.default_rng(config.seed)
     pixels = rng.integers(
         0, 256, (data.batch_size, data.image_size, data.image_size, 3), dtype=np.uint8
@@ -141,7 +141,9 @@ def bench_step(config: Any) -> dict[str, Any]:
         "matmul_peak_tflops": round(peak / 1e12, 2),
         "peak_memory_gb": round(memory().peak / 1e9, 3),
         "memory_source": memory().source,
-        "compile_seconds": {_label(bucket): round(s, 1) for bucket, s in steps.seconds.items()},
+        "compile_seconds": {
+            bucket_label(bucket): round(s, 1) for bucket, s in steps.seconds.items()
+        },
         "batch": data.batch_size,
         "text_length_mean": round(float(lengths.mean()), 3),
         "text_padding_waste": round(1 - float(lengths.sum() / padded.sum()), 4),
@@ -162,11 +164,6 @@ def _batch(rng: np.random.Generator, planned: PlannedBatch, vocab_size: int, mes
         "replaced": np.zeros(rows, np.int32),
     }
     return global_batch(host, mesh)
-
-
-def _label(bucket: StepBucket) -> str:
-    sizes: list[Bucket] = [size for _, size in bucket]
-    return "+".join(f"{size.text_length}x{size.image_size}" for size in sizes)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -20,7 +20,8 @@ def section(**values: float) -> ConfigDict:
     [
         ({}, None),
         ({"steps": 7}, 7),
-        ({"steps": 0}, None),
+        ({"steps": 0}, 0),
+        ({"steps": 0, "percent": 5.0}, 0),
         ({"steps": 0, "epochs": 2.0}, 31),
         ({"examples": 6400.0}, 100),
         ({"epochs": 2.0}, 31),  # 2000 / 64, rounded
@@ -70,7 +71,7 @@ def test_warmup_starts_above_zero_and_ends_at_the_peak() -> None:
 
 
 def test_no_warmup() -> None:
-    assert rates([0], warmup_percent=0.0) == pytest.approx([2.0])
+    assert rates([0], warmup_steps=0) == pytest.approx([2.0])
 
 
 @pytest.mark.parametrize(

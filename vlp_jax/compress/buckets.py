@@ -20,3 +20,8 @@ class Bucket:
 
 # The key of one compiled step: the bucket of every named batch, sorted by name.
 StepBucket = tuple[tuple[str, Bucket], ...]
+
+
+def bucket_label(bucket: StepBucket) -> str:
+    """A short name of a step's sizes for logs: text length x image size of each named batch."""
+    return "+".join(f"{sizes.text_length}x{sizes.image_size}" for _, sizes in bucket)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import rich
 
-from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket
+from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket, bucket_label
 from vlp_jax.data.loader import Loader
 from vlp_jax.infra.compilation import CompiledSteps, enable_compile_cache
 from vlp_jax.infra.hardware import measure_matmul_peak, memory
@@ -75,9 +75,8 @@ class Clock:
         """Samples/s, MFU and the share of the time that the step waited for input."""
         seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
         rate = self.examples / seconds
-        names = {objective.batch_name for objective in program.objectives}
         mean_length = self.tokens / max(self.examples, 1)
-        flops = program.flops(dict.fromkeys(names, mean_length))
+        flops = program.flops(dict.fromkeys(program.batch_names, mean_length))
         return {
             "speed/samples_per_second": rate,
             "speed/mfu": rate * flops / (peak * program.mesh.size),
@@ -136,7 +135,7 @@ def train(setup: Setup) -> ExitCode:
         state = program.init() if restored is None else restored.state
         peak = measure_matmul_peak()
         steps = _compile(setup, primary)
-        compiled = {_label(key): seconds for key, seconds in steps.seconds.items()}
+        compiled = {bucket_label(key): seconds for key, seconds in steps.seconds.items()}
         facts |= {
             "matmul_peak_tflops": round(peak / 1e12, 2),
             "compile_seconds": {label: round(seconds, 1) for label, seconds in compiled.items()},
@@ -168,7 +167,7 @@ def train(setup: Setup) -> ExitCode:
             host = next(loader)
             clock.waited += time.perf_counter() - waiting
             planned = setup.plan.batch(step)
-            batches = {name: global_batch(host, mesh) for name in _batch_names(program)}
+            batches = {name: global_batch(host, mesh) for name in program.batch_names}
             with profiler.step(step), jax.transfer_guard(guarded):
                 state, metrics = steps.get(_key(setup, step), _never)(state, batches)
             step += 1
@@ -224,7 +223,7 @@ def train(setup: Setup) -> ExitCode:
 def _compile(setup: Setup, primary: bool) -> CompiledSteps[StepBucket, StepFunction]:
     """The compiled update of every bucket the plan can ask for."""
     steps: CompiledSteps[StepBucket, StepFunction] = CompiledSteps(limit=MAX_SCHEDULED_BUCKETS)
-    names = _batch_names(setup.program)
+    names = setup.program.batch_names
     for bucket in setup.plan.buckets():
         key = tuple((name, bucket) for name in names)
         if setup.config.debug:
@@ -232,7 +231,7 @@ def _compile(setup: Setup, primary: bool) -> CompiledSteps[StepBucket, StepFunct
             continue
         steps.compile(key, lambda key: setup.program.lower(key).compile())
         if primary:
-            print(f"compiled bucket {_label(key)} in {steps.seconds[key]:.1f} s", flush=True)
+            print(f"compiled bucket {bucket_label(key)} in {steps.seconds[key]:.1f} s", flush=True)
     return steps
 
 
@@ -278,18 +277,10 @@ def _check_health(setup: Setup, values: Mapping[str, float], step: int, last_goo
         )
 
 
-def _batch_names(program: Program) -> list[str]:
-    return sorted({objective.batch_name for objective in program.objectives})
-
-
 def _key(setup: Setup, step: int) -> StepBucket:
     bucket = setup.plan.bucket(step)
-    return tuple((name, bucket) for name in _batch_names(setup.program))
-
-
-def _label(key: StepBucket) -> str:
-    return "+".join(f"{size.text_length}x{size.image_size}" for _, size in key)
+    return tuple((name, bucket) for name in setup.program.batch_names)
 
 
 def _never(key: StepBucket) -> StepFunction:
-    raise RuntimeError(f"bucket {_label(key)} was not among those the plan announced")
+    raise RuntimeError(f"bucket {bucket_label(key)} was not among those the plan announced")

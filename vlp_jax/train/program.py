@@ -70,6 +70,11 @@ class Program:
         )
 
     @property
+    def batch_names(self) -> tuple[str, ...]:
+        """The named batches that the objectives read, sorted."""
+        return tuple(sorted({objective.batch_name for objective in self.objectives}))
+
+    @property
     def state_shardings(self) -> Any:
         """The sharding of every leaf of the state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.state_spec)

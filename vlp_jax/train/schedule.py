@@ -47,8 +47,9 @@ def duration(name: str, **value: float) -> dict[str, Any]:
 def to_steps(config: ConfigDict, section: str, name: str, budget: Budget) -> int | None:
     """Read a duration in whichever unit it is given.
 
-    A unit at None or 0 is not given. Of steps, examples and epochs one may be given; it comes
-    before a percentage, so that a flag overrides a default in percent.
+    Of steps, examples and epochs only one may be above 0; a flag takes the config's own back by
+    setting it to 0. Any of them, 0 included, comes before a percentage, so that a flag overrides
+    a default in percent.
 
     Args:
         config: a section with keys made by ``duration``.
@@ -64,15 +65,18 @@ def to_steps(config: ConfigDict, section: str, name: str, budget: Budget) -> int
             a negative number.
     """
     key = f"{section}.{name}" if section else name
-    given = [unit for unit in UNITS if config[f"{name}_{unit}"]]
-    if len(set(given) - {"percent"}) > 1:
+    values = {unit: config[f"{name}_{unit}"] for unit in UNITS}
+    given = [unit for unit in UNITS if values[unit] is not None]
+    positive = [unit for unit in given if values[unit] and unit != "percent"]
+    if len(positive) > 1:
+        first, second = positive[:2]
         raise ConfigError(
-            f"{key}_{given[1]}",
-            f"{key}_{given[0]}={config[f'{name}_{given[0]}']} is given as well",
-            f"Give one; --config.{key}_{given[0]}=0 takes the other back",
+            f"{key}_{second}",
+            f"{key}_{first}={values[first]} is given as well",
+            f"Give one; --config.{key}_{first}=0 takes the other back",
         )
-    for unit in given:
-        value = config[f"{name}_{unit}"]
+    for unit in positive or given:
+        value = values[unit]
         if value < 0:
             raise ConfigError(f"{key}_{unit}", f"{value} is negative", "Give 0 or more")
         if unit == "steps":
