@@ -14,7 +14,7 @@ from vlp_jax.data.plan import EvalPlan, Plan, PlannedSource
 from vlp_jax.data.scenes import Scenes
 from vlp_jax.data.source import Source
 from vlp_jax.data.tokenizer import Tokenizer
-from vlp_jax.infra.errors import ConfigError, unknown_key
+from vlp_jax.infra.errors import ConfigError, section_arguments
 
 SOURCES: Mapping[str, type] = {"scenes": Scenes, "folder": Folder}
 # Keys of a source's section that are read here and not by the source.
@@ -48,10 +48,7 @@ def build_source(
         raise ConfigError(f"{path}.type", f"{kind!r} is no source", f"Use one of {sorted(SOURCES)}")
     parameters = inspect.signature(SOURCES[kind]).parameters
     known = [name for name in parameters if name not in ("name", "key")]
-    arguments = {key: value for key, value in section.items() if key not in _RESERVED}
-    for key in arguments:
-        if key not in known:
-            raise unknown_key(f"{path}.{key}", [*known, *_RESERVED])
+    arguments = section_arguments(section, path, known, _RESERVED)
     for key in known:
         missing = parameters[key].default is inspect.Parameter.empty and key != "split"
         if missing and not arguments.get(key):

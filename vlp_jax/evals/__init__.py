@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from vlp_jax.evals.base import EvalContext, Evaluator
 from vlp_jax.evals.cloze import Cloze
 from vlp_jax.evals.reconstruction import Reconstruction
-from vlp_jax.infra.errors import ConfigError, unknown_key
+from vlp_jax.infra.errors import ConfigError, section_arguments
 
 EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {
     "cloze": Cloze,
@@ -38,10 +38,7 @@ def build_evaluators(context: EvalContext) -> dict[str, Evaluator]:
             )
         parameters = dict(inspect.signature(EVALUATORS[kind]).parameters)
         del parameters["context"], parameters["name"]
-        arguments = {key: value for key, value in section.items() if key not in _RESERVED}
-        for key in arguments:
-            if key not in parameters:
-                raise unknown_key(f"evals.{name}.{key}", [*parameters, *_RESERVED])
+        arguments = section_arguments(section, f"evals.{name}", parameters, _RESERVED)
         for key, parameter in parameters.items():
             if parameter.default is inspect.Parameter.empty and key not in arguments:
                 raise ConfigError(f"evals.{name}.{key}", "missing", "Add it")

@@ -1,7 +1,8 @@
 """The error of a bad configuration: it names the key, the problem and the remedy."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -32,3 +33,24 @@ def unknown_key(path: str, known: Sequence[str]) -> ConfigError:
     close = difflib.get_close_matches(path.rpartition(".")[2], known, n=1)
     remedy = f"Perhaps you mean {close[0]!r}" if close else f"Use one of {', '.join(sorted(known))}"
     return ConfigError(path, "unknown key", remedy)
+
+
+def section_arguments(
+    section: Mapping[str, Any], path: str, known: Collection[str], reserved: Collection[str]
+) -> dict[str, Any]:
+    """The entries of a config section as keyword arguments of what it builds.
+
+    Args:
+        section: for example ``config.data.sources.photographs``.
+        path: its dotted name.
+        known: names of the arguments.
+        reserved: keys of the section that are read elsewhere; left out.
+
+    Raises:
+        ConfigError: a key is neither known nor reserved.
+    """
+    arguments = {key: value for key, value in section.items() if key not in reserved}
+    for key in arguments:
+        if key not in known:
+            raise unknown_key(f"{path}.{key}", [*known, *reserved])
+    return arguments

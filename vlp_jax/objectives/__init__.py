@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
-from vlp_jax.infra.errors import ConfigError, unknown_key
+from vlp_jax.infra.errors import ConfigError, section_arguments
 from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import Objective
 from vlp_jax.objectives.flm import FLM
@@ -41,10 +41,7 @@ def build_objectives(config: ConfigDict, model: VisionLanguageModel) -> tuple[Ob
             )
         objective = OBJECTIVES[kind]
         known = set(inspect.signature(objective).parameters) - set(_GIVEN)
-        arguments = {key: value for key, value in section.items() if key not in _RESERVED}
-        for key in arguments:
-            if key not in known:
-                raise unknown_key(f"objectives.{name}.{key}", [*known, *_RESERVED])
+        arguments = section_arguments(section, f"objectives.{name}", known, _RESERVED)
         built.append(
             objective(
                 model=model,
