@@ -137,16 +137,16 @@ _scores.defvjp(_scores_forward, _scores_backward)
 
 
 def _cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Fused attention; lengths are padded to multiples of 8, which cuDNN asks for."""
+    """Fused attention; odd lengths are padded, because cuDNN takes even ones only."""
     queries, keys = query.shape[-3], key.shape[-3]
     rows = math.prod(query.shape[:-3])
 
     def padded(x: jax.Array) -> jax.Array:
         x = x.reshape(-1, *x.shape[-3:])
-        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
+        return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
 
     def lengths(tokens: int) -> jax.Array | None:
-        return jnp.full((rows,), tokens, jnp.int32) if queries % 8 or keys % 8 else None
+        return jnp.full((rows,), tokens, jnp.int32) if queries % 2 or keys % 2 else None
 
     out = jax.nn.dot_product_attention(
         padded(query),

@@ -4,8 +4,9 @@ Parameters are float32; ``dtype`` is the compute dtype. Layer norms and softmax 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -92,6 +93,69 @@ def row_major(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
+DimensionNumbers = tuple[
+    tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]
+]
+
+
+def dense_product(
+    x: jax.Array, kernel: jax.Array, dimension_numbers: DimensionNumbers, precision: Any = None
+) -> jax.Array:
+    """The product of a dense layer, for the ``dot_general`` of flax's layers.
+
+    Its rule for the gradient of the kernel yields that gradient in the kernel's own layout. JAX's
+    rule yields the transpose, which XLA undoes inside the optimiser's update at a quarter of its
+    speed: 8 of 128 ms of an update of the base model (docs/perf.md).
+
+    Args:
+        x: [..., in...].
+        kernel: [in..., out...].
+        dimension_numbers: the last dimensions of ``x`` against the first of ``kernel``, no batch.
+        precision: of the products.
+
+    Returns:
+        [..., out...].
+    """
+    (contracted, against), batched = dimension_numbers
+    count = len(contracted)
+    expected = tuple(range(x.ndim - count, x.ndim)), tuple(range(count))
+    if (tuple(contracted), tuple(against)) != expected or any(batched):
+        raise ValueError(f"not the product of a dense layer: {dimension_numbers}")
+    return _dense_product(x, kernel, count, precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dense_product(x: jax.Array, kernel: jax.Array, count: int, precision: Any) -> jax.Array:
+    last, first = tuple(range(x.ndim - count, x.ndim)), tuple(range(count))
+    return jax.lax.dot_general(x, kernel, ((last, first), ((), ())), precision=precision)
+
+
+def _dense_product_forward(
+    x: jax.Array, kernel: jax.Array, count: int, precision: Any
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _dense_product(x, kernel, count, precision), (x, kernel)
+
+
+def _dense_product_backward(
+    count: int, precision: Any, residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    rows = tuple(range(x.ndim - count))
+    out_of_cotangent = tuple(range(len(rows), cotangent.ndim))
+    out_of_kernel = tuple(range(count, kernel.ndim))
+    dot = functools.partial(jax.lax.dot_general, precision=precision)
+    return (
+        dot(cotangent, kernel, ((out_of_cotangent, out_of_kernel), ((), ()))),
+        dot(x, cotangent, ((rows, rows), ((), ()))),
+    )
+
+
+_dense_product.defvjp(_dense_product_forward, _dense_product_backward)
+
+Dense = functools.partial(nn.Dense, dot_general=dense_product)
+DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=dense_product)
+
+
 class Attention(nn.Module):
     """Multi-head attention of queries over a context, or of tokens over each other."""
 
@@ -124,7 +188,7 @@ class Attention(nn.Module):
 
         def project(name: str, inputs: jax.Array) -> jax.Array:
             heads = (c.heads, c.width // c.heads)
-            return nn.DenseGeneral(heads, dtype=c.dtype, name=name)(inputs)
+            return DenseGeneral(heads, dtype=c.dtype, name=name)(inputs)
 
         query, key = project("query", x), project("key", context)
         if self.is_mutable_collection("intermediates"):
@@ -139,7 +203,7 @@ class Attention(nn.Module):
             site=site(self, "weights"),
             implementation=c.attention,
         )
-        return nn.DenseGeneral(c.width, axis=(-2, -1), dtype=c.dtype, name="out")(out)
+        return DenseGeneral(c.width, axis=(-2, -1), dtype=c.dtype, name="out")(out)
 
 
 class Mlp(nn.Module):
@@ -151,9 +215,9 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply to every token."""
         c = self.config
-        x = nn.Dense(c.mlp_width, dtype=c.dtype, name="in")(x)
+        x = Dense(c.mlp_width, dtype=c.dtype, name="in")(x)
         x = ACTIVATIONS[c.activation](x)
-        return nn.Dense(c.width, dtype=c.dtype, name="out")(x)
+        return Dense(c.width, dtype=c.dtype, name="out")(x)
 
 
 class Block(nn.Module):

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlp_jax.models.layers import Block, BlockConfig, Noise, drop, norm
+from vlp_jax.models.layers import Block, BlockConfig, Dense, Noise, drop, norm
 from vlp_jax.models.vit import ViT, ViTConfig
 
 VOCABULARY_MULTIPLE = 128  # odd vocabularies compile for minutes and run slowly
@@ -129,7 +129,7 @@ class VocabularyHead(nn.Module):
     def setup(self) -> None:
         """Create the transform and the decoder's kernel and bias."""
         width = self.config.width
-        self.dense = nn.Dense(width, dtype=self.config.dtype)
+        self.dense = Dense(width, dtype=self.config.dtype)
         self.norm = norm(self.config)
         self.decoder_kernel = self.param(
             "decoder_kernel", nn.initializers.normal(0.02), (width, self.vocab_size)
@@ -157,10 +157,10 @@ class VisionLanguageModel(nn.Module):
         c = self.config
         width = c.text.width
         self.image_tower = ViT(c.image)
-        self.image_projection = nn.Dense(width, dtype=c.text.dtype)
+        self.image_projection = Dense(width, dtype=c.text.dtype)
         self.text_embedding = TextEmbedding(c.text, c.padded_vocab_size, c.max_positions)
         self.text_lower = [Block(c.text) for _ in range(c.lower_depth)]
-        self.text_projection = nn.Dense(width, dtype=c.text.dtype)
+        self.text_projection = Dense(width, dtype=c.text.dtype)
         self.type_embedding = self.param(
             "type_embedding", nn.initializers.normal(0.02), (len(STREAM_TYPES), width)
         )

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlp_jax.models.layers import ACTIVATIONS, Block, BlockConfig, Noise, norm
+from vlp_jax.models.layers import ACTIVATIONS, Block, BlockConfig, Dense, Noise, norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,4 +103,4 @@ class ViT(nn.Module):
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(
             batch, grid[0] * grid[1], patch * patch * channels
         )
-        return nn.Dense(width, dtype=c.block.dtype, name="patch_embedding")(x)
+        return Dense(width, dtype=c.block.dtype, name="patch_embedding")(x)

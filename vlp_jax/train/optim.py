@@ -1,5 +1,8 @@
 """AdamW with rates and decay by parameter group."""
 
+import collections
+import functools
+import operator
 import re
 from typing import Any
 
@@ -36,8 +39,28 @@ def optimizer(config: ConfigDict, params: Any) -> optax.GradientTransformation:
         ),
     ]
     if config.clip_norm:
-        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+        parts.insert(0, optax.stateless(lambda updates, _: _clipped(updates, config.clip_norm)))
     return optax.chain(*parts)
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """The Euclidean norm of all leaves together: float32 [].
+
+    As ``optax.tree.norm``, in a tenth of the kernels: squares of leaves of one shape are added up
+    before they are reduced. Reduced one by one, the gradients and the parameters of the base model
+    took 1,770 of the 6,200 kernels of an update (docs/perf.md).
+    """
+    squares: dict[tuple[int, ...], list[jax.Array]] = collections.defaultdict(list)
+    for leaf in jax.tree.leaves(tree):
+        squares[leaf.shape].append(jnp.square(leaf.astype(jnp.float32)))
+    sums = [jnp.sum(functools.reduce(operator.add, same)) for same in squares.values()]
+    return jnp.sqrt(jnp.sum(jnp.stack(sums)))
+
+
+def _clipped(updates: Any, limit: float) -> Any:
+    """Updates scaled down to a norm of at most ``limit``."""
+    norm = global_norm(updates)
+    return jax.tree.map(lambda u: jnp.where(norm < limit, u, u / norm * limit), updates)
 
 
 def decay_mask(config: ConfigDict, params: Any) -> Any:

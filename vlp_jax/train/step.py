@@ -11,7 +11,7 @@ import optax
 from vlp_jax.compress.buckets import StepBucket
 from vlp_jax.data.batch import Batch
 from vlp_jax.objectives.base import LossOutput, Mean, Objective
-from vlp_jax.train.optim import moving_average
+from vlp_jax.train.optim import global_norm, moving_average
 from vlp_jax.train.schedule import Schedule
 from vlp_jax.train.state import TrainState
 
@@ -123,7 +123,7 @@ def make_step(
                 outputs[objective.name] = output
 
         learning_rate = rate(state.step)
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
         extras = {
@@ -153,7 +153,7 @@ def make_step(
             "loss": loss,
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(new_state.params),
+            "param_norm": global_norm(new_state.params),
             "skipped": extras["skipped"],
             "skipped_in_a_row": extras["skipped_in_a_row"],
             "replaced": extras["replaced"],
