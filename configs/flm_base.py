@@ -9,9 +9,9 @@ that are new on top of the pretrained towers, 5 % warm-up, linear decay to 0, no
 corruption (the query's own token alone). Ours starts all parts from scratch, so that all take the
 higher rate.
 
-Hardware: 344M parameters; one H200 holds batch 512 in 35 GB, so that one GPU needs
---config.optim.accumulation=8. The 122.9M samples of the recipe take about 8.7 GPU-hours at the
-3,938 samples/s of docs/perf.md (one bucket of 16 tokens). Score to expect: not measured yet.
+Hardware: 344M parameters; one H200 holds batch 512 in 34 GB, so that one GPU needs
+--config.optim.accumulation=8. The 122.9M samples of the recipe take about 7.9 GPU-hours at the
+4,321 samples/s of docs/perf.md. Score to expect: not measured yet.
 """
 
 from ml_collections import ConfigDict

@@ -19,24 +19,26 @@ def test_each_bucket_is_built_once():
         return jax.jit(lambda x: x + bucket).lower(jnp.zeros(())).compile()
 
     steps = compilation.CompiledSteps(limit=2)
-    assert steps.get(1, build)(jnp.zeros(())) == 1
-    assert steps.get(2, build)(jnp.zeros(())) == 2
-    assert steps.get(1, build) is steps.get(1, build)
+    assert steps.compile(1, build)(jnp.zeros(())) == 1
+    assert steps.compile(2, build)(jnp.zeros(())) == 2
+    assert steps[1](jnp.zeros(())) == 1
     assert built == [1, 2]
     assert set(steps.seconds) == {1, 2}
     assert all(seconds > 0 for seconds in steps.seconds.values())
     with pytest.raises(RuntimeError, match="compiled already"):
         steps.compile(1, build)
     with pytest.raises(RuntimeError, match="planned with 2"):
-        steps.get(3, build)
+        steps.compile(3, build)
+    with pytest.raises(RuntimeError, match="not among those compiled"):
+        steps[3]
     assert built == [1, 2]
 
 
 def test_a_failed_build_leaves_no_trace():
     steps = compilation.CompiledSteps(limit=1)
     with pytest.raises(ZeroDivisionError):
-        steps.get(1, lambda bucket: 1 // 0)
-    assert steps.get(1, lambda bucket: "step") == "step"
+        steps.compile(1, lambda bucket: 1 // 0)
+    assert steps.compile(1, lambda bucket: "step") == "step"
 
 
 @pytest.mark.parametrize(

@@ -107,9 +107,15 @@ class CompiledSteps(Generic[Bucket, Step]):
         self._limit = limit
         self._steps: dict[Bucket, Step] = {}
 
-    def get(self, bucket: Bucket, build: Callable[[Bucket], Step]) -> Step:
-        """The step of a bucket; built by ``build(bucket)`` at its first use."""
-        return self._steps[bucket] if bucket in self._steps else self.compile(bucket, build)
+    def __getitem__(self, bucket: Bucket) -> Step:
+        """The step of a bucket.
+
+        Raises:
+            RuntimeError: the bucket was not compiled ahead.
+        """
+        if bucket not in self._steps:
+            raise RuntimeError(f"bucket {bucket} was not among those compiled: {list(self._steps)}")
+        return self._steps[bucket]
 
     def compile(self, bucket: Bucket, build: Callable[[Bucket], Step]) -> Step:
         """Build the step of a new bucket.

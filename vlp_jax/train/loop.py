@@ -169,7 +169,7 @@ def train(setup: Setup) -> ExitCode:
             planned = setup.plan.batch(step)
             batches = {name: global_batch(host, mesh) for name in program.batch_names}
             with profiler.step(step), jax.transfer_guard(guarded):
-                state, metrics = steps.get(_key(setup, step), _never)(state, batches)
+                state, metrics = steps[_key(setup, step)](state, batches)
             step += 1
             clock.examples += len(planned)
             clock.tokens += int(planned.length.sum())
@@ -280,7 +280,3 @@ def _check_health(setup: Setup, values: Mapping[str, float], step: int, last_goo
 def _key(setup: Setup, step: int) -> StepBucket:
     bucket = setup.plan.bucket(step)
     return tuple((name, bucket) for name in setup.program.batch_names)
-
-
-def _never(key: StepBucket) -> StepFunction:
-    raise RuntimeError(f"bucket {bucket_label(key)} was not among those the plan announced")

@@ -153,7 +153,7 @@ def make_step(
             "loss": loss,
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
-            "param_norm": global_norm(new_state.params),
+            "param_norm": global_norm(state.params),
             "skipped": extras["skipped"],
             "skipped_in_a_row": extras["skipped_in_a_row"],
             "replaced": extras["replaced"],
