@@ -32,21 +32,39 @@ FIELDS: Mapping[str, Field] = {
     "replaced": Field(np.int32, ("B",), "damaged records passed over before this row was read"),
 }
 
+MAX_ANSWERS = 10  # distinct answers of one question; VQA v2 asked ten people
+
+# What only some sources have; a run's batches hold those that all of its sources share.
+EXTRA_FIELDS: Mapping[str, Field] = {
+    "second_image": Field(np.uint8, ("B", "H", "W", "3"), "RGB pixels of the pair's other picture"),
+    "label": Field(np.int32, ("B",), "index of the example's class"),
+    "answer": Field(np.int32, ("B", "10"), "indices of the accepted answers, then -1"),
+    "answer_score": Field(np.float32, ("B", "10"), "score of each accepted answer in [0, 1]"),
+}
+
 
 def batch_spec(
     bucket: Bucket, batch_size: int, names: tuple[str, ...] = tuple(FIELDS)
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a batch with ``batch_size`` rows in ``bucket``."""
+    """Shapes and dtypes of a batch with ``batch_size`` rows in ``bucket``.
+
+    Args:
+        bucket: static sizes.
+        batch_size: rows.
+        names: keys of ``FIELDS`` and ``EXTRA_FIELDS``.
+    """
+    declared = {**FIELDS, **EXTRA_FIELDS}
     sizes = {
         "B": batch_size,
         "N": bucket.text_length,
         "H": bucket.image_size,
         "W": bucket.image_size,
         "3": 3,
+        "10": MAX_ANSWERS,
     }
     return {
         name: jax.ShapeDtypeStruct(
-            tuple(sizes[axis] for axis in FIELDS[name].shape), FIELDS[name].dtype
+            tuple(sizes[axis] for axis in declared[name].shape), declared[name].dtype
         )
         for name in names
     }

@@ -54,6 +54,7 @@ class ImageCache:
         self.source = source
         self.name = source.name
         self.num_records: int = source.num_records
+        self.extra_fields, self.classes = source.extra_fields, source.classes
         self.size = size
         self._path = None if path is None else pathlib.Path(path)
         self._bad: dict[int, tuple[str, str]] = {}
@@ -84,6 +85,14 @@ class ImageCache:
     def caption(self, record: int, index: int) -> str:
         """Caption ``index`` of a record."""
         return self.source.caption(record, index)
+
+    def image_key(self, record: int) -> tuple[str, ...]:
+        """That of the source."""
+        return self.source.image_key(record)
+
+    def extras(self, record: int, size: int) -> Mapping[str, np.ndarray]:
+        """Those of the source; only ``image`` is kept."""
+        return self.source.extras(record, size)
 
     def word_classes(self) -> Mapping[str, str]:
         """Class of each word the source can name one for."""

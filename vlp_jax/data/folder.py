@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlp_jax.data.decode import MAX_PIXELS, MAX_SIDE, decode_image
-from vlp_jax.data.source import BadExample
+from vlp_jax.data.source import BadExample, CaptionsOnly
 from vlp_jax.data.tokenizer import normalise_caption
 
 ANNOTATION_FILES = ("captions.json", "dataset_coco.json", "dataset_flickr30k.json")
@@ -33,7 +33,7 @@ class _Entry(NamedTuple):
     captions: Sequence[Any]
 
 
-class Folder:
+class Folder(CaptionsOnly):
     """Images of a folder and their captions: a ``Source`` of one split.
 
     Captions that are empty or not valid UTF-8 are left out and counted, and so are images that
@@ -114,6 +114,10 @@ class Folder:
     def path(self, record: int) -> pathlib.Path:
         """The image file of a record."""
         return self._root / self._images[record]
+
+    def image_key(self, record: int) -> tuple[str, ...]:
+        """The path of the image file."""
+        return (str(self.path(record).resolve()),)
 
     def image(self, record: int, size: int) -> np.ndarray:
         """The picture, short side resized and centre cropped: uint8 [size, size, 3].

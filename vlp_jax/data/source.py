@@ -29,6 +29,8 @@ class Source(Protocol):
 
     name: str
     num_records: int | None  # None: unbounded; every int64 >= 0 is a record
+    extra_fields: tuple[str, ...]  # keys of ``batch.EXTRA_FIELDS`` that ``extras`` gives
+    classes: tuple[str, ...]  # what ``label`` and ``answer`` index; () without them
 
     def num_captions(self, records: np.ndarray) -> np.ndarray:
         """Captions of each record: int64 [n] -> int64 [n], all >= 1."""
@@ -46,6 +48,30 @@ class Source(Protocol):
         """
         ...
 
+    def image_key(self, record: int) -> tuple[str, ...]:
+        """What tells the record's picture (or pictures) from others, across splits and sources."""
+        ...
+
+    def extras(self, record: int, size: int) -> Mapping[str, np.ndarray]:
+        """The record's row of every extra field; a picture in it is uint8 [size, size, 3].
+
+        Raises:
+            BadExample: as ``image``.
+        """
+        ...
+
     def word_classes(self) -> Mapping[str, str]:
         """Class of each word the source can name one for (``red`` -> ``colour``); may be empty."""
         ...
+
+
+class CaptionsOnly:
+    """What a source inherits whose records are an image and captions and nothing else."""
+
+    extra_fields: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+
+    def extras(self, record: int, size: int) -> Mapping[str, np.ndarray]:
+        """Nothing."""
+        del record, size
+        return {}

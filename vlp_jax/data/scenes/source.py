@@ -10,6 +10,7 @@ from vlp_jax.data.scenes.language import NUM_CAPTIONS, Caption
 from vlp_jax.data.scenes.questions import Asker, Question
 from vlp_jax.data.scenes.statements import LABELS, Hypothesis, Statement
 from vlp_jax.data.scenes.world import LEVELS, SPLITS, Object, Scene, World
+from vlp_jax.data.source import CaptionsOnly
 
 EVALUATION_RECORDS = 2000  # default size of every split but train
 MIN_SIZE, MAX_SIZE = 16, 512
@@ -23,7 +24,7 @@ _UNBOUNDED = 2**53  # statements about an unbounded split are about records belo
 _PURPOSES = ("scene", "questions", "pair", "entailment", *map(str, range(NUM_CAPTIONS)))
 
 
-class Scenes:
+class Scenes(CaptionsOnly):
     """Image-text records that are pure functions of (seed, split, record).
 
     Args:
@@ -105,6 +106,10 @@ class Scenes:
     def image(self, record: int, size: int) -> np.ndarray:
         """The picture: uint8 [size, size, 3] RGB."""
         return render.render(self.scene(record), _checked_size(size))
+
+    def image_key(self, record: int) -> tuple[str, ...]:
+        """The world and the record in it."""
+        return (f"{self.identity}/{record}",)
 
     def word_classes(self) -> Mapping[str, str]:
         """Class of every word: colour, shape, size, texture, relation, count or function."""
