@@ -37,6 +37,7 @@ setup(
         "orbax-checkpoint>=0.11.30",
         "pillow>=11",
         "psutil>=6",
+        "pycocoevalcap>=1.2",
         "rich>=13",
         "safetensors>=0.5",
         "simplejpeg>=1.8",

@@ -4,7 +4,7 @@ import numpy as np
 
 from vlp_jax.data.captions import EncodedCaptions
 from vlp_jax.data.plan import PlannedSource
-from vlp_jax.data.source import BadExample
+from vlp_jax.data.source import BadExample, CaptionsOnly
 from vlp_jax.data.tokenizer import Tokenizer
 
 WORDS = ("red", "green", "blue", "square", "circle", "left", "of", "the", "above", "small")
@@ -12,7 +12,7 @@ MAX_LENGTH = 24
 TOKENIZER = Tokenizer.train([" ".join(WORDS)] * 3, vocab_size=200)
 
 
-class Fake:
+class Fake(CaptionsOnly):
     """Captions of 1 to 20 words, one to three a record; the records in ``damaged`` raise."""
 
     def __init__(self, num_records=50, name="fake", damaged=(), captions_at_most=3):

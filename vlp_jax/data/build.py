@@ -7,16 +7,24 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlp_jax.data.cache import ImageCache
+from vlp_jax.data.cache import ImageCache, uncached
 from vlp_jax.data.captions import EncodedCaptions, batch_maxima, fit_edges
 from vlp_jax.data.folder import Folder
 from vlp_jax.data.plan import EvalPlan, Plan, PlannedSource
 from vlp_jax.data.scenes import Scenes
 from vlp_jax.data.source import Source
+from vlp_jax.data.tasks import NLVR2, VQA, VisualEntailment
+from vlp_jax.data.tasks.annotated import AnnotatedImages
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.errors import ConfigError, section_arguments
 
-SOURCES: Mapping[str, type] = {"scenes": Scenes, "folder": Folder}
+SOURCES: Mapping[str, type] = {
+    "scenes": Scenes,
+    "folder": Folder,
+    "vqa": VQA,
+    "nlvr2": NLVR2,
+    "visual_entailment": VisualEntailment,
+}
 # Keys of a source's section that are read here and not by the source.
 _RESERVED = ("type", "weight", "split", "cache", "cache_path", "cache_workers")
 # Captions that train a tokenizer where the source is unbounded.
@@ -149,8 +157,8 @@ def bad_captions(sources: Mapping[str, Source]) -> dict[str, int]:
     """Captions that sources left out when they read their annotations, by kind."""
     counts: collections.Counter[str] = collections.Counter()
     for source in sources.values():
-        read = source.source if isinstance(source, ImageCache) else source
-        if isinstance(read, Folder):
+        read = uncached(source)
+        if isinstance(read, Folder | AnnotatedImages):
             counts += read.bad_captions
     return dict(counts)
 
@@ -159,8 +167,8 @@ def missing_images(sources: Mapping[str, Source]) -> int:
     """Images that annotations name and that are not there, where ``missing_images`` is ``skip``."""
     count = 0
     for source in sources.values():
-        read = source.source if isinstance(source, ImageCache) else source
-        if isinstance(read, Folder):
+        read = uncached(source)
+        if isinstance(read, Folder | AnnotatedImages):
             count += read.num_missing
     return count
 

@@ -213,3 +213,8 @@ def _read_description(path: pathlib.Path) -> dict[str, Any] | None:
         return json.loads(_beside(path).read_text())
     except ValueError as error:
         raise ValueError(f"{_beside(path)} is not JSON ({error}); delete it and {path}") from error
+
+
+def uncached(source: Source) -> Source:
+    """The source that a cache keeps the pictures of, or the source itself."""
+    return source.source if isinstance(source, ImageCache) else source

@@ -10,7 +10,6 @@ published; their ``train`` includes ``restval``, as is usual, and images are loo
 """
 
 import collections
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -18,9 +17,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlp_jax.data.decode import MAX_PIXELS, MAX_SIDE, decode_image
-from vlp_jax.data.source import BadExample, CaptionsOnly
-from vlp_jax.data.tokenizer import normalise_caption
+from vlp_jax.data.decode import MAX_PIXELS, MAX_SIDE
+from vlp_jax.data.files import (
+    check_missing,
+    field,
+    find_annotations,
+    image_candidates,
+    inside,
+    read_image,
+    read_json,
+    text_fault,
+)
+from vlp_jax.data.source import CaptionsOnly
 
 ANNOTATION_FILES = ("captions.json", "dataset_coco.json", "dataset_flickr30k.json")
 
@@ -76,8 +84,6 @@ class Folder(CaptionsOnly):
             FileNotFoundError: the root, an annotation file or an image is missing.
             ValueError: the annotations are damaged, or the split is empty.
         """
-        if missing_images not in ("error", "skip"):
-            raise ValueError(f"missing_images={missing_images!r}: must be 'error' or 'skip'")
         self.name = name
         self.bad_captions: collections.Counter[str] = collections.Counter()
         self.num_missing = 0
@@ -86,7 +92,8 @@ class Folder(CaptionsOnly):
         self._images: list[str] = []
         self._captions: list[tuple[str, ...]] = []
 
-        file = _find_annotations(self._root, annotations, key)
+        names = ANNOTATION_FILES if annotations is None else (annotations,)
+        file = find_annotations(self._root, names, key)
         entries = _read_entries(file)
         mine = [entry for entry in entries if entry.split == split]
         if not mine:
@@ -126,12 +133,7 @@ class Folder(CaptionsOnly):
             BadExample: the file is damaged, too large or gone.
         """
         path = os.path.join(self._root, self._images[record])
-        try:
-            with open(path, "rb", buffering=0) as file:  # pathlib would take a tenth of the time
-                data = file.read()
-        except OSError as error:
-            raise BadExample("unreadable file", f"{path} ({error.strerror})") from error
-        return decode_image(data, size, path, **self._limits)
+        return read_image(path, size, **self._limits)
 
     def word_classes(self) -> Mapping[str, str]:
         """Empty: nobody classed the words of photographs' captions."""
@@ -151,65 +153,21 @@ class Folder(CaptionsOnly):
             else:
                 self.bad_captions["image without captions"] += 1
         self.num_missing = len(missing)
-        if missing and missing_images == "error":
-            looked = ", ".join(str(self._root / path) for path in missing[0].candidates)
-            raise FileNotFoundError(
-                f"{file}: {len(missing)} of {len(entries)} images are missing, the first: "
-                f'{looked}; add the files, or set missing_images="skip" to go on without them'
-            )
+        check_missing(
+            [entry.candidates for entry in missing], len(entries), self._root, file, missing_images
+        )
 
     def _is_good(self, caption: Any) -> bool:
         """Counts the caption if it cannot be used."""
-        if not isinstance(caption, str):
-            self.bad_captions["caption is not text"] += 1
-        elif not _is_unicode(caption):
-            self.bad_captions["caption is not valid UTF-8"] += 1
-        elif not normalise_caption(caption):
-            self.bad_captions["empty caption"] += 1
-        else:
-            return True
-        return False
-
-
-def _is_unicode(text: str) -> bool:
-    """False for lone surrogates, which stand for bytes that are not UTF-8 or for bad escapes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _find_annotations(
-    root: pathlib.Path, annotations: str | os.PathLike[str] | None, key: str
-) -> pathlib.Path:
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"{key}={root}: no such folder; point it at a folder with images and one of "
-            f"{', '.join(ANNOTATION_FILES)}"
-        )
-    names = ANNOTATION_FILES if annotations is None else (annotations,)
-    files = [root / name for name in names]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        raise FileNotFoundError(
-            f"{key}={root}: no annotation file; looked for {', '.join(map(str, files))}"
-        )
-    return file
+        fault = text_fault(caption, "caption")
+        if fault is not None:
+            self.bad_captions[fault] += 1
+        return fault is None
 
 
 def _read_entries(file: pathlib.Path) -> list[_Entry]:
     """All entries of an annotation file of either format."""
-    # Bytes that are not UTF-8 come out as lone surrogates, and only their captions are lost.
-    text = file.read_bytes().decode("utf-8", "surrogateescape")
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{file}:{error.lineno}:{error.colno}: not JSON: {error.msg}; fetch or write it again"
-        ) from error
-    except RecursionError as error:
-        raise ValueError(f"{file}: nested too deeply to be annotations") from error
+    content = read_json(file)
     if isinstance(content, dict) and isinstance(content.get("images"), list):
         items, read = content["images"], _karpathy_entry
     elif isinstance(content, list):
@@ -223,43 +181,18 @@ def _read_entries(file: pathlib.Path) -> list[_Entry]:
 
 
 def _own_entry(item: Any, where: str) -> _Entry:
-    image = _field(item, "image", str, where)
-    captions = _field(item, "captions", list, where)
-    return _Entry((_inside(image, where),), _field(item, "split", str, where), captions)
+    image = field(item, "image", str, where)
+    captions = field(item, "captions", list, where)
+    return _Entry((inside(image, where),), field(item, "split", str, where), captions)
 
 
 def _karpathy_entry(item: Any, where: str) -> _Entry:
-    filename = _inside(_field(item, "filename", str, where), where)
-    folders = ["images", "."]
-    if "filepath" in item:
-        filepath = _inside(_field(item, "filepath", str, where), where)
-        folders = [filepath, os.path.join("images", filepath), *folders]
-    split = _field(item, "split", str, where)
-    sentences = _field(item, "sentences", list, where)
+    filename = inside(field(item, "filename", str, where), where)
+    folder = inside(field(item, "filepath", str, where), where) if "filepath" in item else ""
+    split = field(item, "split", str, where)
+    sentences = field(item, "sentences", list, where)
     return _Entry(
-        tuple(os.path.normpath(os.path.join(folder, filename)) for folder in folders),
+        image_candidates(filename, folder),
         "train" if split == "restval" else split,
-        [_field(sentence, "raw", object, f"{where}: a sentence") for sentence in sentences],
+        [field(sentence, "raw", object, f"{where}: a sentence") for sentence in sentences],
     )
-
-
-def _field(item: Any, name: str, kind: type, where: str) -> Any:
-    if not isinstance(item, dict) or not isinstance(item.get(name), kind) or name not in item:
-        raise ValueError(f"{where}: needs a field {name!r} ({kind.__name__})")
-    return item[name]
-
-
-def _inside(path: str, where: str) -> str:
-    """The path, if it stays inside the folder whatever it is joined to.
-
-    Raises:
-        ValueError: it is absolute, climbs, or is no file name.
-    """
-    parts = pathlib.PurePosixPath(path.replace("\\", "/")).parts
-    if not parts or os.path.isabs(path) or ".." in parts or "\0" in path:
-        raise ValueError(f"{where}: {path!r} is not a path inside the folder")
-    try:
-        os.fsencode(path)
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: {path!r} is not a file name") from error
-    return path

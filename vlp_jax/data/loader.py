@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -27,7 +27,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from vlp_jax.data.batch import HostBatch
+from vlp_jax.data.batch import HostBatch, batch_spec
 from vlp_jax.data.plan import BatchPlan, PlannedBatch, host_rows
 from vlp_jax.data.source import BadExample
 from vlp_jax.infra.errors import ConfigError
@@ -84,6 +84,7 @@ class Loader(Iterator[HostBatch]):
         workers: int = 0,
         threads: int = 4,
         prefetch: int = 4,
+        extra_fields: Sequence[str] = (),
     ):
         """Starts reading ahead with the first batch that is asked for.
 
@@ -99,11 +100,21 @@ class Loader(Iterator[HostBatch]):
             threads: threads a process, each of which reads one batch at a time; 0 to read in
                 the calling thread, for debugging.
             prefetch: batches a process keeps ready or in the making.
+            extra_fields: keys of ``batch.EXTRA_FIELDS`` to read beside the standard ones.
 
         Raises:
-            ConfigError: a number is out of range; the message names its key.
+            ConfigError: a number is out of range, or a source lacks a field; the message names the
+                key.
         """
         host_rows(plan.batch_size, host, hosts)
+        for planned in plan.sources:
+            source = planned.source
+            if missing := sorted(set(extra_fields) - set(source.extra_fields)):
+                raise ConfigError(
+                    f"data.sources.{source.name}",
+                    f"gives no {', '.join(missing)}, which an objective of the run reads",
+                    "Use a source made for the task, or remove the objective",
+                )
         if workers < 0 or threads < 0:
             raise ConfigError(
                 "data.workers", f"{workers} workers of {threads} threads", "Use 0 or more of each"
@@ -125,7 +136,7 @@ class Loader(Iterator[HostBatch]):
         self.bad = BadCounts()
         reading = (
             grain.MapDataset.range(start_step, stop_step)
-            .map(_Reader(plan, host, hosts))
+            .map(_Reader(plan, host, hosts, tuple(extra_fields)))
             .to_iter_dataset(
                 grain.ReadOptions(
                     num_threads=threads, prefetch_buffer_size=prefetch if threads else 0
@@ -178,8 +189,9 @@ class Loader(Iterator[HostBatch]):
 class _Reader:
     """Step -> one host's batch and the bad examples met; what loader workers receive a copy of."""
 
-    def __init__(self, plan: BatchPlan, host: int, hosts: int):
+    def __init__(self, plan: BatchPlan, host: int, hosts: int, extra_fields: tuple[str, ...]):
         self._plan = plan
+        self._extra_fields = extra_fields
         self._rows = host_rows(plan.batch_size, host, hosts)
 
     def __call__(self, t: int) -> tuple[HostBatch, _Met]:
@@ -195,11 +207,13 @@ class _Reader:
             "valid": mine.valid.copy(),
             "replaced": np.zeros(len(mine), np.int32),
         }
+        extra = batch_spec(bucket, len(mine), self._extra_fields)
+        batch |= {name: np.zeros(spec.shape, spec.dtype) for name, spec in extra.items()}
         met: _Met = []
         for index in range(len(mine)):
             already_met = len(met)
             record, caption = self._read_image(
-                t, planned, self._rows.start + index, batch["image"][index], met
+                t, planned, self._rows.start + index, batch, index, met
             )
             batch["replaced"][index] = len(met) - already_met
             if not plan.replaces_damaged:
@@ -212,15 +226,16 @@ class _Reader:
         return batch, met
 
     def _read_image(
-        self, t: int, planned: PlannedBatch, row: int, into: np.ndarray, met: _Met
+        self, t: int, planned: PlannedBatch, row: int, batch: HostBatch, index: int, met: _Met
     ) -> tuple[int, int]:
-        """Reads the picture of a row, or of its first readable substitute.
+        """Reads the picture and the extra fields of a row, or of its first readable substitute.
 
         Args:
             t: the step.
             planned: the global batch of step t.
             row: which of its rows is wanted.
-            into: uint8 [H, W, 3], written to; left as it is if nothing may stand in for the row.
+            batch: this host's rows, written to; left as they are if nothing may stand in.
+            index: which of them.
             met: damaged records are added to it.
 
         Returns:
@@ -235,12 +250,17 @@ class _Reader:
             if record in tried:
                 continue
             tried.add(record)
+            size = planned.bucket.image_size
             try:
-                into[:] = source.image(record, planned.bucket.image_size)
+                image = source.image(record, size)
+                extras = source.extras(record, size) if self._extra_fields else {}
             except BadExample as bad:
                 met.append((bad.kind, bad.where))
-            else:
-                return record, caption
+                continue
+            batch["image"][index] = image
+            for name in self._extra_fields:
+                batch[name][index] = extras[name]
+            return record, caption
         if self._plan.replaces_damaged:
             raise ValueError(
                 f"data.sources.{source.name}: {len(tried)} records tried for one row of step {t} "

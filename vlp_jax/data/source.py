@@ -1,7 +1,7 @@
 """The source contract: random access to images and their captions by record number."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,9 +28,13 @@ class Source(Protocol):
     """
 
     name: str
-    num_records: int | None  # None: unbounded; every int64 >= 0 is a record
     extra_fields: tuple[str, ...]  # keys of ``batch.EXTRA_FIELDS`` that ``extras`` gives
     classes: tuple[str, ...]  # what ``label`` and ``answer`` index; () without them
+
+    @property
+    def num_records(self) -> int | None:
+        """Records there are; None: unbounded, every int64 >= 0 is a record."""
+        ...
 
     def num_captions(self, records: np.ndarray) -> np.ndarray:
         """Captions of each record: int64 [n] -> int64 [n], all >= 1."""
@@ -75,3 +79,30 @@ class CaptionsOnly:
         """Nothing."""
         del record, size
         return {}
+
+
+@runtime_checkable
+class Answered(Protocol):
+    """A source of questions."""
+
+    def answers_of(self, record: int) -> tuple[str, ...]:
+        """What each annotator answered."""
+        ...
+
+
+@runtime_checkable
+class Templated(Protocol):
+    """A source whose texts are of known kinds."""
+
+    def template(self, record: int) -> str:
+        """The kind of the record's text."""
+        ...
+
+
+@runtime_checkable
+class Grouped(Protocol):
+    """A source that knows groups of its records, for tables of scores by group."""
+
+    def group(self, record: int) -> Mapping[str, str]:
+        """Attribute -> the record's value of it."""
+        ...

@@ -18,6 +18,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from vlp_jax.data.vocabulary import Vocabulary
+
 FILE_NAME = "tokenizer.json"
 
 # Role -> its names in the wild, ours first.
@@ -29,7 +31,8 @@ _SPECIALS = {
     "mask": ("<mask>", "[MASK]"),
 }
 _OURS = tuple(names[0] for names in _SPECIALS.values())
-_PREFIX = "##"
+_PREFIX = "##"  # WordPiece's mark of a piece inside a word
+_SPACE = "Ġ"  # a space, in the alphabet of byte-level BPE
 
 
 def normalise_caption(text: str) -> str:
@@ -191,6 +194,23 @@ class Tokenizer:
         )
         return [self._framed(encoding.ids, max_length) for encoding in encodings]
 
+    def padded(self, texts: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Texts as one array, as wide as the longest, rounded up to a multiple of 4.
+
+        Args:
+            texts: n captions, at least one.
+            max_length: as in ``encode``.
+
+        Returns:
+            Ids int32 [n, N] and lengths int32 [n].
+        """
+        rows = self.encode(texts, max_length)
+        lengths = np.array([len(row) for row in rows], np.int32)
+        ids = np.full((len(rows), -(-int(lengths.max()) // 4) * 4), self.pad_id, np.int32)
+        for row, tokens in zip(ids, rows, strict=True):
+            row[: len(tokens)] = tokens
+        return ids, lengths
+
     def encode_with_words(self, text: str, max_length: int) -> tuple[np.ndarray, list[str | None]]:
         """Like ``encode`` for one text, and the word that each token is a piece of.
 
@@ -230,6 +250,19 @@ class Tokenizer:
                 raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
             names.append(name)
         return names
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What models and objectives need to know of it."""
+        names = self.tokens(range(self.vocab_size))
+        if isinstance(self._tokenizer.model, models.WordPiece):
+            continues = [name.startswith(_PREFIX) for name in names]
+        else:  # byte-level: the first piece of a word carries the space before it
+            specials = {getattr(self, f"{role}_id") for role in _SPECIALS}
+            continues = [
+                not name.startswith(_SPACE) and i not in specials for i, name in enumerate(names)
+            ]
+        return Vocabulary(self.vocab_size, self.mask_id, np.array(continues))
 
     def _framed(self, ids: list[int], max_length: int) -> np.ndarray:
         return np.asarray([self.bos_id, *ids[: max_length - 2], self.eos_id], np.int32)
