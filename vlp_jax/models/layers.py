@@ -6,7 +6,7 @@ Parameters are float32; ``dtype`` is the compute dtype. Layer norms and softmax 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -156,12 +156,46 @@ Dense = functools.partial(nn.Dense, dot_general=dense_product)
 DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=dense_product)
 
 
+class KeyValue(NamedTuple):
+    """What attention reads of a run of tokens, projected once and read by many queries.
+
+    Attributes:
+        key: [..., K, H, d].
+        value: [..., K, H, d].
+    """
+
+    key: jax.Array
+    value: jax.Array
+
+    def write(self, new: "KeyValue", position: jax.Array) -> "KeyValue":
+        """Put tokens in the place of those from ``position`` on.
+
+        Args:
+            new: [..., N, H, d], N tokens.
+            position: int32 [], place of the first one.
+        """
+        return KeyValue(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(old, part, position, axis=-3)
+                for old, part in zip(self, new, strict=True)
+            )
+        )
+
+
 class Attention(nn.Module):
     """Multi-head attention of queries over a context, or of tokens over each other."""
 
     config: BlockConfig
 
-    @nn.compact
+    def setup(self) -> None:
+        """Name the four projections."""
+        c = self.config
+        heads = (c.heads, c.width // c.heads)
+        self.query = DenseGeneral(heads, dtype=c.dtype)
+        self.key = DenseGeneral(heads, dtype=c.dtype)
+        self.value = DenseGeneral(heads, dtype=c.dtype)
+        self.out = DenseGeneral(c.width, axis=(-2, -1), dtype=c.dtype)
+
     def __call__(
         self,
         x: jax.Array,
@@ -183,27 +217,46 @@ class Attention(nn.Module):
         Returns:
             [..., Q, D].
         """
+        query = self.query(x)
+        return self._attend(query, self.project(x if context is None else context), mask, noise)
+
+    def project(self, context: jax.Array) -> KeyValue:
+        """Keys and values of a context: [..., K, D] -> [..., K, H, d] each."""
+        return KeyValue(self.key(context), self.value(context))
+
+    def read(
+        self, x: jax.Array, context: KeyValue, mask: jax.Array | None, noise: Noise
+    ) -> jax.Array:
+        """Attend to a context that was projected before.
+
+        Args:
+            x: queries [..., Q, D].
+            context: of ``project``, with the leading dimensions of ``x``.
+            mask: bool [..., Q, K] or None.
+            noise: of the dropout on attention weights, or None.
+
+        Returns:
+            [..., Q, D].
+        """
+        return self._attend(self.query(x), context, mask, noise)
+
+    def _attend(
+        self, query: jax.Array, context: KeyValue, mask: jax.Array | None, noise: Noise
+    ) -> jax.Array:
         c = self.config
-        context = x if context is None else context
-
-        def project(name: str, inputs: jax.Array) -> jax.Array:
-            heads = (c.heads, c.width // c.heads)
-            return DenseGeneral(heads, dtype=c.dtype, name=name)(inputs)
-
-        query, key = project("query", x), project("key", context)
         if self.is_mutable_collection("intermediates"):
-            self.sow("intermediates", "weights", attention_weights(query, key, mask))
+            self.sow("intermediates", "weights", attention_weights(query, context.key, mask))
         out = attention(
             query,
-            key,
-            project("value", context),
+            context.key,
+            context.value,
             mask,
             dropout_rate=0.0 if noise is None else c.dropout,
             dropout_noise=noise,
             site=site(self, "weights"),
             implementation=c.attention,
         )
-        return DenseGeneral(c.width, axis=(-2, -1), dtype=c.dtype, name="out")(out)
+        return self.out(out)
 
 
 class Mlp(nn.Module):
@@ -232,7 +285,20 @@ class Block(nn.Module):
     self_attention: bool = True
     cross_attention: bool = False
 
-    @nn.compact
+    def setup(self) -> None:
+        """Name the branches and their norms."""
+        c = self.config
+        if self.self_attention:
+            self.attend_self = Attention(c, name="self_attention")
+            self.self_attention_norm = norm(c)
+        if self.cross_attention:
+            self.attend_context = Attention(c, name="cross_attention")
+            self.cross_attention_norm = norm(c)
+            if c.norm == "pre":
+                self.context_norm = norm(c)
+        self.mlp = Mlp(c)
+        self.mlp_norm = norm(c)
+
     def __call__(
         self,
         x: jax.Array,
@@ -254,35 +320,72 @@ class Block(nn.Module):
         Returns:
             Same shape as ``x``.
         """
-        c = self.config
         if self.self_attention:
-
-            def attend_self(h: jax.Array) -> jax.Array:
-                return Attention(c, name="self_attention")(h, None, mask, noise)
-
-            x = self._branch("self_attention", x, attend_self, noise)
+            h = self._enter("self_attention", x)
+            out = self.attend_self(h, None, mask, noise)
+            x = self._leave("self_attention", x, out, noise)
         if self.cross_attention:
             if context is None:
                 raise ValueError("a block with cross-attention needs a context")
-            if c.norm == "pre":
-                context = norm(c, "context_norm")(context)
+            x = self._read_context(x, self.project_context(context), context_mask, noise)
+        return self._feed_forward(x, noise)
 
-            def attend_context(h: jax.Array) -> jax.Array:
-                flat = h.reshape(h.shape[0], -1, h.shape[-1])
-                out = Attention(c, name="cross_attention")(flat, context, context_mask, noise)
-                return out.reshape(h.shape)
+    def project_context(self, context: jax.Array) -> KeyValue:
+        """What cross-attention reads of a context: [B, K, D] -> [B, K, H, d] each."""
+        return self.attend_context.project(
+            self.context_norm(context) if self.config.norm == "pre" else context
+        )
 
-            x = self._branch("cross_attention", x, attend_context, noise)
-        return constrain_batch(self._branch("mlp", x, Mlp(c, name="mlp"), noise))
+    def decode(
+        self, x: jax.Array, position: jax.Array, past: KeyValue, context: KeyValue | None = None
+    ) -> tuple[jax.Array, KeyValue]:
+        """Apply the block to one more token of every stream, without dropout.
 
-    def _branch(
-        self, name: str, x: jax.Array, branch: Callable[[jax.Array], jax.Array], noise: Noise
+        The token sees itself and those before it, as in a causal mask.
+
+        Args:
+            x: [B, S, 1, D], the token at ``position``.
+            position: int32 [].
+            past: [B, S, T, H, d], keys and values of the tokens before ``position``; what follows
+                them is not read.
+            context: of ``project_context``, one for all streams of an example.
+
+        Returns:
+            [B, S, 1, D], and ``past`` with the token in its place.
+        """
+        h = self._enter("self_attention", x)
+        past = past.write(self.attend_self.project(h), position)
+        seen = (jnp.arange(past.key.shape[-3]) <= position)[None, None, None, :]
+        x = self._leave("self_attention", x, self.attend_self.read(h, past, seen, None), None)
+        if self.cross_attention:
+            if context is None:
+                raise ValueError("a block with cross-attention needs a context")
+            x = self._read_context(x, context, None, None)
+        return self._feed_forward(x, None), past
+
+    def _read_context(
+        self, x: jax.Array, context: KeyValue, mask: jax.Array | None, noise: Noise
     ) -> jax.Array:
+        h = self._enter("cross_attention", x)
+        flat = h.reshape(h.shape[0], -1, h.shape[-1])
+        out = self.attend_context.read(flat, context, mask, noise).reshape(h.shape)
+        return self._leave("cross_attention", x, out, noise)
+
+    def _feed_forward(self, x: jax.Array, noise: Noise) -> jax.Array:
+        return constrain_batch(self._leave("mlp", x, self.mlp(self._enter("mlp", x)), noise))
+
+    def _enter(self, name: str, x: jax.Array) -> jax.Array:
+        """What a branch reads of the residual stream."""
+        return self._norm(name)(x) if self.config.norm == "pre" else x
+
+    def _leave(self, name: str, x: jax.Array, out: jax.Array, noise: Noise) -> jax.Array:
+        """Add what a branch has made of it."""
         c = self.config
-        scale = norm(c, f"{name}_norm")
-        out = branch(scale(x) if c.norm == "pre" else x)
-        out = row_major(x + drop(self, name, out, c.dropout, noise))
-        return row_major(scale(out)) if c.norm == "post" else out
+        x = row_major(x + drop(self, name, out, c.dropout, noise))
+        return row_major(self._norm(name)(x)) if c.norm == "post" else x
+
+    def _norm(self, branch: str) -> nn.LayerNorm:
+        return getattr(self, f"{branch}_norm")
 
 
 def norm(config: BlockConfig, name: str | None = None) -> nn.LayerNorm:

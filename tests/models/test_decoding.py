@@ -1,0 +1,135 @@
+"""Decoding token by token gives what encoding the whole text gives."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from captioning import caption_params, whole_logits
+from tiny import MASK_ID, TOKENS, make_batch, tiny_model
+
+from vlp_jax.data.augment import normalize
+from vlp_jax.models.decoding import (
+    TextCache,
+    cast_kernels,
+    decode_token,
+    decode_token_flops,
+    empty_cache,
+    encode_image,
+    project_image,
+    project_image_flops,
+)
+from vlp_jax.models.sizes import build_model, model_config
+from vlp_jax.models.vision_language import VisionLanguageModel
+
+LENGTHS = [TOKENS] * 4
+BATCH = make_batch(LENGTHS)
+IDS, PIXELS = jnp.asarray(BATCH["text_ids"]), normalize(jnp.asarray(BATCH["image"]))
+
+
+@pytest.fixture(scope="module", params=["pre", "post"])
+def model(request: pytest.FixtureRequest) -> VisionLanguageModel:
+    depth = {"text.lower_depth": 2, "text.upper_depth": 2}
+    return tiny_model(**{"text.norm": request.param, "text.dropout": 0.1, **depth})
+
+
+@pytest.fixture(scope="module")
+def params(model: VisionLanguageModel) -> Any:
+    return caption_params(model)
+
+
+@pytest.fixture(scope="module")
+def logits(model: VisionLanguageModel, params: Any) -> np.ndarray:
+    """[B, N, V] of the whole text."""
+
+    return np.asarray(jax.jit(lambda params: whole_logits(model, params, IDS, PIXELS))(params))
+
+
+def decode(
+    model: VisionLanguageModel, params: Any, ids: jax.Array, pixels: jax.Array, room: int
+) -> tuple[np.ndarray, TextCache]:
+    """Logits [N, B, K, V] of texts [B, K, N], token by token, and the last cache."""
+
+    @jax.jit
+    def run(params: Any) -> tuple[jax.Array, TextCache]:
+        memory = project_image(model, params, encode_image(model, params, pixels))
+
+        def step(cache: TextCache, position: jax.Array) -> tuple[TextCache, jax.Array]:
+            token = ids[:, :, position]
+            logits, cache = decode_token(model, params, token, position, cache, memory)
+            return cache, logits
+
+        cache = empty_cache(model.config, *ids.shape[:2], room)
+        cache, logits = jax.lax.scan(step, cache, jnp.arange(ids.shape[2]))
+        return logits, cache
+
+    logits, cache = run(params)
+    return np.asarray(logits), cache
+
+
+@pytest.mark.parametrize("room", [TOKENS, TOKENS + 5])
+def test_tokens_one_by_one_equal_the_whole_text(
+    model: VisionLanguageModel, params: Any, logits: np.ndarray, room: int
+) -> None:
+    """At every position, whatever room the cache leaves behind the text."""
+    stepped, _ = decode(model, params, IDS[:, None], PIXELS, room)
+    np.testing.assert_allclose(stepped[:, :, 0].swapaxes(0, 1), logits, atol=1e-5)
+    spread = np.abs(np.diff(logits, axis=1)).max(axis=-1)
+    assert spread.min() > 1e-1  # rows differ: the test above could fail
+
+
+def test_beams_are_texts_of_their_own(
+    model: VisionLanguageModel, params: Any, logits: np.ndarray
+) -> None:
+    """Three texts on each image: each equals itself alone, on that image."""
+    texts = jnp.stack([IDS, jnp.roll(IDS, 1, axis=0), jnp.roll(IDS, 2, axis=0)], axis=1)
+    stepped, cache = decode(model, params, texts, PIXELS, TOKENS)
+    np.testing.assert_allclose(stepped[:, :, 0].swapaxes(0, 1), logits, atol=1e-5)
+    for beam in (1, 2):
+        alone, _ = decode(model, params, texts[:, beam : beam + 1], PIXELS, TOKENS)
+        np.testing.assert_allclose(stepped[:, :, beam], alone[:, :, 0], atol=1e-5)
+    assert {leaf.shape for leaf in jax.tree.leaves(cache)} == {(4, 3, TOKENS, 2, 16)}
+
+
+def test_decoding_reads_the_image(
+    model: VisionLanguageModel, params: Any, logits: np.ndarray
+) -> None:
+    stepped, _ = decode(model, params, IDS[:, None], PIXELS[::-1], TOKENS)
+    assert np.abs(stepped[:, :, 0].swapaxes(0, 1) - logits).max(axis=-1).min() > 1e-3
+
+
+def test_kernels_cast_once_give_the_same_bits() -> None:
+    model = tiny_model(dtype="bfloat16")
+    params = caption_params(model)
+    cast = cast_kernels(model, params)
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(cast)}
+    assert dtypes == {"bfloat16", "float32"}  # norms, biases and tables stay
+    before, _ = decode(model, params, IDS[:, None], PIXELS, TOKENS)
+    after, _ = decode(model, cast, IDS[:, None], PIXELS, TOKENS)
+    np.testing.assert_array_equal(before, after)
+
+
+def test_more_tokens_than_positions() -> None:
+    with pytest.raises(ValueError, match=r"65 tokens do not fit model.text.max_positions=64"):
+        empty_cache(tiny_model().config, 1, 1, 65)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_flops_match_the_lowered_module(beams: int) -> None:
+    rows, room, pixels = 2, 24, 288
+    config = model_config("base")
+    config.dtype = "float32"
+    model = build_model(config, 50_265, MASK_ID, pixels)
+    shapes = jax.eval_shape(lambda: caption_params(model, pixels))
+    image = jax.ShapeDtypeStruct((rows, model.config.image.tokens, 768), jnp.float32)
+
+    def token(params: Any, image: jax.Array, ids: jax.Array) -> jax.Array:
+        cache = empty_cache(model.config, rows, beams, room)
+        memory = project_image(model, params, image)
+        return decode_token(model, params, ids, jnp.int32(3), cache, memory)[0]
+
+    ids = jax.ShapeDtypeStruct((rows, beams), jnp.int32)
+    counted = jax.jit(token).lower(shapes, image, ids).cost_analysis()["flops"] / rows
+    expected = decode_token_flops(model.config, room, beams) + project_image_flops(model.config)
+    assert counted == pytest.approx(expected, rel=0.02)

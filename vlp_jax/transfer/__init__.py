@@ -1,0 +1,1 @@
+"""What a pretrained model is used for: downstream tasks and their parts."""
