@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from vlp_jax.compress.buckets import Bucket, StepBucket
 from vlp_jax.data.batch import HostBatch
+from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.mesh import global_batch, make_mesh
 from vlp_jax.models.sizes import build_model
 from vlp_jax.models.vision_language import VisionLanguageModel
@@ -20,6 +21,7 @@ from vlp_jax.train.state import TrainState
 
 VOCAB = 50
 MASK_ID = 3
+VOCABULARY = Vocabulary.of_words(VOCAB, MASK_ID)
 IMAGE_SIZE = 16
 TOKENS = 12
 BATCH = 16
@@ -95,7 +97,7 @@ def one_device() -> Mesh:
 def make_program(config: ConfigDict, mesh: Mesh | None = None) -> Program:
     """The program of a config, on one device by default."""
     budget = Budget(config.data.batch_size, None, config.total_steps)
-    return Program(config, VOCAB, MASK_ID, one_device() if mesh is None else mesh, budget)
+    return Program(config, VOCABULARY, one_device() if mesh is None else mesh, budget)
 
 
 @dataclasses.dataclass

@@ -24,6 +24,7 @@ from ml_collections import config_flags
 from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket, bucket_label
 from vlp_jax.data.captions import batch_maxima, fit_edges
 from vlp_jax.data.plan import Plan, PlannedBatch, PlannedSource
+from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.compilation import CompiledSteps, set_gpu_flags
 from vlp_jax.infra.hardware import device_facts, measure_matmul_peak, memory
 from vlp_jax.infra.mesh import global_batch, make_mesh
@@ -78,8 +79,7 @@ def bench_step(config: Any) -> dict[str, Any]:
     mesh = make_mesh(**config.mesh)
     program = Program(
         config,
-        config.tokenizer.vocab_size,
-        MASK_ID,
+        Vocabulary.of_words(config.tokenizer.vocab_size, MASK_ID),
         mesh,
         Budget(data.batch_size, None, total_steps=config.total_steps or 10_000),
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from tiny import IMAGE_SIZE, MASK_ID, TOKENS, VOCAB, make_batch, tiny_model
+from tiny import IMAGE_SIZE, MASK_ID, TOKENS, VOCAB, VOCABULARY, make_batch, tiny_model
 
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import HostBatch, batch_spec
@@ -156,7 +156,8 @@ def test_loss_is_the_mean_over_valid_tokens(flm: FLM, params: Any, plain_loss: A
     total = sum(WEIGHTS[name] * nll[counted].sum() for name, (nll, _) in expected.items())
     assert float(out.loss.weight) == counted.sum()
     np.testing.assert_allclose(out.loss.sum, total, rtol=1e-5)
-    assert set(out.metrics) == {f"{n}_{kind}" for n in LOSSES for kind in ("loss", "accuracy")}
+    per_token = {f"{n}_{kind}" for n in LOSSES for kind in ("loss", "accuracy")}
+    assert set(out.metrics) == {*per_token, "corruption_rate"}
     for name, (nll, correct) in expected.items():
         for kind, values in (("loss", nll), ("accuracy", correct)):
             mean: Mean = out.metrics[f"{name}_{kind}"]
@@ -237,7 +238,7 @@ def test_build_objectives() -> None:
             "flm": {"loss_weights": {"reconstruction": 1.0, "forward": 0.0, "reverse": 0.0}},
         }
     )
-    first, second = build_objectives(config, model)
+    first, second = build_objectives(config, model, VOCABULARY, 1000)
     assert (first.name, first.batch_name) == ("flm", "pairs")
     assert (second.name, second.batch_name) == ("second", "other")
     assert second.corruption_rate == 0.5
@@ -254,4 +255,4 @@ def test_build_objectives() -> None:
 )
 def test_build_objectives_refuses(config: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_objectives(ConfigDict(config), tiny_model())
+        build_objectives(ConfigDict(config), tiny_model(), VOCABULARY, 1000)

@@ -75,7 +75,7 @@ class TextStates(NamedTuple):
 
 
 # Rows of the table that marks what enters the upper half.
-STREAM_TYPES = {"forward": 0, "reverse": 1, "image": 2, "query": 3}
+STREAM_TYPES = {"forward": 0, "reverse": 1, "image": 2, "query": 3, "bidirectional": 4}
 
 
 class TextEmbedding(nn.Module):
@@ -200,23 +200,62 @@ class VisionLanguageModel(nn.Module):
         Returns:
             States of every block, [B, S, N, D] each.
         """
+        lower = self.encode_text_lower(ids, mask, noise)
+        upper, last = self.encode_text_upper(lower[-1], mask, image, streams, noise)
+        return TextStates(lower, upper, last)
+
+    def encode_text_lower(
+        self, ids: jax.Array, mask: jax.Array, noise: Noise = None
+    ) -> tuple[jax.Array, ...]:
+        """The half of the text stack that reads no image.
+
+        Args:
+            ids: int32 [B, N].
+            mask: bool [B, S, N, N], what each of S streams may see.
+            noise: of the dropout, or None.
+
+        Returns:
+            States of its blocks, [B, S, N, D] each.
+        """
         x = self.text_embedding(ids, jnp.arange(ids.shape[1]))
         x = drop(self, "tokens", x, self.config.text.dropout, noise)
         # Streams sit on an inner axis: the batch axis is never concatenated (it is sharded).
-        x = jnp.broadcast_to(x[:, None], (x.shape[0], len(streams), *x.shape[1:]))
-        lower = []
+        x = jnp.broadcast_to(x[:, None], (x.shape[0], mask.shape[1], *x.shape[1:]))
+        states = []
         for block in self.text_lower:
             x = block(x, mask=mask, noise=noise)
-            lower.append(x)
-        x = self.text_projection(x)
+            states.append(x)
+        return tuple(states)
+
+    def encode_text_upper(
+        self,
+        lower: jax.Array,
+        mask: jax.Array,
+        image: jax.Array,
+        streams: tuple[str, ...],
+        noise: Noise = None,
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """The half of the text stack that reads the image.
+
+        Args:
+            lower: [B, S, N, D], last states of the lower half.
+            mask: bool [B, S, N, N].
+            image: [B, I, D] from ``encode_image``.
+            streams: S keys of ``STREAM_TYPES``.
+            noise: of the dropout, or None.
+
+        Returns:
+            States of its blocks, and what the heads read (after the final norm of a pre-LN
+            stack), [B, S, N, D] each.
+        """
+        x = self.text_projection(lower)
         types = jnp.stack([self._type_vector(stream, x) for stream in streams])
         x = x + types[None, :, None]
-        upper = []
+        states = []
         for block in self.text_upper:
             x = block(x, mask=mask, context=image, noise=noise)
-            upper.append(x)
-        last = self.text_norm(x) if self.config.text.norm == "pre" else x
-        return TextStates(tuple(lower), tuple(upper), last)
+            states.append(x)
+        return tuple(states), self.text_norm(x) if self.config.text.norm == "pre" else x
 
     def reconstruct(
         self, positions: jax.Array, states: TextStates, mask: jax.Array, noise: Noise = None

@@ -1,12 +1,13 @@
 """The objective contract: pure functions over a parameter tree."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import Batch
+from vlp_jax.models.dropout import dropout_noise
 
 Params = Any  # nested dict of float32 arrays
 Extras = Any  # nested dict of whatever an objective carries beside its parameters
@@ -47,6 +48,7 @@ class Objective(Protocol):
         batch_name: which of the run's named batches it reads.
         splittable: False where examples of a batch are coupled (contrastive losses, batch
             statistics), so that gradient accumulation must not cut the batch.
+        extra_fields: keys of ``data.batch.EXTRA_FIELDS`` that it reads.
     """
 
     @property
@@ -55,6 +57,8 @@ class Objective(Protocol):
     def batch_name(self) -> str: ...  # noqa: D102
     @property
     def splittable(self) -> bool: ...  # noqa: D102
+    @property
+    def extra_fields(self) -> tuple[str, ...]: ...  # noqa: D102
 
     def init(
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
@@ -78,6 +82,22 @@ class Objective(Protocol):
         """Loss and metrics of a batch; ``rng`` is the step's key."""
         ...
 
+    def observe(self, extras: Extras, values: Mapping[str, float]) -> Extras:
+        """New extras, on the host, after evaluators gave ``values`` (the same on every host)."""
+        ...
+
+
+class Defaults:
+    """What most objectives have in common; see ``Objective``."""
+
+    splittable: ClassVar[bool] = True
+    extra_fields: ClassVar[tuple[str, ...]] = ()
+
+    def observe(self, extras: Extras, values: Mapping[str, float]) -> Extras:
+        """Learn nothing from evaluators."""
+        del values
+        return extras
+
 
 def example_keys(rng: jax.Array, positions: jax.Array) -> jax.Array:
     """One key an example, from its global position: keys do not depend on how a batch is cut.
@@ -90,3 +110,19 @@ def example_keys(rng: jax.Array, positions: jax.Array) -> jax.Array:
         keys [B].
     """
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, positions)
+
+
+def batch_noise(rng: jax.Array, batch: Batch, train: bool) -> jax.Array | None:
+    """The dropout noise of a batch, its own for every micro-batch; None where nothing is dropped.
+
+    Args:
+        rng: key of the step and the objective.
+        batch: or a part of it.
+        train: False: no dropout.
+    """
+    return dropout_noise(jax.random.fold_in(rng, batch["position"][0])) if train else None
+
+
+def zeros(spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """A batch of zeros, to trace the creation of parameters with."""
+    return {name: jax.numpy.zeros(leaf.shape, leaf.dtype) for name, leaf in spec.items()}

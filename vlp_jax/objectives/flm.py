@@ -34,8 +34,9 @@ Where the released code has a quirk (fact sheet, sections 1 and 7), this is what
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -44,7 +45,6 @@ import jax.numpy as jnp
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import Batch
-from vlp_jax.models.dropout import dropout_noise
 from vlp_jax.models.flops import (
     reconstructor_flops,
     text_flops,
@@ -53,7 +53,17 @@ from vlp_jax.models.flops import (
 )
 from vlp_jax.models.masks import token_mask, two_stream_mask
 from vlp_jax.models.vision_language import TextStates, VisionLanguageModel
-from vlp_jax.objectives.base import Extras, LossOutput, Mean, Params, example_keys
+from vlp_jax.objectives.base import (
+    Defaults,
+    Extras,
+    LossOutput,
+    Mean,
+    Params,
+    batch_noise,
+    example_keys,
+    zeros,
+)
+from vlp_jax.objectives.corruption import Corruption, build_corruption
 from vlp_jax.objectives.cross_entropy import CHUNK_ROWS, TokenScores, vocabulary_cross_entropy
 
 LOSSES = ("reconstruction", "forward", "reverse")
@@ -73,15 +83,15 @@ def hidden_spans(
         rng: keys [B], one an example.
         lengths: int32 [B], n, including <s> and </s>.
         tokens: N.
-        rate: corruption rate r in [0, 1].
+        rate: corruption rate r in [0, 1], one for all or float32 [B].
 
     Returns:
         First and last hidden position of each query, int32 [B, N] each; meaningful for queries
         1 .. n-1.
     """
-    rate = jnp.asarray(rate, jnp.float32)
+    rates = jnp.broadcast_to(jnp.asarray(rate, jnp.float32), lengths.shape)
 
-    def one(key: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def one(key: jax.Array, length: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
         extra_key, side_key = jax.random.split(key)
         others = jnp.maximum(length - 2, 0)  # L - 1
         probability = jnp.clip((rate * (others + 1) - 1.0) / jnp.maximum(others, 1), 0.0, 1.0)
@@ -95,7 +105,7 @@ def hidden_spans(
         first = jnp.clip(first, 1, jnp.maximum(length - 1 - extra, 1))
         return first, first + extra
 
-    return jax.vmap(one)(rng, lengths)
+    return jax.vmap(one)(rng, lengths, rates)
 
 
 def visible_mask(
@@ -122,14 +132,15 @@ def visible_mask(
 
 
 @dataclasses.dataclass(frozen=True)
-class FLM:
+class FLM(Defaults):
     """Reconstruction of every token plus next-token losses of both streams.
 
     Attributes:
         model: the shared encoder.
         batch_name: named batch it reads.
-        corruption_rate: r in [0, 1]; what lies below 1 / L (so also 0.0) is the base case, the
-            query's own token alone.
+        corruption_rate: r in [0, 1], or a rule by which it changes (``objectives.corruption``).
+            What lies below 1 / L (so also 0.0) hides the query's own token alone.
+        total_examples: of the run, for a schedule of r.
         loss_weights: factor of each loss in ``LOSSES``; their sum need not be 1.
         chunk_rows: rows of logits that exist at a time.
         name: key in ``config.objectives``.
@@ -137,38 +148,43 @@ class FLM:
 
     model: VisionLanguageModel
     batch_name: str = "pairs"
-    corruption_rate: float = 0.0
+    corruption_rate: float | Mapping[str, Any] = 0.0
+    total_examples: int = 1
     loss_weights: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: dict.fromkeys(LOSSES, 1.0 / len(LOSSES))
     )
     chunk_rows: int = CHUNK_ROWS
     name: str = "flm"
 
-    splittable: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         key = f"config.objectives.{self.name}"
-        if not 0.0 <= self.corruption_rate <= 1.0:
-            raise ValueError(
-                f"{key}.corruption_rate={self.corruption_rate} must lie in [0, 1]; "
-                "0 hides a query's own token alone"
-            )
         if set(self.loss_weights) != set(LOSSES):
             raise ValueError(
                 f"{key}.loss_weights has {sorted(self.loss_weights)}; give {sorted(LOSSES)}"
             )
+        _ = self.rule  # checks its keys
+
+    @functools.cached_property
+    def rule(self) -> Corruption:
+        """What decides on the corruption rate."""
+        key = f"objectives.{self.name}.corruption_rate"
+        return build_corruption(self.corruption_rate, key, self.total_examples)
 
     def init(
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
     ) -> tuple[Params, Extras]:
-        """Parameters of the whole model; no extras."""
-        batch = {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in batch_spec.items()}
+        """Parameters of the whole model; extras of the rule of corruption."""
+        batch = zeros(batch_spec)
 
         def forward(model: VisionLanguageModel) -> None:
-            queries, _ = self._encode(model, batch, rng, self.corruption_rate, None)
+            queries, _ = self._encode(model, batch, rng, 0.0, None)
             model.predict_vocabulary(queries)
 
-        return nn.init(forward, self.model)(rng)["params"], {}
+        return nn.init(forward, self.model)(rng)["params"], self.rule.init()
+
+    def observe(self, extras: Extras, values: Mapping[str, float]) -> Extras:
+        """Let the rule of corruption learn from an evaluation."""
+        return self.rule.observe(extras, values)
 
     def loss(
         self,
@@ -180,7 +196,10 @@ class FLM:
         train: bool = True,
     ) -> LossOutput:
         """The weighted sum of the three losses; see the module's docstring."""
-        scores, weight = self._scores(params, batch, rng, train)
+        corruption_key, dropout_key, rate_key = jax.random.split(rng, 3)
+        rates = self.rule.rates(extras, example_keys(rate_key, batch["position"]))
+        noise = batch_noise(dropout_key, batch, train)
+        scores, weight = self._scores(params, batch, corruption_key, rates, noise)
         count = (weight > 0).sum(dtype=jnp.float32)
         tokens = batch["text_ids"].shape[1] - 1
         metrics = {}
@@ -190,6 +209,9 @@ class FLM:
             part = slice(i * tokens, (i + 1) * tokens)
             metrics[f"{name}_loss"] = Mean(scores.nll[:, part].sum(), count)
             metrics[f"{name}_accuracy"] = Mean(scores.correct[:, part].sum(), count)
+        rows = batch["valid"].astype(jnp.float32)
+        metrics["corruption_rate"] = Mean((rates * rows).sum(), rows.sum())
+        extras = self.rule.trained(extras, len(rows))
         return LossOutput(Mean(scores.loss, count), extras, metrics)
 
     def flops(self, text_length: float) -> float:
@@ -258,18 +280,18 @@ class FLM:
         return model.reconstruct(positions, states, mask, noise), states
 
     def _scores(
-        self, params: Params, batch: Batch, rng: jax.Array, train: bool
+        self,
+        params: Params,
+        batch: Batch,
+        rng: jax.Array,
+        rates: jax.Array,
+        noise: jax.Array | None,
     ) -> tuple[TokenScores, jax.Array]:
         """Scores [B, 3 (N - 1)] in the order of ``LOSSES``, and which tokens count [B, N - 1]."""
         ids = batch["text_ids"]
-        corruption_key, dropout_key = jax.random.split(rng)
-        # Unique to this batch, or to this micro-batch of it.
-        noise = dropout_noise(jax.random.fold_in(dropout_key, batch["position"][0]))
 
         def forward(model: VisionLanguageModel) -> tuple[jax.Array, ...]:
-            queries, states = self._encode(
-                model, batch, corruption_key, self.corruption_rate, noise if train else None
-            )
+            queries, states = self._encode(model, batch, rng, rates, noise)
             forward_rows, reverse_rows = states.last[:, 0, :-1], states.last[:, 1, 1:]
             rows = jnp.concatenate([queries, forward_rows, reverse_rows], axis=1)
             return model.predict_vocabulary(rows)

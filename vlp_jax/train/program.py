@@ -8,7 +8,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlp_jax.compress.buckets import Bucket, StepBucket
-from vlp_jax.data.batch import batch_spec
+from vlp_jax.data.batch import FIELDS, batch_spec
+from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.mesh import batch_sharding, check_batch_size, replicated
 from vlp_jax.infra.sharding import shardings
 from vlp_jax.models.sizes import build_model
@@ -27,15 +28,12 @@ class Program:
         state_spec: shapes, dtypes and shardings of the state.
     """
 
-    def __init__(
-        self, config: ConfigDict, vocab_size: int, mask_id: int, mesh: Mesh, budget: Budget
-    ):
+    def __init__(self, config: ConfigDict, vocabulary: Vocabulary, mesh: Mesh, budget: Budget):
         """Trace the state; nothing is allocated on a device.
 
         Args:
             config: of the run.
-            vocab_size: entries of the tokenizer.
-            mask_id: its mask token.
+            vocabulary: of the run's tokenizer.
             mesh: of the run.
             budget: of the run, total known.
 
@@ -45,8 +43,11 @@ class Program:
         check_batch_size(mesh, config.data.batch_size, config.optim.accumulation)
         self.config = config
         self.mesh = mesh
-        model = build_model(config.model, vocab_size, mask_id, config.data.image_size)
-        self.objectives = build_objectives(config.objectives, model)
+        model = build_model(
+            config.model, vocabulary.size, vocabulary.mask_id, config.data.image_size
+        )
+        examples = (budget.total_steps or 0) * budget.batch_size
+        self.objectives = build_objectives(config.objectives, model, vocabulary, examples)
         self._rate = learning_rate(config.schedule, budget)
         spec = jax.eval_shape(self._init)
         self.state_spec: TrainState = jax.tree.map(
@@ -57,9 +58,9 @@ class Program:
         self._optimizer = optimizer(config.optim, self.state_spec.params)
 
     def _init(self) -> TrainState:
+        bucket = Bucket(8, self.config.data.image_size)
         shapes = {
-            objective.batch_name: batch_spec(Bucket(8, self.config.data.image_size), 1)
-            for objective in self.objectives
+            name: batch_spec(bucket, 1, (*FIELDS, *self.extra_fields)) for name in self.batch_names
         }
         return init_state(
             self.objectives,
@@ -73,6 +74,11 @@ class Program:
     def batch_names(self) -> tuple[str, ...]:
         """The named batches that the objectives read, sorted."""
         return tuple(sorted({objective.batch_name for objective in self.objectives}))
+
+    @property
+    def extra_fields(self) -> tuple[str, ...]:
+        """Names of the arrays that objectives read beside the standard ones."""
+        return tuple(sorted({field for o in self.objectives for field in o.extra_fields}))
 
     @property
     def state_shardings(self) -> Any:
@@ -90,7 +96,9 @@ class Program:
         return {
             name: {
                 key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-                for key, leaf in batch_spec(sizes, self.config.data.batch_size).items()
+                for key, leaf in batch_spec(
+                    sizes, self.config.data.batch_size, (*FIELDS, *self.extra_fields)
+                ).items()
             }
             for name, sizes in bucket
         }
@@ -117,6 +125,24 @@ class Program:
         )
         with jax.set_mesh(self.mesh):
             return jitted.lower(self.state_spec, self.batch_specs(bucket))
+
+    def observe(self, state: TrainState, values: Mapping[str, float]) -> TrainState:
+        """Let objectives learn from an evaluation: their extras after it, where they belong.
+
+        Args:
+            state: between two updates.
+            values: what the evaluators gave, the same on every host.
+        """
+        extras = state.extras["objectives"]
+        seen = {
+            o.name: jax.tree.map(
+                lambda new, old: jax.device_put(new, old.sharding),
+                o.observe(extras[o.name], values),
+                extras[o.name],
+            )
+            for o in self.objectives
+        }
+        return state.replace(extras={**state.extras, "objectives": seen})
 
     def flops(self, text_lengths: Mapping[str, float]) -> float:
         """Model FLOPs of one example in an update: three times the forward pass.

@@ -1,0 +1,144 @@
+"""ITC over the global batch and ITM with hard negatives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import (
+    BATCH,
+    IMAGE_SIZE,
+    TOKENS,
+    VOCABULARY,
+    compile_run,
+    make_batch,
+    tiny_config,
+    tiny_model,
+)
+
+from vlp_jax.compress.buckets import Bucket
+from vlp_jax.infra.mesh import make_mesh
+from vlp_jax.objectives import build_objectives
+from vlp_jax.objectives.contrastive import CONTRASTIVE_HEAD, ITC, ITM
+
+SIZES = Bucket(TOKENS, IMAGE_SIZE)
+KEY = jax.random.key(0)
+
+
+def arrays(**changes):
+    return {name: jnp.asarray(value) for name, value in {**make_batch(), **changes}.items()}
+
+
+@pytest.fixture(scope="module")
+def itc():
+    return ITC(tiny_model(), embedding_dim=16)
+
+
+@pytest.fixture(scope="module")
+def itm():
+    return ITM(tiny_model(), embedding_dim=16)
+
+
+@pytest.fixture(scope="module")
+def params(itm):
+    return jax.jit(lambda: itm.init(jax.random.key(1), jax.eval_shape(arrays))[0])()
+
+
+def test_itc_is_the_symmetric_cross_entropy_of_cosines(itc, params):
+    batch = arrays(valid=np.arange(BATCH) % 5 != 0)
+    output = jax.jit(lambda p: itc.loss(p, {}, batch, KEY, SIZES, train=False))(params)
+    towers = itc.towers
+    image = towers.image_tokens(params, batch["image"])
+    text = towers.text_feature(params, batch["text_ids"], batch["text_length"])
+    image, text, scale = (np.asarray(x, np.float64) for x in towers.embed(params, image, text))
+    rows = np.asarray(batch["valid"])
+    np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1, rtol=1e-5)
+    logits = scale * image[rows] @ text[rows].T
+
+    def nll(logits):
+        return np.log(np.exp(logits).sum(axis=1)) - np.diag(logits)
+
+    expected = (nll(logits) + nll(logits.T)).sum() / 2
+    np.testing.assert_allclose(output.loss.sum, expected, rtol=1e-4)
+    assert float(output.loss.weight) == rows.sum()
+    np.testing.assert_allclose(scale, 1 / 0.07, rtol=1e-5)
+
+
+def test_padding_tokens_do_not_matter(itc, params):
+    batch = arrays()
+    padding = np.arange(TOKENS)[None] >= np.asarray(batch["text_length"])[:, None]
+    other = {**batch, "text_ids": jnp.where(jnp.asarray(padding), 9, batch["text_ids"])}
+    loss = jax.jit(lambda b: itc.loss(params, {}, b, KEY, SIZES, train=False).loss.sum)
+    assert float(loss(batch)) == float(loss(other))
+
+
+@pytest.mark.parametrize("names", [("itc",), ("flm", "itc", "itm", "mlm")])
+def test_eight_devices_equal_one(names):
+    """Negatives and their gradients come from all devices; ITM draws the same negatives."""
+    config = tiny_config()
+    with config.unlocked():
+        config.objectives = {name: {"weight": 1.0} for name in names}
+    eight = compile_run(config, make_mesh(data=2, fsdp=4))
+    one = compile_run(config)
+    batch = make_batch()
+    states = []
+    for run in (one, eight):
+        state, metrics = run(run.init(), batch, batch)
+        states.append((jax.device_get(state.params), metrics))
+    for name, value in states[0][1].items():
+        assert states[1][1][name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), states[0][0], states[1][0]
+    )
+
+
+def test_every_pair_has_two_wrong_ones(itm, params):
+    batch = arrays(valid=np.arange(BATCH) != 3)
+    image = itm.towers.image_tokens(params, batch["image"])
+    drawn = jax.jit(lambda key: itm._negatives(params, batch, image, key))
+    texts, images = zip(*(drawn(jax.random.key(i)) for i in range(50)), strict=True)
+    for index in (np.stack(texts), np.stack(images)):
+        assert (index != np.arange(BATCH)).all()
+        assert (index != 3).all()
+        assert len(np.unique(index)) > BATCH // 2
+
+
+def test_hard_negatives_are_drawn_by_similarity(itm, params):
+    """With a sharp softmax the most similar wrong text is drawn."""
+    head = params[CONTRASTIVE_HEAD] | {"log_scale": jnp.asarray(np.log(100.0), jnp.float32)}
+    spread = jax.tree.map(lambda x: x, params) | {CONTRASTIVE_HEAD: head}
+    batch, towers = arrays(), itm.towers
+    image = towers.image_tokens(spread, batch["image"])
+    text = towers.text_feature(spread, batch["text_ids"], batch["text_length"])
+    images, texts, scale = towers.embed(spread, image, text)
+    similarity = np.array(scale * images @ texts.T)
+    np.fill_diagonal(similarity, -np.inf)
+    chances = np.exp(similarity - similarity.max(axis=1, keepdims=True))
+    chances /= chances.sum(axis=1, keepdims=True)
+    drawn = jax.jit(jax.vmap(lambda key: itm._negatives(spread, batch, image, key)[0]))
+    counts = np.asarray(drawn(jax.random.split(KEY, 2000)))
+    for row in range(BATCH):
+        seen = np.bincount(counts[:, row], minlength=BATCH) / len(counts)
+        np.testing.assert_allclose(seen, chances[row], atol=0.05)
+
+
+@pytest.mark.parametrize("readout", ["query", "bidirectional", "forward"])
+def test_matching_reads_text_and_image(readout):
+    itm = ITM(tiny_model(), embedding_dim=16, readout=readout)
+    batch = arrays()
+    params, _ = itm.init(jax.random.key(1), jax.eval_shape(lambda: batch))
+    output = itm.loss(params, {}, batch, KEY, SIZES)
+    assert float(output.loss.weight) == 3 * BATCH
+    assert float(output.loss.sum / output.loss.weight) == pytest.approx(0.65, abs=0.2)
+    assert itm.flops(8) > 0
+
+
+def test_itm_needs_its_itc():
+    config = tiny_config()
+    with config.unlocked():
+        config.objectives = {"itm": {"weight": 1.0}}
+    with pytest.raises(ValueError, match=r"objectives\.itm: draws its negatives"):
+        build_objectives(config.objectives, tiny_model(), VOCABULARY, 100)
+    with config.unlocked():
+        config.objectives.itc = {"embedding_dim": 32}
+    with pytest.raises(ValueError, match=r"objectives\.itm\.embedding_dim: 256 is not"):
+        build_objectives(config.objectives, tiny_model(), VOCABULARY, 100)

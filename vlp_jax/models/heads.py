@@ -1,0 +1,92 @@
+"""What objectives put on top of the shared encoder; an objective creates the one it reads."""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlp_jax.models.layers import BlockConfig, Dense, Noise, drop, norm
+
+MAX_SCALE = 100.0  # of the contrastive logits, after CLIP
+
+
+class ContrastiveHead(nn.Module):
+    """Two projections to one sphere, and the scale of their cosines.
+
+    Attributes:
+        config: compute dtype.
+        embedding_dim: E, width of the shared space.
+        temperature: the first one; the scale is its inverse and is learned as a logarithm.
+    """
+
+    config: BlockConfig
+    embedding_dim: int
+    temperature: float = 0.07
+
+    def setup(self) -> None:
+        """Create the projections and the scale."""
+        dense = functools.partial(
+            Dense, self.embedding_dim, use_bias=False, dtype=self.config.dtype
+        )
+        self.image_projection, self.text_projection = dense(), dense()
+        self.log_scale = self.param(
+            "log_scale", nn.initializers.constant(math.log(1.0 / self.temperature)), ()
+        )
+
+    def __call__(self, image: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Embed features of both modalities.
+
+        Args:
+            image: [B, D].
+            text: [B', D].
+
+        Returns:
+            Unit vectors float32 [B, E] and [B', E], and the scale of their products, float32 [].
+        """
+        scale = jnp.minimum(jnp.exp(self.log_scale), MAX_SCALE)
+        return self.image(image), self.text(text), scale
+
+    def image(self, feature: jax.Array) -> jax.Array:
+        """[B, D] -> unit vectors float32 [B, E]."""
+        return unit(self.image_projection(feature).astype(jnp.float32))
+
+    def text(self, feature: jax.Array) -> jax.Array:
+        """[B, D] -> unit vectors float32 [B, E]."""
+        return unit(self.text_projection(feature).astype(jnp.float32))
+
+
+class ClassificationHead(nn.Module):
+    """A pooler and a small MLP, as METER's fine-tuning has them: [B, F] -> float32 [B, C].
+
+    Fact sheet of FLM, section 5: the feature passes a dense layer with tanh, then
+    dense -> norm -> GELU -> dense.
+
+    Attributes:
+        config: width D, dropout and compute dtype.
+        num_classes: C.
+    """
+
+    config: BlockConfig
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, noise: Noise = None) -> jax.Array:
+        """Logits of features [B, F]."""
+        c = self.config
+        x = jnp.tanh(Dense(c.width, dtype=c.dtype, name="pooler")(x))
+        x = drop(self, "pooled", x, c.dropout, noise)
+        x = Dense(2 * c.width, dtype=c.dtype, name="hidden")(x)
+        x = jax.nn.gelu(norm(c, "norm")(x), approximate=False)
+        small = nn.initializers.normal(0.02)  # so that a fresh head prefers no class
+        classifier = Dense(
+            self.num_classes, dtype=jnp.float32, kernel_init=small, name="classifier"
+        )
+        return classifier(x.astype(jnp.float32))
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Vectors of length one; a zero vector stays zero, with a zero gradient: [..., E]."""
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-12))

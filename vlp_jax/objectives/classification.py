@@ -1,0 +1,241 @@
+"""Downstream classification of a text with one image or two: VQA, entailment, NLVR2.
+
+Source: fact sheet of Free Language Modeling, section 5. The vector of ``objectives.readout`` passes
+a pooler and an MLP. Nothing is computed that it does not read: no vocabulary head, and of the
+reconstructor's queries only one.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlp_jax.compress.buckets import Bucket
+from vlp_jax.data.augment import normalize
+from vlp_jax.data.batch import Batch
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.flops import block_flops, vit_flops
+from vlp_jax.models.heads import ClassificationHead
+from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.objectives.base import (
+    Defaults,
+    Extras,
+    LossOutput,
+    Mean,
+    Params,
+    batch_noise,
+    zeros,
+)
+from vlp_jax.objectives.readout import Kind, Readout
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(Defaults):
+    """One of several classes: ``label`` int32 [B]; also the base of the other tasks.
+
+    Its head lies in the parameters under ``<name>_head``.
+
+    Attributes:
+        model: the shared encoder.
+        name: key in ``config.objectives``.
+        num_classes: C, as many as the source has at least.
+        batch_name: named batch it reads.
+        readout: how text and image are read together, see ``objectives.readout``.
+    """
+
+    model: VisionLanguageModel
+    name: str
+    num_classes: int
+    batch_name: str = "pairs"
+    readout: Kind = "query"
+
+    extra_fields: ClassVar[tuple[str, ...]] = ("label",)
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 2:
+            raise ConfigError(
+                f"objectives.{self.name}.num_classes",
+                f"{self.num_classes} classes leave nothing to tell apart",
+                "Use as many as the source has",
+            )
+        _ = self.reader  # checks the key
+
+    @property
+    def reader(self) -> Readout:
+        """The way text and image are read together."""
+        return Readout(self.readout, f"objectives.{self.name}.readout")
+
+    @property
+    def head(self) -> ClassificationHead:
+        """From the vector to logits."""
+        return ClassificationHead(self.model.config.text, self.num_classes)
+
+    @property
+    def head_name(self) -> str:
+        """Key of the head's parameters."""
+        return f"{self.name}_head"
+
+    def init(
+        self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> tuple[Params, Extras]:
+        """Parameters of what it reads and of the head; no extras."""
+        batch = zeros(batch_spec)
+
+        def forward(model: VisionLanguageModel) -> jax.Array:
+            return self._features(model, batch, None)
+
+        features, variables = nn.init_with_output(forward, self.model)(rng)
+        head = self.head.init(rng, features)["params"]
+        return variables["params"] | {self.head_name: head}, {}
+
+    def logits(self, params: Params, batch: Batch, noise: jax.Array | None = None) -> jax.Array:
+        """Scores of the classes: float32 [B, C]."""
+
+        def forward(model: VisionLanguageModel) -> jax.Array:
+            return self._features(model, batch, noise)
+
+        features = nn.apply(forward, self.model)({"params": params})
+        logits: jax.Array = self.head.apply(  # type: ignore[assignment]
+            {"params": params[self.head_name]}, features, noise
+        )
+        return logits
+
+    def loss(
+        self,
+        params: Params,
+        extras: Extras,
+        batch: Batch,
+        rng: jax.Array,
+        bucket: Bucket,
+        train: bool = True,
+    ) -> LossOutput:
+        """Loss and accuracy."""
+        logits = self.logits(params, batch, batch_noise(rng, batch, train))
+        rows = batch["valid"].astype(jnp.float32)
+        count = rows.sum()
+        loss = (self.row_losses(logits, batch) * rows).sum()
+        score = (self.row_scores(logits, batch) * rows).sum()
+        return LossOutput(Mean(loss, count), extras, {"accuracy": Mean(score, count)})
+
+    def row_losses(self, logits: jax.Array, batch: Batch) -> jax.Array:
+        """Cross-entropy: float32 [B, C] -> [B]."""
+        label = batch["label"][:, None]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), label, axis=1)[:, 0]
+
+    def row_scores(self, logits: jax.Array, batch: Batch) -> jax.Array:
+        """1 where the best class is right: float32 [B, C] -> [B]."""
+        return 1.0 * (logits.argmax(axis=1) == batch["label"])
+
+    def flops(self, text_length: float) -> float:
+        """Forward FLOPs of one example; by formula over real tokens."""
+        c = self.model.config
+        return vit_flops(c.image) + self.reader.flops(c, text_length)
+
+    def _features(
+        self, model: VisionLanguageModel, batch: Batch, noise: jax.Array | None
+    ) -> jax.Array:
+        image = model.encode_image(normalize(batch["image"]), noise)
+        text = self.reader.encode(model, batch["text_ids"], batch["text_length"], noise)
+        return self.reader.read(model, text, image, noise)
+
+
+@dataclasses.dataclass(frozen=True)
+class VQA(Classification):
+    """Answers as classes with soft targets: binary cross-entropy of each answer, summed.
+
+    An answer's target is its score (``answer_score``); answers outside the list have no target and
+    count as wrong.
+    """
+
+    extra_fields: ClassVar[tuple[str, ...]] = ("answer", "answer_score")
+
+    def row_losses(self, logits: jax.Array, batch: Batch) -> jax.Array:
+        """Summed over the answers: float32 [B, C] -> [B]."""
+        targets = self.targets(batch)
+        return (jax.nn.softplus(logits) - targets * logits).sum(axis=1)
+
+    def row_scores(self, logits: jax.Array, batch: Batch) -> jax.Array:
+        """The soft target of the best answer: float32 [B, C] -> [B]."""
+        best = logits.argmax(axis=1)[:, None]
+        return jnp.take_along_axis(self.targets(batch), best, axis=1)[:, 0]
+
+    def targets(self, batch: Batch) -> jax.Array:
+        """The score of every answer: float32 [B, C]."""
+        answer = batch["answer"]
+        answer = jnp.where(answer < 0, self.num_classes, answer)  # past the end: dropped
+        rows = jnp.arange(len(answer))[:, None]
+        zero = jnp.zeros((len(answer), self.num_classes))
+        return zero.at[rows, answer].max(batch["answer_score"], mode="drop")
+
+
+@dataclasses.dataclass(frozen=True)
+class NLVR2(Classification):
+    """A statement about two images, true or false.
+
+    The text is read with each image in turn, marked as the first or the second; the head sees both
+    vectors. The lower half of the text stack, which no image enters, runs once.
+    """
+
+    num_classes: int = 2
+
+    extra_fields: ClassVar[tuple[str, ...]] = ("second_image", "label")
+
+    @property
+    def _mark_name(self) -> str:
+        return f"{self.name}_image_type"
+
+    def init(
+        self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> tuple[Params, Extras]:
+        """Parameters as of the base, and the two marks [2, D]."""
+        width = self.model.config.text.width
+        marks = 0.02 * jax.random.normal(jax.random.fold_in(rng, 1), (2, width))
+        batch = zeros(batch_spec)
+
+        def forward(model: VisionLanguageModel) -> jax.Array:
+            return self._pair_features(model, batch, marks, None)
+
+        features, variables = nn.init_with_output(forward, self.model)(rng)
+        head = self.head.init(rng, features)["params"]
+        return variables["params"] | {self.head_name: head, self._mark_name: marks}, {}
+
+    def logits(self, params: Params, batch: Batch, noise: jax.Array | None = None) -> jax.Array:
+        """Scores of false and true: float32 [B, 2]."""
+
+        def forward(model: VisionLanguageModel) -> jax.Array:
+            return self._pair_features(model, batch, params[self._mark_name], noise)
+
+        features = nn.apply(forward, self.model)({"params": params})
+        logits: jax.Array = self.head.apply(  # type: ignore[assignment]
+            {"params": params[self.head_name]}, features, noise
+        )
+        return logits
+
+    def flops(self, text_length: float) -> float:
+        """Forward FLOPs of one example: two towers, the lower half of the text stack once."""
+        c = self.model.config
+        streams = 2 if self.readout == "query" else 1
+        lower = c.lower_depth * block_flops(c.text, streams * text_length, text_length)
+        return 2 * super().flops(text_length) - lower
+
+    def _pair_features(
+        self,
+        model: VisionLanguageModel,
+        batch: Batch,
+        marks: jax.Array,
+        noise: jax.Array | None,
+    ) -> jax.Array:
+        """[B, 2 D]."""
+        # The pair sits on an inner axis: the batch axis is sharded and never concatenated.
+        images = jnp.stack([batch["image"], batch["second_image"]], axis=1)
+        images = images.reshape(-1, *images.shape[2:])
+        tokens = model.encode_image(normalize(images), noise)
+        rows = len(batch["text_ids"])
+        marked = jnp.tile(marks, (rows, 1))[:, None].astype(tokens.dtype)
+        tokens = tokens + jnp.broadcast_to(marked, tokens.shape)
+        text = self.reader.encode(model, batch["text_ids"], batch["text_length"], noise)
+        pairs = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), text)
+        return self.reader.read(model, pairs, tokens, noise).reshape(rows, -1)

@@ -1,0 +1,338 @@
+"""Image-text contrast (ITC) and matching (ITM).
+
+ITC: every image of the global batch against every text of it, symmetric cross-entropy over scaled
+cosines (CLIP, arXiv 2103.00020, section 2.3). Negatives of all devices count and carry gradients:
+the similarities are one product of the global batch, which the compiler shards.
+
+ITM: does this text belong to this image? Each pair is joined by two wrong ones, drawn in
+proportion to the contrastive softmax (ALBEF, arXiv 2107.07651, section 3.2): hard negatives. Both
+read the text by the lower half of the stack; only matching runs the upper half.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlp_jax.compress.buckets import Bucket
+from vlp_jax.data.augment import normalize
+from vlp_jax.data.batch import Batch
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.flops import block_flops, vit_flops
+from vlp_jax.models.heads import ClassificationHead, ContrastiveHead
+from vlp_jax.models.masks import bidirectional_mask
+from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.objectives.base import (
+    Defaults,
+    Extras,
+    LossOutput,
+    Mean,
+    Params,
+    batch_noise,
+    example_keys,
+    zeros,
+)
+from vlp_jax.objectives.readout import EncodedText, Kind, Readout
+
+CONTRASTIVE_HEAD = "contrastive_head"  # ITC trains it, ITM draws its negatives by it
+MATCHING_HEAD = "matching_head"
+
+
+class DualEncoder:
+    """Image and text embeddings of the shared encoder, for ITC, ITM and retrieval.
+
+    The image is read at the class token, the text at <s> of the lower half, whose tokens all see
+    one another and no image.
+    """
+
+    def __init__(self, model: VisionLanguageModel, embedding_dim: int, temperature: float):
+        """See ``ITC`` for the arguments."""
+        self.model = model
+        self.head = ContrastiveHead(model.config.text, embedding_dim, temperature)
+
+    def image_tokens(self, params: Params, image: jax.Array, noise: Any = None) -> jax.Array:
+        """uint8 [B, H, W, 3] -> [B, I, D]; the class token comes first."""
+
+        def forward(model: VisionLanguageModel) -> jax.Array:
+            return model.encode_image(normalize(image), noise)
+
+        return nn.apply(forward, self.model)({"params": params})
+
+    def text_feature(
+        self, params: Params, ids: jax.Array, lengths: jax.Array, noise: Any = None
+    ) -> jax.Array:
+        """int32 [B, N], int32 [B] -> [B, D]."""
+
+        def forward(model: VisionLanguageModel) -> jax.Array:
+            mask = bidirectional_mask(lengths, ids.shape[1])[:, None]
+            return model.encode_text_lower(ids, mask, noise)[-1][:, 0, 0]
+
+        return nn.apply(forward, self.model)({"params": params})
+
+    def embed(
+        self, params: Params, image: jax.Array, text: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Unit vectors of image tokens [B, I, D] and text features [B', D], and their scale."""
+        embedded: tuple[jax.Array, jax.Array, jax.Array] = self._head(
+            params, None, image[:, 0], text
+        )
+        return embedded
+
+    def embed_image(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """Image tokens [B, I, D] -> unit vectors float32 [B, E]."""
+        embedded: jax.Array = self._head(params, "image", tokens[:, 0])
+        return embedded
+
+    def embed_text(self, params: Params, feature: jax.Array) -> jax.Array:
+        """Text features [B, D] -> unit vectors float32 [B, E]."""
+        embedded: jax.Array = self._head(params, "text", feature)
+        return embedded
+
+    def _head(self, params: Params, method: str | None, *arguments: jax.Array) -> Any:
+        return self.head.apply({"params": params[CONTRASTIVE_HEAD]}, *arguments, method=method)
+
+    def init(self, rng: jax.Array, batch: Batch) -> Params:
+        """Parameters of the towers and of the head."""
+
+        def forward(model: VisionLanguageModel) -> None:
+            model.encode_image(normalize(batch["image"]))
+            tokens = batch["text_ids"].shape[1]
+            model.encode_text_lower(
+                batch["text_ids"], bidirectional_mask(batch["text_length"], tokens)[:, None]
+            )
+
+        feature = jnp.zeros((1, self.model.config.text.width))
+        # Names in the head are those of the model: another key, or they would start alike.
+        head = self.head.init(jax.random.fold_in(rng, 1), feature, feature)["params"]
+        return nn.init(forward, self.model)(rng)["params"] | {CONTRASTIVE_HEAD: head}
+
+    def flops(self, text_length: float) -> float:
+        """Forward FLOPs of both towers for one example; similarities not counted."""
+        c = self.model.config
+        text = c.text.width
+        image = vit_flops(c.image) + 2.0 * c.image.tokens * c.image.block.width * text
+        lower = c.lower_depth * block_flops(c.text, text_length, text_length)
+        return image + lower + 2.0 * 2 * text * self.head.embedding_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class ITC(Defaults):
+    """Image-text contrast over the global batch.
+
+    Attributes:
+        model: the shared encoder.
+        name: key in ``config.objectives``.
+        batch_name: named batch it reads.
+        embedding_dim: E, width of the shared space.
+        temperature: the first one; it is learned.
+    """
+
+    model: VisionLanguageModel
+    name: str = "itc"
+    batch_name: str = "pairs"
+    embedding_dim: int = 256
+    temperature: float = 0.07
+
+    splittable: ClassVar[bool] = False
+
+    @property
+    def towers(self) -> DualEncoder:
+        """Embeddings of both sides."""
+        return DualEncoder(self.model, self.embedding_dim, self.temperature)
+
+    def init(
+        self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> tuple[Params, Extras]:
+        """Parameters of both towers and the head; no extras."""
+        return self.towers.init(rng, zeros(batch_spec)), {}
+
+    def loss(
+        self,
+        params: Params,
+        extras: Extras,
+        batch: Batch,
+        rng: jax.Array,
+        bucket: Bucket,
+        train: bool = True,
+    ) -> LossOutput:
+        """Mean over pairs of both directions' cross-entropies."""
+        noise, towers = batch_noise(rng, batch, train), self.towers
+        image = towers.image_tokens(params, batch["image"], noise)
+        text = towers.text_feature(params, batch["text_ids"], batch["text_length"], noise)
+        image, text, scale = towers.embed(params, image, text)
+        valid = batch["valid"]
+        logits = scale * (image @ text.T)
+        logits = jnp.where(valid[None, :], logits, jnp.finfo(jnp.float32).min)
+        backwards = jnp.where(valid[None, :], scale * (text @ image.T), jnp.finfo(jnp.float32).min)
+        label = jnp.arange(len(valid))
+        count = valid.sum(dtype=jnp.float32)
+
+        def mean(values: jax.Array) -> Mean:
+            return Mean(jnp.where(valid, values, 0.0).sum(), count)
+
+        def nll(logits: jax.Array) -> jax.Array:
+            return -jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1)[:, 0]
+
+        metrics = {
+            "image_to_text_accuracy": mean(1.0 * (logits.argmax(axis=1) == label)),
+            "text_to_image_accuracy": mean(1.0 * (backwards.argmax(axis=1) == label)),
+            "scale": Mean(scale, jnp.ones(())),
+        }
+        return LossOutput(mean((nll(logits) + nll(backwards)) / 2), extras, metrics)
+
+    def flops(self, text_length: float) -> float:
+        """Forward FLOPs of one example; similarities not counted."""
+        return self.towers.flops(text_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class ITM(Defaults):
+    """Image-text matching with hard negatives of the global batch.
+
+    Attributes:
+        model: the shared encoder.
+        name: key in ``config.objectives``.
+        batch_name: named batch it reads.
+        readout: how text and image are read together, see ``objectives.readout``.
+        embedding_dim: that of the run's ``itc``.
+        temperature: that of the run's ``itc``, before training.
+    """
+
+    model: VisionLanguageModel
+    name: str = "itm"
+    batch_name: str = "pairs"
+    readout: Kind = "query"
+    embedding_dim: int = 256
+    temperature: float = 0.07
+
+    splittable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _ = self.reader  # checks the key
+
+    @property
+    def towers(self) -> DualEncoder:
+        """Embeddings by which negatives are drawn."""
+        return DualEncoder(self.model, self.embedding_dim, self.temperature)
+
+    @property
+    def reader(self) -> Readout:
+        """The way a pair is read."""
+        return Readout(self.readout, f"objectives.{self.name}.readout")
+
+    @property
+    def head(self) -> ClassificationHead:
+        """Logits of no match and match."""
+        return ClassificationHead(self.model.config.text, 2)
+
+    def init(
+        self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> tuple[Params, Extras]:
+        """Parameters of the whole encoder and of both heads; no extras."""
+        batch = zeros(batch_spec)
+
+        def forward(model: VisionLanguageModel) -> None:
+            image = model.encode_image(normalize(batch["image"]))
+            text = self.reader.encode(model, batch["text_ids"], batch["text_length"], None)
+            self.reader.read(model, text, image, None)
+
+        params = nn.init(forward, self.model)(rng)["params"]
+        feature = jnp.zeros((1, self.model.config.text.width))
+        head = self.head.init(rng, feature)["params"]
+        return params | self.towers.init(rng, batch) | {MATCHING_HEAD: head}, {}
+
+    def loss(
+        self,
+        params: Params,
+        extras: Extras,
+        batch: Batch,
+        rng: jax.Array,
+        bucket: Bucket,
+        train: bool = True,
+    ) -> LossOutput:
+        """Cross-entropy of each pair and its two hard negatives."""
+        draw_key, noise_key = jax.random.split(rng)
+        noise = batch_noise(noise_key, batch, train)
+        image = self.towers.image_tokens(params, batch["image"], noise)
+        other_text, other_image = self._negatives(params, batch, image, draw_key)
+        own = jnp.arange(len(other_text))
+
+        def forward(model: VisionLanguageModel) -> jax.Array:
+            text = self.reader.encode(model, batch["text_ids"], batch["text_length"], noise)
+            # Candidates sit on an inner axis: the batch axis is sharded and never concatenated.
+            texts = text.rows(jnp.stack([own, other_text, own], axis=1).reshape(-1))
+            images = image[jnp.stack([own, own, other_image], axis=1).reshape(-1)]
+            return self.reader.read(model, texts, images, noise)
+
+        features = nn.apply(forward, self.model)({"params": params})
+        logits: jax.Array = self.head.apply(  # type: ignore[assignment]
+            {"params": params[MATCHING_HEAD]}, features, noise
+        )
+        label = jnp.tile(jnp.array([1, 0, 0]), len(own))
+        rows = jnp.repeat(batch["valid"].astype(jnp.float32), 3)
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1)[:, 0]
+        correct = 1.0 * (logits.argmax(axis=1) == label)
+        metrics = {"accuracy": Mean((correct * rows).sum(), rows.sum())}
+        return LossOutput(Mean((nll * rows).sum(), rows.sum()), extras, metrics)
+
+    def match(self, params: Params, text: EncodedText, image: jax.Array) -> jax.Array:
+        """Log-odds that texts belong to images: B texts, [B, I, D] -> float32 [B]."""
+
+        def forward(model: VisionLanguageModel) -> jax.Array:
+            return self.reader.read(model, text, image, None)
+
+        features = nn.apply(forward, self.model)({"params": params})
+        logits: jax.Array = self.head.apply(  # type: ignore[assignment]
+            {"params": params[MATCHING_HEAD]}, features
+        )
+        return logits[:, 1] - logits[:, 0]
+
+    def flops(self, text_length: float) -> float:
+        """Forward FLOPs of one example: both towers once, three readings."""
+        c = self.model.config
+        lower = c.lower_depth * block_flops(c.text, text_length, text_length)
+        streams = 2 if self.readout == "query" else 1
+        readings = 3 * self.reader.flops(c, text_length) - 2 * streams * lower
+        return vit_flops(c.image) + readings + lower
+
+    def _negatives(
+        self, params: Params, batch: Batch, image: jax.Array, rng: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """A wrong text for each image and a wrong image for each text: int32 [B] each."""
+        frozen = jax.lax.stop_gradient(params)
+        text = self.towers.text_feature(frozen, batch["text_ids"], batch["text_length"])
+        images, texts, scale = self.towers.embed(frozen, jax.lax.stop_gradient(image), text)
+        size = len(texts)
+        allowed = batch["valid"][None, :] & ~jnp.eye(size, dtype=jnp.bool_)
+        keys = example_keys(rng, batch["position"])
+        gumbel = jax.vmap(lambda key: jax.random.gumbel(key, (2, size)))(keys)
+
+        def drawn(similarity: jax.Array, noise: jax.Array) -> jax.Array:
+            return jnp.where(allowed, scale * similarity + noise, -jnp.inf).argmax(axis=1)
+
+        return drawn(images @ texts.T, gumbel[:, 0]), drawn(texts @ images.T, gumbel[:, 1])
+
+
+def check_shared(itm: ITM, itc: ITC | None) -> None:
+    """Raise where ITM cannot draw its negatives by the run's ITC.
+
+    Raises:
+        ConfigError: there is no ITC, or it embeds in another space.
+    """
+    if itc is None:
+        raise ConfigError(
+            f"objectives.{itm.name}",
+            "draws its negatives by the similarities of an `itc`, and the run has none",
+            "Add objectives.itc",
+        )
+    for name in ("embedding_dim", "temperature"):
+        mine, its = getattr(itm, name), getattr(itc, name)
+        if mine != its:
+            raise ConfigError(
+                f"objectives.{itm.name}.{name}",
+                f"{mine} is not that of objectives.{itc.name} ({its})",
+                "Use the same value",
+            )

@@ -1,0 +1,114 @@
+"""One vector for a text and an image, read in the way that pretraining has trained."""
+
+import dataclasses
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.flops import reconstructor_flops, text_flops
+from vlp_jax.models.layers import Noise
+from vlp_jax.models.masks import bidirectional_mask, forward_mask, token_mask, two_stream_mask
+from vlp_jax.models.vision_language import TextStates, VisionLanguageConfig, VisionLanguageModel
+
+Kind = Literal["query", "bidirectional", "forward"]
+
+# The readout that each pretraining objective has trained.
+READOUT_OF: dict[str, Kind] = {
+    "flm": "query",
+    "mlm": "bidirectional",
+    "prefix_lm": "forward",
+    "ar": "forward",
+}
+
+
+class EncodedText(NamedTuple):
+    """A text before it has met an image, to be paired with several.
+
+    Attributes:
+        lengths: int32 [B].
+        lower: states of the lower half, [B, S, N, D] each.
+    """
+
+    lengths: jax.Array
+    lower: tuple[jax.Array, ...]
+
+    def rows(self, index: jax.Array) -> "EncodedText":
+        """The texts of these rows: int32 [B'] -> B' texts."""
+        return jax.tree.map(lambda x: x[index], self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Readout:
+    """Where the vector comes from.
+
+    * ``query`` (FLM): the reconstructor's query for position 0, which reads every state of both
+      streams. The other queries are not computed: queries do not see one another.
+    * ``bidirectional`` (MLM): row <s> of a text whose tokens all see one another.
+    * ``forward`` (AR, PrefixLM): row </s> of the forward stream, the only one that sees all.
+
+    Attributes:
+        kind: one of these.
+        key: config key, for messages.
+    """
+
+    kind: Kind
+    key: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ConfigError(
+                self.key, f"{self.kind!r} is no readout", f"Use one of {', '.join(get_args(Kind))}"
+            )
+
+    def encode(
+        self, model: VisionLanguageModel, ids: jax.Array, lengths: jax.Array, noise: Noise
+    ) -> EncodedText:
+        """The lower half, which no image enters: int32 [B, N], int32 [B]."""
+        return EncodedText(
+            lengths, model.encode_text_lower(ids, self._mask(lengths, ids.shape[1]), noise)
+        )
+
+    def read(
+        self, model: VisionLanguageModel, text: EncodedText, image: jax.Array, noise: Noise
+    ) -> jax.Array:
+        """The vector of each text with its image.
+
+        Args:
+            model: bound.
+            text: B texts.
+            image: [B, I, D] from ``encode_image``.
+            noise: of the dropout, or None.
+
+        Returns:
+            [B, D].
+        """
+        lengths, lower = text
+        tokens = lower[-1].shape[2]
+        mask = self._mask(lengths, tokens)
+        streams = ("forward", "reverse") if self.kind == "query" else (self.kind,)
+        upper, last = model.encode_text_upper(lower[-1], mask, image, streams, noise)
+        if self.kind == "bidirectional":
+            return last[:, 0, 0]
+        if self.kind == "forward":
+            end = (lengths - 1)[:, None, None]
+            return jnp.take_along_axis(last[:, 0], end, axis=1)[:, 0]
+        real = token_mask(lengths, tokens)
+        visible = jnp.concatenate([real, real], axis=1)[:, None]
+        states = TextStates(lower, upper, last)
+        return model.reconstruct(jnp.zeros(1, jnp.int32), states, visible, noise)[:, 0]
+
+    def flops(self, config: VisionLanguageConfig, text_length: float) -> float:
+        """Forward FLOPs of one text with one image, its tower not counted."""
+        streams = 2 if self.kind == "query" else 1
+        total = text_flops(config, text_length, streams)
+        if self.kind == "query":
+            total += reconstructor_flops(config, 1, keys=2 * text_length)
+        return total
+
+    def _mask(self, lengths: jax.Array, tokens: int) -> jax.Array:
+        if self.kind == "query":
+            return two_stream_mask(lengths, tokens)
+        mask = bidirectional_mask if self.kind == "bidirectional" else forward_mask
+        return mask(lengths, tokens)[:, None]
