@@ -42,7 +42,7 @@ def context():
     c = config()
     tokenizer = build_tokenizer(c, [build_source(c, "scenes")])
     model = build_model(c.model, tokenizer.vocab_size, tokenizer.mask_id, c.data.image_size)
-    objectives = build_objectives(c.objectives, model)
+    objectives = build_objectives(c.objectives, model, tokenizer.vocabulary, 1000)
     return EvalContext(c, objectives, tokenizer, make_mesh(), (12, 16, 20), None)
 
 

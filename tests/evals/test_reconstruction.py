@@ -10,8 +10,9 @@ from vlp_jax.data.scenes import Scenes
 from vlp_jax.data.source import BadExample
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.evals import build_evaluators
-from vlp_jax.evals import reconstruction as module
-from vlp_jax.evals.reconstruction import all_captions, shuffle_images, unigram_entropy
+from vlp_jax.evals import fixed_set as module
+from vlp_jax.evals.fixed_set import shuffle_images
+from vlp_jax.evals.reconstruction import all_captions, unigram_entropy
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import make_mesh, replicated
 from vlp_jax.objectives.flm import FLM

@@ -4,16 +4,22 @@ import inspect
 from collections.abc import Callable, Mapping
 
 from vlp_jax.evals.base import EvalContext, Evaluator
+from vlp_jax.evals.captioning import Captioning
 from vlp_jax.evals.cloze import Cloze
 from vlp_jax.evals.reconstruction import Reconstruction
+from vlp_jax.evals.retrieval import Retrieval
+from vlp_jax.evals.task import Task
 from vlp_jax.infra.errors import ConfigError, section_arguments
 
 EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {
+    "captioning": Captioning,
     "cloze": Cloze,
     "reconstruction": Reconstruction,
+    "retrieval": Retrieval,
+    "task": Task,
 }
 # Keys of a section that are read by the train loop and not by the evaluator.
-_RESERVED = ("type", "every_steps", "every_examples", "every_epochs", "every_percent")
+_RESERVED = ("type", "on", "every_steps", "every_examples", "every_epochs", "every_percent")
 
 
 def build_evaluators(context: EvalContext) -> dict[str, Evaluator]:

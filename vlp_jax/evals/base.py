@@ -2,8 +2,8 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -19,7 +19,8 @@ from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.artifacts import ARTIFACTS_FOLDER, Artifact
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.objectives.base import Objective, Params
-from vlp_jax.objectives.flm import FLM
+
+T = TypeVar("T")
 
 
 class Evaluator(Protocol):
@@ -60,17 +61,17 @@ class EvalContext:
     edges: tuple[int, ...]
     workdir: pathlib.Path | None
 
-    def flm(self, evaluator: str, name: str) -> FLM:
-        """The FLM objective that ``evals.<evaluator>.objective`` names.
+    def objective(self, evaluator: str, name: str, kind: type[T]) -> T:
+        """The objective that ``evals.<evaluator>.objective`` names.
 
         Raises:
-            ConfigError: the run has no such objective.
+            ConfigError: the run has none of that name and kind.
         """
-        found = {o.name: o for o in self.objectives if isinstance(o, FLM)}
+        found = {o.name: o for o in self.objectives if isinstance(o, kind)}
         if name not in found:
             raise ConfigError(
                 f"evals.{evaluator}.objective",
-                f"{name!r} is no objective of type 'flm' of this run",
+                f"{name!r} is no objective of type {kind.__name__} of this run",
                 f"Use one of {sorted(found)}" if found else "Add one to `objectives`",
             )
         return found[name]
@@ -137,13 +138,16 @@ def fixed_plan(
     return plan(edges[edges.index(needed) :])
 
 
-def read(config: ConfigDict, plan: EvalPlan, rows: slice) -> Iterator[HostBatch]:
+def read(
+    config: ConfigDict, plan: EvalPlan, rows: slice, extra_fields: Sequence[str] = ()
+) -> Iterator[HostBatch]:
     """Read the whole set once.
 
     Args:
         config: of the run; ``data.threads`` and ``data.prefetch`` apply.
         plan: the set.
         rows: the rows of each global batch to read, as ``infra.mesh.host_rows`` gives them.
+        extra_fields: keys of ``batch.EXTRA_FIELDS`` to read.
     """
     share = rows.stop - rows.start
     with Loader(
@@ -154,6 +158,7 @@ def read(config: ConfigDict, plan: EvalPlan, rows: slice) -> Iterator[HostBatch]
         hosts=plan.batch_size // share,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
+        extra_fields=extra_fields,
     ) as loader:
         yield from loader
 

@@ -21,14 +21,15 @@ from PIL import Image
 from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import Batch, HostBatch
 from vlp_jax.data.tokenizer import Tokenizer
-from vlp_jax.evals.base import EvalContext, fixed_plan, read, token_classes
+from vlp_jax.evals.base import EvalContext, read, token_classes
+from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.infra.artifacts import Card, Gallery, Picture, Span, SpanKind
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import batch_shards, global_batch, host_rows, replicated
 from vlp_jax.models.masks import two_stream_mask
 from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import Params
-from vlp_jax.objectives.flm import visible_mask
+from vlp_jax.objectives.flm import FLM, visible_mask
 
 GUESSES = 3  # predictions shown for each hidden token
 PICTURE_SIDE = 192  # pixels; smaller pictures are enlarged to at least this
@@ -89,17 +90,17 @@ class Cloze:
         self._context = context
         self._name = name
         self._rate = rate
-        self._model = context.flm(name, objective).model
+        self._model = context.objective(name, objective, FLM).model
         if self._model.config.reconstructor_depth == 0:
             raise ConfigError(
                 "model.reconstructor.depth",
                 f"0 leaves evals.{name} no attention to show",
                 "Use 2 or more, or remove the evaluator",
             )
-        records = context.source(name, source, split, num_examples)
         shards = batch_shards(context.mesh)
         batch_size = -(-num_examples // shards) * shards
-        self._plan = fixed_plan(context, records, num_examples, batch_size)
+        chosen = FixedSet(context, name, source, split, num_examples, batch_size)
+        records, self._plan = chosen.source, chosen.plan
         self._classes = tuple(sorted({*records.word_classes().values()} - {"function"}))
         self._predict = jax.jit(
             self._predict_batch,

@@ -22,19 +22,14 @@ from vlp_jax.data.build import build_source
 from vlp_jax.data.captions import ManyCaptions
 from vlp_jax.data.source import Source
 from vlp_jax.data.tokenizer import Tokenizer
-from vlp_jax.evals.base import EvalContext, fixed_plan, read, token_classes
+from vlp_jax.evals.base import EvalContext, token_classes
+from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.infra.errors import ConfigError
-from vlp_jax.infra.mesh import (
-    batch_shards,
-    check_batch_size,
-    global_batch,
-    host_rows,
-    replicated,
-)
+from vlp_jax.infra.mesh import global_batch, replicated
 from vlp_jax.objectives.base import Params
+from vlp_jax.objectives.flm import FLM
 
 RATES = (0.0, 0.15, 0.3, 0.5)
-CACHE_BYTES = 1 << 30  # a larger set is read anew each time
 _CAPTIONS_AT_ONCE = 4096
 _RECORDS_AT_ONCE = 1024
 
@@ -85,29 +80,18 @@ class Reconstruction:
                 f"{tuple(rates)} are not corruption rates",
                 "Give one or more numbers in [0, 1]",
             )
-        config = context.config
         self._context = context
-        self._objective = context.flm(name, objective)
-        self._source = context.source(name, source, split, num_examples)
+        self._objective = context.objective(name, objective, FLM)
+        self._set = FixedSet(context, name, source, split, num_examples, batch_size)
         self._train_source = train_source or source
         context.check_source(f"evals.{name}.train_source", self._train_source)
-        self._classes = tuple(sorted(set(self._source.word_classes().values())))
-        batch_size = batch_size or config.data.batch_size // config.optim.accumulation
-        shards = batch_shards(context.mesh)
-        try:
-            check_batch_size(context.mesh, batch_size)
-        except ConfigError as error:
-            raise ConfigError(f"evals.{name}.batch_size", error.problem, error.remedy) from error
-        # A small set does not fill a batch of the run.
-        batch_size = min(batch_size, -(-num_examples // shards) * shards)
-        self._plan = fixed_plan(context, self._source, num_examples, batch_size)
-        self._rows = host_rows(context.mesh, batch_size)
+        self._classes = tuple(sorted(set(self._set.source.word_classes().values())))
         whole = replicated(context.mesh)
         self._rates = {
             _label(rate): jax.device_put(np.float32(rate), whole) for rate in sorted(set(rates))
         }
         self._sums = jax.jit(self._batch_sums, out_shardings=whole)
-        self._kept: list[HostBatch] | None = None
+        self._token_classes: dict[int, np.ndarray] = {}
 
     def run(self, params: Params, step: int = 0) -> Iterator[tuple[str, float]]:
         """Score the set; see the class for the metrics."""
@@ -130,38 +114,16 @@ class Reconstruction:
     def host_batches(self) -> Iterator[HostBatch]:
         """This process's rows of every batch of the set.
 
-        Each holds, beside the fields of ``vlp_jax.data.batch``, ``image_shuffled`` (see
-        ``shuffle_images``) and ``token_class`` int32 [B, N] (see ``token_classes``).
+        Each holds, beside what ``FixedSet`` gives, ``token_class`` int32 [B, N] (see
+        ``token_classes``).
         """
-        if self._kept is not None:
-            yield from self._kept
-            return
-        batches = self._read()
-        size = self._plan.batch(0).bucket.image_size
-        images = 2 * self._plan.num_batches * (self._rows.stop - self._rows.start)
-        if images * 3 * size**2 > CACHE_BYTES:
-            yield from batches
-            return
-        self._kept = list(batches)
-        yield from self._kept
-
-    def _read(self) -> Iterator[HostBatch]:
-        context, plan, rows = self._context, self._plan, self._rows
-        donor = None
-        for t, batch in enumerate(read(context.config, plan, rows)):
-            classes = token_classes(plan, context.tokenizer, t, rows, self._classes)
-            batch["token_class"] = np.where(batch["valid"][:, None], classes, -1)
-            shuffled = shuffle_images(batch["image"], batch["valid"], donor)
-            if shuffled is None:
-                raise ValueError(
-                    f"data.sources.{self._source.name}: only one picture of the evaluation set "
-                    "could be read, and there is no other to shuffle it with; check the files or "
-                    "raise num_examples"
-                )
-            batch["image_shuffled"] = shuffled
-            if batch["valid"].any():
-                donor = batch["image"][np.flatnonzero(batch["valid"])[-1]]
-            yield batch
+        plan, rows = self._set.plan, self._set.rows
+        for t, batch in enumerate(self._set.host_batches()):
+            if t not in self._token_classes:
+                tokenizer = self._context.tokenizer
+                classes = token_classes(plan, tokenizer, t, rows, self._classes)
+                self._token_classes[t] = np.where(batch["valid"][:, None], classes, -1)
+            yield {**batch, "token_class": self._token_classes[t]}
 
     def _set_sums(self, params: Params) -> dict[str, np.ndarray]:
         """Sums over the set, by rate with and without ``_shuffled``: float64 [3, 1 + classes]."""
@@ -198,33 +160,6 @@ class Reconstruction:
         return unigram_entropy(
             all_captions(source), self._context.tokenizer, config.data.max_text_length
         )
-
-
-def shuffle_images(
-    images: np.ndarray, valid: np.ndarray, donor: np.ndarray | None
-) -> np.ndarray | None:
-    """Give each valid row the image of the valid row before it, the first that of the last.
-
-    No row keeps its own image, and images of rows that are not valid are given to none.
-
-    Args:
-        images: uint8 [B, H, W, 3].
-        valid: bool [B].
-        donor: uint8 [H, W, 3], an image of another batch, for a row that is the only valid one.
-
-    Returns:
-        uint8 [B, H, W, 3], rows that are not valid left as they are; None where a lone row finds
-        no donor.
-    """
-    rows = np.flatnonzero(valid)
-    shuffled = images.copy()
-    if len(rows) == 1:
-        if donor is None:
-            return None
-        shuffled[rows] = donor
-    else:
-        shuffled[rows] = images[np.roll(rows, 1)]
-    return shuffled
 
 
 def all_captions(source: Source) -> Iterator[str]:

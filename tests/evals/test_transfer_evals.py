@@ -1,0 +1,224 @@
+"""Retrieval, captioning and task evaluators on easy scenes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from vlp_jax.compress.buckets import Bucket
+from vlp_jax.data.batch import MAX_ANSWERS, batch_spec
+from vlp_jax.data.build import SOURCES, build_source
+from vlp_jax.data.scenes import Scenes
+from vlp_jax.evals import build_evaluators
+from vlp_jax.evals.task import Task
+from vlp_jax.infra.artifacts import load_all
+from vlp_jax.models.sizes import build_model
+from vlp_jax.objectives import build_objectives
+from vlp_jax.transfer.ranking import Ranker
+
+EXAMPLES = 10
+
+
+class Colours(Scenes):
+    """The colour of the largest object, asked in words that do not tell it."""
+
+    extra_fields = ("label",)
+
+    def __init__(self, split="train", level="full", num_records=None, name="colours"):
+        super().__init__(split, level=level, num_records=num_records, name=name)
+        self.classes = tuple(f"colour {i}" for i in range(8))
+
+    def extras(self, record, size):
+        del size
+        [colour] = self.labels(np.array([record]))["colour"]
+        return {"label": np.int32(colour)}
+
+    def template(self, record):
+        return "even" if record % 2 == 0 else "odd"
+
+    def group(self, record):
+        return {"parity": "even" if record % 2 == 0 else "odd"}
+
+
+class Questions(Colours):
+    """The same with several annotators' answers."""
+
+    extra_fields = ("answer", "answer_score")
+
+    def extras(self, record, size):
+        label = super().extras(record, size)["label"]
+        answer = np.full(MAX_ANSWERS, -1, np.int32)
+        answer[0] = label
+        return {"answer": answer, "answer_score": (answer >= 0).astype(np.float32)}
+
+    def answers_of(self, record):
+        return (self.classes[int(self.extras(record, 8)["answer"][0])],) * 4 + ("maybe",) * 6
+
+
+@pytest.fixture(scope="module")
+def transfer(with_evals, monkeypatch_module, tmp_path_factory):
+    """A context with every objective that evaluators need, and its parameters."""
+    monkeypatch_module.setitem(SOURCES, "colours", Colours)
+    monkeypatch_module.setitem(SOURCES, "questions", Questions)
+    base = with_evals({}, workdir=tmp_path_factory.mktemp("run"))
+    config = base.config
+    with config.unlocked():
+        for name in ("colours", "questions"):
+            config.data.sources[name] = {"level": "easy", "num_records": 100}
+        config.objectives = {
+            "flm": {},
+            "itc": {"embedding_dim": 16},
+            "itm": {"embedding_dim": 16},
+            "colour": {"type": "entailment", "num_classes": 9},
+            "vqa": {"num_classes": 9},
+        }
+    vocabulary = base.tokenizer.vocabulary
+    model = build_model(config.model, vocabulary.size, vocabulary.mask_id, config.data.image_size)
+    objectives = build_objectives(config.objectives, model, vocabulary, 1000)
+    fields = ("label", "answer", "answer_score")
+    spec = batch_spec(Bucket(8, 32), 1) | batch_spec(Bucket(8, 32), 1, fields)
+
+    def init(key):
+        params = {}
+        for objective in objectives:
+            params |= objective.init(key, spec)[0]
+        return params
+
+    return dataclasses.replace(base, objectives=objectives), jax.jit(init)(jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def run(transfer, **section):
+    context, params = transfer
+    with context.config.unlocked():
+        context.config.evals = {"subject": section}
+    [evaluator] = build_evaluators(context).values()
+    return dict(evaluator.run(params)), evaluator
+
+
+def test_retrieval_counts_all_captions(transfer):
+    metrics, evaluator = run(
+        transfer,
+        type="retrieval",
+        source="scenes",
+        num_examples=EXAMPLES,
+        matching="itm",
+        shortlist=4,
+    )
+    assert metrics["chance_r1"] == 1 / EXAMPLES
+    for prefix in ("", "reranked/"):
+        assert metrics[f"{prefix}t2i_r10"] == 1.0  # ten images: the right one is among ten
+        assert 0 <= metrics[f"{prefix}i2t_r1"] <= metrics[f"{prefix}i2t_r5"] <= 1
+    table = load_all(transfer[0].workdir)["subject"]
+    assert "10 images, 50 captions" in table.title
+    assert evaluator._ranker.batch_size == 8
+
+
+def test_cached_towers_match_as_pairs_encoded_anew(transfer):
+    """Whatever the batch, and whichever pairs share a tower."""
+    context, params = transfer
+    itc, itm = (next(o for o in context.objectives if o.name == n) for n in ("itc", "itm"))
+    source = build_source(context.config, "scenes", split="val", num_records=5)
+    pixels = np.stack([source.image(i, 32) for i in range(5)])
+    ids, lengths = context.tokenizer.padded([source.caption(i, 0) for i in range(5)], 24)
+    ranker = Ranker(itc, itm, context.mesh, batch_size=8)
+    images = ranker.encode_images(params, [pixels[:2], pixels[2:]])
+    texts = ranker.encode_texts(params, ids, lengths)
+    pairs = np.array([[i, j] for i in range(5) for j in range(5)])
+    cached = ranker.match(params, images, texts, pairs)
+    for (i, j), score in list(zip(pairs, cached, strict=True))[::6]:
+        alone = ranker.match(
+            params,
+            ranker.encode_images(params, [pixels[i : i + 1]]),
+            ranker.encode_texts(params, ids[j : j + 1], lengths[j : j + 1]),
+            np.array([[0, 0]]),
+        )
+        np.testing.assert_allclose(alone, score, atol=1e-4)
+    # All pairs on the shortlist: the order is that of the matching scores.
+    ranked = ranker.rerank(params, images, texts, shortlist=5)
+    np.testing.assert_array_equal(ranked.argsort(axis=1), cached.reshape(5, 5).argsort(axis=1))
+    short = ranker.rerank(params, images, texts, shortlist=1)
+    assert 5 <= (short > 1.5).sum() <= 10
+
+
+def test_captioning_scores_captions_and_controls(transfer):
+    metrics, _ = run(
+        transfer,
+        type="captioning",
+        source="scenes",
+        objective="flm",
+        num_examples=EXAMPLES,
+        max_length=8,
+        beams=2,
+    )
+    assert {"cider", "bleu4", "rouge_l", "shuffled/cider"} <= set(metrics)
+    assert all(np.isfinite(list(metrics.values())))
+    gallery = load_all(transfer[0].workdir)["subject"]
+    assert len(gallery.cards) == EXAMPLES
+
+
+@pytest.mark.parametrize(("source", "objective"), [("colours", "colour"), ("questions", "vqa")])
+def test_task_accuracy_is_that_of_the_guesses(transfer, source, objective):
+    metrics, evaluator = run(
+        transfer,
+        type="task",
+        source=source,
+        objective=objective,
+        num_examples=EXAMPLES,
+        min_group=2,
+    )
+    context, params = transfer
+    task = next(o for o in context.objectives if o.name == objective)
+    data = build_source(context.config, source, split="val", num_records=EXAMPLES)
+    ids, lengths = context.tokenizer.padded([data.caption(i, 0) for i in range(EXAMPLES)], 24)
+    pixels = np.stack([data.image(i, 32) for i in range(EXAMPLES)])
+    right = {}
+    for kind, shown in (("", pixels), ("_text_only", np.zeros_like(pixels))):
+        batch = {"image": shown, "text_ids": ids, "text_length": lengths}
+        guesses = np.asarray(task.logits(params, batch))[:, :8].argmax(axis=1)
+        colours = data.labels(np.arange(EXAMPLES))["colour"]
+        right[kind] = (guesses == colours).astype(float)
+        # Four of ten annotators: min(3 / 3, 1) without one of them, min(4 / 3, 1) without another.
+        assert metrics[f"accuracy{kind}"] == pytest.approx(right[kind].mean())
+    even = np.arange(EXAMPLES) % 2 == 0
+    gap = abs(right[""][even].mean() - right[""][~even].mean())
+    assert metrics["worst_gap/parity"] == pytest.approx(100 * gap)
+    assert 0 < metrics["accuracy_majority"] < 1
+    artefacts = load_all(context.workdir)
+    assert [row[0] for row in artefacts["subject_groups"].rows] == [
+        "all",
+        "text",
+        "text",
+        "parity",
+        "parity",
+    ]
+    assert isinstance(evaluator, Task)
+
+
+def test_a_picture_in_two_splits_is_refused(transfer, monkeypatch):
+    monkeypatch.setattr(Scenes, "image_key", lambda self, record: (f"picture {record}",))
+    with pytest.raises(ValueError, match=r"evals\.subject\.split: 10 pictures are in the training"):
+        run(transfer, type="task", source="colours", objective="colour", num_examples=EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {"type": "retrieval", "objective": "flm"},
+            r"'flm' is no objective of type ITC",
+        ),
+        ({"type": "captioning", "objective": "itc"}, r"'itc' is no objective .* forward stream"),
+        ({"type": "task", "objective": "flm"}, r"'flm' is no objective of type Classification"),
+        ({"type": "captioning", "objective": "flm", "beams": 0}, r"evals\.subject: beams=0"),
+    ],
+)
+def test_errors_name_the_key(transfer, section, message):
+    with pytest.raises(ValueError, match=message):
+        run(transfer, source="scenes", num_examples=EXAMPLES, **section)
