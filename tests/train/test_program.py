@@ -65,7 +65,7 @@ def test_extras_follow_the_config() -> None:
     [
         ({"data.batch_size": 12}, r"config.data.batch_size: 12 rows .* Use a multiple of 8"),
         ({"optim.accumulation": 4}, r"config.data.batch_size: 16 rows .* 4 micro-batches"),
-        ({"objectives.flm.corruption_rate": 2.0}, r"config.objectives.flm.corruption_rate=2.0"),
+        ({"objectives.flm.corruption_rate": 2.0}, r"config.objectives.flm.corruption_rate: 2.0"),
         ({"data.image_size": 20}, r"data.image_size=20"),
         ({"schedule.decay": "none"}, r"config.schedule.decay"),
     ],

@@ -33,12 +33,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from flax import traverse_util
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from vlp_jax.infra.errors import ConfigError
-from vlp_jax.infra.sharding import leaf_path
+from vlp_jax.infra.sharding import by_path, nested
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -186,7 +185,7 @@ class Checkpoints:
         self.wait()
         if step in self._manager.all_steps():
             return False
-        arrays = _by_path(state)
+        arrays = by_path(state)
         self._scores[step] = _score(metrics, self._best_metric, self._best_mode)
         self._saving = (
             step,
@@ -198,7 +197,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_nested(arrays)),
+                    state=ocp.args.StandardSave(nested(arrays)),
                     extra=ocp.args.JsonSave(dict(extra or {})),
                 ),
             )
@@ -353,7 +352,7 @@ def load_params(
         for path, (shape, dtype) in wanted.items()
     }
     restored = _read_arrays(root, abstract, as_numpy=True)
-    params = _nested({path.removeprefix(prefix): leaf for path, leaf in restored.items()})
+    params = nested({path.removeprefix(prefix): leaf for path, leaf in restored.items()})
     return Restored(params, manifest.step, _read_extra(root))
 
 
@@ -378,16 +377,6 @@ def _score(metrics: Mapping[str, float], name: str | None, mode: BestMode) -> fl
     if math.isnan(value):
         return -math.inf
     return value if mode == "max" else -value
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    """Leaves by their path."""
-    return {leaf_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts from leaves by path."""
-    return traverse_util.unflatten_dict(dict(arrays), sep="/")
 
 
 def _steps(directory: epath.Path) -> list[int]:
@@ -518,7 +507,7 @@ def _verify(root: epath.Path) -> _Manifest:
 
 def _restore(root: epath.Path, step: int, abstract_state: Any) -> Restored:
     """Restore a verified checkpoint into the structure and onto the devices of a state."""
-    arrays = _by_path(abstract_state)
+    arrays = by_path(abstract_state)
     _check_match(root, _read_manifest(root).arrays, arrays)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
@@ -568,15 +557,15 @@ def _read_arrays(
             return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
         return ocp.ArrayRestoreArgs(sharding=leaf.sharding)
 
-    nested = _nested(abstract)
+    tree = nested(abstract)
     with jax.transfer_guard("allow"), ocp.PyTreeCheckpointer() as reader:
         restored = reader.restore(
             root / "state",
             args=ocp.args.PyTreeRestore(
-                item=nested, restore_args=jax.tree.map(how, nested), partial_restore=True
+                item=tree, restore_args=jax.tree.map(how, tree), partial_restore=True
             ),
         )
-    return _by_path(restored)
+    return by_path(restored)
 
 
 def _read_extra(root: epath.Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlp_jax.infra.errors import ConfigError
@@ -92,6 +93,16 @@ def fsdp_rules(min_size: int = 2**14) -> tuple[Rule, ...]:
 def leaf_path(keys: jax.tree_util.KeyPath) -> str:
     """Join the keys to a leaf with ``/``: dict keys, attributes and positions alike."""
     return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their path."""
+    return {leaf_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts from leaves by path."""
+    return traverse_util.unflatten_dict(dict(leaves), sep="/")
 
 
 def shardings(mesh: Mesh, tree: Any, rules: Sequence[Rule] | None = None) -> Any:

@@ -7,6 +7,9 @@ is not here is an error that names it, whether it comes from the file or from a 
     seed            of everything that is drawn
     total_*         length of the run in steps, examples or epochs (see schedule.duration)
     debug           True: one device, no jit, NaN checks
+    init_from       where the first parameters come from: a run's workdir, one of its checkpoints,
+                    or a parameter file (train.initial); empty: from scratch
+    init_checkpoint which checkpoint of a workdir: latest, best or a step
     model           geometry, see models.sizes
     objectives      name -> weight, batch (named batch it reads), and what the objective takes
     data            batch_size (global), image_size (pixels), max_text_length (tokens),
@@ -20,7 +23,9 @@ is not here is an error that names it, whether it comes from the file or from a 
                     (0: none), ema_decay (0: none), accumulation (micro-batches), groups (name ->
                     pattern and rate_factor), max_skipped (non-finite updates in a row)
     schedule        peak, warmup_*, decay, cooldown_*, final_factor
-    evals           name -> type, every_*, and what the evaluator takes; each also runs at the end
+    evals           name -> type, every_*, and what the evaluator takes; each also runs at the end;
+                    with on="best" only then, on the best checkpoint by checkpoint.best_metric (for
+                    a test split, whose score must choose nothing)
     mesh            data, fsdp, model: sizes of the axes, -1 for the rest
     checkpoint      every_*, keep_latest, keep_best, best_metric, best_mode
     log             every_* steps written, tensorboard, wandb (project name or empty)
@@ -49,6 +54,8 @@ def default_config(size: str = "tiny") -> ConfigDict:
             "name": "vlp",
             "seed": 0,
             "debug": False,
+            "init_from": "",
+            "init_checkpoint": "latest",
             **duration("total"),
             "model": model_config(size),
             "objectives": {},

@@ -1,5 +1,6 @@
 """What the report says of a run beside its metrics: machine, versions, data, parameters."""
 
+import collections
 import datetime
 import json
 import pathlib
@@ -13,6 +14,8 @@ import rich.table
 from vlp_jax.infra.files import write_text
 from vlp_jax.infra.hardware import device_facts
 from vlp_jax.infra.report import RUN_FILE
+from vlp_jax.models.pretrained import Report
+from vlp_jax.models.pretrained.merge import STATUSES
 from vlp_jax.models.sizes import parameter_table
 from vlp_jax.train.setup import Setup
 
@@ -68,3 +71,20 @@ def write_facts(setup: Setup, facts: Mapping[str, Any], primary: bool) -> None:
 def now() -> str:
     """The time in UTC, ISO 8601 to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def loaded_table(report: Report, origin: str) -> rich.table.Table:
+    """What became of every tensor of the parameters a run starts from, by part of the model."""
+    table = rich.table.Table(title=f"parameters from {origin}")
+    table.add_column("part")
+    for status in STATUSES:
+        table.add_column(status, justify="right")
+    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for row in report.rows:
+        name = row.parameter or ", ".join(row.sources)
+        counts[name.partition("/")[0]][row.status] += 1
+    for part, count in counts.items():
+        table.add_row(part, *(str(count[status] or "") for status in STATUSES))
+    for note in report.notes:
+        table.add_row(note)
+    return table

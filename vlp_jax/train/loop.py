@@ -17,6 +17,7 @@ import rich
 
 from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket, bucket_label
 from vlp_jax.data.loader import Loader
+from vlp_jax.infra.checkpoint import Checkpoints, load_params
 from vlp_jax.infra.compilation import CompiledSteps, enable_compile_cache
 from vlp_jax.infra.hardware import measure_matmul_peak, memory
 from vlp_jax.infra.mesh import global_batch
@@ -24,7 +25,7 @@ from vlp_jax.infra.metrics import MetricWriter, open_writer, read_metrics, resul
 from vlp_jax.infra.preemption import ExitCode, PreemptionGuard
 from vlp_jax.infra.profiling import ProfilerWindow
 from vlp_jax.infra.report import write_report
-from vlp_jax.train.facts import facts_table, now, run_facts, write_facts
+from vlp_jax.train.facts import facts_table, loaded_table, now, run_facts, write_facts
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import to_steps
 from vlp_jax.train.setup import Setup, plain
@@ -118,6 +119,7 @@ def train(setup: Setup) -> ExitCode:
                 workers=config.data.workers,
                 threads=config.data.threads,
                 prefetch=config.data.prefetch,
+                extra_fields=program.extra_fields,
             )
         )
         profiler = stack.enter_context(
@@ -132,7 +134,14 @@ def train(setup: Setup) -> ExitCode:
             rich.print(facts_table(facts["parameters"]))
             if restored is not None:
                 print(f"resumed from step {start} of {checkpoints.directory}", flush=True)
-        state = program.init() if restored is None else restored.state
+        if restored is None:
+            state, loaded = setup.first_state()
+            if loaded is not None:
+                facts["init_from"] = f"{config.init_from}: {loaded.summary()}"
+                if primary:
+                    rich.print(loaded_table(loaded, config.init_from))
+        else:
+            state = restored.state
         peak = measure_matmul_peak()
         steps = _compile(setup, primary)
         compiled = {bucket_label(key): seconds for key, seconds in steps.seconds.items()}
@@ -192,6 +201,8 @@ def train(setup: Setup) -> ExitCode:
 
             with clock.pausing():
                 evaluated = _evaluate(setup, state, step, writer)
+                if evaluated:
+                    state = program.observe(state, evaluated)
                 if step % save_every == 0 and step < total:
                     checkpoints.save(
                         step, state, _ranked(setup, evaluated), setup.checkpoint_extra()
@@ -201,6 +212,8 @@ def train(setup: Setup) -> ExitCode:
         preempted = step < total
         checkpoints.save(step, state, _ranked(setup, evaluated), setup.checkpoint_extra())
         checkpoints.wait()
+        if not preempted:
+            _evaluate_best(setup, checkpoints, step, writer)
         facts |= {
             "status": "preempted" if preempted else "finished",
             "step": step,
@@ -240,12 +253,32 @@ def _evaluate(setup: Setup, state: TrainState, step: int, writer: MetricWriter) 
     values: dict[str, float] = {}
     for name, evaluator in setup.evaluators.items():
         every = setup.eval_steps[name]
+        if name in setup.on_best:
+            continue
         if step == setup.total_steps or (every and step % every == 0):
             params = state.extras["ema"] or state.params
             values |= {f"{name}/{key}": value for key, value in evaluator.run(params, step)}
     if values:
         writer.write(step, values)
     return values
+
+
+def _evaluate_best(setup: Setup, checkpoints: Checkpoints, step: int, writer: MetricWriter) -> None:
+    """Run the evaluators that ask for the best checkpoint, once it is known."""
+    if not setup.on_best:
+        return
+    subtree = "extras/ema" if setup.config.optim.ema_decay else "params"
+    best = load_params(checkpoints.directory, "best", subtree)
+    params = jax.tree.map(
+        lambda leaf, spec: jax.device_put(leaf, spec.sharding),
+        best.state,
+        setup.program.state_spec.params,
+    )
+    values: dict[str, float] = {}
+    for name in sorted(setup.on_best):
+        ran = setup.evaluators[name].run(params, best.step)
+        values |= {f"{name}/{key}": value for key, value in ran} | {f"{name}/step": best.step}
+    writer.write(step, values)
 
 
 def _ranked(setup: Setup, evaluated: Mapping[str, float]) -> Mapping[str, float]:

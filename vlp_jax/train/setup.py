@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
@@ -27,13 +28,18 @@ from vlp_jax.infra.checkpoint import Checkpoints
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
 from vlp_jax.infra.mesh import make_mesh
+from vlp_jax.infra.sharding import by_path
+from vlp_jax.models.pretrained import Metadata, Report, check_vocabulary, merge
+from vlp_jax.models.pretrained.merge import fit
+from vlp_jax.objectives.readout import READOUT_OF
 from vlp_jax.train.config import check_keys
+from vlp_jax.train.initial import CHECKPOINT_FOLDER, Origin, read_origin
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import Budget, to_steps
+from vlp_jax.train.state import TrainState
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "config.json"
-CHECKPOINT_FOLDER = "checkpoints"
 
 # Keys that may change between two starts of a run without changing what it computes.
 FREE_KEYS = ("name", "debug", "log", "profile", "checkpoint", "evals", "compile_cache", "mesh")
@@ -54,6 +60,8 @@ class Setup:
         program: the update.
         evaluators: by name.
         eval_steps: name -> steps between two runs of an evaluator; None: only at the end.
+        on_best: names of the evaluators that run once, on the best checkpoint.
+        origin: where the first parameters come from; None: from scratch, or the run was begun.
         dropped_captions: captions left out when the annotations were read, by kind.
         missing_images: images that the annotations name and that are not there.
     """
@@ -68,6 +76,8 @@ class Setup:
     program: Program
     evaluators: dict[str, Evaluator]
     eval_steps: dict[str, int | None]
+    on_best: frozenset[str]
+    origin: Origin | None
     dropped_captions: dict[str, int]
     missing_images: int
 
@@ -90,7 +100,26 @@ class Setup:
 
     def checkpoint_extra(self) -> dict[str, Any]:
         """What is saved beside the state: enough to use it without the workdir."""
-        return {"config": plain(self.config), "tokenizer": self.tokenizer.to_json()}
+        classes = [source.classes for source in self.sources.values() if source.classes]
+        return {
+            "config": plain(self.config),
+            "tokenizer": self.tokenizer.to_json(),
+            "classes": list(classes[0]) if classes else [],
+        }
+
+    def first_state(self) -> tuple[TrainState, Report | None]:
+        """A fresh state, with the parameters of ``origin`` where they fit, and their report."""
+        state = self.program.init()
+        if self.origin is None:
+            return state, None
+        merged, report = merge(state.params, self.origin.arrays, self.origin.where)
+        params = jax.tree.map(
+            lambda new, old: jax.device_put(new, old.sharding), merged, state.params
+        )
+        extras = state.extras
+        if extras["ema"]:
+            extras = {**extras, "ema": jax.tree.map(jnp.copy, params)}
+        return state.replace(params=params, extras=extras), report
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
@@ -109,7 +138,12 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     dropped = bad_captions(sources)
     _check_dropped(config, sources, dropped)
     workdir.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(config, workdir, list(sources.values()))
+    begun = (workdir / CHECKPOINT_FOLDER).is_dir()
+    origin = None
+    if config.init_from and not begun:
+        origin = read_origin(config.init_from, str(config.init_checkpoint))
+    _settle_readouts(config, workdir, origin)
+    tokenizer = _tokenizer(config, workdir, list(sources.values()), origin)
     plan = build_plan(config, sources, tokenizer)
     if len(plan.buckets()) > MAX_SCHEDULED_BUCKETS:
         raise ConfigError(
@@ -124,7 +158,9 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
             "total_steps", "the run has no length", "Give total_steps, _examples or _epochs"
         )
     budget = dataclasses.replace(budget, total_steps=total)
-    program = Program(config, tokenizer.vocab_size, tokenizer.mask_id, mesh, budget)
+    program = Program(config, tokenizer.vocabulary, mesh, budget)
+    if origin is not None:  # a misfit shows here, before any device time is spent
+        fit(_shapes(program.state_spec.params), origin.arrays, origin.where)
     evaluators = build_evaluators(
         EvalContext(config, program.objectives, tokenizer, mesh, plan.edges, workdir)
     )
@@ -133,7 +169,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         for name in evaluators
     }
     best = config.checkpoint.best_metric
-    if best and best.partition("/")[0] not in evaluators:
+    on_best = _on_best(config)
+    if best and best.partition("/")[0] not in set(evaluators) - on_best:
         raise ConfigError(
             "checkpoint.best_metric",
             f"{best!r} is a figure of no evaluator of this run",
@@ -151,9 +188,28 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         program,
         evaluators,
         eval_steps,
+        on_best,
+        origin,
         dropped,
         missing_images(sources),
     )
+
+
+def _on_best(config: ConfigDict) -> frozenset[str]:
+    """The evaluators whose section says ``on="best"``."""
+    names = set()
+    for name, section in config.evals.items():
+        if section.get("on", "last") not in ("last", "best"):
+            raise ConfigError(f"evals.{name}.on", f"{section.on!r}", "Use 'last' or 'best'")
+        if section.get("on", "last") == "best":
+            names.add(name)
+    if names and not config.checkpoint.best_metric:
+        raise ConfigError(
+            f"evals.{min(names)}.on",
+            "'best' by no metric",
+            "Give checkpoint.best_metric, a figure of an evaluator on the validation split",
+        )
+    return frozenset(names)
 
 
 def with_durations(section: ConfigDict) -> ConfigDict:
@@ -168,10 +224,13 @@ def plain(config: ConfigDict) -> dict[str, Any]:
     return result
 
 
-def _tokenizer(config: ConfigDict, workdir: pathlib.Path, sources: list[Source]) -> Tokenizer:
+def _tokenizer(
+    config: ConfigDict, workdir: pathlib.Path, sources: list[Source], origin: Origin | None
+) -> Tokenizer:
+    """That of the workdir, of ``tokenizer.path``, of the origin, or one trained on the captions."""
     file, old = workdir / TOKENIZER_FILE, workdir / CONFIG_FILE
     begun = (workdir / CHECKPOINT_FOLDER).is_dir()
-    if file.exists() and old.exists():
+    if file.exists() and old.exists() and (begun or origin is None):
         if json.loads(old.read_text())["tokenizer"] == plain(config)["tokenizer"]:
             return Tokenizer.load(file)
         if begun:
@@ -180,10 +239,37 @@ def _tokenizer(config: ConfigDict, workdir: pathlib.Path, sources: list[Source])
                 f"the run in {workdir} was begun with another tokenizer section",
                 "Use the old one (it is in config.json there) or another workdir",
             )
-    tokenizer = build_tokenizer(config, sources)
+    if origin is not None and origin.tokenizer and not config.tokenizer.path:
+        tokenizer = Tokenizer.from_json(origin.tokenizer, origin.where)
+    else:
+        tokenizer = build_tokenizer(config, sources)
+        if origin is not None:
+            made_with = Metadata(origin.config, origin.tokenizer)
+            check_vocabulary(made_with, tokenizer.to_json(), origin.where)
     if jax.process_index() == 0:
         tokenizer.save(file)
     return tokenizer
+
+
+def _settle_readouts(config: ConfigDict, workdir: pathlib.Path, origin: Origin | None) -> None:
+    """Replace ``readout="auto"`` by what the pretraining objective has trained.
+
+    A run that was begun keeps what its config.json says.
+    """
+    file = workdir / CONFIG_FILE
+    old = json.loads(file.read_text())["objectives"] if file.exists() else {}
+    own = [section.get("type", name) for name, section in config.objectives.items()]
+    trained = [
+        kind for kind in (*own, *(origin.objectives if origin else ())) if kind in READOUT_OF
+    ]
+    for name, section in config.objectives.items():
+        if section.get("readout", "") == "auto":
+            settled = old.get(name, {}).get("readout") if origin is None else None
+            section.readout = settled or (READOUT_OF[trained[0]] if trained else "query")
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in by_path(params).items()}
 
 
 def _check_dropped(config: ConfigDict, sources: dict[str, Source], dropped: dict[str, int]) -> None:

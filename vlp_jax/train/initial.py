@@ -1,0 +1,115 @@
+"""Where a run's first parameters come from: another run, or a parameter file.
+
+    python -m vlp_jax.main --config=configs/transfer/vqa.py --config.init_from=WORKDIR
+
+``config.init_from`` is a run's workdir (``config.init_checkpoint`` says which of its checkpoints),
+one checkpoint of it, or a ``.safetensors`` file that ``tools.import_weights`` or
+``tools.export_weights`` has written. Parts of the model are taken whole; the log and the report
+say what became of every tensor.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any, Literal
+
+import numpy as np
+
+from vlp_jax.infra.checkpoint import CheckpointMismatchError, Restored, load_params
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.sharding import by_path, nested
+from vlp_jax.models.pretrained import load_metadata, load_parameters
+
+CHECKPOINT_FOLDER = "checkpoints"
+KEY = "init_from"
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Parameters and what belongs to them.
+
+    Attributes:
+        where: the file or folder they were read from.
+        step: updates that made them; None for a public checkpoint.
+        arrays: path in the parameter tree -> array.
+        config: of the run that made them.
+        tokenizer: its tokenizer as JSON text; empty without one.
+        classes: what its classification head tells apart.
+    """
+
+    where: str
+    step: int | None
+    arrays: dict[str, np.ndarray]
+    config: dict[str, Any]
+    tokenizer: str
+    classes: tuple[str, ...]
+
+    def params(self) -> dict[str, Any]:
+        """The parameters as nested dicts."""
+        return nested(self.arrays)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Types of the objectives that trained it."""
+        sections = self.config.get("objectives", {})
+        return tuple(section.get("type", name) for name, section in sections.items())
+
+
+def read_origin(path: str | pathlib.Path, checkpoint: str = "latest") -> Origin:
+    """Read parameters and their company.
+
+    The moving average is taken where the run has one: it is what its evaluators saw.
+
+    Args:
+        path: of a workdir, a checkpoint, or a parameter file.
+        checkpoint: of a workdir: ``latest``, ``best`` or a step.
+
+    Raises:
+        ConfigError: nothing there holds parameters, or ``checkpoint`` is none of these.
+        FileNotFoundError, RuntimeError, ValueError: the checkpoint or file is absent or damaged.
+    """
+    path = pathlib.Path(path)
+    if path.is_file():
+        metadata = load_metadata(path)
+        return Origin(
+            str(path),
+            metadata.step,
+            load_parameters(path),
+            metadata.config,
+            metadata.tokenizer,
+            tuple(metadata.config.get("classes", ())),
+        )
+    folder = path / CHECKPOINT_FOLDER
+    if not path.is_dir() or not (folder.is_dir() or path.parent.name == CHECKPOINT_FOLDER):
+        raise ConfigError(
+            KEY,
+            f"{path} is neither a run's workdir, nor a checkpoint, nor a parameter file",
+            "Give a folder with `checkpoints/` in it or a .safetensors file",
+        )
+    restored = (
+        _restored(folder, _which(checkpoint)) if folder.is_dir() else _restored(path, "latest")
+    )
+    return Origin(
+        str(path),
+        restored.step,
+        by_path(restored.state),
+        restored.extra["config"],
+        restored.extra["tokenizer"],
+        tuple(restored.extra.get("classes", ())),
+    )
+
+
+def _restored(folder: pathlib.Path, step: int | Literal["latest", "best"]) -> Restored:
+    try:
+        return load_params(folder, step, subtree="extras/ema")
+    except CheckpointMismatchError:  # the run keeps no moving average
+        return load_params(folder, step)
+
+
+def _which(checkpoint: str) -> int | Literal["latest", "best"]:
+    if checkpoint in ("latest", "best"):
+        return checkpoint  # type: ignore[return-value]
+    if checkpoint.isdigit():
+        return int(checkpoint)
+    raise ConfigError(
+        "init_checkpoint", f"{checkpoint!r} is no checkpoint", "Use latest, best or a step"
+    )
