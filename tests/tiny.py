@@ -116,7 +116,9 @@ class Run:
     ) -> tuple[TrainState, dict[str, float]]:
         """Apply one update for each batch; the state passed in is donated."""
         for batch in batches:
-            state, metrics = self.step(state, {"pairs": global_batch(batch, self.program.mesh)})
+            rate = self.program.learning_rate(int(state.step))
+            batches = {"pairs": global_batch(batch, self.program.mesh)}
+            state, metrics = self.step(state, batches, rate)
         return state, {name: float(value) for name, value in metrics.items()}
 
 

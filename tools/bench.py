@@ -114,11 +114,13 @@ def bench_step(config: Any) -> dict[str, Any]:
         steps.compile(key, lambda key: program.lower(key).compile())
     state = program.init()
 
+    rate = program.learning_rate(0)
+
     def run(state: Any, count: int) -> Any:
         for t in range(count):
             index = t % len(planned)
             step = steps[keys[index]]
-            state, metrics = step(state, dict.fromkeys(names, batches[index]))
+            state, metrics = step(state, dict.fromkeys(names, batches[index]), rate)
         return state, metrics
 
     state, _ = run(state, len(planned))

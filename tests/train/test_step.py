@@ -290,12 +290,12 @@ class Coupled:
 def test_accumulation_respects_coupled_objectives(splittable: bool) -> None:
     """Whole where the objective says so; in strided parts, with extras handed on, elsewhere."""
     objective = Coupled(splittable)
-    optimizer, constant = optax.trace(0.0), optax.constant_schedule(jnp.float32(0.1))
+    optimizer = optax.trace(0.0)
     state = init_state(
         [objective], {"pairs": {}}, lambda params: optimizer, jax.random.key(0), ema=False
     )
-    step = make_step([objective], {"coupled": 1.0}, optimizer, constant, 0.0, 2, BUCKET)
-    new, metrics = jax.jit(step)(state, {"pairs": FIRST})
+    step = make_step([objective], {"coupled": 1.0}, optimizer, 0.0, 2, BUCKET)
+    new, metrics = jax.jit(step)(state, {"pairs": FIRST}, jnp.float32(0.1))
     lengths = FIRST["text_length"].astype(np.float64)
     parts = [lengths[0::2], lengths[1::2]] if splittable else [lengths]
     spread = sum(((part - part.mean()) ** 2).sum() for part in parts) / BATCH

@@ -10,6 +10,8 @@ is not here is an error that names it, whether it comes from the file or from a 
     init_from       where the first parameters come from: a run's workdir, one of its checkpoints,
                     or a parameter file (train.initial); empty: from scratch
     init_checkpoint which checkpoint of a workdir: latest, best or a step
+    adopt_model     True: take the geometry of the model (all of `model` but dtype and attention)
+                    from init_from
     model           geometry, see models.sizes
     objectives      name -> weight, batch (named batch it reads), and what the objective takes
     data            batch_size (global), image_size (pixels), max_text_length (tokens),
@@ -56,6 +58,7 @@ def default_config(size: str = "tiny") -> ConfigDict:
             "debug": False,
             "init_from": "",
             "init_checkpoint": "latest",
+            "adopt_model": False,
             **duration("total"),
             "model": model_config(size),
             "objectives": {},

@@ -17,7 +17,7 @@ import numpy as np
 from vlp_jax.infra.checkpoint import CheckpointMismatchError, Restored, load_params
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.sharding import by_path, nested
-from vlp_jax.models.pretrained import load_metadata, load_parameters
+from vlp_jax.models.pretrained import WEIGHTS_FILE, load_metadata, load_parameters
 
 CHECKPOINT_FOLDER = "checkpoints"
 KEY = "init_from"
@@ -68,7 +68,7 @@ def read_origin(path: str | pathlib.Path, checkpoint: str = "latest") -> Origin:
         FileNotFoundError, RuntimeError, ValueError: the checkpoint or file is absent or damaged.
     """
     path = pathlib.Path(path)
-    if path.is_file():
+    if path.is_file() or (path / WEIGHTS_FILE).is_file():
         metadata = load_metadata(path)
         return Origin(
             str(path),

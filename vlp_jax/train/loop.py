@@ -174,11 +174,15 @@ def train(setup: Setup) -> ExitCode:
         while step < total and not guard.requested:
             waiting = time.perf_counter()
             host = next(loader)
-            clock.waited += time.perf_counter() - waiting
+            if step == start:
+                clock = Clock()  # until here reading began: nothing was trained
+            else:
+                clock.waited += time.perf_counter() - waiting
             planned = setup.plan.batch(step)
             batches = {name: global_batch(host, mesh) for name in program.batch_names}
+            rate = program.learning_rate(step)
             with profiler.step(step), jax.transfer_guard(guarded):
-                state, metrics = steps[_key(setup, step)](state, batches)
+                state, metrics = steps[_key(setup, step)](state, batches, rate)
             step += 1
             clock.examples += len(planned)
             clock.tokens += int(planned.length.sum())

@@ -1,9 +1,12 @@
 """What a config compiles to: a sharded state, and one step for every bucket."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -48,7 +51,8 @@ class Program:
         )
         examples = (budget.total_steps or 0) * budget.batch_size
         self.objectives = build_objectives(config.objectives, model, vocabulary, examples)
-        self._rate = learning_rate(config.schedule, budget)
+        self._schedule = learning_rate(config.schedule, budget)
+        self._total_steps = budget.total_steps or 1
         spec = jax.eval_shape(self._init)
         self.state_spec: TrainState = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -110,7 +114,6 @@ class Program:
             self.objectives,
             {name: section.get("weight", 1.0) for name, section in self.config.objectives.items()},
             self._optimizer,
-            self._rate,
             optim.ema_decay,
             optim.accumulation,
             bucket,
@@ -124,7 +127,18 @@ class Program:
             out_shardings=(self.state_shardings, replicated(self.mesh)),
         )
         with jax.set_mesh(self.mesh):
-            return jitted.lower(self.state_spec, self.batch_specs(bucket))
+            rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.mesh))
+            return jitted.lower(self.state_spec, self.batch_specs(bucket), rate)
+
+    @functools.cached_property
+    def _rates(self) -> np.ndarray:
+        """The learning rate of every step: float32 [total]."""
+        return np.asarray(jax.jit(jax.vmap(self._schedule))(jnp.arange(self._total_steps)))
+
+    def learning_rate(self, step: int) -> jax.Array:
+        """The rate of an update, where the step wants it; after the last step, that of the last."""
+        rate = self._rates[min(step, self._total_steps - 1)]
+        return jax.device_put(rate, replicated(self.mesh))
 
     def observe(self, state: TrainState, values: Mapping[str, float]) -> TrainState:
         """Let objectives learn from an evaluation: their extras after it, where they belong.

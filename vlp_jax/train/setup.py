@@ -142,7 +142,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     origin = None
     if config.init_from and not begun:
         origin = read_origin(config.init_from, str(config.init_checkpoint))
-    _settle_readouts(config, workdir, origin)
+    _adopt(config, workdir, origin)
     tokenizer = _tokenizer(config, workdir, list(sources.values()), origin)
     plan = build_plan(config, sources, tokenizer)
     if len(plan.buckets()) > MAX_SCHEDULED_BUCKETS:
@@ -251,20 +251,24 @@ def _tokenizer(
     return tokenizer
 
 
-def _settle_readouts(config: ConfigDict, workdir: pathlib.Path, origin: Origin | None) -> None:
-    """Replace ``readout="auto"`` by what the pretraining objective has trained.
+def _adopt(config: ConfigDict, workdir: pathlib.Path, origin: Origin | None) -> None:
+    """Fill in what the config leaves to the origin: the geometry, and ``readout="auto"``.
 
-    A run that was begun keeps what its config.json says.
+    A readout is what the pretraining objective has trained. A run that was begun keeps what its
+    config.json says.
     """
     file = workdir / CONFIG_FILE
-    old = json.loads(file.read_text())["objectives"] if file.exists() else {}
-    own = [section.get("type", name) for name, section in config.objectives.items()]
-    trained = [
-        kind for kind in (*own, *(origin.objectives if origin else ())) if kind in READOUT_OF
-    ]
+    kept = json.loads(file.read_text()) if origin is None and file.exists() else {}
+    model = kept.get("model", {}) if origin is None else origin.config.get("model", {})
+    if config.adopt_model:
+        for part in ("image", "text", "reconstructor"):
+            config.model[part].update(model.get(part, {}))
+    kinds = [section.get("type", name) for name, section in config.objectives.items()]
+    kinds += origin.objectives if origin else ()
+    trained = [kind for kind in kinds if kind in READOUT_OF]
     for name, section in config.objectives.items():
         if section.get("readout", "") == "auto":
-            settled = old.get(name, {}).get("readout") if origin is None else None
+            settled = kept.get("objectives", {}).get(name, {}).get("readout")
             section.readout = settled or (READOUT_OF[trained[0]] if trained else "query")
 
 

@@ -12,12 +12,11 @@ from vlp_jax.compress.buckets import StepBucket
 from vlp_jax.data.batch import Batch
 from vlp_jax.objectives.base import LossOutput, Mean, Objective
 from vlp_jax.train.optim import global_norm, moving_average
-from vlp_jax.train.schedule import Schedule
 from vlp_jax.train.state import TrainState
 
 Batches = Mapping[str, Batch]
 Metrics = dict[str, jax.Array]
-StepFunction = Callable[[TrainState, Batches], tuple[TrainState, Metrics]]
+StepFunction = Callable[[TrainState, Batches, jax.Array], tuple[TrainState, Metrics]]
 
 
 def init_state(
@@ -63,7 +62,6 @@ def make_step(
     objectives: Sequence[Objective],
     weights: Mapping[str, float],
     optimizer: optax.GradientTransformation,
-    rate: Schedule,
     ema_decay: float,
     accumulation: int,
     bucket: StepBucket,
@@ -74,17 +72,19 @@ def make_step(
         objectives: all objectives of the run.
         weights: factor of each objective's loss, by name.
         optimizer: see ``vlp_jax.train.optim``.
-        rate: learning rate as a function of the step.
         ema_decay: of the moving average; 0: none.
         accumulation: micro-batches in one update, taken in strides from the global batch.
         bucket: static sizes.
 
     Returns:
-        ``step(state, batches) -> (state, metrics)``, metrics float32 [] each.
+        ``step(state, batches, learning_rate) -> (state, metrics)``, metrics float32 [] each. The
+        rate, float32 [], is an argument, so that runs of any length and peak share one program.
     """
     buckets = dict(bucket)
 
-    def step(state: TrainState, batches: Batches) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batches: Batches, learning_rate: jax.Array
+    ) -> tuple[TrainState, Metrics]:
         step_rng = jax.random.fold_in(state.rng, state.step)
         keys = {
             objective.name: jax.random.fold_in(step_rng, index)
@@ -122,7 +122,6 @@ def make_step(
                 loss += factor * output.loss.sum
                 outputs[objective.name] = output
 
-        learning_rate = rate(state.step)
         grad_norm = global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)

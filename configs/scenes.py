@@ -1,0 +1,57 @@
+"""Pretraining on hard scenes: the same encoder and data under any of the language objectives.
+
+    python -m vlp_jax.main --config=configs/scenes.py:flm --workdir=runs/flm
+    python -m vlp_jax.main --config=configs/scenes.py:mlm40,tiny,20000 --workdir=runs/mlm40
+    python -m tools.compare configs/scenes.py:flm configs/scenes.py:mlm15 --seeds=3 ...
+
+The argument is OBJECTIVE[,SIZE[,IMAGES]]: `flm`, `mlm15`, `mlm40`, `ar` or `prefix_lm`; a size of
+models/sizes.py (`small` by default); and a fixed subset of so many images (unbounded by default).
+Data: `scenes`, level hard, 64 px, made as they are needed or, for a subset, rendered once into
+memory. Hardware: one GPU; `tiny` learns on a CPU within the hour. Scores to expect:
+docs/results/flm_time_to_quality.md.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vlp_jax.train.config import default_config
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "flm": {"type": "flm", "corruption_rate": 0.3},
+    "mlm15": {"type": "mlm", "rate": 0.15},
+    "mlm40": {"type": "mlm", "rate": 0.4},
+    "ar": {"type": "ar"},
+    "prefix_lm": {"type": "prefix_lm"},
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The config of the run; ``arg`` is OBJECTIVE[,SIZE[,IMAGES]]."""
+    objective, size, images = [*(arg or "flm").split(","), "", ""][:3]
+    if objective not in OBJECTIVES:
+        raise ValueError(
+            f"--config=configs/scenes.py:{arg}: {objective!r} is none of {', '.join(OBJECTIVES)}"
+        )
+    config = default_config(size or "small")
+    config.name = f"scenes_{objective}"
+    config.total_steps = 20_000
+    config.data.batch_size = 256
+    config.data.image_size = 64
+    config.data.max_text_length = 48
+    config.data.threads = 16
+    config.data.prefetch = 32
+    config.schedule.peak = 5e-4
+    with config.unlocked():
+        config.data.sources.scenes = {"type": "scenes", "level": "hard"}
+        if images:
+            config.data.sources.scenes.num_records = int(images)
+            config.data.sources.scenes.cache = True
+        config.objectives.language = dict(OBJECTIVES[objective])
+        if objective == "flm":
+            config.evals.reconstruction = {
+                "source": "scenes",
+                "objective": "language",
+                "every_percent": 25.0,
+            }
+    return config

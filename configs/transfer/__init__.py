@@ -1,0 +1,85 @@
+"""What the configs of downstream tasks share.
+
+The recipe follows the fact sheet of Free Language Modeling, section 5: AdamW with weight decay
+0.01, 10 % warm-up, linear decay to 0, new heads at a higher rate than the pretrained parts.
+Selection is on the validation split; the test split is scored once, on the best checkpoint.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vlp_jax.train.config import default_config
+
+
+def base(name: str, arg: str | None, data: Collection[str]) -> tuple[ConfigDict, str]:
+    """A config without source, objective and evaluators.
+
+    Args:
+        name: of the task.
+        arg: ``DATA`` or ``DATA,SIZE``: one of ``data``, and the model's size where nothing is
+            pretrained (``init_from`` brings its own geometry).
+        data: what the task can be trained on; the first is the default.
+
+    Returns:
+        The config, and which data.
+
+    Raises:
+        ValueError: the argument names something else.
+    """
+    given = (arg or "").split(",")
+    which = given[0] or next(iter(data))
+    if which not in data or len(given) > 2:
+        raise ValueError(
+            f"--config=configs/transfer/{name}.py:{arg}: write DATA or DATA,SIZE, with DATA one of "
+            f"{', '.join(data)}"
+        )
+    config = default_config(given[1] if len(given) == 2 else "small")
+    config.name = f"{name}_{which}"
+    config.adopt_model = True
+    config.data.max_text_length = 48
+    config.schedule.warmup_percent = 10.0
+    config.schedule.peak = 1e-4
+    config.optim.clip_norm = 1.0
+    config.checkpoint.every_percent = 20.0
+    config.log.every_steps = 20
+    with config.unlocked():
+        config.optim.groups.heads = {
+            "pattern": "(_head|_image_type)(/|$)",
+            "rate_factor": 5.0,
+        }
+    if which == "scenes":
+        config.data.image_size = 64
+        config.data.batch_size = 256
+        config.total_steps = 3000
+        config.schedule.peak = 3e-4
+    elif which == "pack":
+        config.data.root = "../shared/data"
+        config.data.image_size = 64
+        config.data.batch_size = 64
+        config.total_epochs = 10.0
+    else:
+        config.data.batch_size = 256
+        config.data.image_size = 384
+        config.data.threads = 16
+        config.data.prefetch = 32
+        config.total_epochs = 10.0
+        config.schedule.peak = 1e-5
+        config.optim.groups.heads.rate_factor = 10.0
+    return config, which
+
+
+def evaluate(config: ConfigDict, best: str, **section: Any) -> None:
+    """Add the same evaluator on the validation split, as it goes, and on the test split, at last.
+
+    Args:
+        config: changed.
+        best: the metric that selects, such as ``accuracy``.
+        section: of the evaluator; ``num_examples`` holds for both splits.
+    """
+    section = {"num_examples": 2000, **section}
+    with config.unlocked():
+        config.evals.val = {**section, "split": "val", "every_percent": 20.0}
+        config.evals.test = {**section, "split": "test", "on": "best"}
+    config.checkpoint.best_metric = f"val/{best}"

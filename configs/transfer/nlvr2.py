@@ -1,0 +1,33 @@
+"""Is a statement true of two images? Fine-tuned from a pretrained run.
+
+    python -m vlp_jax.main --config=configs/transfer/nlvr2.py:scenes --config.init_from=WORKDIR
+    python -m vlp_jax.main --config=configs/transfer/nlvr2.py:pack --config.init_from=WORKDIR
+    python -m vlp_jax.main --config=configs/transfer/nlvr2.py:nlvr2 --config.data.root=NLVR2 \
+        --config.init_from=WORKDIR
+
+Data: `scenes`, level hard; `pack`, the 400 training pairs of ../shared/data (a smoke test);
+`nlvr2`, the official files. Hardware: one GPU; `pack` runs on a CPU in minutes. Scores to expect:
+docs/results/transfer.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.transfer import base, evaluate
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The config of the run; ``arg`` is DATA or DATA,SIZE."""
+    config, which = base("nlvr2", arg, ("scenes", "pack", "nlvr2"))
+    with config.unlocked():
+        if which == "scenes":
+            config.data.sources.pairs = {"type": "scenes_nlvr2", "level": "hard"}
+        else:
+            config.data.sources.pairs = {
+                "type": "nlvr2",
+                "root": config.data.get_oneway_ref("root"),
+            }
+        config.objectives.nlvr2 = {"readout": "auto"}
+    if which == "nlvr2":
+        config.data.image_size = 288
+    evaluate(config, "accuracy", type="task", source="pairs", objective="nlvr2")
+    return config

@@ -1,0 +1,41 @@
+"""Image-text retrieval: a dual encoder (ITC), re-ranked by matching (ITM).
+
+    python -m vlp_jax.main --config=configs/transfer/retrieval.py:scenes --config.init_from=WORKDIR
+    python -m vlp_jax.main --config=configs/transfer/retrieval.py:pack --config.init_from=WORKDIR
+    python -m vlp_jax.main --config=configs/transfer/retrieval.py:coco --config.data.root=COCO \
+        --config.init_from=WORKDIR
+
+Data: `scenes`, level hard; `pack`, 740 captioned photographs of ../shared/data (a smoke test);
+`coco`, Karpathy's split, or Flickr30k's in the same format. Negatives are those of the global
+batch. Hardware: one GPU; `pack` runs on a CPU in minutes. Scores to expect:
+docs/results/transfer.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.transfer import base, evaluate
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The config of the run; ``arg`` is DATA or DATA,SIZE."""
+    config, which = base("retrieval", arg, ("scenes", "pack", "coco"))
+    with config.unlocked():
+        if which == "scenes":
+            config.data.sources.captions = {"type": "scenes", "level": "hard"}
+        else:
+            config.data.sources.captions = {
+                "type": "folder",
+                "root": config.data.get_oneway_ref("root"),
+            }
+        config.objectives.itc = {}
+        config.objectives.itm = {"readout": "auto"}
+    evaluate(
+        config,
+        "t2i_r1",
+        type="retrieval",
+        source="captions",
+        matching="itm",
+        shortlist=16 if which == "pack" else 128,
+        num_examples=130 if which == "pack" else 5000 if which == "coco" else 1000,
+    )
+    return config

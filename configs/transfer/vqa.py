@@ -1,0 +1,40 @@
+"""Visual question answering, fine-tuned from a pretrained run.
+
+    python -m vlp_jax.main --config=configs/transfer/vqa.py:scenes --config.init_from=WORKDIR
+    python -m vlp_jax.main --config=configs/transfer/vqa.py:pack --config.init_from=WORKDIR
+    python -m vlp_jax.main --config=configs/transfer/vqa.py:vqa_v2 --config.data.root=VQA \
+        --config.init_from=WORKDIR
+
+Data: `scenes`, level hard; `pack`, the photographs of ../shared/data (a smoke test of 1,231
+questions); `vqa_v2`, the official files with the images of COCO. Answers are 3,129 classes with
+soft targets (fact sheet of FLM, section 5). Hardware: one GPU; `pack` runs on a CPU in minutes.
+Scores to expect: docs/results/transfer.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.transfer import base, evaluate
+from vlp_jax.data.scenes import ANSWERS
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The config of the run; ``arg`` is DATA or DATA,SIZE."""
+    config, which = base("vqa", arg, ("scenes", "pack", "vqa_v2"))
+    classes = {"scenes": len(ANSWERS), "pack": 400, "vqa_v2": 3129}[which]
+    with config.unlocked():
+        if which == "scenes":
+            config.data.sources.questions = {"type": "scenes_vqa", "level": "hard"}
+        else:
+            config.data.sources.questions = {
+                "type": "vqa",
+                "root": config.data.get_oneway_ref("root"),
+                "num_answers": classes,
+            }
+        config.objectives.vqa = {"num_classes": classes, "readout": "auto"}
+    if which == "vqa_v2":
+        config.data.image_size = 576
+        config.data.batch_size = 512
+        config.schedule.peak = 5e-6
+        config.optim.groups.heads.rate_factor = 50.0
+    evaluate(config, "accuracy", type="task", source="questions", objective="vqa")
+    return config

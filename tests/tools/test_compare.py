@@ -1,0 +1,322 @@
+"""The comparison and its page, with a trainer that pretends."""
+
+import json
+import math
+import pathlib
+import sys
+
+import pytest
+
+from tests.tools.compared import (
+    BUDGET,
+    METRIC,
+    FakeTrainer,
+    finetune,
+    named,
+    open_cells,
+    settings,
+    silent,
+)
+from tools.compare import __main__ as command
+from tools.compare.comparison import Metric, compare, grid_of_rates
+from tools.compare.configs import CommandError
+from tools.compare.table import comparison_page
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.preemption import ExitCode
+
+
+def run(folder, trainer, what, runs=math.inf):
+    return compare(what, open_cells(folder, trainer, runs), silent)
+
+
+def page(facts):
+    """The page as the command writes it."""
+    machine = {"device_kind": "fast chip", "device_count": 1}
+    context = {"command": "python -m tools.compare", "written": "now", "machine": machine}
+    return comparison_page(facts | context | {"overrides": {}, "left_out": []}, None)
+
+
+def test_a_config_that_learns_twice_as_fast_needs_half_of_everything(tmp_path):
+    what = settings(named("slow"), named("fast", 2.0))
+    facts = run(tmp_path, FakeTrainer(), what)
+    times = facts["time_to_score"][METRIC]
+    assert times["baseline"] == "slow"
+    assert times["score"] == pytest.approx(0.6 - 0.05 + 0.0005)
+    for cost in ("seconds", "samples", "flops"):
+        assert times["configs"]["slow"][cost]["share"] == pytest.approx(1.0)
+        assert times["configs"]["fast"][cost]["share"] == pytest.approx(0.5)
+    text = page(facts)
+    assert "| fast | 50 % |" in text
+    assert "2.00 ×" in text
+
+
+def test_the_baseline_is_the_best_of_those_named_and_waited_for(tmp_path):
+    trainer = FakeTrainer()
+    what = settings(named("a"), named("b", 2.0), named("c", 4.0), baselines=("a", "b"))
+    # Seven runs: all small budgets of seed 0, and the whole budgets of a and b but not c.
+    partial = run(tmp_path, trainer, what, runs=4)
+    assert not partial["time_to_score"], "b may still be better"
+    times = run(tmp_path, trainer, what)["time_to_score"][METRIC]
+    assert times["baseline"] == "b"
+    assert times["configs"]["a"]["seconds"]["share"] is None
+    assert times["configs"]["c"]["seconds"]["share"] == pytest.approx(0.5)
+
+
+def test_less_is_better_for_a_loss(tmp_path):
+    loss = Metric.parse("reconstruction/base/loss")
+    assert loss.sign == -1
+    assert Metric.parse("x/accuracy").sign == 1
+    assert Metric.parse("x/accuracy:min") == Metric("x/accuracy", -1)
+    with pytest.raises(CommandError, match=":max"):
+        Metric.parse("x:lowest")
+    what = settings(named("slow"), named("fast", 2.0), metrics=(loss,), rates=("x1", "x2"))
+    facts = run(tmp_path, FakeTrainer(), what)
+    times = facts["time_to_score"][loss.name]
+    assert times["score"] == pytest.approx(1 - 0.6 - 0.0005)
+    assert times["configs"]["fast"]["seconds"]["share"] == pytest.approx(0.5)
+
+
+def test_the_best_rate_of_a_small_equal_grid_is_used_at_all_budgets(tmp_path):
+    trainer = FakeTrainer()
+    own = {"a": 1e-3, "b": 4e-3}
+    configs = [named(label, ord(label), **{"schedule.peak": own[label]}) for label in own]
+    facts = run(tmp_path, trainer, settings(*configs, rates=("x0.5", "x1", "x2")))
+    assert {label: rates["chosen"] for label, rates in facts["rates"].items()} == {
+        **{"a": 2e-3, "b": 2e-3}
+    }
+    tuning = trainer.runs[:6]
+    assert {config.total_steps for _, config in tuning} == {10}
+    assert {config.seed for _, config in tuning} == {0}
+    assert all(config.schedule.peak == 2e-3 for _, config in trainer.runs[6:])
+    assert len(facts["rows"]) == facts["planned"] == len(trainer.runs) == 2 * (2 + 4)
+    text = page(facts)
+    assert text.count("used; at the edge of the grid") == 2
+    assert "cells are there" not in text
+
+
+def test_two_labels_of_one_config_share_its_runs(tmp_path):
+    trainer = FakeTrainer()
+    facts = run(tmp_path, trainer, settings(named("a"), named("b")))
+    assert len(trainer.runs) == 4
+    assert len(facts["rows"]) == facts["planned"] == 8
+    curves = facts["curves"][METRIC]
+    assert len(curves["b"]) == 2
+    assert curves["a"] == curves["b"]
+
+
+def test_rates_are_numbers_or_factors():
+    assert grid_of_rates(["x0.5", "3e-3"], 1e-3) == [5e-4, 3e-3]
+    for bad in (["fast"], ["-1"], ["x0"], ["x1", "0.001"], ["nan"]):
+        with pytest.raises(CommandError, match="--rates"):
+            grid_of_rates(bad, 1e-3)
+
+
+def test_the_table_grows_over_invocations_to_that_of_a_single_one(tmp_path):
+    what = settings(named("a"), named("b", 2.0), rates=("x1", "x2"))
+    whole = run(tmp_path / "whole", FakeTrainer(), what)
+    trainer, sizes = FakeTrainer(), []
+    for _ in range(20):
+        facts = run(tmp_path / "grown", trainer, what, runs=3)
+        sizes.append(len(facts["rows"]))
+        page(facts)
+        if sizes[-1] == facts["planned"]:
+            break
+    assert sizes == [3, 6, 9, 10]
+    assert len(trainer.runs) == 10, "no run twice"
+    assert facts == whole
+    partial = run(tmp_path / "early", FakeTrainer(), what, runs=3)
+    assert partial["rates"]["a"]["chosen"] == 2e-3
+    assert partial["rates"]["b"]["chosen"] is None, "half of its grid is no choice"
+    assert "3 of 10 cells are there" in page(partial)
+
+
+def test_no_time_at_all_gives_an_empty_table(tmp_path):
+    trainer = FakeTrainer()
+    facts = run(tmp_path, trainer, settings(named("a")), runs=0)
+    assert facts["rows"] == []
+    assert not trainer.calibrations
+    assert "0 of 4 cells are there" in page(facts)
+
+
+def test_a_run_that_waited_for_input_is_rejected_and_never_averaged(tmp_path):
+    trainer = FakeTrainer()
+
+    def wait(config, facts):
+        if config.seed == 1 and config.total_steps > 100:
+            facts |= {"input_wait_seconds": 0.031 * facts["seconds"], "metrics": {METRIC: 0.99}}
+        return facts
+
+    trainer.alter = wait
+    facts = run(tmp_path, trainer, settings(named("a")))
+    [point] = [p for p in facts["curves"][METRIC]["a"] if p["fraction"] == 1.0]
+    assert point["seeds"] == [0]
+    assert point["mean"] == pytest.approx(0.55)
+    text = page(facts)
+    assert "1 cells are rejected and enter no mean" in text
+    assert "rejected: waited for input 3.1 % of the time, more than 3.0 %" in text
+    assert "99.0 %" not in text
+
+
+def test_a_config_whose_runs_are_all_rejected_has_no_curve(tmp_path):
+    trainer = FakeTrainer()
+    trainer.wait = 0.5
+    facts = run(tmp_path, trainer, settings(named("a")))
+    assert facts["curves"][METRIC]["a"] == []
+    assert facts["time_to_score"] == {}
+    assert facts["rates"]["a"]["chosen"] is None
+    page(facts)
+
+
+def test_a_diverged_rate_is_not_chosen(tmp_path):
+    trainer = FakeTrainer()
+
+    def diverge(config, facts):
+        if config.schedule.peak == 2e-3:
+            facts |= {"status": "stopped", "reason": "loss not finite", "metrics": {}}
+        if config.schedule.peak == 4e-3:
+            facts |= {"metrics": {METRIC: math.nan}}
+        return facts
+
+    trainer.alter = diverge
+    facts = run(tmp_path, trainer, settings(named("a"), rates=("x1", "x2", "x4")))
+    assert facts["rates"]["a"]["chosen"] == 1e-3
+    text = page(facts)
+    assert "stopped: loss not finite" in text
+    assert f"stopped: {METRIC} not finite" in text
+    json.dumps(facts, allow_nan=False)
+
+
+def test_a_run_off_its_budget_is_marked_and_its_measured_time_counts(tmp_path):
+    trainer = FakeTrainer()
+    trainer.step = 0.012
+    facts = run(tmp_path, trainer, settings(named("a")))
+    assert [row["off_budget"] for row in facts["rows"]] == [True] * 4
+    assert facts["curves"][METRIC]["a"][-1]["seconds"] == pytest.approx(1.2 * BUDGET)
+    assert "12.0 of 10.0*" in page(facts)
+    trainer.step = 0.0105
+    near = run(tmp_path / "near", trainer, settings(named("a")))
+    assert not any(row["off_budget"] for row in near["rows"])
+
+
+def test_compiling_and_fine_tuning_are_reported_and_not_counted(tmp_path):
+    what = settings(
+        named("a"),
+        finetunes=(finetune(),),
+        metrics=(Metric("vqa/base/accuracy", 1),),
+        tune_metric=Metric("vqa/base/accuracy", 1),
+    )
+    facts = run(tmp_path, FakeTrainer(), what)
+    last = facts["rows"][-1]
+    assert last["seconds"] == pytest.approx(BUDGET)
+    assert last["compile_seconds"] == 3.0
+    assert last["finetune_seconds"] == pytest.approx(1.0)
+    assert list(last["scores"]) == ["vqa/base/accuracy"]
+    assert "| a | 10.00 | 1,600 | 0.001 | 3.0 | 0.00 % | 1.0 |" in page(facts)
+
+
+def test_a_metric_that_no_run_can_have_is_refused_before_any_run(tmp_path):
+    trainer = FakeTrainer()
+    for what in (
+        settings(named("a"), metrics=(Metric("vqa/accuracy", 1),)),
+        settings(named("a"), finetunes=(finetune("vqa"),)),
+        settings(named("a"), tune_metric=Metric("vqa/accuracy", 1)),
+    ):
+        with pytest.raises(ConfigError, match=r"config.evals.*needs this evaluator"):
+            run(tmp_path, trainer, what)
+    assert not trainer.runs
+    with pytest.raises(ConfigError, match=r"'reconstruction/f1' is no figure of a. Use one of"):
+        run(tmp_path, trainer, settings(named("a"), metrics=(Metric("reconstruction/f1", 1),)))
+
+
+def test_cells_of_several_commits_are_told(tmp_path):
+    trainer, what = FakeTrainer(), settings(named("a"))
+    run(tmp_path, trainer, what, runs=2)
+    trainer.commit = "def"
+    assert "of several versions or commits" in page(run(tmp_path, trainer, what))
+
+
+@pytest.fixture
+def shell(monkeypatch, tmp_path):
+    """Runs the command with the fake trainer; returns its exit code."""
+    trainer = FakeTrainer()
+    monkeypatch.setattr(command, "Trainer", lambda: trainer)
+    file = tmp_path / "tiny.py"
+    source = pathlib.Path(__file__).parent.parent / "tiny_config.py"
+    file.write_text(source.read_text())
+
+    def call(*flags):
+        return command.main([*flags, f"--out={tmp_path / 'out'}"])
+
+    call.trainer, call.config, call.out = trainer, str(file), tmp_path / "out"
+    return call
+
+
+def test_the_command_writes_table_plot_and_numbers(shell, capsys):
+    flags = [shell.config, "--budget_seconds=8", "--seeds=2", f"--metric={METRIC}"]
+    assert shell(*flags, "--set=optim.b2=0.9", "--rates=x1,x2") == ExitCode.OK
+    assert {config.optim.b2 for _, config in shell.trainer.runs} == {0.9}
+    facts = json.loads((shell.out / "compare.json").read_text())
+    assert facts["settings"]["fractions"] == [1 / 4, 1 / 2.5, 1 / 1.5, 1.0]
+    assert facts["overrides"] == {"optim.b2": 0.9}
+    text = (shell.out / "compare.md").read_text()
+    assert facts["command"] in text
+    assert "![Score against seconds, samples and FLOPs](compare.png)" in text
+    picture = (shell.out / "compare.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000
+
+    (shell.out / "compare.md").unlink()
+    (shell.out / "compare.png").unlink()
+    assert shell("--report_only") == ExitCode.OK
+    assert (shell.out / "compare.md").read_text() == text
+    assert (shell.out / "compare.png").read_bytes() == picture
+    assert len(shell.trainer.runs) == 9, "a report trains nothing"
+
+
+def test_without_matplotlib_all_else_is_written(shell, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    loaded = [
+        name for name in sys.modules if name.startswith(("matplotlib.", "tools.compare.plot"))
+    ]
+    for name in loaded:
+        monkeypatch.delitem(sys.modules, name)
+    shell(shell.config, "--budget_seconds=8", f"--metric={METRIC}")
+    assert "--report_only" in capsys.readouterr().out
+    assert "![" not in (shell.out / "compare.md").read_text()
+    assert not (shell.out / "compare.png").exists()
+
+
+def test_max_seconds_of_zero_only_writes_the_table(shell):
+    flags = [shell.config, "--budget_seconds=8", f"--metric={METRIC}"]
+    assert shell(*flags, "--max_seconds=0") == ExitCode.OK
+    assert not shell.trainer.runs
+    assert "0 of 4 cells are there" in (shell.out / "compare.md").read_text()
+
+
+def test_a_signal_still_leaves_a_table_and_its_exit_code(shell):
+    shell.trainer.stop_at = 2
+    flags = [shell.config, "--budget_seconds=8", f"--metric={METRIC}"]
+    assert shell(*flags) == ExitCode.PREEMPTED
+    assert "2 of 4 cells are there" in (shell.out / "compare.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--metric=x/y"], "--budget_seconds and --metric are needed"),
+        (["--metric=vqa/y", "--budget_seconds=8"], "needs this evaluator"),
+        (["--metric=reconstruction/y", "--budget_seconds=8", "--baseline=b"], "no config; use one"),
+        (["--metric=a/y", "--budget_seconds=8", "--fractions=1/2"], "the largest of them 1"),
+        (["--metric=a/y", "--budget_seconds=8", "--fractions=1,half"], "--fractions=1,half"),
+        (["--metric=a/y", "--budget_seconds=8", "--set=optim.b2"], "write --set=KEY=VALUE"),
+        (["--metric=a/y", "--budget_seconds=8", "--set=optim.b3=1"], "config.optim.b3: unknown"),
+        (["--metric=a/y", "--budget_seconds=8", "--search=optim.b2"], "KEY:log:LOW:HIGH"),
+        (["--report_only"], "neither compare.json nor search.json"),
+    ],
+)
+def test_bad_commands_say_what_to_do(shell, capsys, flags, message):
+    assert shell(shell.config, *flags) == ExitCode.BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert not shell.trainer.runs

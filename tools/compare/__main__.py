@@ -1,0 +1,269 @@
+"""Compares configs at equal training time on this machine, or searches config keys.
+
+    python -m tools.compare configs/A.py configs/B.py:ARG --budget_seconds=120 --seeds=3 \\
+        --metric=vqa/accuracy --finetune=configs/transfer/vqa.py --rates=x0.5,x1,x2 --out=runs/ab
+
+trains every config with the whole budget and with shares of it, each run with a schedule of its
+own, and writes OUT/compare.md, compare.png and compare.json. Finished cells are kept in OUT: the
+same command with --max_seconds=300 does a few minutes' work at a time, and the table grows.
+
+    python -m tools.compare configs/A.py --budget_seconds=120 --metric=reconstruction/accuracy \\
+        --search=optim.b2:0.95,0.98,0.99 --search=schedule.peak:log:1e-4:1e-2 --out=runs/search
+
+searches config keys by successive halving and writes OUT/search.md and search.json.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from tools.compare.cells import Cells
+from tools.compare.comparison import DEFAULT_FRACTIONS, Metric, Settings, compare
+from tools.compare.configs import CommandError, load_all, parse_value
+from tools.compare.measure import Trainer
+from tools.compare.search import Axis, search
+from tools.compare.table import comparison_page, search_page
+from vlp_jax.infra.compilation import set_gpu_flags
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.files import write_text
+from vlp_jax.infra.preemption import ExitCode, PreemptionGuard
+
+COMPARISON, SEARCH, PICTURE = "compare", "search", "compare.png"
+
+
+def main(arguments: Sequence[str] | None = None) -> ExitCode:
+    """Do what the command line asks for.
+
+    Args:
+        arguments: the command line without the program; that of the process by default.
+
+    Returns:
+        ``OK``, ``BAD_INPUT`` with a message, or ``PREEMPTED`` where a signal asked to stop; the
+        table is written all the same.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser().parse_args(arguments)
+    # Libraries log every file they write; what a user must know is printed, or a warning.
+    logging.set_verbosity(logging.WARNING)
+    try:
+        if options.report_only:
+            write_pages(options.out)
+            return ExitCode.OK
+        return _run(options, arguments)
+    except (CommandError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.BAD_INPUT
+
+
+def write_pages(folder: Path) -> None:
+    """Write the pages, and the plot if matplotlib is there, from the JSON in a folder.
+
+    Raises:
+        CommandError: the folder has neither ``compare.json`` nor ``search.json``.
+    """
+    files = {name: folder / f"{name}.json" for name in (COMPARISON, SEARCH)}
+    if not any(file.exists() for file in files.values()):
+        raise CommandError(f"neither compare.json nor search.json in {folder}")
+    if files[SEARCH].exists():
+        _write(folder / f"{SEARCH}.md", search_page(json.loads(files[SEARCH].read_text())))
+    if files[COMPARISON].exists():
+        facts = json.loads(files[COMPARISON].read_text())
+        drawn = any(any(curves.values()) for curves in facts["curves"].values())
+        picture = PICTURE if drawn and _draw(facts, folder / PICTURE) else None
+        _write(folder / f"{COMPARISON}.md", comparison_page(facts, picture))
+
+
+def _run(options: argparse.Namespace, arguments: Sequence[str]) -> ExitCode:
+    started = time.monotonic()
+    overrides = dict(_assignment(text) for text in options.set)
+    settings = _settings(options, overrides)
+    axes = [Axis.parse(text) for text in options.search]
+    set_gpu_flags()
+    trainer = Trainer()
+    # The trainer has a guard of its own; this one is for signals between two runs.
+    with PreemptionGuard() as guard:
+
+        def may_start() -> bool:
+            return not guard.requested and time.monotonic() - started < options.max_seconds
+
+        cells = Cells(
+            options.out,
+            trainer,
+            may_start,
+            max_input_wait=options.max_input_wait,
+            calibration_steps=options.calibration_steps,
+            keep_checkpoints=options.keep_checkpoints,
+            say=_say,
+        )
+        facts: dict[str, Any]
+        if axes:
+            found = search(settings, axes, options.halving, options.trials, cells, _say)
+            name, facts = SEARCH, {"settings": settings.to_json(), "search": found}
+        else:
+            name, facts = COMPARISON, compare(settings, cells, _say)
+    facts |= {
+        "command": shlex.join(["python", "-m", "tools.compare", *arguments]),
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": dict(trainer.machine),
+        "overrides": overrides,
+        "left_out": cells.left_out(),
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_text(options.out / f"{name}.json", json.dumps(facts, indent=1, allow_nan=False) + "\n")
+    write_pages(options.out)
+    return ExitCode.PREEMPTED if cells.interrupted or guard.requested else ExitCode.OK
+
+
+def _settings(options: argparse.Namespace, overrides: Mapping[str, Any]) -> Settings:
+    if not options.configs or options.budget_seconds is None or not options.metric:
+        raise CommandError("CONFIG..., --budget_seconds and --metric are needed; see --help")
+    configs = load_all(options.configs, overrides)
+    metrics = tuple(Metric.parse(text) for text in options.metric.split(","))
+    labels = [named.label for named in configs]
+    baselines = tuple(options.baseline.split(",")) if options.baseline else (labels[0],)
+    for label in baselines:
+        if label not in labels:
+            raise CommandError(f"--baseline={label} is no config; use one of {labels}")
+    return Settings(
+        configs=configs,
+        budget_seconds=options.budget_seconds,
+        fractions=_fractions(options.fractions),
+        seeds=options.seeds,
+        rates=tuple(options.rates.split(",")),
+        metrics=metrics,
+        tune_metric=Metric.parse(options.tune_metric) if options.tune_metric else metrics[0],
+        finetunes=load_all(options.finetune),
+        baselines=baselines,
+        max_input_wait=options.max_input_wait,
+    )
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    """Increasing shares of the budget from "1,1/1.5,0.4".
+
+    Raises:
+        CommandError: one is no number, not in (0, 1], or 1 is missing.
+    """
+    if not text:
+        return DEFAULT_FRACTIONS
+    try:
+        parts = [part.partition("/") for part in text.split(",")]
+        fractions = sorted({float(above) / float(below or 1) for above, _, below in parts})
+    except (ValueError, ZeroDivisionError):
+        raise CommandError(f"--fractions={text}: give such as 1,1/2,0.25") from None
+    if not fractions[0] > 0 or fractions[-1] != 1:
+        raise CommandError(f"--fractions={text}: give shares above 0, the largest of them 1")
+    return tuple(fractions)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise CommandError(f"--set={text} has no value; write --set=KEY=VALUE")
+    return key, parse_value(value)
+
+
+def _draw(facts: Mapping[str, Any], path: Path) -> bool:
+    """Draw the plot; False, with the remedy, where matplotlib is not installed."""
+    try:
+        from tools.compare.plot import draw
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        print(
+            "no plot: matplotlib is not installed here; where it is, "
+            f"python -m tools.compare --report_only --out={path.parent}"
+        )
+        return False
+    draw(facts, path)
+    print(path)
+    return True
+
+
+def _write(path: Path, text: str) -> None:
+    write_text(path, text)
+    print(path)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _positive(kind: type[int] | type[float]) -> Any:
+    def convert(text: str) -> int | float:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    return convert
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("configs", nargs="*", metavar="CONFIG", help="config file, or FILE:ARG")
+    add("--out", type=Path, required=True, help="folder of cells and tables; kept and extended")
+    add("--budget_seconds", type=_positive(float), help="whole budget in seconds of training")
+    add("--metric", help="figures to compare by, with commas; NAME:min where less is better")
+    add("--tune_metric", help="figure that chooses rates, or ranks a search; the first --metric")
+    add("--seeds", type=_positive(int), default=1, help="runs of each, seeds 0 to N-1")
+    add("--fractions", default="", help="shares of the budget; by default 1,1/1.5,1/2.5,1/4")
+    add("--rates", default="x1", help="grid of peak rates for every config: 1e-3, or x0.5 of own")
+    add(
+        "--finetune",
+        action="append",
+        default=[],
+        metavar="CONFIG",
+        help="fine-tune each run by this config (repeatable) and take the metrics from there",
+    )
+    add("--baseline", help="label, or labels with commas: the best of them; the first by default")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="key of every CONFIG")
+    add(
+        "--max_seconds",
+        type=float,
+        default=math.inf,
+        help="start no run after so many seconds of this invocation; 0: only write the table",
+    )
+    add(
+        "--max_input_wait",
+        type=float,
+        default=0.03,
+        help="reject runs that wait for input for a larger share of their time",
+    )
+    add(
+        "--calibration_steps",
+        type=_positive(int),
+        default=256,
+        help="updates of the run that measures the cost of one, the second half counts",
+    )
+    add("--keep_checkpoints", action="store_true", help="keep the final state of every cell")
+    add(
+        "--search",
+        action="append",
+        default=[],
+        metavar="KEY:VALUES",
+        help="search KEY:A,B,C or KEY:log:LOW:HIGH (or lin, int); repeatable",
+    )
+    add("--halving", type=int, default=3, help="factor between the rungs of a search")
+    add("--trials", type=_positive(int), default=9, help="candidates, where a range is searched")
+    add("--report_only", action="store_true", help="write page and plot again from the JSON in OUT")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""What a config becomes for a cell: a run of one length, seed and rate, and nothing optional."""
+
+import ast
+import dataclasses
+import hashlib
+import importlib.util
+import inspect
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vlp_jax.infra.errors import ConfigError, unknown_key
+from vlp_jax.train.schedule import UNITS
+
+# Keys that change neither what a run computes nor what its training time is.
+_NO_EFFECT = ("name", "log", "profile", "compile_cache")
+# Keys, besides those above, on which the cost of an update does not depend.
+_SAME_COST = (
+    *("seed", "evals", "schedule", "checkpoint", "init_from", "init_checkpoint"),
+    *(f"total_{unit}" for unit in UNITS),
+    *("optim.b1", "optim.b2", "optim.eps", "optim.weight_decay"),
+)
+# A rate that ends above this share of its peak has not been annealed.
+_ANNEALED = 0.2
+_LOG_PERCENT = 5.0
+
+Overrides = Mapping[str, Any]
+
+
+class CommandError(ValueError):
+    """A command line that cannot work; the message names the flag or the file, and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedConfig:
+    """A config of the command line.
+
+    Attributes:
+        label: its name in tables: the file's stem, with ``:ARG`` where there is one.
+        source: FILE or FILE:ARG, as given.
+        config: complete and locked; copied before a key is changed.
+    """
+
+    label: str
+    source: str
+    config: ConfigDict
+
+    @property
+    def peak(self) -> float:
+        """Its own learning rate."""
+        return float(self.config.schedule.peak)
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Evaluators that objectives learn from, as a bandit does that names one of their figures.
+
+        They run in the middle of training as the config says; no other does.
+        """
+        return _teachers(self.config)
+
+    def run(
+        self,
+        *,
+        steps: int,
+        seed: int,
+        step_seconds: float,
+        save_seconds: float,
+        overrides: Overrides,
+    ) -> ConfigDict:
+        """The config of one pretraining cell: a whole run of its own, schedule included.
+
+        Args:
+            steps: length of the run; the schedule and all durations in percent follow it.
+            seed: of the run.
+            step_seconds: measured cost of an update.
+            save_seconds: training seconds between two checkpoints, which serve a killed cell.
+            overrides: values by dotted key, such as ``{"schedule.peak": 1e-3}``.
+        """
+        config = with_overrides(self.config, overrides)
+        check_annealed(config)
+        _set_duration(config, "total", steps)
+        config.seed = seed
+        _measured_only(config, save_steps=max(1, round(save_seconds / step_seconds)))
+        return config
+
+    def calibration(self, *, steps: int, overrides: Overrides) -> ConfigDict:
+        """The config of a short run that shows what an update costs; its rate is all but zero."""
+        config = with_overrides(self.config, overrides)
+        _set_duration(config, "total", steps)
+        for name in ("warmup", "cooldown"):
+            _set_duration(config.schedule, name, 0)
+        config.schedule.update({"decay": "constant", "peak": 1e-2 * config.schedule.peak})
+        _measured_only(config, save_steps=0)
+        with config.unlocked():
+            config.evals = {}
+        return config
+
+    def finetuning(self, *, seed: int, init_from: Path) -> ConfigDict:
+        """The config of a fine-tuning run: all as its file says, from the checkpoint of a cell.
+
+        Its evaluations stay, for it may choose its checkpoint by one and be judged by another.
+        """
+        start = {"init_from": str(init_from), "init_checkpoint": "latest"}
+        config = with_overrides(self.config, {"seed": seed, **start})
+        _quiet(config)
+        return config
+
+
+def load(source: str, overrides: Overrides | None = None) -> NamedConfig:
+    """Read a config file.
+
+    Args:
+        source: FILE, or FILE:ARG where ``get_config`` takes an argument.
+        overrides: values by dotted key, applied on top.
+
+    Raises:
+        CommandError: no such file, or no ``get_config`` in it.
+        ConfigError: an override does not fit.
+    """
+    path, _, argument = source.partition(":")
+    file = Path(path)
+    spec = importlib.util.spec_from_file_location(f"_compared_{file.stem}", file)
+    if not file.is_file() or spec is None or spec.loader is None:
+        raise CommandError(f"{path} is no Python file; name one such as configs/demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise CommandError(f"{path} has no get_config(arg=None)")
+    if argument and not inspect.signature(module.get_config).parameters:
+        raise CommandError(f"get_config of {path} takes no argument; drop :{argument}")
+    config = module.get_config(argument) if argument else module.get_config()
+    label = f"{file.stem}:{argument}" if argument else file.stem
+    return NamedConfig(label, source, with_overrides(config, overrides or {}))
+
+
+def load_all(sources: Iterable[str], overrides: Overrides | None = None) -> tuple[NamedConfig, ...]:
+    """Read several config files whose labels must differ.
+
+    Raises:
+        CommandError, ConfigError: as ``load``; or two have one label.
+    """
+    loaded = tuple(load(source, overrides) for source in sources)
+    labels = [named.label for named in loaded]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise CommandError(f"two configs are called {label}; rename a file")
+    return loaded
+
+
+def parse_value(text: str) -> Any:
+    """A value of the command line: a Python literal, or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def with_overrides(config: ConfigDict, overrides: Overrides) -> ConfigDict:
+    """A copy of a config with some keys changed.
+
+    Raises:
+        ConfigError: a key that the config does not have, or a value of another type.
+    """
+    changed = ConfigDict(config).copy_and_resolve_references()
+    for key, value in overrides.items():
+        *sections, last = key.split(".")
+        section: Any = changed
+        for name in (*sections, last):
+            if not isinstance(section, ConfigDict) or name not in section:
+                known = list(section) if isinstance(section, ConfigDict) else []
+                raise unknown_key(key, known)
+            if name is not last:
+                section = section[name]
+        try:
+            section[last] = value
+        except TypeError as error:
+            raise ConfigError(
+                key, f"{value!r} is of another type than {section[last]!r}", "Mend the value"
+            ) from error
+    changed.lock()
+    return changed
+
+
+def check_annealed(config: ConfigDict) -> None:
+    """Refuse a schedule that does not come to its end within the budget.
+
+    Raises:
+        ConfigError: the rate stays above a fifth of its peak, so that the score at the end of a
+            budget would be that of a run cut off in the middle.
+    """
+    schedule = config.schedule
+    decays = schedule.decay in ("linear", "cosine") and schedule.final_factor <= _ANNEALED
+    cools = any(schedule[f"cooldown_{unit}"] for unit in UNITS)
+    if not decays and not cools:
+        raise ConfigError(
+            "schedule.decay",
+            f"{schedule.decay!r} with final_factor={schedule.final_factor} never comes down, so "
+            "that a score at the end of a budget would understate what the budget buys",
+            "Use linear or cosine, or give schedule.cooldown_percent",
+        )
+
+
+def digest(config: ConfigDict, parent: str = "") -> str:
+    """What a run computes and costs, in 64 hexadecimal digits.
+
+    Args:
+        config: of the run.
+        parent: digest of the run it starts from, which counts in place of that run's folder.
+    """
+    kept = _plain(config, _NO_EFFECT)
+    if parent:
+        kept["init_from"] = parent
+    return _sha256(kept)
+
+
+def cost_digest(config: ConfigDict) -> str:
+    """What the cost of an update depends on, in 64 hexadecimal digits."""
+    return _sha256(_plain(config, (*_NO_EFFECT, *_SAME_COST)))
+
+
+def _plain(config: ConfigDict, without: Iterable[str]) -> dict[str, Any]:
+    """The config as JSON holds it, less some keys."""
+    result: dict[str, Any] = json.loads(config.to_json_best_effort())
+    for key in without:
+        *sections, last = key.split(".")
+        section = result
+        for name in sections:
+            section = section[name]
+        section.pop(last, None)
+    return result
+
+
+def _sha256(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _measured_only(config: ConfigDict, save_steps: int) -> None:
+    """Leave out what only takes time in the middle of a run: reports, evaluations, most saves.
+
+    Evaluations that objectives learn from stay.
+
+    Args:
+        config: changed in place.
+        save_steps: steps between two checkpoints; 0: only at the end.
+    """
+    with config.unlocked():
+        for name, section in config.evals.items():
+            for key in [f"every_{unit}" for unit in UNITS]:
+                if key in section and name not in _teachers(config):
+                    del section[key]
+            if "on" in section:  # the last state is judged, that of the completed schedule
+                del section["on"]
+    _set_duration(config.checkpoint, "every", save_steps)
+    config.checkpoint.update({"best_metric": "", "best_mode": "max"})
+    config.checkpoint.update({"keep_latest": 1, "keep_best": 0})
+    _set_duration(config.log, "every", None)
+    config.log.every_percent = _LOG_PERCENT
+    _quiet(config)
+
+
+def _quiet(config: ConfigDict) -> None:
+    """Write metrics to the file and nowhere else."""
+    config.log.update({"tensorboard": False, "wandb": ""})
+    config.profile.num_steps = 0
+
+
+def _teachers(config: ConfigDict) -> tuple[str, ...]:
+    """Evaluators of which a figure is named somewhere in the objectives."""
+
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            for inner in value.values():
+                yield from texts(inner)
+
+    named = {text.partition("/")[0] for text in texts(config.objectives.to_dict()) if "/" in text}
+    return tuple(sorted(named & set(config.evals)))
+
+
+def _set_duration(section: ConfigDict, name: str, steps: int | None) -> None:
+    """Give a duration in steps and in no other unit."""
+    for unit in UNITS:
+        section[f"{name}_{unit}"] = None
+    section[f"{name}_steps"] = steps

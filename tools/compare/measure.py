@@ -1,0 +1,192 @@
+"""Trains a cell by the trainer itself, and reads what it cost and scored from its metrics."""
+
+import contextlib
+import gc
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from tools.compare.cells import LOG_FILE, Machine, Measurement
+from tools.compare.configs import CommandError
+from vlp_jax.infra.hardware import device_facts
+from vlp_jax.infra.metrics import read_metrics
+from vlp_jax.infra.preemption import ExitCode
+from vlp_jax.train.loop import RunStopped, train
+from vlp_jax.train.setup import Setup, prepare
+
+REPO = Path(__file__).resolve().parents[2]
+
+_RATE = "speed/samples_per_second"
+_WAIT = "speed/input_wait_fraction"
+_COMPILE = "compile/seconds/"
+# First parts of the names of figures that the train loop writes; all others are of evaluators.
+_LOOP = ("train", "speed", "memory", "data", "compile")
+
+
+class Trainer:
+    """Runs configs in this process, one after the other.
+
+    Attributes:
+        machine: what tells this machine from others that are faster or slower.
+        versions: of the packages that compute.
+        commit: of this checkout.
+    """
+
+    def __init__(self) -> None:
+        facts = device_facts()
+        self.versions: Mapping[str, str] = facts.pop("versions")
+        self.machine: Machine = facts | _cpu(facts["platform"])
+        self.commit = _commit()
+
+    def step_seconds(self, config: ConfigDict, workdir: Path) -> float | None:
+        """Seconds of an update: the mean over the second half of a short run; None: asked to stop.
+
+        The first half holds the first use of every bucket, and the clocks of a device at rest.
+        """
+        setup = self._train(config, workdir)
+        if setup is None:
+            return None
+        intervals = training_intervals(read_metrics(workdir), setup.budget.batch_size)
+        late = [interval for interval in intervals if 2 * interval[0] > setup.total_steps]
+        return sum(seconds for _, _, seconds, _ in late) / sum(steps for _, steps, _, _ in late)
+
+    def run(self, config: ConfigDict, workdir: Path) -> Measurement | None:
+        """Train a config to its end, or go on where it was interrupted.
+
+        Args:
+            config: of a whole run.
+            workdir: of the run; what it prints goes to ``log.txt`` there.
+
+        Returns:
+            What it cost and scored, or None where a signal asked to stop.
+
+        Raises:
+            CommandError: a fault of the config or the data, as ``train.setup.prepare`` tells it.
+        """
+        reason = ""
+        try:
+            setup = self._train(config, workdir)
+        except RunStopped as error:
+            reason = str(error)
+            setup = prepare(config, workdir)
+        if setup is None:
+            return None
+        records = read_metrics(workdir)
+        batch_size = setup.budget.batch_size
+        intervals = training_intervals(records, batch_size)
+        steps = max((end for end, *_ in intervals), default=0)
+        return Measurement(
+            status="stopped" if reason else "finished",
+            reason=reason,
+            steps=steps,
+            samples=steps * batch_size,
+            seconds=sum(seconds for _, _, seconds, _ in intervals),
+            input_wait_seconds=sum(waited for *_, waited in intervals),
+            compile_seconds=compile_seconds(records),
+            flops_per_sample=_flops_per_sample(setup),
+            metrics=final_metrics(records),
+        )
+
+    def _train(self, config: ConfigDict, workdir: Path) -> Setup | None:
+        """Train; None where a signal asked to stop."""
+        workdir.mkdir(parents=True, exist_ok=True)
+        # Programs of the cell before would stay in memory to the end of the process.
+        jax.clear_caches()
+        gc.collect()
+        with (workdir / LOG_FILE).open("a") as log, contextlib.redirect_stdout(log):
+            try:
+                setup = prepare(config, workdir)
+            except (ValueError, OSError) as error:
+                raise CommandError(f"{config.name}: {error}") from error
+            code = train(setup)
+        return None if code == ExitCode.PREEMPTED else setup
+
+
+def training_intervals(
+    records: Iterable[Mapping[str, float]], batch_size: int
+) -> list[tuple[int, int, float, float]]:
+    """What lies between two log lines of a run.
+
+    The trainer's rate counts training alone: no compile, no evaluation, no save. A resumed run
+    may have repeated the first updates of an interval; they are counted once, at the rate of those
+    that were logged.
+
+    Args:
+        records: of ``metrics.jsonl``.
+        batch_size: examples of an update.
+
+    Returns:
+        (last step, updates, seconds of training, seconds of these spent waiting for input).
+    """
+    intervals, before = [], 0
+    for record in records:
+        if _RATE in record:
+            end = int(record["step"])
+            seconds = (end - before) * batch_size / record[_RATE]
+            intervals.append((end, end - before, seconds, seconds * record[_WAIT]))
+            before = end
+    return intervals
+
+
+def compile_seconds(records: Iterable[Mapping[str, float]]) -> float:
+    """Seconds that compiling all buckets took when the run first started."""
+    for record in records:
+        found = [value for name, value in record.items() if name.startswith(_COMPILE)]
+        if found:
+            return sum(found)
+    return 0.0
+
+
+def final_metrics(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The last figure of every evaluator."""
+    latest: dict[str, float] = {}
+    for record in records:
+        latest |= {
+            name: value
+            for name, value in record.items()
+            if name != "step" and name.partition("/")[0] not in _LOOP
+        }
+    return latest
+
+
+def _flops_per_sample(setup: Setup) -> float:
+    """Model FLOPs of a training example of mean text length; one window holds all lengths."""
+    batches = range(min(setup.total_steps, setup.plan.window_batches))
+    mean = float(np.mean([setup.plan.batch(t).length.mean() for t in batches]))
+    flops = setup.program.flops(dict.fromkeys(setup.program.batch_names, mean))
+    assert math.isfinite(flops)
+    return float(flops)
+
+
+def _cpu(backend: str) -> dict[str, str | int]:
+    """The processor, where it is what computes."""
+    if backend != "cpu":
+        return {}
+    model = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        lines = information.read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        model = names[0] if names else model
+    return {"cpu": model, "cores": os.cpu_count() or 1}
+
+
+def _commit() -> str:
+    """The commit of this checkout, ``+`` where files were changed since; "unknown" without git."""
+    try:
+        answers = [
+            subprocess.run(
+                ["git", "-C", str(REPO), *question], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for question in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return answers[0] + ("+" if answers[1] else "")

@@ -1,0 +1,244 @@
+"""Successive halving over config keys.
+
+All candidates are trained at a small budget, the best third (for ``--halving=3``) at three times
+that budget, and so on up to the whole budget. Every rung trains anew with a schedule of its own
+that comes to its end, so that a rung compares finished runs.
+"""
+
+import dataclasses
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tools.compare.cells import Cells
+from tools.compare.comparison import Row, Settings, check_metrics, line, make_row
+from tools.compare.configs import CommandError, NamedConfig, parse_value
+from vlp_jax.infra.errors import ConfigError
+
+Candidate = Mapping[str, Any]  # dotted key -> value
+
+_SCALES: Mapping[str, Callable[[float, float, float], float | int]] = {
+    "log": lambda low, high, share: low * (high / low) ** share,
+    "lin": lambda low, high, share: low + (high - low) * share,
+    "int": lambda low, high, share: math.floor(low + (high + 1 - low) * share),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """A key to search, and how a value is drawn.
+
+    Attributes:
+        key: dotted.
+        values: to choose from; empty for a range.
+        scale: "log", "lin" or "int", of a range.
+        low, high: ends of the range; both of them included for "int".
+    """
+
+    key: str
+    values: tuple[Any, ...] = ()
+    scale: str = ""
+    low: float = 0.0
+    high: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Axis":
+        """Read KEY:A,B,C or KEY:log:LOW:HIGH (or lin, int).
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        key, _, rest = text.partition(":")
+        scale, *ends = rest.split(":")
+        remedy = "Write KEY:A,B,C or KEY:log:LOW:HIGH; the scales are log, lin, int"
+        if not ends:
+            values = tuple(parse_value(value) for value in rest.split(",") if value)
+            if not values:
+                raise ConfigError(key, "nothing to search", remedy)
+            return cls(key, values)
+        try:
+            low, high = (float(end) for end in ends)
+        except ValueError:
+            raise ConfigError(key, f"{rest!r} is no range", remedy) from None
+        if scale not in _SCALES or not low < high or (scale == "log" and low <= 0):
+            raise ConfigError(key, f"{rest!r} is no range", remedy)
+        return cls(key, (), scale, low, high)
+
+    def draw(self, share: float) -> Any:
+        """The value at ``share`` in [0, 1) of the way."""
+        if self.values:
+            return self.values[int(share * len(self.values))]
+        return _SCALES[self.scale](self.low, self.high, share)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A candidate at a rung.
+
+    Attributes:
+        candidate: its keys.
+        score: signed mean of the seeds that count; None where none does.
+        rows: its cells.
+    """
+
+    candidate: Candidate
+    score: float | None
+    rows: tuple[Row, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """All trials of one budget, best first; those without a score last.
+
+    Attributes:
+        fraction: of the whole budget.
+        trials: of the candidates that came this far.
+    """
+
+    fraction: float
+    trials: tuple[Trial, ...]
+
+
+def candidates(axes: Sequence[Axis], trials: int) -> list[Candidate]:
+    """The full grid where all axes list values, else ``trials`` draws with a fixed seed.
+
+    Draws are stratified: each axis is cut into as many equal parts as there are trials, each of
+    which is used once (a Latin hypercube), so that few trials still span every axis.
+
+    Args:
+        axes: at least one.
+        trials: how many, if an axis is a range.
+    """
+    keys = [axis.key for axis in axes]
+    if all(axis.values for axis in axes):
+        grid = itertools.product(*(axis.values for axis in axes))
+        return [dict(zip(keys, values, strict=True)) for values in grid]
+    rng = np.random.default_rng(0)
+    parts = np.stack([rng.permutation(trials) for _ in axes], 1)
+    shares = (parts + rng.random(parts.shape)) / trials
+    return [
+        {axis.key: axis.draw(float(share)) for axis, share in zip(axes, row, strict=True)}
+        for row in shares
+    ]
+
+
+def rung_sizes(count: int, halving: int) -> list[int]:
+    """Candidates at every rung: ``count``, then a ``halving``-th of the rung before, down to one.
+
+    Raises:
+        CommandError: ``halving`` below 2.
+    """
+    if halving < 2:
+        raise CommandError(f"--halving={halving} keeps everyone; use 2 or more")
+    sizes = [count]
+    while sizes[-1] >= halving:
+        sizes.append(sizes[-1] // halving)
+    return sizes
+
+
+def halve(
+    named: Sequence[Candidate],
+    halving: int,
+    trial: Callable[[Candidate, float], Trial | None],
+) -> list[Rung]:
+    """Successive halving.
+
+    Args:
+        named: the candidates.
+        halving: factor by which each rung has fewer candidates and a larger budget.
+        trial: trains a candidate with a fraction of the budget; None: there is no time.
+
+    Returns:
+        The complete rungs, smallest budget first; with the last the search has finished.
+    """
+    sizes = rung_sizes(len(named), halving)
+    left, rungs = list(named), []
+    for index, size in enumerate(sizes):
+        fraction = float(halving) ** (index + 1 - len(sizes))
+        tried = [trial(candidate, fraction) for candidate in left[:size]]
+        done = [item for item in tried if item is not None]
+        if len(done) < len(tried):
+            break
+        done.sort(key=lambda item: -math.inf if item.score is None else item.score, reverse=True)
+        rungs.append(Rung(fraction, tuple(done)))
+        left = [item.candidate for item in done if item.score is not None]
+        if not left:
+            break
+    return rungs
+
+
+def search(
+    settings: Settings,
+    axes: Sequence[Axis],
+    halving: int,
+    trials: int,
+    cells: Cells,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Search the same keys for every config, as far as there is time.
+
+    Args:
+        settings: configs, whole budget, seeds of every trial, fine-tuning, and the metric
+            (``tune_metric``) that ranks; its fractions and rates are not used.
+        axes: keys to search.
+        halving: factor between rungs.
+        trials: candidates, where an axis is a range.
+        cells: finished ones, and the way to others.
+        say: takes a line about every cell.
+
+    Returns:
+        label -> ``rungs`` (fraction, and trials best first), ``complete``, ``best`` (of the last
+        rung; None before), ready for JSON.
+    """
+    check_metrics(settings)
+    found: dict[str, Any] = {}
+    named_candidates = candidates(axes, trials)
+    last = len(rung_sizes(len(named_candidates), halving))
+    for named in settings.configs:
+
+        def trial(
+            candidate: Candidate, fraction: float, named: NamedConfig = named
+        ) -> Trial | None:
+            return _trial(settings, named, candidate, fraction, cells, say)
+
+        rungs = halve(named_candidates, halving, trial)
+        complete = len(rungs) == last or (bool(rungs) and rungs[-1].trials[0].score is None)
+        best = rungs[-1].trials[0] if complete else None
+        found[named.label] = {
+            "complete": complete,
+            "best": dict(best.candidate) if best and best.score is not None else None,
+            "rungs": [dataclasses.asdict(rung) for rung in rungs],
+        }
+    return found
+
+
+def _trial(
+    settings: Settings,
+    named: NamedConfig,
+    candidate: Candidate,
+    fraction: float,
+    cells: Cells,
+    say: Callable[[str], None],
+) -> Trial | None:
+    rate = float(candidate.get("schedule.peak", named.peak))
+    rows = []
+    for seed in range(settings.seeds):
+        result = cells.obtain(
+            named,
+            budget_seconds=fraction * settings.budget_seconds,
+            seed=seed,
+            overrides=candidate,
+            finetunes=settings.finetunes,
+        )
+        if result is None:
+            return None
+        rows.append(make_row(settings, named.label, result, rate, fraction, seed))
+        words = ", ".join(f"{key}={value}" for key, value in candidate.items())
+        say(f"[{words}] {line(rows[-1])}")
+    metric = settings.tune_metric
+    scores = [metric.sign * row.scores[metric.name] for row in rows if row.status == "counted"]
+    return Trial(candidate, statistics.fmean(scores) if scores else None, tuple(rows))

@@ -1,0 +1,313 @@
+"""The comparison, or the search, in Markdown: from the JSON beside it and nothing else."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tools.compare.cells import describe
+from vlp_jax.infra import units
+
+Facts = Mapping[str, Any]
+
+NONE = "–"
+
+
+def comparison_page(facts: Facts, picture: str | None) -> str:
+    """A page about a comparison, to be committed as it is.
+
+    Args:
+        facts: content of ``compare.json``.
+        picture: file name of the plot beside the page, if there is one.
+    """
+    parts = [
+        f"# {', '.join(facts['settings']['configs'])}: score against training time",
+        _conditions(facts),
+        _problems(facts),
+    ]
+    for metric, times in facts["time_to_score"].items():
+        parts += [f"## Time to the score of {times['baseline']}: {metric}", _times(metric, times)]
+    if picture:
+        parts.append(f"![Score against seconds, samples and FLOPs]({picture})")
+    for metric, curves in facts["curves"].items():
+        parts += [f"## Score at each budget: {metric}", _curves(metric, curves, facts)]
+    parts += [
+        "## Cost",
+        _cost(facts["rows"]),
+        "## Learning rates",
+        _rates(facts),
+        "## Cells",
+        _cells(facts["rows"], facts["settings"]["metrics"]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def search_page(facts: Facts) -> str:
+    """A page about a search.
+
+    Args:
+        facts: content of ``search.json``.
+    """
+    metric = facts["settings"]["tune_metric"]
+    parts = [f"# Search by successive halving: {metric}", _conditions(facts), _problems(facts)]
+    for label, found in facts["search"].items():
+        parts.append(f"## {label}")
+        if found["best"] is not None:
+            words = ", ".join(f"`{key}={value}`" for key, value in found["best"].items())
+            parts.append(f"Best: {words}.")
+        elif found["complete"]:
+            parts.append("No candidate of the last rung counts.")
+        else:
+            parts.append("Not finished: run the command again.")
+        parts.append(_rungs(metric, found["rungs"]))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column is left-aligned and the others are right-aligned."""
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _conditions(facts: Facts) -> str:
+    settings, rows = facts["settings"], _all_rows(facts)
+    versions = sorted({_words(row["versions"]) for row in rows})
+    commits = sorted({row["commit"] for row in rows})
+    configs = {**settings["configs"], **settings["finetunes"]}
+    lines = [
+        f"`{facts['command']}`",
+        "",
+        f"- machine: {describe(facts['machine'])}, {_words(facts['machine'])}",
+        *(f"- versions: {text}" for text in versions),
+        f"- commit: {', '.join(commits) or NONE} (+: with changes)",
+        f"- written: {facts['written']}",
+        f"- configs: {', '.join(f'{label} = `{source}`' for label, source in configs.items())}",
+        f"- keys set for all: {_words(facts['overrides']) or 'none'}",
+        f"- whole budget: {settings['budget_seconds']:g} s of training, without compiling, "
+        "evaluating, saving and fine-tuning; every run has a schedule of its own that comes to "
+        "its end",
+        f"- seeds: {settings['seeds']}",
+    ]
+    for label, teachers in settings["teachers"].items():
+        lines.append(
+            f"- note: {label} learns from evaluations ({', '.join(teachers)}) while it trains; "
+            "their time is not in its seconds"
+        )
+    if len(versions) > 1 or len(commits) > 1:
+        lines.append("- note: the cells are of several versions or commits, see the list of cells")
+    return "\n".join(lines)
+
+
+def _problems(facts: Facts) -> str:
+    """What a reader must know before the figures."""
+    rows, lines = _all_rows(facts), []
+    if facts.get("planned", len(rows)) > len(rows):
+        lines.append(
+            f"{len(rows)} of {facts['planned']} cells are there; run the command again for more"
+        )
+    for status in ("rejected", "stopped"):
+        count = sum(row["status"] == status for row in rows)
+        if count:
+            lines.append(f"{count} cells are {status} and enter no mean, see the list of cells")
+    count = sum(row["off_budget"] for row in rows)
+    if count:
+        lines.append(f"{count} cells are off their budget by more than a tenth (marked *)")
+    lines += [f"left out: {reason}" for reason in facts["left_out"]]
+    return "\n".join(f"- **{text}**" for text in lines)
+
+
+def _times(metric: str, times: Facts) -> str:
+    rows = []
+    for label, by_cost in times["configs"].items():
+        seconds = by_cost["seconds"]
+        share = seconds["share"]
+        rows.append(
+            [
+                label,
+                _share(seconds),
+                _interval(seconds),
+                NONE if seconds["reached"] is None else f"{100 * seconds['reached']:.0f} %",
+                NONE if share is None else f"{'≥ ' * seconds['at_most']}{1 / share:.2f} ×",
+                _share(by_cost["samples"]),
+                _share(by_cost["flops"]),
+            ]
+        )
+    columns = ["config", "share of seconds", "90 % interval", "reached in", "faster"]
+    return (
+        f"The score to reach is that of {times['baseline']} after its whole budget, "
+        f"{units.format_value(metric, times['score'])} in the mean of its seeds. Between budgets "
+        "the mean score is interpolated, linear in the logarithm of the cost; beyond them nothing "
+        "is assumed. The interval is from a bootstrap over the seeds of both, too narrow where "
+        "they are few.\n\n" + markdown_table([*columns, "share of samples", "share of FLOPs"], rows)
+    )
+
+
+def _share(cost: Facts) -> str:
+    if cost["share"] is None:
+        return "not reached"
+    return f"{'≤ ' if cost['at_most'] else ''}{100 * cost['share']:.0f} %"
+
+
+def _interval(cost: Facts) -> str:
+    if cost["reached"] is None:
+        return f"{NONE} (one seed)"
+    ends = ["not reached" if cost[k] is None else f"{100 * cost[k]:.0f} %" for k in ("low", "high")]
+    return f"{ends[0]} to {ends[1]}" if ends[0] != ends[1] else ends[0]
+
+
+def _curves(metric: str, curves: Facts, facts: Facts) -> str:
+    fractions = facts["settings"]["fractions"]
+    budget = facts["settings"]["budget_seconds"]
+    rows = []
+    for label, points in curves.items():
+        at = {point["fraction"]: point for point in points}
+        rows.append([label, *(_point(metric, at.get(fraction)) for fraction in fractions)])
+    columns = [f"{fraction * budget:.3g} s ({fraction:.3g})" for fraction in fractions]
+    return "Mean ± standard deviation over seeds (how many).\n\n" + markdown_table(
+        ["config", *columns], rows
+    )
+
+
+def _point(metric: str, point: Facts | None) -> str:
+    if point is None:
+        return NONE
+    mean = units.format_value(metric, point["mean"])
+    spread = "" if point["deviation"] is None else f" ± {_spread(metric, point['deviation'])}"
+    return f"{mean}{spread} ({len(point['seeds'])})"
+
+
+def _spread(metric: str, value: float) -> str:
+    """A deviation in the unit of its mean."""
+    if units.unit_of(metric) == "percent":
+        return f"{100 * value:.1f}"
+    return units.format_number(value)
+
+
+def _cost(rows: Sequence[Facts]) -> str:
+    """What an update costs, from all cells of a config."""
+    lines = []
+    for label in dict.fromkeys(row["config"] for row in rows):
+        mine = [row for row in rows if row["config"] == label and row["steps"]]
+        if mine:
+            steps, samples, seconds, flops = (
+                sum(row[key] for row in mine) for key in ("steps", "samples", "seconds", "flops")
+            )
+            lines.append(
+                [
+                    label,
+                    f"{1e3 * seconds / steps:.2f}",
+                    f"{samples / seconds:,.0f}",
+                    f"{flops / samples / 1e9:.4g}",
+                    f"{max(row['compile_seconds'] for row in mine):.1f}",
+                    f"{100 * max(row['input_wait_fraction'] for row in mine):.2f} %",
+                    f"{statistics.median(row['finetune_seconds'] for row in mine):.1f}",
+                ]
+            )
+    columns = ["config", "ms an update", "samples/s", "GFLOPs a sample", "compile s (first)"]
+    return markdown_table([*columns, "input wait (worst)", "fine-tuning s a cell"], lines)
+
+
+def _rates(facts: Facts) -> str:
+    settings = facts["settings"]
+    fraction, metric = settings["fractions"][0], settings["tune_metric"]
+    lines = []
+    for label, rates in facts["rates"].items():
+        tried = {
+            row["rate"]: row
+            for row in facts["rows"]
+            if (row["config"], row["fraction"], row["seed"]) == (label, fraction, 0)
+        }
+        lines += [_rate(label, rate, rates, tried.get(rate), metric) for rate in rates["grid"]]
+    return (
+        f"The same grid ({', '.join(settings['rates'])}; x: times the config's own) for each "
+        f"config, by seed 0 at {fraction:.3g} of the budget; the best by {metric} is used at all "
+        "budgets.\n\n" + markdown_table(["config", "rate", metric, ""], lines)
+    )
+
+
+def _rate(label: str, rate: float, rates: Facts, row: Facts | None, metric: str) -> list[str]:
+    if row is None:
+        score = NONE
+    elif row["status"] == "counted":
+        score = units.format_value(metric, row["scores"][metric])
+    else:
+        score = row["status"]
+    note = ""
+    if rate == rates["chosen"]:
+        grid = rates["grid"]
+        at_edge = len(grid) > 1 and rate in (min(grid), max(grid))
+        note = "used; at the edge of the grid" if at_edge else "used"
+    return [label, f"{rate:.4g}", score, note]
+
+
+def _cells(rows: Sequence[Facts], metrics: Iterable[str]) -> str:
+    metrics = list(metrics)
+    lines = [
+        [
+            row["config"],
+            f"{row['fraction']:.3g}",
+            f"{row['rate']:.4g}",
+            str(row["seed"]),
+            f"{row['steps']:,}",
+            f"{row['samples']:,}",
+            f"{row['seconds']:.1f} of {row['asked_seconds']:.1f}{'*' * row['off_budget']}",
+            f"{row['flops'] / 1e12:.4g}",
+            f"{row['compile_seconds']:.1f}",
+            f"{100 * row['input_wait_fraction']:.2f} %",
+            *(
+                units.format_value(name, row["scores"][name]) if name in row["scores"] else NONE
+                for name in metrics
+            ),
+            row["status"] + (f": {row['reason']}" if row["reason"] else ""),
+            row["commit"],
+        ]
+        for row in sorted(rows, key=lambda r: (r["config"], r["fraction"], r["rate"], r["seed"]))
+    ]
+    columns = ["config", "budget", "rate", "seed", "updates", "samples", "seconds", "TFLOPs"]
+    return markdown_table(
+        [*columns, "compile s", "input wait", *metrics, "status", "commit"], lines
+    )
+
+
+def _rungs(metric: str, rungs: Sequence[Facts]) -> str:
+    keys = list(rungs[0]["trials"][0]["candidate"]) if rungs else []
+    lines = []
+    for rung in rungs:
+        for trial in rung["trials"]:
+            rows = trial["rows"]
+            scores = [row["scores"][metric] for row in rows if row["status"] == "counted"]
+            faults = [row for row in rows if row["reason"]]
+            reasons = "; ".join(f"{row['status']}: {row['reason']}" for row in faults)
+            seconds = statistics.fmean(row["seconds"] for row in rows)
+            off_budget = any(row["off_budget"] for row in rows)
+            values = [trial["candidate"][key] for key in keys]
+            lines.append(
+                [
+                    f"{rung['fraction']:.3g}",
+                    *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values),
+                    units.format_value(metric, statistics.fmean(scores)) if scores else NONE,
+                    f"{len(scores)} of {len(rows)}",
+                    f"{seconds:.1f} of {rows[0]['asked_seconds']:.1f}{'*' * off_budget}",
+                    reasons,
+                ]
+            )
+    if not lines:
+        return ""
+    return markdown_table(["budget", *keys, metric, "seeds", "seconds", ""], lines)
+
+
+def _all_rows(facts: Facts) -> list[Facts]:
+    """The rows of a comparison, or of all trials of a search."""
+    if "rows" in facts:
+        return list(facts["rows"])
+    return [
+        row
+        for found in facts["search"].values()
+        for rung in found["rungs"]
+        for trial in rung["trials"]
+        for row in trial["rows"]
+    ]
+
+
+def _words(facts: Facts) -> str:
+    return ", ".join(f"{key} {value}" for key, value in facts.items())

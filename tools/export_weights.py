@@ -1,0 +1,169 @@
+"""The parameters of a run as safetensors, with a model card: to keep, to start from, to publish.
+
+    python -m tools.export_weights runs/demo --out=exported/
+    python -m vlp_jax.main --config=... --config.init_from=exported/model.safetensors
+
+writes ``model.safetensors`` (names are paths in the parameter tree; config, tokenizer, step and
+metrics in its metadata), ``tokenizer.json`` and the card ``README.md``. The moving average is taken
+where the run keeps one: it is what its evaluators saw.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from vlp_jax.data.tokenizer import FILE_NAME as TOKENIZER_FILE
+from vlp_jax.data.tokenizer import Tokenizer
+from vlp_jax.infra.checkpoint import MANIFEST
+from vlp_jax.infra.files import write_text
+from vlp_jax.infra.report import RUN_FILE
+from vlp_jax.models.pretrained import WEIGHTS_FILE, Metadata, save_parameters
+from vlp_jax.models.sizes import parameter_table
+from vlp_jax.train.initial import CHECKPOINT_FOLDER, Origin, read_origin
+
+CARD_FILE = "README.md"
+
+
+def export_weights(
+    workdir: str | pathlib.Path,
+    out: str | pathlib.Path,
+    checkpoint: str = "latest",
+    overwrite: bool = False,
+) -> pathlib.Path:
+    """Write parameters, tokenizer and model card of a run.
+
+    Args:
+        workdir: of the run, or one checkpoint of it.
+        out: folder to write to; made if absent.
+        checkpoint: of a workdir: ``latest``, ``best`` or a step.
+        overwrite: whether files of these names may be replaced.
+
+    Returns:
+        The file of the parameters.
+
+    Raises:
+        FileExistsError: a file is there already; nothing was written.
+        ConfigError, ValueError, RuntimeError, OSError: no such checkpoint, or a damaged one.
+    """
+    workdir, out = pathlib.Path(workdir), pathlib.Path(out)
+    taken = [name for name in (WEIGHTS_FILE, TOKENIZER_FILE, CARD_FILE) if (out / name).exists()]
+    if taken and not overwrite:
+        raise FileExistsError(
+            f"{out} already has {', '.join(taken)}; give another folder, or --overwrite"
+        )
+    origin = read_origin(workdir, checkpoint)
+    metrics = _metrics(workdir, origin.step)
+    metadata = Metadata(
+        config={**origin.config, "classes": list(origin.classes)},
+        tokenizer=origin.tokenizer,
+        step=origin.step,
+        metrics=metrics,
+        sources={"run": origin.config["name"]},
+    )
+    facts_file = workdir / RUN_FILE
+    facts = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
+    card = model_card(origin, metrics, facts)
+    save_parameters(out / WEIGHTS_FILE, origin.arrays, metadata)
+    write_text(out / TOKENIZER_FILE, origin.tokenizer)
+    write_text(out / CARD_FILE, card)
+    return out / WEIGHTS_FILE
+
+
+def model_card(origin: Origin, metrics: Mapping[str, float], facts: Mapping[str, Any]) -> str:
+    """What one must know of the weights, in Markdown with the front matter of model hubs.
+
+    Args:
+        origin: the parameters and their company.
+        metrics: evaluated for these very parameters.
+        facts: ``run.json`` of the run; may be empty.
+    """
+    config = origin.config
+    tokens = Tokenizer.from_json(origin.tokenizer, origin.where).vocab_size
+    trained: dict[str, Any] = {
+        "updates": origin.step,
+        "batch size": config["data"]["batch_size"],
+        "objectives": ", ".join(config["objectives"]),
+        "image size": f"{config['data']['image_size']} pixels",
+        "vocabulary": f"{tokens} tokens",
+        "parameters": "moving average" if config["optim"]["ema_decay"] else "of the last update",
+    }
+    trained |= {key: facts[key] for key in ("device", "start", "command") if key in facts}
+    data = [
+        (f"`{name}`", ", ".join(f"{key}={value}" for key, value in section.items() if value))
+        for name, section in config["data"]["sources"].items()
+    ]
+    sizes = [(f"`{name}`", f"{count:,}") for name, count in parameter_table(origin.params())]
+    scores = [(f"`{name}`", f"{value:.4g}") for name, value in sorted(metrics.items())]
+    sections = [
+        "---\nlibrary_name: vlp_jax\ntags:\n- vision-language\n- jax\n---",
+        f"# {config['name']}",
+        "A vision-language model pretrained with `vlp_jax`.",
+        "## Training",
+        _table(("", ""), trained.items()),
+        "## Data",
+        _table(("source", "settings"), data),
+        "## Evaluation",
+        _table(("metric", "value"), scores)
+        if scores
+        else "No evaluation was run at this checkpoint.",
+        "## Parameters",
+        _table(("module", "count"), sizes),
+        "## Use",
+        "```python\n"
+        "from vlp_jax.models.pretrained import load_metadata, load_parameters\n\n"
+        f'parameters = load_parameters("{WEIGHTS_FILE}")  # path in the parameter tree -> array\n'
+        f'metadata = load_metadata("{WEIGHTS_FILE}")  # config, tokenizer, step, metrics\n'
+        "```",
+        f"A run starts from it by `--config.init_from={WEIGHTS_FILE}`; `{TOKENIZER_FILE}` is the "
+        "tokenizer it was trained with.",
+        "## Limits",
+        "The model knows what its data shows, with the biases of that data, and the metrics above "
+        "are those of its own validation split. No licence is stated: add the one that the data "
+        "and the initial weights allow before you publish this file.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _metrics(workdir: pathlib.Path, step: int | None) -> dict[str, float]:
+    """The metrics saved with a checkpoint."""
+    folder = workdir / CHECKPOINT_FOLDER / str(step)
+    root = folder if folder.is_dir() else workdir
+    metrics: dict[str, float] = json.loads((root / MANIFEST).read_text())["metrics"]
+    return metrics
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Export, and print where to.
+
+    Args:
+        arguments: the command line without the program; that of the process by default.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.export_weights",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("workdir", help="folder that was given to the trainer, or a checkpoint")
+    parser.add_argument("--out", required=True, help="folder to write to")
+    parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    given = parser.parse_args(arguments)
+    try:
+        file = export_weights(given.workdir, given.out, given.checkpoint, given.overwrite)
+    except (ValueError, OSError, RuntimeError) as error:
+        parser.error(str(error))
+    print(f"wrote {file}, {TOKENIZER_FILE} and {CARD_FILE}")
+
+
+if __name__ == "__main__":
+    main()

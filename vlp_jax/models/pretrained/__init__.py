@@ -1,0 +1,42 @@
+"""Weights in and out: public checkpoints into our naming, and our own parameter files.
+
+- ``read_weights``, ``convert_image``, ``convert_text``: CLIP, ViT, MAE, RoBERTa, BERT -> ours.
+- ``save_parameters``, ``load_parameters``, ``load_metadata``, ``check_vocabulary``: our files.
+- ``merge``: loaded parameters into freshly initialised ones, with a report.
+"""
+
+from vlp_jax.models.pretrained.convert import Converted, convert_image, convert_text
+from vlp_jax.models.pretrained.files import (
+    WEIGHTS_FILE,
+    Metadata,
+    Weights,
+    WeightsError,
+    check_vocabulary,
+    load_metadata,
+    load_parameters,
+    read_weights,
+    save_parameters,
+)
+from vlp_jax.models.pretrained.merge import STATUSES, Report, Row, merge
+from vlp_jax.models.pretrained.pixels import PIXELS, Pixels
+
+__all__ = [
+    "PIXELS",
+    "STATUSES",
+    "WEIGHTS_FILE",
+    "Converted",
+    "Metadata",
+    "Pixels",
+    "Report",
+    "Row",
+    "Weights",
+    "WeightsError",
+    "check_vocabulary",
+    "convert_image",
+    "convert_text",
+    "load_metadata",
+    "load_parameters",
+    "merge",
+    "read_weights",
+    "save_parameters",
+]
