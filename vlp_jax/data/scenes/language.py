@@ -17,8 +17,6 @@ NUM_CAPTIONS = 5
 
 _OPENERS = ("", "a picture of", "an image with", "this scene shows", "we can see")
 _EASY_OPENERS = ("", "a picture of", "there is", "we see", None)  # None: the number of objects
-# Things said by the five captions of one scene, before they are dealt out in a random order.
-_CLAUSES = (1, 1, 1, 2, 3)
 
 
 class Caption(NamedTuple):
@@ -61,7 +59,7 @@ def describe(scene: Scene, index: int, level: Level, draw: Draw) -> Caption:
     opener = (index + deal) % NUM_CAPTIONS
     if not level.rich:
         return _easy(scene, _EASY_OPENERS[opener], draw)
-    clauses = _CLAUSES[(index + deal // NUM_CAPTIONS) % NUM_CAPTIONS]
+    clauses = level.clauses[(index + deal // NUM_CAPTIONS) % NUM_CAPTIONS]
     if len(scene.objects) == 1:
         clauses = 1  # a second clause would sound as if it spoke of a second object
     return _full(scene, _OPENERS[opener], clauses, level.max_words, draw)
@@ -124,7 +122,9 @@ def _makers(scene: Scene) -> list[Maker]:
     if len(scene.objects) == 1:
         return [_listed, _placed]
     makers: list[Maker] = [_relation, _listed, _counted, _relation, _placed]
-    if len(scene.objects) > 2:
+    if scene.crowd is not None:
+        makers += [_crowded, _total, _relation]
+    elif len(scene.objects) > 2:
         makers += [_total, _between]
     if scene.overlap:
         makers.insert(2, _overlapping)
@@ -204,6 +204,17 @@ def _counted(scene: Scene, draw: Draw) -> Clause:
         Phrase(texture=obj.texture),
         Phrase(size=obj.size),
     )[kind]
+    return _number_of(scene, phrase, draw)
+
+
+def _crowded(scene: Scene, draw: Draw) -> Clause:
+    """How many objects are of the crowd, if any."""
+    if scene.crowd is None or scene.repeats == 0:
+        return _counted(scene, draw)
+    return _number_of(scene, Phrase(*scene.crowd), draw)
+
+
+def _number_of(scene: Scene, phrase: Phrase, draw: Draw) -> Clause:
     number = len(facts.matching(scene, phrase))
     text = words.counted(phrase, number, draw, synonyms=True)
     return Clause(text, "is" if number == 1 else "are", "", (Count(phrase, number),))

@@ -21,9 +21,11 @@ SIZES: tuple[str, ...] = ("small", "medium", "large")
 TEXTURES: tuple[str, ...] = ("filled", "striped", "outlined", "dotted")
 BACKGROUNDS: tuple[str, ...] = ("plain", "gradient", "bands", "checks", "waves")
 SPLITS: tuple[str, ...] = ("train", "val", "test", "compositional")
-MAX_COUNT = 5
+MAX_COUNT = 8
 
 T = TypeVar("T")
+Attributes = tuple[int, int, int, int]  # shape, colour, size, texture, as in ``Object``
+Crowd = tuple[int | None, int | None, int | None, int | None]  # likewise, None for any
 
 # Each colour misses two shapes and each shape two colours in train, val and test; the
 # compositional split has these pairs and no others.
@@ -36,6 +38,15 @@ _BORDER = 0.015  # clear distance to the edge of the image
 _NEAREST = 0.54  # least distance of overlapping centres, in sums of radii: 60 % stays visible
 _CROWDED = 0.125  # most of the sum of squared radii of a scene
 _TRIES = 24  # positions tried for one object before the layout is started again
+
+# The attributes that the objects of a crowd share: one, or two of which each other object may
+# have either but not both.
+_CROWDS: tuple[tuple[str, ...], ...] = (
+    *(("shape",), ("colour",), ("size",), ("texture",)),
+    *(("shape", "colour"), ("shape", "size"), ("shape", "texture")),
+    *(("colour", "size"), ("colour", "texture"), ("size", "texture")),
+)
+_LEAST_CROWDED = 3  # objects of a scene with a crowd, at least
 
 
 class Object(NamedTuple):
@@ -78,7 +89,9 @@ class Scene(NamedTuple):
     ``overlap`` names the one pair of objects that overlap, back one first; the circumscribed
     circles of all other pairs are apart. ``theme`` is the attribute of which ``repeats`` objects
     share the value ``theme_value`` (no other object has it), None where levels have no themes.
-    ``variant`` in [0, 1) deals out the styles of the scene's captions.
+    ``variant`` in [0, 1) deals out the styles of the scene's captions. ``crowd`` holds shape,
+    colour, size and texture, None for those left open: exactly ``repeats`` objects, maybe none,
+    fit all that it fixes. It is None where levels have no crowds.
     """
 
     objects: tuple[Object, ...]
@@ -88,6 +101,7 @@ class Scene(NamedTuple):
     theme_value: int
     repeats: int
     variant: float
+    crowd: Crowd | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +121,12 @@ class Level:
         rich: captions of every length with synonyms, all kinds of clauses, sizes and textures;
             otherwise short ones that name colour and shape of every object in the same words.
         max_words: the longest caption.
+        palette: so many colours and as many shapes occur in one scene, so that objects share
+            them; None: any number. Scenes with a palette have a crowd and no theme, and more
+            objects the larger the crowd.
+        clauses: things said by the five captions of one scene, before they are dealt out in a
+            random order.
+        bound: tasks name an object by so many of its attributes or more.
     """
 
     max_count: int
@@ -120,6 +140,9 @@ class Level:
     noise: float
     rich: bool
     max_words: int
+    palette: int | None = None
+    clauses: tuple[int, ...] = (1, 1, 1, 2, 3)
+    bound: int = 1
 
 
 LEVELS: dict[str, Level] = {
@@ -148,6 +171,22 @@ LEVELS: dict[str, Level] = {
         noise=4.0,
         rich=True,
         max_words=40,
+    ),
+    "hard": Level(
+        max_count=8,
+        num_colours=10,
+        num_shapes=10,
+        radii=((0.07, 0.076), (0.092, 0.099), (0.118, 0.126)),
+        textures=(0, 1, 2, 3),
+        overlap=0.0,
+        themes=False,
+        turn=0.2,
+        noise=4.0,
+        rich=True,
+        max_words=40,
+        palette=3,
+        clauses=(2, 2, 3, 4, 5),
+        bound=2,
     ),
 }
 
@@ -183,20 +222,26 @@ class World:
 
     def sample(self, draw: Draw) -> Scene:
         """The scene that an endless stream of uniform draws describes."""
-        count = 1 + int(draw() * self.level.max_count)
-        theme, repeats = self._theme(draw, count)
-        colours, shapes = self._colours_and_shapes(draw, count, theme, repeats)
-        sizes = self._draw_sizes(draw, count, repeats if theme == "size" else None)
-        textures = _values(
-            draw, self.level.textures, count, repeats if theme == "texture" else None
-        )
-        values = {"colour": colours, "shape": shapes, "size": sizes, "texture": textures}
-        theme_value = values[theme][0] if theme else -1
+        theme: str | None = None
+        theme_value, crowd = -1, None
+        if self.level.palette:
+            crowd, repeats, drawn = self._crowded(draw, self.level.palette)
+            shapes, colours, sizes, textures = (list(column) for column in zip(*drawn, strict=True))
+        else:
+            count = 1 + int(draw() * self.level.max_count)
+            theme, repeats = self._theme(draw, count)
+            colours, shapes = self._colours_and_shapes(draw, count, theme, repeats)
+            sizes = self._draw_sizes(draw, count, repeats if theme == "size" else None)
+            textures = _values(
+                draw, self.level.textures, count, repeats if theme == "texture" else None
+            )
+            values = {"colour": colours, "shape": shapes, "size": sizes, "texture": textures}
+            theme_value = values[theme][0] if theme else -1
         radii = [_between(draw, *self._radii(size)) for size in sizes]
         angles = [_between(draw, -self.level.turn, self.level.turn) for _ in sizes]
         tints = [_between(draw, -1, 1) for _ in sizes]
         background, variant = self._background(draw), draw()
-        order = sorted(range(count), key=radii.__getitem__, reverse=True)
+        order = sorted(range(len(radii)), key=radii.__getitem__, reverse=True)
         bare = [
             Object(
                 shapes[i], colours[i], sizes[i], textures[i], radii[i], 0, 0, angles[i], tints[i]
@@ -208,7 +253,54 @@ class World:
         while centres is None:
             centres = _place(draw, bare, overlap)
         objects = tuple(o._replace(x=x, y=y) for o, (x, y) in zip(bare, centres, strict=True))
-        return Scene(objects, background, overlap, theme, theme_value, repeats, variant)
+        return Scene(objects, background, overlap, theme, theme_value, repeats, variant, crowd)
+
+    def _crowded(self, draw: Draw, palette: int) -> tuple[Crowd, int, list[Attributes]]:
+        """A crowd, how many objects are of it, and the attributes of every object.
+
+        How many is drawn before anything else and from all numbers alike, so that nothing that a
+        question says of the crowd tells its answer.
+        """
+        repeats = int(draw() * self.level.max_count)
+        fewest = max(repeats + 1, _LEAST_CROWDED)
+        count = fewest + int(draw() * (self.level.max_count + 1 - fewest))
+        pairs = self._palette(draw, palette)
+        sizes, textures = self._sizes, self.level.textures
+
+        shared = pick(draw, _CROWDS)
+        colour, shape = pick(draw, pairs)
+        crowd = (
+            shape if "shape" in shared else None,
+            colour if "colour" in shared else None,
+            pick(draw, sizes) if "size" in shared else None,
+            pick(draw, textures) if "texture" in shared else None,
+        )
+        shape_of, colour_of, size_of, texture_of = crowd
+        fitting = [p for p in pairs if colour_of in (None, p[0]) and shape_of in (None, p[1])]
+        drawn = []
+        for _ in range(repeats):
+            colour, shape = pick(draw, fitting)
+            size = pick(draw, sizes) if size_of is None else size_of
+            texture = pick(draw, textures) if texture_of is None else texture_of
+            drawn.append((shape, colour, size, texture))
+        while len(drawn) < count:
+            colour, shape = pick(draw, pairs)
+            other = (shape, colour, pick(draw, sizes), pick(draw, textures))
+            if any(wanted not in (None, own) for wanted, own in zip(crowd, other, strict=True)):
+                drawn.append(other)
+        return crowd, repeats, drawn
+
+    def _palette(self, draw: Draw, number: int) -> list[tuple[int, int]]:
+        """The (colour, shape) pairs of ``number`` colours and as many shapes, each in a pair."""
+        colours: list[int] = []
+        shapes: list[int] = []
+        while len(colours) < number:
+            colour = pick(draw, range(self.level.num_colours))
+            shape = pick(draw, self._shapes_of[colour])
+            if colour not in colours and shape not in shapes:
+                colours.append(colour)
+                shapes.append(shape)
+        return [(c, s) for c in colours for s in shapes if (c, s) in self.pairs]
 
     def _radii(self, size: int) -> tuple[float, float]:
         radii = self.level.radii[size]

@@ -1,0 +1,168 @@
+"""Runs that start from another run's parameters, and the predictor over a checkpoint."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_config import get_config
+
+from vlp_jax.infra.checkpoint import load_params
+from vlp_jax.predict import Predictor
+from vlp_jax.train.initial import read_origin
+from vlp_jax.train.setup import prepare
+
+
+def save(config, workdir):
+    """A run that stopped before its first update."""
+    setup = prepare(config, workdir)
+    with setup.open_checkpoints() as checkpoints:
+        checkpoints.save(0, setup.first_state()[0], {}, setup.checkpoint_extra())
+        checkpoints.wait()
+    return setup
+
+
+def small_config(objectives, **changes):
+    config = get_config()
+    config.optim.ema_decay = 0.0
+    config.checkpoint.best_metric = ""
+    with config.unlocked():
+        config.evals = {}
+        config.objectives = objectives
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    """A pretrained run of another width than the default."""
+    workdir = tmp_path_factory.mktemp("origin")
+    objectives = {
+        "mlm": {},
+        "ar": {},
+        "itc": {"embedding_dim": 8},
+        "itm": {"embedding_dim": 8, "readout": "auto"},
+    }
+    changes = {"model.text.width": 24, "model.image.width": 24}
+    return save(small_config(objectives, **changes), workdir)
+
+
+def downstream(origin, **changes):
+    changes = {"init_from": str(origin.workdir), "adopt_model": True, **changes}
+    objectives = {"answers": {"type": "entailment", "num_classes": 3, "readout": "auto"}}
+    return small_config(objectives, **changes)
+
+
+def test_parameters_geometry_tokenizer_and_readout_are_taken_over(origin, tmp_path):
+    setup = prepare(downstream(origin), tmp_path)
+    assert setup.config.model.text.width == 24
+    assert setup.config.objectives.answers.readout == "bidirectional"  # what MLM has trained
+    assert setup.tokenizer.to_json() == origin.tokenizer.to_json()
+    state, report = setup.first_state()
+    there = load_params(origin.workdir / "checkpoints").state
+    jax.tree.map(np.testing.assert_array_equal, state.params["image_tower"], there["image_tower"])
+    fresh = setup.program.init().params
+    jax.tree.map(np.testing.assert_array_equal, state.params["answers_head"], fresh["answers_head"])
+    assert {row.parameter.split("/")[0] for row in report.of("new")} == {"answers_head"}
+    assert "vocabulary_head" in {
+        r.parameter.split("/")[0] or r.sources[0].split("/")[0] for r in report.of("unused")
+    }
+
+
+def test_a_begun_run_needs_its_origin_no_more(origin, tmp_path):
+    moved = tmp_path / "origin"
+    shutil.copytree(origin.workdir, moved)
+    run = tmp_path / "run"
+    save(downstream(origin, init_from=str(moved)), run)
+    shutil.rmtree(moved)
+    setup = prepare(downstream(origin, init_from=str(moved)), run)
+    assert setup.origin is None
+    assert setup.config.model.text.width == 24
+    assert setup.config.objectives.answers.readout == "bidirectional"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init_from": "/nowhere"}, r"config\.init_from: /nowhere is neither"),
+        ({"init_checkpoint": "newest"}, r"config\.init_checkpoint: 'newest' is no checkpoint"),
+        ({"init_checkpoint": "7"}, r"no checkpoint of step 7"),
+        ({"adopt_model": False}, r"width|shape|differ"),
+        ({"data.image_size": 24, "model.image.patch_size": 4}, None),
+    ],
+)
+def test_misfits_are_found_before_any_device_time(origin, tmp_path, changes, message):
+    config = downstream(origin, **changes)
+    if message is None:  # another grid of patches is no misfit: the table is resized
+        setup = prepare(config, tmp_path)
+        _, report = setup.first_state()
+        assert [row.parameter for row in report.of("resized")] == ["image_tower/position_embedding"]
+        return
+    with pytest.raises((ValueError, OSError), match=message):
+        prepare(config, tmp_path)
+
+
+def test_another_vocabulary_is_refused(origin, tmp_path):
+    other = json.loads(origin.tokenizer.to_json())
+    vocabulary = other["model"]["vocab"]
+    last, before = sorted(vocabulary, key=vocabulary.get)[-1:-3:-1]
+    vocabulary[last], vocabulary[before] = vocabulary[before], vocabulary[last]
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"token"):
+        prepare(downstream(origin, **{"tokenizer.path": str(file)}), tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def predictor(origin):
+    return Predictor.load(origin.workdir)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    draw = np.random.default_rng(0)
+    files = [folder / f"{i}.png" for i in range(3)]
+    for file in files:
+        Image.fromarray(draw.integers(0, 256, (30, 40, 3), np.uint8)).save(file)
+    return files
+
+
+def test_the_predictor_is_the_run(origin, predictor):
+    arrays = read_origin(origin.workdir).arrays
+    assert int(sum(a.size for a in arrays.values())) == sum(
+        leaf.size for leaf in jax.tree.leaves(predictor.params)
+    )
+    assert predictor.tokenizer.to_json() == origin.tokenizer.to_json()
+
+
+def test_ranking_orders_images_and_texts(predictor, pictures):
+    texts = ["a red square", "two circles"]
+    images = predictor.embed_images(pictures)
+    words = predictor.embed_texts(texts)
+    np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, rtol=1e-5)
+    assert predictor.rank(pictures, texts).shape == (3, 2)
+    alone = predictor.embed_images(pictures[1:2])
+    np.testing.assert_allclose(alone, images[1:2], atol=1e-5)
+    assert words.shape == (2, 8)
+
+
+def test_captions_are_ordered_by_probability(predictor, pictures):
+    [first, *_] = predictor.caption(pictures, beams=2, max_length=6)
+    scores = [score for _, score in first]
+    assert scores == sorted(scores, reverse=True)
+    # An array is read as its file is.
+    array = np.asarray(Image.open(pictures[0]))
+    [again] = predictor.caption([array], beams=2, max_length=6)
+    assert [text for text, _ in again] == [text for text, _ in first]
+
+
+def test_what_a_checkpoint_cannot_do_is_said(predictor, pictures, tmp_path):
+    with pytest.raises(ValueError, match="needs vqa or entailment: fine-tune it"):
+        predictor.answer(pictures[0], "what?")
+    with pytest.raises(ValueError, match="an empty text"):
+        predictor.embed_texts([" . "])
+    with pytest.raises(OSError, match="absent"):
+        predictor.embed_images([tmp_path / "absent.jpg"])

@@ -1,0 +1,121 @@
+"""Use a checkpoint on one's own images and texts; prints one JSON object.
+
+    python -m tools.predict caption --checkpoint=WORKDIR --image=cat.jpg
+    python -m tools.predict answer  --checkpoint=WORKDIR --image=cat.jpg --text="what is this?"
+    python -m tools.predict compare --checkpoint=WORKDIR --image=a.jpg --image=b.jpg --text="..."
+    python -m tools.predict rank    --checkpoint=WORKDIR --image=a.jpg --image=b.jpg --text="a cat"
+    python -m tools.predict embed   --checkpoint=WORKDIR --image=a.jpg --text="a cat" --out=e.npz
+
+``--checkpoint`` is a run's workdir, one of its checkpoints, or an exported parameter file. In
+Python: ``vlp_jax.predict.Predictor``.
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import app, flags, logging
+
+from vlp_jax.data.source import BadExample
+from vlp_jax.infra.compilation import set_gpu_flags
+from vlp_jax.infra.preemption import ExitCode
+from vlp_jax.predict import Predictor
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir, checkpoint or parameter file")
+_WHICH = flags.DEFINE_string("which", "latest", "checkpoint of a workdir: latest, best or a step")
+_IMAGES = flags.DEFINE_multi_string("image", [], "image file; repeat for several")
+_TEXTS = flags.DEFINE_multi_string("text", [], "text; repeat for several")
+_BEAMS = flags.DEFINE_integer("beams", 3, "captions of each image", lower_bound=1)
+_TOP = flags.DEFINE_integer("top", 5, "answers shown", lower_bound=1)
+_OUT = flags.DEFINE_string("out", None, "embed: file for the vectors, .npz")
+
+
+def caption(predictor: Predictor) -> Any:
+    """Captions of each image with log-probabilities."""
+    _need(images=1)
+    found = predictor.caption(_IMAGES.value, beams=_BEAMS.value)
+    return {
+        name: [{"caption": text, "log_probability": round(score, 4)} for text, score in captions]
+        for name, captions in zip(_IMAGES.value, found, strict=True)
+    }
+
+
+def answer(predictor: Predictor) -> Any:
+    """Answers to each question about the image, or classes of each hypothesis."""
+    _need(images=1, texts=1)
+    return {
+        text: _chances(predictor.answer(_IMAGES.value[0], text, _TOP.value))
+        for text in _TEXTS.value
+    }
+
+
+def compare(predictor: Predictor) -> Any:
+    """Whether each statement is true of the two images."""
+    _need(images=2, texts=1)
+    first, second = _IMAGES.value[:2]
+    return {text: _chances(predictor.compare(first, second, text)) for text in _TEXTS.value}
+
+
+def rank(predictor: Predictor) -> Any:
+    """Images by how well each text describes them, best first."""
+    _need(images=1, texts=1)
+    scores = predictor.rank(_IMAGES.value, _TEXTS.value)
+    return {
+        text: [
+            {"image": _IMAGES.value[i], "score": round(float(scores[i, column]), 4)}
+            for i in np.argsort(-scores[:, column], kind="stable")
+        ]
+        for column, text in enumerate(_TEXTS.value)
+    }
+
+
+def embed(predictor: Predictor) -> Any:
+    """Unit vectors of images and texts, in a file."""
+    if _OUT.value is None or not (_IMAGES.value or _TEXTS.value):
+        raise app.UsageError("embed needs --out=FILE.npz and an --image or a --text")
+    arrays = {}
+    if _IMAGES.value:
+        arrays["images"] = predictor.embed_images(_IMAGES.value)
+    if _TEXTS.value:
+        arrays["texts"] = predictor.embed_texts(_TEXTS.value)
+    np.savez(_OUT.value, **arrays)  # type: ignore[arg-type]
+    return {"out": _OUT.value} | {name: list(array.shape) for name, array in arrays.items()}
+
+
+COMMANDS: Mapping[str, Callable[[Predictor], Any]] = {
+    "caption": caption,
+    "answer": answer,
+    "compare": compare,
+    "rank": rank,
+    "embed": embed,
+}
+
+
+def _need(images: int = 0, texts: int = 0) -> None:
+    if len(_IMAGES.value) < images or len(_TEXTS.value) < texts:
+        raise app.UsageError(f"this needs {images} --image and {texts} --text, or more")
+
+
+def _chances(pairs: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
+    return [{"answer": text, "probability": round(chance, 4)} for text, chance in pairs]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command named on the command line."""
+    if len(argv) != 2 or argv[1] not in COMMANDS or _CHECKPOINT.value is None:
+        raise app.UsageError(f"write one of {', '.join(COMMANDS)} and --checkpoint=WORKDIR")
+    logging.set_verbosity(logging.WARNING)  # libraries log every file they read
+    try:
+        predictor = Predictor.load(pathlib.Path(_CHECKPOINT.value), _WHICH.value)
+        print(json.dumps(COMMANDS[argv[1]](predictor), indent=2, ensure_ascii=False))
+    except (ValueError, OSError, BadExample) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(ExitCode.BAD_INPUT)
+
+
+if __name__ == "__main__":
+    set_gpu_flags()
+    app.run(main)
