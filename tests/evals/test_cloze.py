@@ -7,7 +7,8 @@ from vlp_jax.data.build import build_source
 from vlp_jax.data.tokenizer import Tokenizer, normalise_caption
 from vlp_jax.evals import build_evaluators
 from vlp_jax.evals import cloze as module
-from vlp_jax.evals.cloze import HEAT_COLOUR, choose_span, heat_map, token_texts
+from vlp_jax.evals.cloze import choose_span, token_texts
+from vlp_jax.evals.pictures import HEAT_COLOUR, heat_map
 from vlp_jax.infra import artifacts
 
 

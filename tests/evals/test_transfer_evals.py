@@ -11,6 +11,7 @@ from vlp_jax.data.batch import MAX_ANSWERS, batch_spec
 from vlp_jax.data.build import SOURCES, build_source
 from vlp_jax.data.scenes import Scenes
 from vlp_jax.evals import build_evaluators
+from vlp_jax.evals.attention_maps import attention_rollout
 from vlp_jax.evals.task import Task
 from vlp_jax.infra.artifacts import load_all
 from vlp_jax.models.sizes import build_model
@@ -222,3 +223,38 @@ def test_a_picture_in_two_splits_is_refused(transfer, monkeypatch):
 def test_errors_name_the_key(transfer, section, message):
     with pytest.raises(ValueError, match=message):
         run(transfer, source="scenes", num_examples=EXAMPLES, **section)
+
+
+@pytest.mark.parametrize("readout", ["query", "bidirectional", "forward"])
+def test_occlusion_is_the_fall_when_a_cell_is_covered(transfer, readout):
+    context, params = transfer
+    task = next(o for o in context.objectives if o.name == "colour")
+    changed = dataclasses.replace(task, readout=readout)
+    context = dataclasses.replace(context, objectives=(changed,))
+    section = {"type": "explain", "source": "colours", "objective": "colour", "cells": 4}
+    metrics, evaluator = run((context, params), num_examples=8, **section)
+    batch, found = evaluator.explanations(params)
+    assert found.occlusion.shape == (8, 4, 4)
+    np.testing.assert_allclose(found.rollout.sum(axis=(1, 2)), 1, atol=0.2)  # and the class token
+    covered = batch["image"].copy()
+    covered[:, 8:16, 24:32] = 128
+    given = {k: batch[k] for k in ("text_ids", "text_length")}
+    before, after = (
+        jax.nn.log_softmax(changed.logits(params, {**given, "image": image}))
+        for image in (batch["image"], covered)
+    )
+    rows = np.arange(8)
+    fall = np.asarray(before - after)[rows, found.answer]
+    np.testing.assert_allclose(found.occlusion[:, 1, 3], fall, atol=1e-4)
+    assert -1 <= metrics["agreement"] <= 1
+
+
+def test_rollout_multiplies_the_layers():
+    draw = np.random.default_rng(0)
+    layers = [jax.nn.softmax(draw.standard_normal((2, 5, 5)).astype(np.float32)) for _ in range(3)]
+    expected = np.eye(5)[None]
+    for layer in layers:
+        expected = (0.5 * np.asarray(layer) + 0.5 * np.eye(5)) @ expected
+    rollout = attention_rollout(layers)
+    np.testing.assert_allclose(rollout, expected, atol=1e-6)
+    np.testing.assert_allclose(rollout.sum(axis=-1), 1, rtol=1e-5)

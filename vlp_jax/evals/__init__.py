@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from vlp_jax.evals.base import EvalContext, Evaluator
 from vlp_jax.evals.captioning import Captioning
 from vlp_jax.evals.cloze import Cloze
+from vlp_jax.evals.explain import Explain
 from vlp_jax.evals.reconstruction import Reconstruction
 from vlp_jax.evals.retrieval import Retrieval
 from vlp_jax.evals.task import Task
@@ -14,6 +15,7 @@ from vlp_jax.infra.errors import ConfigError, section_arguments
 EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {
     "captioning": Captioning,
     "cloze": Cloze,
+    "explain": Explain,
     "reconstruction": Reconstruction,
     "retrieval": Retrieval,
     "task": Task,

@@ -8,6 +8,7 @@ import numpy as np
 from vlp_jax.data.batch import Batch
 from vlp_jax.evals.base import EvalContext
 from vlp_jax.evals.fixed_set import FixedSet
+from vlp_jax.evals.pictures import enlarge
 from vlp_jax.evals.scores.captioning import caption_scores
 from vlp_jax.infra.artifacts import Card, Gallery, Picture, Span
 from vlp_jax.infra.errors import ConfigError
@@ -136,9 +137,7 @@ class Captioning:
         cards = []
         for row in np.linspace(0, len(records) - 1, min(CARDS, len(records))).astype(int):
             pixels = self._set.source.image(int(records[row]), size)
-            factor = max(1, 128 // size)
-            enlarged = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
             spans = (Span(captions[row]), Span(f" (reference: {references[row][0]})"))
-            cards.append(Card(images=(Picture.from_array(enlarged),), spans=spans))
+            cards.append(Card(images=(Picture.from_array(enlarge(pixels)),), spans=spans))
         gallery = Gallery(title=f"{self._name}: captions", cards=tuple(cards), step=step)
         self._context.save(self._name, gallery)

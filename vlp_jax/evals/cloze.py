@@ -8,7 +8,6 @@ blocks, residual streams and feed-forward parts carry the image as well.
 """
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,13 +15,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import Batch, HostBatch
 from vlp_jax.data.tokenizer import Tokenizer
+from vlp_jax.evals.attention_maps import last_attention
 from vlp_jax.evals.base import EvalContext, read, token_classes
 from vlp_jax.evals.fixed_set import FixedSet
+from vlp_jax.evals.pictures import enlarge, heat_map
 from vlp_jax.infra.artifacts import Card, Gallery, Picture, Span, SpanKind
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import batch_shards, global_batch, host_rows, replicated
@@ -32,9 +32,6 @@ from vlp_jax.objectives.base import Params
 from vlp_jax.objectives.flm import FLM, visible_mask
 
 GUESSES = 3  # predictions shown for each hidden token
-PICTURE_SIDE = 192  # pixels; smaller pictures are enlarged to at least this
-HEAT_COLOUR = (235, 60, 20)
-HEAT_OPACITY = 0.75  # of the colour where attention is highest
 
 
 class Answers(NamedTuple):
@@ -264,14 +261,10 @@ def image_attention(intermediates: Mapping[str, Any]) -> jax.Array:
         float32 [B, Q, I]; a row sums to 1, or is zero for a query that sees no text.
     """
 
-    def last(stack: str) -> jax.Array:
-        depth = max(int(k.rpartition("_")[2]) for k in intermediates if k.startswith(stack))
-        [weights] = intermediates[f"{stack}_{depth}"]["cross_attention"]["weights"]
-        return weights.astype(jnp.float32).mean(axis=1)
-
     # Rows of the text's cross-attention are the two streams one after the other, as the
     # reconstructor's keys are.
-    return jnp.einsum("bqk,bki->bqi", last("reconstructor_upper"), last("text_upper"))
+    reading = last_attention(intermediates, "reconstructor_upper")
+    return jnp.einsum("bqk,bki->bqi", reading, last_attention(intermediates, "text_upper"))
 
 
 def token_texts(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
@@ -289,41 +282,6 @@ def token_texts(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
     # Decoders tidy up around punctuation, so that a longer prefix may have a shorter text.
     ends = np.maximum.accumulate(np.minimum(ends, len(text))).tolist()
     return [text[start:end] for start, end in itertools.pairwise(ends)]
-
-
-def enlarge(image: np.ndarray) -> np.ndarray:
-    """A small picture at a whole multiple of its size, at least ``PICTURE_SIDE`` pixels wide.
-
-    Args:
-        image: uint8 [H, H, 3].
-
-    Returns:
-        uint8 [S, S, 3]; pixels of a tiny picture stay squares, which is honest about its size.
-    """
-    factor = math.ceil(PICTURE_SIDE / len(image))
-    return image.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def heat_map(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
-    """A picture with attention laid over it, enlarged like ``enlarge``.
-
-    Args:
-        image: uint8 [H, H, 3].
-        attention: [I], of the patches in rows; those above the mean are coloured, the highest in
-            full.
-
-    Returns:
-        uint8 [S, S, 3].
-    """
-    picture = enlarge(image).astype(np.float32)
-    grid = math.isqrt(len(attention))
-    above = np.maximum(attention - attention.mean(), 0.0)
-    above = above / max(float(above.max()), np.finfo(np.float32).tiny)
-    heat = Image.fromarray(above.reshape(grid, grid).astype(np.float32))
-    heat = heat.resize(picture.shape[:2], Image.Resampling.BICUBIC)
-    opacity = HEAT_OPACITY * np.clip(np.asarray(heat), 0.0, 1.0)[..., None]
-    blended = (1.0 - opacity) * picture + opacity * np.asarray(HEAT_COLOUR, np.float32)[None, None]
-    return blended.round().astype(np.uint8)
 
 
 def _hidden_ids(batch: HostBatch, row: int | np.integer) -> np.ndarray:

@@ -18,6 +18,7 @@ from vlp_jax.data.cache import uncached
 from vlp_jax.data.source import Answered, Grouped, Templated
 from vlp_jax.evals.base import EvalContext
 from vlp_jax.evals.fixed_set import FixedSet
+from vlp_jax.evals.pictures import enlarge
 from vlp_jax.evals.scores.vqa import vqa_accuracy
 from vlp_jax.infra.artifacts import Card, Gallery, Picture, Span, Table
 from vlp_jax.infra.errors import ConfigError
@@ -230,7 +231,7 @@ class Task:
                 spans.append(Span(f" ({', '.join(right)})", "plain"))
             cards.append(
                 Card(
-                    images=tuple(Picture.from_array(_enlarged(p)) for p in pictures),
+                    images=tuple(Picture.from_array(enlarge(p)) for p in pictures),
                     spans=tuple(spans),
                 )
             )
@@ -255,8 +256,3 @@ def _shown(batch: Batch, suffix: str) -> Batch:
     names = [name for name in ("image", "second_image") if name in batch]
     rest = {k: v for k, v in batch.items() if not k.endswith("_shuffled")}
     return rest | {name: batch[f"{name}{suffix}"] for name in names}
-
-
-def _enlarged(pixels: np.ndarray, side: int = 128) -> np.ndarray:
-    factor = max(1, side // pixels.shape[0])
-    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
