@@ -15,7 +15,9 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["vlp_jax", "vlp_jax.*", "configs", "configs.*", "tools", "tools.*"]),
+    packages=find_packages(
+        include=["vlp_jax", "vlp_jax.*", "configs", "configs.*", "tools", "tools.*"]
+    ),
     package_data={"vlp_jax": ["**/*.html", "**/*.css", "**/*.js", "py.typed"]},
     python_requires=">=3.11",
     # Ranges admit jax 0.10 on Python 3.11 and jax 0.11 on Python 3.12; exact versions for CPU
