@@ -14,13 +14,13 @@ Scores to expect: docs/results/transfer.md.
 from ml_collections import ConfigDict
 
 from configs.transfer import base, evaluate
-from vlp_jax.data.scenes import ANSWERS
+from vlp_jax.data.scenes.tasks import ScenesVQA
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of the run; ``arg`` is DATA or DATA,SIZE."""
     config, which = base("vqa", arg, ("scenes", "pack", "vqa_v2"))
-    classes = {"scenes": len(ANSWERS), "pack": 400, "vqa_v2": 3129}[which]
+    classes = {"scenes": len(ScenesVQA.classes), "pack": 400, "vqa_v2": 3129}[which]
     with config.unlocked():
         if which == "scenes":
             config.data.sources.questions = {"type": "scenes_vqa", "level": "hard"}

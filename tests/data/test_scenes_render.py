@@ -108,19 +108,19 @@ def test_a_turn_is_clockwise():
 @pytest.mark.parametrize("level", LEVELS)
 def test_masks_are_disjoint_and_mark_what_the_object_changes(level):
     source = Scenes(level=level)
-    for record in range(150):
+    for record in range(100):
         scene = source.scene(record)
-        visible = masks(scene, 64)
-        assert visible.shape == (len(scene.objects), 64, 64)
+        visible = masks(scene, 128)
+        assert visible.shape == (len(scene.objects), 128, 128)
         assert visible.sum(axis=0).max() <= 1
         quiet = scene._replace(background=PLAIN)
-        painted = np.abs(render(quiet, 64).astype(int) - 204).max(-1) > 100
+        painted = np.abs(render(quiet, 128).astype(int) - 204).max(-1) > 100
         if scene.overlap is None:  # two half covers of one pixel make more than a half
             assert not (painted & ~visible.any(axis=0)).any()
         for obj, mask in zip(scene.objects, visible, strict=True):
             if TEXTURES[obj.texture] == "filled":
                 paint = np.clip(np.array(RGB[COLOURS[obj.colour]]) + 10 * obj.tint, 0, 255)
-                assert np.abs(np.median(render(quiet, 64)[mask], axis=0) - paint).max() < 3
+                assert np.abs(np.median(render(quiet, 128)[mask], axis=0) - paint).max() < 3
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -55,7 +55,7 @@ def test_labels_describe_the_largest_object():
     ("arguments", "message"),
     [
         ({"split": "dev"}, r"data\.sources\.toy\.split must be one of train, val, test, comp"),
-        ({"level": "hrad"}, r"data\.sources\.toy\.level must be one of easy, full; got 'hrad'"),
+        ({"level": "hrad"}, r"data\.sources\.toy\.level must be one of easy, full, hard; got 'hr"),
         ({"seed": -1}, r"data\.sources\.toy\.seed must be 0 or more; got -1"),
         ({"num_records": 0}, r"data\.sources\.toy\.num_records must be at least 1, or None"),
     ],

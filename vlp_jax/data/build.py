@@ -11,7 +11,7 @@ from vlp_jax.data.cache import ImageCache, uncached
 from vlp_jax.data.captions import EncodedCaptions, batch_maxima, fit_edges
 from vlp_jax.data.folder import Folder
 from vlp_jax.data.plan import EvalPlan, Plan, PlannedSource
-from vlp_jax.data.scenes import Scenes
+from vlp_jax.data.scenes import Scenes, ScenesEntailment, ScenesNLVR2, ScenesVQA
 from vlp_jax.data.source import Source
 from vlp_jax.data.tasks import NLVR2, VQA, VisualEntailment
 from vlp_jax.data.tasks.annotated import AnnotatedImages
@@ -20,6 +20,9 @@ from vlp_jax.infra.errors import ConfigError, section_arguments
 
 SOURCES: Mapping[str, type] = {
     "scenes": Scenes,
+    "scenes_vqa": ScenesVQA,
+    "scenes_nlvr2": ScenesNLVR2,
+    "scenes_entailment": ScenesEntailment,
     "folder": Folder,
     "vqa": VQA,
     "nlvr2": NLVR2,

@@ -7,6 +7,9 @@ from vlp_jax.data.scenes.source import Scenes as Scenes
 from vlp_jax.data.scenes.statements import LABELS as LABELS
 from vlp_jax.data.scenes.statements import Hypothesis as Hypothesis
 from vlp_jax.data.scenes.statements import Statement as Statement
+from vlp_jax.data.scenes.tasks import ScenesEntailment as ScenesEntailment
+from vlp_jax.data.scenes.tasks import ScenesNLVR2 as ScenesNLVR2
+from vlp_jax.data.scenes.tasks import ScenesVQA as ScenesVQA
 from vlp_jax.data.scenes.words import VOCABULARY as VOCABULARY
 from vlp_jax.data.scenes.world import COLOURS as COLOURS
 from vlp_jax.data.scenes.world import HELD_OUT as HELD_OUT

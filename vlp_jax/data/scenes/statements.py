@@ -11,7 +11,7 @@ from vlp_jax.data.scenes import facts, words
 from vlp_jax.data.scenes.draws import Draw
 from vlp_jax.data.scenes.facts import Phrase
 from vlp_jax.data.scenes.questions import distinct_couple
-from vlp_jax.data.scenes.world import SIZES, TEXTURES, Level, Scene, pick
+from vlp_jax.data.scenes.world import SIZES, TEXTURES, Level, Object, Scene, pick
 
 LABELS: tuple[str, ...] = ("entailment", "neutral", "contradiction")
 _SIDES = ("first", "second")
@@ -106,7 +106,10 @@ def _both(scenes: tuple[Scene, Scene], truth: bool, level: Level, draw: Draw) ->
 
 def _across(scenes: tuple[Scene, Scene], truth: bool, level: Level, draw: Draw) -> str | None:
     """The sizes of two objects in different pictures."""
-    first, second = (pick(draw, scene.objects) for scene in scenes)
+    candidates = [_nameable(scene) if level.palette else scene.objects for scene in scenes]
+    if not all(candidates):
+        return None
+    first, second = (pick(draw, objects) for objects in candidates)
     if first.size == second.size:
         return None
     phrases = [Phrase(obj.shape, obj.colour) for obj in (first, second)]
@@ -119,6 +122,12 @@ def _across(scenes: tuple[Scene, Scene], truth: bool, level: Level, draw: Draw) 
     relation = words.relation("larger" if larger else "smaller", draw, level.rich)
     one, other = (words.definite(phrase, draw, level.rich) for phrase in phrases)
     return f"{one} in the first image is {relation} {other} in the second"
+
+
+def _nameable(scene: Scene) -> list[Object]:
+    """The objects that no other equals in both colour and shape; few where there is a palette."""
+    names = [(obj.shape, obj.colour) for obj in scene.objects]
+    return [obj for obj, name in zip(scene.objects, names, strict=True) if names.count(name) == 1]
 
 
 def _supposed_attribute(

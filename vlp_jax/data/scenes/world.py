@@ -176,7 +176,7 @@ LEVELS: dict[str, Level] = {
         max_count=8,
         num_colours=10,
         num_shapes=10,
-        radii=((0.07, 0.076), (0.092, 0.099), (0.118, 0.126)),
+        radii=((0.074, 0.079), (0.096, 0.102), (0.121, 0.128)),
         textures=(0, 1, 2, 3),
         overlap=0.0,
         themes=False,
@@ -185,7 +185,7 @@ LEVELS: dict[str, Level] = {
         rich=True,
         max_words=40,
         palette=3,
-        clauses=(2, 2, 3, 4, 5),
+        clauses=(1, 2, 3, 4, 5),
         bound=2,
     ),
 }
