@@ -1,8 +1,8 @@
 import jax
 import numpy as np
 import pytest
-from conftest import EXAMPLES
 
+from tests.evals.conftest import EXAMPLES
 from vlp_jax.data.build import build_source
 from vlp_jax.data.tokenizer import Tokenizer, normalise_caption
 from vlp_jax.evals import build_evaluators

@@ -3,8 +3,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import EXAMPLES, RATES
 
+from tests.evals.conftest import EXAMPLES, RATES
 from vlp_jax.data.build import build_source
 from vlp_jax.data.scenes import Scenes
 from vlp_jax.data.source import BadExample

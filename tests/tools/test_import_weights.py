@@ -11,9 +11,9 @@ import sys
 import numpy as np
 import pytest
 import rich.console
-from conftest import REPO
 from public_weights import FOLDER, VOCAB, blank, config_for, model_for, to_timm
 
+from tests.conftest import REPO
 from tools.import_weights import import_weights, report_table
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.preemption import ExitCode
