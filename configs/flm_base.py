@@ -1,6 +1,9 @@
 """FLM at the geometry of the released recipe: ViT-B/32 at 288 px, 6 + 6 text layers.
 
     python -m vlp_jax.main --config=configs/flm_base.py --config.data.root=COCO --workdir=DIR
+    python -m tools.bench step --config=configs/flm_base.py:mlm15 --batch=512
+
+The argument puts another language objective of configs/__init__.py in FLM's place, all else equal.
 
 Data: COCO captions in Karpathy's split by default (the recipe pretrains on CC3M, SBU, COCO and VG
 together: add a source for each). Recipe after the fact sheet of the paper, section 3: batch 4096,
@@ -16,13 +19,15 @@ Hardware: 344M parameters; one H200 holds batch 512 in 34 GB, so that one GPU ne
 
 from ml_collections import ConfigDict
 
+from configs import language_objective
 from vlp_jax.train.config import default_config
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config of the run."""
+    """The config of the run; ``arg`` is a language objective, FLM by default."""
+    name = arg or "flm"
     config = default_config("base")
-    config.name = "flm_base"
+    config.name = f"{name}_base"
     config.total_steps = 30_000
 
     config.data.batch_size = 4096
@@ -42,17 +47,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "root": config.data.get_oneway_ref("root"),
             "missing_images": "error",
         }
-        config.objectives.flm = {"weight": 1.0, "corruption_rate": 0.0}
-        config.evals.reconstruction = {
-            "type": "reconstruction",
-            "source": "coco",
-            "split": "val",
-            "num_examples": 5000,
-            "every_steps": 1000,
-        }
+        config.objectives.language = language_objective(name, f"configs/flm_base.py:{arg}")
+        if name == "flm":
+            config.objectives.language.corruption_rate = 0.0
+            config.evals.reconstruction = {
+                "source": "coco",
+                "objective": "language",
+                "num_examples": 5000,
+                "every_steps": 1000,
+            }
+            config.checkpoint.best_metric = "reconstruction/base/loss"
+            config.checkpoint.best_mode = "min"
     config.optim.clip_norm = 0.0
     config.schedule.peak = 4e-4
     config.checkpoint.every_steps = 1000
-    config.checkpoint.best_metric = "reconstruction/base/loss"
-    config.checkpoint.best_mode = "min"
     return config

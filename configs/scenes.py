@@ -11,28 +11,15 @@ memory. Hardware: one GPU; `tiny` learns on a CPU within the hour. Scores to exp
 docs/results/flm_time_to_quality.md.
 """
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
+from configs import language_objective
 from vlp_jax.train.config import default_config
-
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "flm": {"type": "flm", "corruption_rate": 0.3},
-    "mlm15": {"type": "mlm", "rate": 0.15},
-    "mlm40": {"type": "mlm", "rate": 0.4},
-    "ar": {"type": "ar"},
-    "prefix_lm": {"type": "prefix_lm"},
-}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of the run; ``arg`` is OBJECTIVE[,SIZE[,IMAGES]]."""
     objective, size, images = [*(arg or "flm").split(","), "", ""][:3]
-    if objective not in OBJECTIVES:
-        raise ValueError(
-            f"--config=configs/scenes.py:{arg}: {objective!r} is none of {', '.join(OBJECTIVES)}"
-        )
     config = default_config(size or "small")
     config.name = f"scenes_{objective}"
     config.total_steps = 20_000
@@ -47,7 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         if images:
             config.data.sources.scenes.num_records = int(images)
             config.data.sources.scenes.cache = True
-        config.objectives.language = dict(OBJECTIVES[objective])
+        config.objectives.language = language_objective(objective, f"configs/scenes.py:{arg}")
         if objective == "flm":
             config.evals.reconstruction = {
                 "source": "scenes",

@@ -83,3 +83,20 @@ def evaluate(config: ConfigDict, best: str, **section: Any) -> None:
         config.evals.val = {**section, "split": "val", "every_percent": 20.0}
         config.evals.test = {**section, "split": "test", "on": "best"}
     config.checkpoint.best_metric = f"val/{best}"
+
+
+def captions(config: ConfigDict, which: str) -> None:
+    """Add the source ``captions`` of captioning and retrieval: hard scenes, or a folder."""
+    with config.unlocked():
+        if which == "scenes":
+            config.data.sources.captions = {"type": "scenes", "level": "hard"}
+        else:
+            config.data.sources.captions = {
+                "type": "folder",
+                "root": config.data.get_oneway_ref("root"),
+            }
+
+
+def num_images(which: str) -> int:
+    """Images of a split that are captioned or ranked."""
+    return {"scenes": 1000, "pack": 130, "coco": 5000}[which]

@@ -13,20 +13,14 @@ docs/results/transfer.md.
 
 from ml_collections import ConfigDict
 
-from configs.transfer import base, evaluate
+from configs.transfer import base, captions, evaluate, num_images
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of the run; ``arg`` is DATA or DATA,SIZE."""
     config, which = base("retrieval", arg, ("scenes", "pack", "coco"))
+    captions(config, which)
     with config.unlocked():
-        if which == "scenes":
-            config.data.sources.captions = {"type": "scenes", "level": "hard"}
-        else:
-            config.data.sources.captions = {
-                "type": "folder",
-                "root": config.data.get_oneway_ref("root"),
-            }
         config.objectives.itc = {}
         config.objectives.itm = {"readout": "auto"}
     evaluate(
@@ -36,6 +30,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         source="captions",
         matching="itm",
         shortlist=16 if which == "pack" else 128,
-        num_examples=130 if which == "pack" else 5000 if which == "coco" else 1000,
+        num_examples=num_images(which),
     )
     return config

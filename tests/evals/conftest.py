@@ -43,7 +43,8 @@ def context():
     tokenizer = build_tokenizer(c, [build_source(c, "scenes")])
     model = build_model(c.model, tokenizer.vocab_size, tokenizer.mask_id, c.data.image_size)
     objectives = build_objectives(c.objectives, model, tokenizer.vocabulary, 1000)
-    return EvalContext(c, objectives, tokenizer, make_mesh(), (12, 16, 20), None)
+    sources = {"scenes": build_source(c, "scenes")}
+    return EvalContext(c, objectives, tokenizer, make_mesh(), sources, (12, 16, 20), None)
 
 
 @pytest.fixture(scope="session")

@@ -109,6 +109,8 @@ def test_an_unbounded_training_source_has_no_entropy(context, with_evals):
     changed = with_evals({"reconstruction": SECTION})
     with changed.config.unlocked():
         changed.config.data.sources.scenes = {"level": "easy"}
+    unbounded = {"scenes": build_source(changed.config, "scenes")}
+    changed = dataclasses.replace(changed, sources=unbounded)
     assert build(changed)._unigram_entropy is None
 
 

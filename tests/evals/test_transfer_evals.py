@@ -86,7 +86,9 @@ def transfer(with_evals, monkeypatch_module, tmp_path_factory):
             params |= objective.init(key, spec)[0]
         return params
 
-    return dataclasses.replace(base, objectives=objectives), jax.jit(init)(jax.random.key(1))
+    sources = {name: build_source(config, name) for name in config.data.sources}
+    context = dataclasses.replace(base, objectives=objectives, sources=sources)
+    return context, jax.jit(init)(jax.random.key(1))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import jax
@@ -50,6 +50,7 @@ class EvalContext:
         objectives: of the run.
         tokenizer: of the run.
         mesh: of the run.
+        sources: training sources of the run by name.
         edges: increasing text lengths that the training plan pads to.
         workdir: where artefacts go, below ``artifacts/``; None: nowhere.
     """
@@ -58,6 +59,7 @@ class EvalContext:
     objectives: tuple[Objective, ...]
     tokenizer: Tokenizer
     mesh: Mesh
+    sources: Mapping[str, Source]
     edges: tuple[int, ...]
     workdir: pathlib.Path | None
 

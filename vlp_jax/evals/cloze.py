@@ -20,12 +20,12 @@ from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import Batch, HostBatch
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.evals.attention_maps import last_attention
-from vlp_jax.evals.base import EvalContext, read, token_classes
+from vlp_jax.evals.base import EvalContext, token_classes
 from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.evals.pictures import enlarge, heat_map
 from vlp_jax.infra.artifacts import Card, Gallery, Picture, Span, SpanKind
 from vlp_jax.infra.errors import ConfigError
-from vlp_jax.infra.mesh import batch_shards, global_batch, host_rows, replicated
+from vlp_jax.infra.mesh import global_batch, replicated
 from vlp_jax.models.masks import two_stream_mask
 from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import Params
@@ -94,11 +94,9 @@ class Cloze:
                 f"0 leaves evals.{name} no attention to show",
                 "Use 2 or more, or remove the evaluator",
             )
-        shards = batch_shards(context.mesh)
-        batch_size = -(-num_examples // shards) * shards
-        chosen = FixedSet(context, name, source, split, num_examples, batch_size)
-        records, self._plan = chosen.source, chosen.plan
-        self._classes = tuple(sorted({*records.word_classes().values()} - {"function"}))
+        self._set = FixedSet.one_batch(context, name, source, split, num_examples)
+        classes = self._set.source.word_classes().values()
+        self._classes = tuple(sorted({*classes} - {"function"}))
         self._predict = jax.jit(
             self._predict_batch,
             static_argnames="span_length",
@@ -128,19 +126,18 @@ class Cloze:
         if self._batch is None:
             self._batch = self._read()
         spans = self._batch["last_hidden"] - self._batch["first_hidden"] + 1
-        mine = host_rows(context.mesh, self._plan.batch_size)
         with jax.set_mesh(context.mesh):
-            rows = {key: array[mine] for key, array in self._batch.items()}
+            rows = {key: array[self._set.rows] for key, array in self._batch.items()}
             batch = global_batch(rows, context.mesh)
             answers = self._predict(params, batch, span_length=int(spans.max()))
         return self._batch, jax.device_get(answers)
 
     def _read(self) -> HostBatch:
         """All rows, on every process: the gallery shows them all and process 0 writes it."""
-        rows = slice(0, self._plan.batch_size)
-        [batch] = read(self._context.config, self._plan, rows)
+        [batch] = self._set.whole_batches()
         batch["valid"] &= batch["text_length"] > 2  # a caption without a word hides nothing
-        classes = token_classes(self._plan, self._context.tokenizer, 0, rows, self._classes)
+        plan, everything = self._set.plan, slice(0, len(batch["valid"]))
+        classes = token_classes(plan, self._context.tokenizer, 0, everything, self._classes)
         spans = [
             choose_span(tokens[: length - 1], self._rate, seed=row)
             for row, (tokens, length) in enumerate(zip(classes, batch["text_length"], strict=True))

@@ -24,12 +24,12 @@ from vlp_jax.evals.attention_maps import (
     last_attention,
     mean_attention,
 )
-from vlp_jax.evals.base import EvalContext, read
+from vlp_jax.evals.base import EvalContext
 from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.evals.pictures import enlarge, heat_map
 from vlp_jax.infra.artifacts import Card, Gallery, Picture, Span
 from vlp_jax.infra.errors import ConfigError
-from vlp_jax.infra.mesh import batch_shards, global_batch, host_rows, replicated
+from vlp_jax.infra.mesh import global_batch, replicated
 from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import Params
 from vlp_jax.objectives.classification import NLVR2, Classification
@@ -98,9 +98,7 @@ class Explain:
                 "Use a divisor of it, 2 or more",
             )
         self._cells = cells
-        shards = batch_shards(context.mesh)
-        batch_size = -(-num_examples // shards) * shards
-        self._set = FixedSet(context, name, source, split, num_examples, batch_size)
+        self._set = FixedSet.one_batch(context, name, source, split, num_examples)
         self._explain = jax.jit(self._explain_batch, out_shardings=replicated(context.mesh))
 
     def run(self, params: Params, step: int = 0) -> Iterator[tuple[str, float]]:
@@ -121,9 +119,9 @@ class Explain:
 
     def explanations(self, params: Params) -> tuple[HostBatch, Explanation]:
         """The set as one batch, whole on every process, and what is said about each row."""
-        context, plan = self._context, self._set.plan
-        [batch] = read(context.config, plan, slice(0, plan.batch_size))
-        mine = host_rows(context.mesh, plan.batch_size)
+        context = self._context
+        [batch] = self._set.whole_batches()
+        mine = self._set.rows
         with jax.set_mesh(context.mesh):
             rows = global_batch({k: v[mine] for k, v in batch.items()}, context.mesh)
             return batch, jax.device_get(self._explain(params, rows))

@@ -1,12 +1,12 @@
 """A fixed set of records, read once or kept: what evaluators over a source share."""
 
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import jax
 import numpy as np
 
 from vlp_jax.data.batch import HostBatch
-from vlp_jax.data.build import build_source
 from vlp_jax.data.plan import PlannedBatch
 from vlp_jax.data.source import Source
 from vlp_jax.data.tasks import shared_images
@@ -58,7 +58,7 @@ class FixedSet:
         self.context = context
         self.source: Source = context.source(evaluator, source, split, num_examples)
         if split != config.data.sources[source].get("split", "train"):
-            _check_clean(f"evals.{evaluator}.split", build_source(config, source), self.source)
+            _check_clean(f"evals.{evaluator}.split", context.sources[source], self.source)
         batch_size = batch_size or config.data.batch_size // config.optim.accumulation
         shards = batch_shards(context.mesh)
         try:
@@ -74,6 +74,15 @@ class FixedSet:
         self.gather = jax.jit(lambda arrays: arrays, out_shardings=replicated(context.mesh))
         self._extra_fields = tuple(extra_fields)
         self._kept: list[HostBatch] | None = None
+
+    @classmethod
+    def one_batch(
+        cls, context: EvalContext, evaluator: str, source: str, split: str, num_examples: int
+    ) -> Self:
+        """A set that is a single batch; see the constructor."""
+        shards = batch_shards(context.mesh)
+        batch_size = -(-num_examples // shards) * shards
+        return cls(context, evaluator, source, split, num_examples, batch_size)
 
     def host_batches(self) -> Iterator[HostBatch]:
         """This process's rows of every batch.
@@ -92,6 +101,11 @@ class FixedSet:
             return
         self._kept = list(self._read())
         yield from self._kept
+
+    def whole_batches(self) -> Iterator[HostBatch]:
+        """Every batch with all of its rows, on every process: for small sets that are shown."""
+        everything = slice(0, self.plan.batch_size)
+        return read(self.context.config, self.plan, everything, self._extra_fields)
 
     def planned(self) -> Iterator[PlannedBatch]:
         """What is in the rows of every global batch."""

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlp_jax.data.batch import Batch, HostBatch
-from vlp_jax.data.build import build_source
 from vlp_jax.data.captions import ManyCaptions
 from vlp_jax.data.source import Source
 from vlp_jax.data.tokenizer import Tokenizer
@@ -154,7 +153,7 @@ class Reconstruction:
     @functools.cached_property
     def _unigram_entropy(self) -> float | None:
         config = self._context.config
-        source = build_source(config, self._train_source)
+        source = self._context.sources[self._train_source]
         if source.num_records is None:
             return None
         return unigram_entropy(

@@ -6,7 +6,6 @@ several captions, each of which is right for it.
 
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 
 from vlp_jax.evals.base import EvalContext
@@ -94,14 +93,9 @@ class Retrieval:
     def _images(self) -> tuple[np.ndarray, list[np.ndarray]]:
         """Records of the images that could be read, and their pixels by batch."""
         records, pixels = [], []
-        for planned, batch in zip(self._set.planned(), self._set.host_batches(), strict=True):
-            mine = planned.rows(self._set.rows)
-            records.append(mine.record[batch["valid"]])
+        for planned, batch in zip(self._set.planned(), self._set.whole_batches(), strict=True):
+            records.append(planned.record[batch["valid"]])
             pixels.append(batch["image"][batch["valid"]])
-        if jax.process_count() > 1:
-            raise NotImplementedError(
-                "retrieval is evaluated by one process: run it from the checkpoint on one host"
-            )
         return np.concatenate(records), pixels
 
     def _texts(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

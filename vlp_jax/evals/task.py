@@ -6,6 +6,7 @@ best on the training set, given to all (``majority``).
 """
 
 import collections
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -13,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlp_jax.data.batch import Batch
-from vlp_jax.data.build import build_source
 from vlp_jax.data.cache import uncached
 from vlp_jax.data.source import Answered, Grouped, Templated
 from vlp_jax.evals.base import EvalContext
@@ -75,7 +75,7 @@ class Task:
         fields = self._objective.extra_fields
         self._set = FixedSet(context, name, source, split, num_examples, batch_size, fields)
         self._source = uncached(self._set.source)
-        self._train = build_source(context.config, source)
+        self._train = context.sources[source]
         if len(self._source.classes) > self._objective.num_classes:
             raise ConfigError(
                 f"objectives.{objective}.num_classes",
@@ -98,7 +98,7 @@ class Task:
         if self._controls:
             for kind in ("text_only", "image_shuffled"):
                 yield f"accuracy_{kind}", float(scores[kind].mean())
-            majority = score(np.full(len(records), self._majority()))
+            majority = score(np.full(len(records), self._majority))
             yield "accuracy_majority", float(majority.mean())
         groups = self._groups(records)
         for attribute, members in groups.items():
@@ -157,6 +157,7 @@ class Task:
             ]
         )
 
+    @functools.cached_property
     def _majority(self) -> int:
         """The class with the highest total score on the training set, or on its first records."""
         train = uncached(self._train)

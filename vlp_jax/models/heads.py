@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -84,6 +85,14 @@ class ClassificationHead(nn.Module):
             self.num_classes, dtype=jnp.float32, kernel_init=small, name="classifier"
         )
         return classifier(x.astype(jnp.float32))
+
+
+def apply_head(
+    head: ClassificationHead, params: Any, x: jax.Array, noise: Noise = None
+) -> jax.Array:
+    """Logits of features [B, F] under the head's own parameters: float32 [B, C]."""
+    logits: jax.Array = head.apply({"params": params}, x, noise)  # type: ignore[assignment]
+    return logits
 
 
 def unit(x: jax.Array) -> jax.Array:

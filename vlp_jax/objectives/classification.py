@@ -18,7 +18,7 @@ from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import Batch
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.flops import block_flops, vit_flops
-from vlp_jax.models.heads import ClassificationHead
+from vlp_jax.models.heads import ClassificationHead, apply_head
 from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import (
     Defaults,
@@ -98,10 +98,7 @@ class Classification(Defaults):
             return self._features(model, batch, noise)
 
         features = nn.apply(forward, self.model)({"params": params})
-        logits: jax.Array = self.head.apply(  # type: ignore[assignment]
-            {"params": params[self.head_name]}, features, noise
-        )
-        return logits
+        return apply_head(self.head, params[self.head_name], features, noise)
 
     def loss(
         self,
@@ -209,10 +206,7 @@ class NLVR2(Classification):
             return self._pair_features(model, batch, params[self._mark_name], noise)
 
         features = nn.apply(forward, self.model)({"params": params})
-        logits: jax.Array = self.head.apply(  # type: ignore[assignment]
-            {"params": params[self.head_name]}, features, noise
-        )
-        return logits
+        return apply_head(self.head, params[self.head_name], features, noise)
 
     def flops(self, text_length: float) -> float:
         """Forward FLOPs of one example: two towers, the lower half of the text stack once."""

@@ -22,7 +22,7 @@ from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import Batch
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.flops import block_flops, vit_flops
-from vlp_jax.models.heads import ClassificationHead, ContrastiveHead
+from vlp_jax.models.heads import ClassificationHead, ContrastiveHead, apply_head
 from vlp_jax.models.masks import bidirectional_mask
 from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import (
@@ -268,9 +268,7 @@ class ITM(Defaults):
             return self.reader.read(model, texts, images, noise)
 
         features = nn.apply(forward, self.model)({"params": params})
-        logits: jax.Array = self.head.apply(  # type: ignore[assignment]
-            {"params": params[MATCHING_HEAD]}, features, noise
-        )
+        logits = apply_head(self.head, params[MATCHING_HEAD], features, noise)
         label = jnp.tile(jnp.array([1, 0, 0]), len(own))
         rows = jnp.repeat(batch["valid"].astype(jnp.float32), 3)
         nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1)[:, 0]
@@ -285,9 +283,7 @@ class ITM(Defaults):
             return self.reader.read(model, text, image, None)
 
         features = nn.apply(forward, self.model)({"params": params})
-        logits: jax.Array = self.head.apply(  # type: ignore[assignment]
-            {"params": params[MATCHING_HEAD]}, features
-        )
+        logits = apply_head(self.head, params[MATCHING_HEAD], features)
         return logits[:, 1] - logits[:, 0]
 
     def flops(self, text_length: float) -> float:

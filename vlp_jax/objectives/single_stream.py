@@ -17,9 +17,10 @@ FLM        1                any in [1/L, 1]
 L = n - 1 (</s> is predicted, <s> never), for MLM n - 2: it masks words only, as BERT does.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -65,7 +66,7 @@ class Stream(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SingleStream(Defaults):
+class SingleStream(Defaults, abc.ABC):
     """A language objective over one stream.
 
     Attributes:
@@ -80,18 +81,15 @@ class SingleStream(Defaults):
     batch_name: str = "pairs"
     chunk_rows: int = CHUNK_ROWS
 
-    @property
-    def stream_type(self) -> str:
-        """Key of ``STREAM_TYPES``."""
-        raise NotImplementedError
+    stream_type: ClassVar[str]  # key of ``STREAM_TYPES``
 
+    @abc.abstractmethod
     def stream(self, batch: Batch, rng: jax.Array) -> Stream:
         """Draw what is hidden from a batch; ``rng`` is folded with each example's position."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def predictions(self, text_length: float) -> float:
         """Mean number of predictions of an example with so many tokens."""
-        raise NotImplementedError
 
     def init(
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]

@@ -162,7 +162,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     if origin is not None:  # a misfit shows here, before any device time is spent
         fit(_shapes(program.state_spec.params), origin.arrays, origin.where)
     evaluators = build_evaluators(
-        EvalContext(config, program.objectives, tokenizer, mesh, plan.edges, workdir)
+        EvalContext(config, program.objectives, tokenizer, mesh, sources, plan.edges, workdir)
     )
     eval_steps = {
         name: to_steps(with_durations(config.evals[name]), f"evals.{name}", "every", budget)
