@@ -93,16 +93,44 @@ def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None) 
         [..., H, Q, K] in the dtype of ``query``, from a softmax in float32; a row sums to 1, or is
         zero where the query sees no key.
     """
-    scale = query.shape[-1] ** -0.5
-    logits = _scores(query * scale, key)
+    return _softmax(_scores(_scaled(query), key), mask).astype(query.dtype)
+
+
+def attention_over_memory(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+    """Attention of few queries over keys that lie head by head, without dropout.
+
+    Args:
+        query: [..., Q, H, d].
+        key: [..., H, K, d], same leading dimensions as ``query``.
+        value: [..., H, K, d].
+        mask: as in ``attention``.
+
+    Returns:
+        As ``attention``.
+    """
+    scores = jnp.einsum(
+        "...qhd,...hkd->...hqk", _scaled(query), key, preferred_element_type=jnp.float32
+    )
+    weights = _softmax(scores, mask).astype(query.dtype)
+    return jnp.einsum("...hqk,...hkd->...qhd", weights, value)
+
+
+def _scaled(query: jax.Array) -> jax.Array:
+    return query * query.shape[-1] ** -0.5
+
+
+def _softmax(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Weights of float32 scores [..., H, Q, K]; a row that sees no key is zero."""
     if mask is not None:
         mask = jnp.expand_dims(mask, -3)  # the same for every head
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1)
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1)
     if mask is not None:
         # A fully hidden row comes out of the softmax uniform; this makes it zero.
         weights = jnp.where(mask, weights, 0.0)
-    return weights.astype(query.dtype)
+    return weights
 
 
 @jax.custom_vjp

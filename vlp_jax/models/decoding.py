@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from vlp_jax.infra.sharding import constrain_batch
 from vlp_jax.models.flops import block_flops, vocabulary_flops
-from vlp_jax.models.layers import KeyValue
+from vlp_jax.models.layers import Memory
 from vlp_jax.models.vision_language import (
     STREAM_TYPES,
     VisionLanguageConfig,
@@ -30,8 +30,8 @@ from vlp_jax.models.vision_language import (
 
 Params = Mapping[str, Any]
 
-TextCache = tuple[KeyValue, ...]  # [B, K, T, H, d], one for each block of the text stack
-ImageMemory = tuple[KeyValue, ...]  # [B, I, H, d], one for each block of its upper half
+TextCache = tuple[Memory, ...]  # [B, K, H, T, d], one for each block of the text stack
+ImageMemory = tuple[Memory, ...]  # [B, H, I, d], one for each block of its upper half
 
 
 def cast_kernels(model: VisionLanguageModel, params: Params) -> Params:
@@ -66,7 +66,9 @@ def project_image(model: VisionLanguageModel, params: Params, image: jax.Array) 
     return _run(
         model,
         params,
-        lambda module: tuple(block.project_context(image) for block in module.text_upper),
+        lambda module: tuple(
+            Memory.of(block.project_context(image)) for block in module.text_upper
+        ),
     )
 
 
@@ -88,13 +90,13 @@ def empty_cache(config: VisionLanguageConfig, batch: int, beams: int, tokens: in
             "decode fewer tokens"
         )
     text = config.text
-    shape = (batch, beams, tokens, text.heads, text.width // text.heads)
+    shape = (batch, beams, text.heads, tokens, text.width // text.heads)
 
     def zeros() -> jax.Array:
         return constrain_batch(jnp.zeros(shape, text.dtype))
 
     blocks = config.lower_depth + config.upper_depth
-    return tuple(KeyValue(zeros(), zeros()) for _ in range(blocks))
+    return tuple(Memory(zeros(), zeros()) for _ in range(blocks))
 
 
 def decode_token(

@@ -6,7 +6,7 @@ Parameters are float32; ``dtype`` is the compute dtype. Layer norms and softmax 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,12 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from vlp_jax.infra.sharding import constrain_batch
-from vlp_jax.models.attention import Implementation, attention, attention_weights
+from vlp_jax.models.attention import (
+    Implementation,
+    attention,
+    attention_over_memory,
+    attention_weights,
+)
 from vlp_jax.models.dropout import dropout
 
 
@@ -167,17 +172,37 @@ class KeyValue(NamedTuple):
     key: jax.Array
     value: jax.Array
 
-    def write(self, new: "KeyValue", position: jax.Array) -> "KeyValue":
+
+class Memory(NamedTuple):
+    """Keys and values to be read by one query after another, such as the tokens of a growing text.
+
+    Reading them is all the work then, so they lie head by head, each head's in one piece
+    (docs/perf.md).
+
+    Attributes:
+        key: [..., H, K, d].
+        value: [..., H, K, d].
+    """
+
+    key: jax.Array
+    value: jax.Array
+
+    @classmethod
+    def of(cls, context: KeyValue) -> Self:
+        """The memory of a context."""
+        return cls(*(jnp.swapaxes(part, -3, -2) for part in context))
+
+    def write(self, new: KeyValue, position: jax.Array) -> "Memory":
         """Put tokens in the place of those from ``position`` on.
 
         Args:
             new: [..., N, H, d], N tokens.
             position: int32 [], place of the first one.
         """
-        return KeyValue(
+        return Memory(
             *(
-                jax.lax.dynamic_update_slice_in_dim(old, part, position, axis=-3)
-                for old, part in zip(self, new, strict=True)
+                jax.lax.dynamic_update_slice_in_dim(old, part, position, axis=-2)
+                for old, part in zip(self, Memory.of(new), strict=True)
             )
         )
 
@@ -239,6 +264,19 @@ class Attention(nn.Module):
             [..., Q, D].
         """
         return self._attend(self.query(x), context, mask, noise)
+
+    def recall(self, x: jax.Array, memory: Memory, mask: jax.Array | None = None) -> jax.Array:
+        """Attend to a memory, without dropout.
+
+        Args:
+            x: queries [..., Q, D].
+            memory: with the leading dimensions of ``x``.
+            mask: bool [..., Q, K] or None.
+
+        Returns:
+            [..., Q, D].
+        """
+        return self.out(attention_over_memory(self.query(x), memory.key, memory.value, mask))
 
     def _attend(
         self, query: jax.Array, context: KeyValue, mask: jax.Array | None, noise: Noise
@@ -337,8 +375,8 @@ class Block(nn.Module):
         )
 
     def decode(
-        self, x: jax.Array, position: jax.Array, past: KeyValue, context: KeyValue | None = None
-    ) -> tuple[jax.Array, KeyValue]:
+        self, x: jax.Array, position: jax.Array, past: Memory, context: Memory | None = None
+    ) -> tuple[jax.Array, Memory]:
         """Apply the block to one more token of every stream, without dropout.
 
         The token sees itself and those before it, as in a causal mask.
@@ -346,21 +384,24 @@ class Block(nn.Module):
         Args:
             x: [B, S, 1, D], the token at ``position``.
             position: int32 [].
-            past: [B, S, T, H, d], keys and values of the tokens before ``position``; what follows
+            past: [B, S, H, T, d], keys and values of the tokens before ``position``; what follows
                 them is not read.
-            context: of ``project_context``, one for all streams of an example.
+            context: [B, H, I, d], of ``project_context``, one for all streams of an example.
 
         Returns:
             [B, S, 1, D], and ``past`` with the token in its place.
         """
         h = self._enter("self_attention", x)
         past = past.write(self.attend_self.project(h), position)
-        seen = (jnp.arange(past.key.shape[-3]) <= position)[None, None, None, :]
-        x = self._leave("self_attention", x, self.attend_self.read(h, past, seen, None), None)
+        seen = (jnp.arange(past.key.shape[-2]) <= position)[None, None, None, :]
+        x = self._leave("self_attention", x, self.attend_self.recall(h, past, seen), None)
         if self.cross_attention:
             if context is None:
                 raise ValueError("a block with cross-attention needs a context")
-            x = self._read_context(x, context, None, None)
+            h = self._enter("cross_attention", x)
+            flat = h.reshape(h.shape[0], -1, h.shape[-1])
+            out = self.attend_context.recall(flat, context).reshape(h.shape)
+            x = self._leave("cross_attention", x, out, None)
         return self._feed_forward(x, None), past
 
     def _read_context(
