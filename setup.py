@@ -39,7 +39,6 @@ setup(
         "orbax-checkpoint>=0.11.30",
         "pillow>=11",
         "psutil>=6",
-        "pycocoevalcap>=1.2",
         "rich>=13",
         "safetensors>=0.5",
         "simplejpeg>=1.8",
@@ -49,6 +48,9 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
+        # The public code of caption metrics, with which tests compare ours where it is installed;
+        # nothing else needs it. It is 104 MB, part Java, and its BLEU not for commercial use.
+        "parity": ["pycocoevalcap>=1.2"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "test": ["mypy>=1.15", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.11"],
         "wandb": ["wandb>=0.19"],

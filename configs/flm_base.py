@@ -13,8 +13,8 @@ corruption (the query's own token alone). Ours starts all parts from scratch, so
 higher rate.
 
 Hardware: 344M parameters; one H200 holds batch 512 in 34 GB, so that one GPU needs
---config.optim.accumulation=8. The 122.9M samples of the recipe take about 7.9 GPU-hours at the
-4,321 samples/s of docs/perf.md. Score to expect: not measured yet.
+--config.optim.accumulation=8. The 122.9M samples of the recipe take about 8.0 GPU-hours at the
+4,290 samples/s of docs/perf.md. Score to expect: not measured yet.
 """
 
 from ml_collections import ConfigDict

@@ -4,10 +4,11 @@
     python -m vlp_jax.main --config=configs/scenes.py:mlm40,tiny,20000 --workdir=runs/mlm40
     python -m tools.compare configs/scenes.py:flm configs/scenes.py:mlm15 --seeds=3 ...
 
-The argument is OBJECTIVE[,SIZE[,IMAGES]]: `flm`, `mlm15`, `mlm40`, `ar` or `prefix_lm`; a size of
-models/sizes.py (`small` by default); and a fixed subset of so many images (unbounded by default).
-Data: `scenes`, level hard, 64 px, made as they are needed or, for a subset, rendered once into
-memory. Hardware: one GPU; `tiny` learns on a CPU within the hour. Scores to expect:
+The argument is OBJECTIVE[,SIZE[,IMAGES]]: a name of configs/__init__.py; a size of models/sizes.py
+(`small` by default; patches of 8 px in all of them); and how many images there are (unbounded by
+default). Data: `scenes`, level hard, 64 px, made as they are needed or, if their number is given,
+rendered once into memory, or into files that runs share (`data.cache_dir`).
+Hardware: one GPU; `tiny` learns on a CPU within the hour. Scores to expect:
 docs/results/flm_time_to_quality.md.
 """
 
@@ -23,6 +24,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = default_config(size or "small")
     config.name = f"scenes_{objective}"
     config.total_steps = 20_000
+    config.model.image.patch_size = 8
     config.data.batch_size = 256
     config.data.image_size = 64
     config.data.max_text_length = 48
@@ -32,10 +34,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     with config.unlocked():
         config.data.sources.scenes = {"type": "scenes", "level": "hard"}
         if images:
-            config.data.sources.scenes.num_records = int(images)
-            config.data.sources.scenes.cache = True
+            config.data.sources.scenes.update(num_records=int(images), cache=True)
         config.objectives.language = language_objective(objective, f"configs/scenes.py:{arg}")
-        if objective == "flm":
+        config.evals.heldout = {"source": "scenes", "num_examples": 1000, "every_percent": 25.0}
+        if objective.startswith("flm"):
             config.evals.reconstruction = {
                 "source": "scenes",
                 "objective": "language",

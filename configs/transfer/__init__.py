@@ -85,11 +85,16 @@ def evaluate(config: ConfigDict, best: str, **section: Any) -> None:
     config.checkpoint.best_metric = f"val/{best}"
 
 
+def scenes(kind: str) -> dict[str, Any]:
+    """The section of a source of hard scenes, rendered once."""
+    return {"type": kind, "level": "hard", "num_records": 50_000, "cache": True}
+
+
 def captions(config: ConfigDict, which: str) -> None:
     """Add the source ``captions`` of captioning and retrieval: hard scenes, or a folder."""
     with config.unlocked():
         if which == "scenes":
-            config.data.sources.captions = {"type": "scenes", "level": "hard"}
+            config.data.sources.captions = scenes("scenes")
         else:
             config.data.sources.captions = {
                 "type": "folder",

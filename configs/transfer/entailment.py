@@ -12,7 +12,7 @@ in minutes. Scores to expect: docs/results/transfer.md.
 
 from ml_collections import ConfigDict
 
-from configs.transfer import base, evaluate
+from configs.transfer import base, evaluate, scenes
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config, which = base("entailment", arg, ("scenes", "pack", "snli_ve"))
     with config.unlocked():
         if which == "scenes":
-            config.data.sources.hypotheses = {"type": "scenes_entailment", "level": "hard"}
+            config.data.sources.hypotheses = scenes("scenes_entailment")
         else:
             config.data.sources.hypotheses = {
                 "type": "visual_entailment",

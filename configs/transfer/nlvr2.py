@@ -12,7 +12,7 @@ docs/results/transfer.md.
 
 from ml_collections import ConfigDict
 
-from configs.transfer import base, evaluate
+from configs.transfer import base, evaluate, scenes
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config, which = base("nlvr2", arg, ("scenes", "pack", "nlvr2"))
     with config.unlocked():
         if which == "scenes":
-            config.data.sources.pairs = {"type": "scenes_nlvr2", "level": "hard"}
+            config.data.sources.pairs = scenes("scenes_nlvr2")
         else:
             config.data.sources.pairs = {
                 "type": "nlvr2",

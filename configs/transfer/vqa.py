@@ -13,7 +13,7 @@ Scores to expect: docs/results/transfer.md.
 
 from ml_collections import ConfigDict
 
-from configs.transfer import base, evaluate
+from configs.transfer import base, evaluate, scenes
 from vlp_jax.data.scenes.tasks import ScenesVQA
 
 
@@ -23,7 +23,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     classes = {"scenes": len(ScenesVQA.classes), "pack": 400, "vqa_v2": 3129}[which]
     with config.unlocked():
         if which == "scenes":
-            config.data.sources.questions = {"type": "scenes_vqa", "level": "hard"}
+            config.data.sources.questions = scenes("scenes_vqa")
         else:
             config.data.sources.questions = {
                 "type": "vqa",

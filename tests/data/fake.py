@@ -37,6 +37,23 @@ class Fake(CaptionsOnly):
         return {}
 
 
+class FakePairs(Fake):
+    """Two pictures and a label; of the records in ``second_damaged`` the second is torn."""
+
+    extra_fields = ("second_image", "label")
+    classes = ("even", "odd")
+
+    def __init__(self, *args, second_damaged=(), **kwargs):
+        super().__init__(*args, **kwargs)
+        self.second_damaged = frozenset(second_damaged)
+
+    def extras(self, record, size):
+        if record in self.second_damaged:
+            raise BadExample("torn second picture", f"record {record}")
+        second = np.full((size, size, 3), 255 - record, np.uint8)
+        return {"second_image": second, "label": np.asarray(record % 2, np.int32)}
+
+
 def planned(source, weight=1.0, store=None):
     return PlannedSource(
         source, EncodedCaptions(source, TOKENIZER, MAX_LENGTH, store=store), weight

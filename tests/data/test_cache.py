@@ -6,9 +6,10 @@ import pickle
 import numpy as np
 import pytest
 
+from tests.data.fake import FakePairs
 from vlp_jax.data.cache import ImageCache
-from vlp_jax.data.scenes import Scenes
-from vlp_jax.data.source import BadExample
+from vlp_jax.data.scenes import Scenes, ScenesNLVR2, ScenesVQA
+from vlp_jax.data.source import BadExample, ManyRows
 
 
 def easy(num_records=300, **arguments):
@@ -87,6 +88,55 @@ def test_damaged_records_stay_damaged(tmp_path, in_file):
 
 
 @pytest.mark.parametrize("in_file", [False, True])
+@pytest.mark.parametrize("kind", [ScenesVQA, ScenesNLVR2])
+def test_extra_fields_are_kept_as_well(tmp_path, monkeypatch, kind, in_file):
+    path = tmp_path / "train.npy" if in_file else None
+    source = kind(level="easy", num_records=20)
+    records = np.array([3, 0, 3, 19])
+    want = [{"image": source.image(r, 16), **source.extras(r, 16)} for r in records]
+    cache = ImageCache(source, 16, path=path)
+    if in_file:
+        names = {"train.json", "train.npy", *(f"train.{n}.npy" for n in kind.extra_fields)}
+        assert {file.name for file in tmp_path.iterdir()} == names
+        monkeypatch.setattr(kind, "examples", lambda *_: pytest.fail("made again"))
+        cache = ImageCache(source, 16, path=path)
+    assert isinstance(cache, ManyRows)
+    rows = cache.rows(records, 16, ("image", *kind.extra_fields))
+    for row, (record, fields) in enumerate(zip(records, want, strict=True)):
+        assert np.array_equal(cache.image(record, 16), fields.pop("image"))
+        extras = cache.extras(record, 16)
+        assert extras.keys() == fields.keys() == set(kind.extra_fields)
+        for name, value in fields.items():
+            assert extras[name].dtype == rows[name].dtype == value.dtype
+            assert np.array_equal(extras[name], value)
+            assert np.array_equal(rows[name][row], value)
+    assert np.array_equal(rows["image"][0], cache.image(3, 16))
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_damaged_second_picture_matters_to_those_who_read_it(tmp_path, in_file):
+    source = FakePairs(10, damaged=(1,), second_damaged=(4,))
+    path = tmp_path / "train.npy" if in_file else None
+    for _ in range(2):  # made, and read again
+        cache = ImageCache(source, 4, path=path, identity="pairs")
+        assert cache.image(4, 4).any()
+        assert cache.extras(1, 4)["label"] == 1
+        with pytest.raises(BadExample, match="torn second picture: record 4"):
+            cache.extras(4, 4)
+        records = np.array([4, 1, 0, 4])
+        assert cache.damaged(records, with_extras=False).tolist() == [False, True, False, False]
+        assert cache.damaged(records, with_extras=True).tolist() == [True, True, False, True]
+
+
+def test_files_of_which_one_is_gone_are_made_anew(tmp_path):
+    source = ScenesNLVR2(level="easy", num_records=4)
+    ImageCache(source, 16, path=tmp_path / "train.npy")
+    (tmp_path / "train.label.npy").unlink()
+    cache = ImageCache(source, 16, path=tmp_path / "train.npy")
+    assert cache.extras(2, 16)["label"] == source.extras(2, 16)["label"]
+
+
+@pytest.mark.parametrize("in_file", [False, True])
 def test_a_pickled_copy_serves_the_same(tmp_path, in_file):
     cache = ImageCache(easy(500), 32, path=tmp_path / "train.npy" if in_file else None)
     sent = pickle.dumps(cache)
@@ -111,7 +161,7 @@ def test_workers_make_the_same_pictures(tmp_path):
 def test_what_cannot_be_cached_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"data\.sources\.scenes\.num_records must be set"):
         ImageCache(Scenes(), 32)
-    with pytest.raises(ValueError, match=r"cache_path must end in \.npy"):
+    with pytest.raises(ValueError, match=r"must end in \.npy"):
         ImageCache(easy(), 32, path=tmp_path / "train.bin")
     source = easy(5)
     del source.identity

@@ -6,7 +6,8 @@ import pytest
 
 from tests.data.fake import MAX_LENGTH, TOKENIZER, Fake
 from vlp_jax.data import captions as captions_lib
-from vlp_jax.data.captions import EncodedCaptions, batch_maxima, fit_edges
+from vlp_jax.data.captions import EncodedCaptions, batch_maxima, captions_file, fit_edges
+from vlp_jax.data.tokenizer import Tokenizer
 
 
 def all_pairs(source, records=40):
@@ -91,39 +92,97 @@ def test_pickled_copies_are_equal(num_records):
     np.testing.assert_array_equal(encoded.lengths(records, indices), copy.lengths(records, indices))
 
 
-class Counting(Fake):
-    """A tokenizer's work, seen through the source: captions read."""
+@pytest.mark.parametrize("store", [True, False])
+def test_padded_rows_are_those_of_the_captions(store):
+    source = Fake()
+    encoded = EncodedCaptions(source, TOKENIZER, MAX_LENGTH, store=store)
+    records, indices = all_pairs(source, 50)  # the last caption of all among them
+    order = np.random.default_rng(0).permutation(len(records))
+    records, indices = records[order], indices[order]
+    ids, lengths = encoded.padded(records, indices, MAX_LENGTH + 3)
+    assert ids.shape == (len(records), MAX_LENGTH + 3)
+    assert ids.dtype == lengths.dtype == np.int32
+    np.testing.assert_array_equal(lengths, encoded.lengths(records, indices))
+    for row, record, index, length in zip(ids, records, indices, lengths, strict=True):
+        np.testing.assert_array_equal(row[:length], encoded.ids(record, index))
+        assert (row[length:] == TOKENIZER.pad_id).all()
+    with pytest.raises(ValueError, match=f"a caption of {lengths.max()} tokens does not fit"):
+        encoded.padded(records, indices, lengths.max() - 1)
 
-    reads = 0
 
-    def caption(self, record, index):
-        self.reads += 1
-        return super().caption(record, index)
+class Kept(Fake):
+    """A source whose captions a file can keep."""
+
+    identity = "kept"
 
 
 def test_cache_file(tmp_path, monkeypatch):
     file = tmp_path / "cache" / "captions.npz"
-    first = EncodedCaptions(Fake(), TOKENIZER, 8, cache_file=file)
+    first = EncodedCaptions(Kept(), TOKENIZER, 8, cache_file=file)
     with monkeypatch.context() as patch:
-        patch.setattr(EncodedCaptions, "_encode", lambda *_: pytest.fail("tokenised again"))
-        again = EncodedCaptions(Fake(), TOKENIZER, 8, cache_file=file)
-    records, indices = all_pairs(Fake())
+        patch.setattr(Kept, "caption", lambda *_: pytest.fail("written again"))
+        again = EncodedCaptions(Kept(), TOKENIZER, 8, cache_file=file)
+    records, indices = all_pairs(Kept())
     np.testing.assert_array_equal(first.lengths(records, indices), again.lengths(records, indices))
     np.testing.assert_array_equal(first.ids(7, 1), again.ids(7, 1))
-    assert first.num_truncated == again.num_truncated
-    other = EncodedCaptions(Fake(60), TOKENIZER, 8, cache_file=file)  # of other captions
+    assert first.num_truncated == again.num_truncated > 0
+    other = EncodedCaptions(Kept(60), TOKENIZER, 8, cache_file=file)  # of more captions
     assert len(other.ids(59, 0)) > 2
     assert [path.name for path in file.parent.iterdir()] == ["captions.npz"]
     file.write_bytes(b"PK\x03\x04torn")
     with pytest.raises(ValueError, match=r"captions\.npz: not a caption cache.*delete it"):
+        EncodedCaptions(Kept(), TOKENIZER, 8, cache_file=file)
+    with pytest.raises(ValueError, match=r"captions\.npz: source fake has no identity"):
         EncodedCaptions(Fake(), TOKENIZER, 8, cache_file=file)
+
+
+@pytest.mark.parametrize("what", ["identity", "tokenizer", "max_length"])
+def test_a_cache_file_of_something_else_is_written_anew(tmp_path, what):
+    file = tmp_path / "captions.npz"
+    EncodedCaptions(Kept(), TOKENIZER, 8, cache_file=file)
+    source, tokenizer, max_length = Kept(), TOKENIZER, 8
+    if what == "identity":
+        source.identity = "other"
+        source.caption = lambda record, index: "blue"
+    elif what == "tokenizer":
+        tokenizer = Tokenizer.train(["a b c d e f g h"], vocab_size=200)
+    else:
+        max_length = 5
+    kept = EncodedCaptions(source, tokenizer, max_length, cache_file=file)
+    fresh = EncodedCaptions(source, tokenizer, max_length)
+    pairs = all_pairs(source)
+    for got, want in zip(kept.padded(*pairs, 8), fresh.padded(*pairs, 8), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_tokenizers_and_lengths_have_files_of_their_own(tmp_path):
+    other = Tokenizer.train(["a b c d e f g h"], vocab_size=200)
+    files = {
+        captions_file(tmp_path / "train.npy", tokenizer, max_length)
+        for tokenizer in (TOKENIZER, other)
+        for max_length in (8, 9)
+    }
+    assert len(files) == 4
+    assert {file.parent for file in files} == {tmp_path}
+    assert all(file.name.startswith("train.captions-") for file in files)
+
+
+@pytest.mark.slow
+def test_workers_encode_the_same(monkeypatch):
+    monkeypatch.setattr(captions_lib, "_CHUNK", 7)
+    alone = EncodedCaptions(Fake(), TOKENIZER, 8)
+    many = EncodedCaptions(Fake(), TOKENIZER, 8, workers=2)
+    pairs = all_pairs(Fake(), 50)
+    for got, want in zip(many.padded(*pairs, 8), alone.padded(*pairs, 8), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert many.num_truncated == alone.num_truncated > 0
 
 
 def test_an_unbounded_source_cannot_be_stored(tmp_path):
     with pytest.raises(ValueError, match="no end"):
         EncodedCaptions(Fake(None), TOKENIZER, 8, store=True)
     with pytest.raises(ValueError, match="only stored captions"):
-        EncodedCaptions(Fake(None), TOKENIZER, 8, cache_file=tmp_path / "x.npz")
+        EncodedCaptions(Kept(None), TOKENIZER, 8, cache_file=tmp_path / "x.npz")
 
 
 def padded_tokens(histogram, edges):

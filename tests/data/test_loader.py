@@ -11,8 +11,9 @@ import time
 import numpy as np
 import pytest
 
-from tests.data.fake import TOKENIZER, Fake, planned
+from tests.data.fake import TOKENIZER, Fake, FakePairs, planned
 from vlp_jax.data.batch import FIELDS, batch_spec
+from vlp_jax.data.cache import ImageCache
 from vlp_jax.data.loader import Loader
 from vlp_jax.data.plan import EvalPlan, Plan
 
@@ -111,6 +112,69 @@ def test_a_damaged_record_is_replaced_by_one_of_its_source_that_fits(caplog):
     assert set(loader.bad.counts) == {"torn picture", "burnt picture"}
     assert len(caplog.records) == 2  # once a kind
     assert "record" in caplog.text
+
+
+class OneByOne(ImageCache):
+    """A cache that is read row by row."""
+
+    damaged = rows = None
+
+
+CACHED = {
+    "whole": [(Fake(60), 1.0, True)],
+    "damaged": [(Fake(60, damaged=DAMAGED), 1.0, True)],
+    "beside another": [
+        (Fake(60, "a", DAMAGED), 1.0, True),
+        (Fake(40, "b", (5, 6)), 0.5, False),
+        (Fake(50, "c"), 0.3, True),
+    ],
+    "extra fields": [(FakePairs(60, damaged=DAMAGED, second_damaged=(8, 9)), 1.0, True)],
+    "extra fields beside another": [
+        (FakePairs(60, "a", second_damaged=(8, 9)), 1.0, True),
+        (FakePairs(40, "b", second_damaged=(1,)), 1.0, False),
+    ],
+}
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("sources", CACHED.values(), ids=CACHED)
+def test_rows_read_at_once_are_those_read_one_by_one(sources, extra, fixed):
+    extra_fields = sources[0][0].extra_fields if extra else ()
+
+    def read(cache):
+        mixture = [
+            planned(cache(source, 4) if cached else source, weight)
+            for source, weight, cached in sources
+        ]
+        plan = EvalPlan(mixture[0], 60, 8, EDGES, 4) if fixed else plan_of(*mixture)
+        stop = plan.num_batches if fixed else 40
+        with Loader(plan, 0, stop, threads=0, extra_fields=extra_fields) as loader:
+            return list(loader), loader.bad.counts
+
+    at_once, bad = read(ImageCache)
+    one_by_one, also_bad = read(OneByOne)
+    uncached, bad_too = read(lambda source, size: source)
+    assert bad == also_bad == bad_too
+    for batches in zip(at_once, one_by_one, uncached, strict=True):
+        assert list(batches[0]) == [*FIELDS, *extra_fields]
+        for name, want in batches[2].items():
+            for batch in batches[:2]:
+                assert batch[name].dtype == want.dtype
+                np.testing.assert_array_equal(batch[name], want)
+
+
+def test_a_cache_is_read_at_once(monkeypatch):
+    plan = plan_of(planned(ImageCache(Fake(60, damaged=DAMAGED), 4)))
+    expected = load(plan)
+    read = []
+    one = ImageCache.image
+    monkeypatch.setattr(
+        ImageCache, "image", lambda *arguments: read.append(arguments) or one(*arguments)
+    )
+    assert_same(load(plan), expected)
+    replaced = sum(int((batch["replaced"] > 0).sum()) for batch in expected)
+    assert replaced < len(read) < 4 * replaced  # damaged rows and what stands in for them
 
 
 def test_nothing_readable_is_an_error_that_names_the_source():

@@ -70,7 +70,7 @@ def transfer(with_evals, monkeypatch_module, tmp_path_factory):
         config.objectives = {
             "flm": {},
             "itc": {"embedding_dim": 16},
-            "itm": {"embedding_dim": 16},
+            "itm": {},
             "colour": {"type": "entailment", "num_classes": 9},
             "vqa": {"num_classes": 9},
         }

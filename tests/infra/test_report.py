@@ -14,6 +14,7 @@ import pytest
 from tools import report as tool
 from vlp_jax.infra import metrics, report
 from vlp_jax.infra.artifacts import Card, Curve, Gallery, Picture, Table
+from vlp_jax.infra.report.from_metrics import metric_charts
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -200,7 +201,7 @@ def test_variants_are_dashed_in_the_colour_of_their_original(tmp_path: Path) -> 
     names = ["a/loss_shuffled", "b/loss", "a/loss", "b/loss_shuffled", "unigram_entropy"]
     values = {f"eval/{name}": float(index) for index, name in enumerate(names)}
     history = {name: [(1.0, value)] for name, value in values.items()}
-    (chart,) = report.metric_charts("evaluator", list(history), history)
+    (chart,) = metric_charts("evaluator", list(history), history)
     looks = {line.label: (line.colour, line.dashed) for line in chart.lines}
     assert chart.title == "Loss"
     assert looks["a"][0] == looks["a · shuffled"][0] != looks["b"][0] == looks["b · shuffled"][0]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from tiny import (
     BATCH,
     IMAGE_SIZE,
@@ -16,6 +17,7 @@ from tiny import (
 )
 
 from vlp_jax.compress.buckets import Bucket
+from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import make_mesh
 from vlp_jax.objectives import build_objectives
 from vlp_jax.objectives.contrastive import CONTRASTIVE_HEAD, ITC, ITM
@@ -35,7 +37,7 @@ def itc():
 
 @pytest.fixture(scope="module")
 def itm():
-    return ITM(tiny_model(), embedding_dim=16)
+    return ITM(ITC(tiny_model(), embedding_dim=16))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def test_eight_devices_equal_one(names):
 
 def test_every_pair_has_two_wrong_ones(itm, params):
     batch = arrays(valid=np.arange(BATCH) != 3)
-    image = itm.towers.image_tokens(params, batch["image"])
+    image = itm.itc.towers.image_tokens(params, batch["image"])
     drawn = jax.jit(lambda key: itm._negatives(params, batch, image, key))
     texts, images = zip(*(drawn(jax.random.key(i)) for i in range(50)), strict=True)
     for index in (np.stack(texts), np.stack(images)):
@@ -106,7 +108,7 @@ def test_hard_negatives_are_drawn_by_similarity(itm, params):
     """With a sharp softmax the most similar wrong text is drawn."""
     head = params[CONTRASTIVE_HEAD] | {"log_scale": jnp.asarray(np.log(100.0), jnp.float32)}
     spread = jax.tree.map(lambda x: x, params) | {CONTRASTIVE_HEAD: head}
-    batch, towers = arrays(), itm.towers
+    batch, towers = arrays(), itm.itc.towers
     image = towers.image_tokens(spread, batch["image"])
     text = towers.text_feature(spread, batch["text_ids"], batch["text_length"])
     images, texts, scale = towers.embed(spread, image, text)
@@ -123,7 +125,7 @@ def test_hard_negatives_are_drawn_by_similarity(itm, params):
 
 @pytest.mark.parametrize("readout", ["query", "bidirectional", "forward"])
 def test_matching_reads_text_and_image(readout):
-    itm = ITM(tiny_model(), embedding_dim=16, readout=readout)
+    itm = ITM(ITC(tiny_model(), embedding_dim=16), readout=readout)
     batch = arrays()
     params, _ = itm.init(jax.random.key(1), jax.eval_shape(lambda: batch))
     output = itm.loss(params, {}, batch, KEY, SIZES)
@@ -132,13 +134,31 @@ def test_matching_reads_text_and_image(readout):
     assert itm.flops(8) > 0
 
 
-def test_itm_needs_its_itc():
-    config = tiny_config()
-    with config.unlocked():
-        config.objectives = {"itm": {"weight": 1.0}}
-    with pytest.raises(ValueError, match=r"objectives\.itm: draws its negatives"):
-        build_objectives(config.objectives, tiny_model(), VOCABULARY, 100)
-    with config.unlocked():
-        config.objectives.itc = {"embedding_dim": 32}
-    with pytest.raises(ValueError, match=r"objectives\.itm\.embedding_dim: 256 is not"):
-        build_objectives(config.objectives, tiny_model(), VOCABULARY, 100)
+def build(**sections):
+    config = ConfigDict(sections)
+    return {o.name: o for o in build_objectives(config, tiny_model(), VOCABULARY, 100)}
+
+
+def test_itm_takes_the_itc_of_the_run():
+    """Whatever their names, so also where its own comes first."""
+    built = build(a={"type": "itm"}, b={"type": "itc", "embedding_dim": 24}, c={"type": "flm"})
+    assert list(built) == ["a", "b", "c"]
+    assert built["a"].itc is built["b"]
+    assert built["a"].model is built["c"].model
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"itm": {}}, r"objectives\.itm: draws .* the run has none\. Add objectives\.itc"),
+        (
+            {"itm": {}, "itc": {}, "other": {"type": "itc"}},
+            r"objectives\.itm: draws .* the run has several \(itc, other\)\. Keep one",
+        ),
+        ({"itm": {"embedding_dim": 8}, "itc": {}}, r"objectives\.itm\.embedding_dim: unknown key"),
+        ({"itm": {"itc": "itc"}, "itc": {}}, r"objectives\.itm\.itc: unknown key"),
+    ],
+)
+def test_itm_needs_its_itc(sections, message):
+    with pytest.raises(ConfigError, match=message):
+        build(**sections)

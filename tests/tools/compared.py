@@ -1,16 +1,23 @@
 """A trainer that pretends, and configs for it: shared by the tests of tools.compare."""
 
+import json
 import math
+import os
 import pathlib
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from tests.conftest import REPO
 from tests.tiny_config import get_config
-from tools.compare.cells import Cells, Measurement
-from tools.compare.comparison import Metric, Settings
+from tools.compare.cells import Cells
 from tools.compare.configs import NamedConfig
+from tools.compare.metrics import Metric
+from tools.compare.records import Calibration, Measurement
+from tools.compare.rows import Settings
 
 METRIC = "reconstruction/base/accuracy"
 STEP_SECONDS = 0.01
@@ -31,12 +38,13 @@ def named(label: str = "a", skill: float = 1.0, **changes: Any) -> NamedConfig:
     return NamedConfig(label, f"{label}.py", config.lock())
 
 
-def finetune(label: str = "vqa") -> NamedConfig:
-    """A config that can start from another run."""
-    config = get_config()
+def finetune(label: str = "vqa", steps: int = 100, evaluator: str = "") -> NamedConfig:
+    """A config that can start from another run; its evaluator has the name of the config."""
+    config, evaluator = get_config(), evaluator or label
+    config.total_steps = steps
     with config.unlocked():
-        config.evals = {label: {"type": "task", "every_steps": 5}}
-    config.checkpoint.best_metric = f"{label}/base/accuracy"
+        config.evals = {evaluator: {"type": "task", "every_steps": 5}}
+    config.checkpoint.best_metric = f"{evaluator}/base/accuracy"
     return NamedConfig(label, f"{label}.py", config.lock())
 
 
@@ -50,8 +58,8 @@ class FakeTrainer:
 
     Attributes:
         runs: (label, config) of every run, in order.
-        step: seconds of an update as the runs have it; calibration reads ``STEP_SECONDS``.
-        wait: share of the time that runs wait for input.
+        step: seconds of an update as the runs log it; calibration reads ``STEP_SECONDS``.
+        wait: share of the time that a calibration waits for input.
         stop_at: run number at which a signal comes.
         alter: changes the measurement of a run.
     """
@@ -67,9 +75,10 @@ class FakeTrainer:
         self.stop_at: int | None = None
         self.alter: Callable[[ConfigDict, dict[str, Any]], dict[str, Any]] = lambda _, facts: facts
 
-    def step_seconds(self, config: ConfigDict, workdir: pathlib.Path) -> float | None:
+    def calibrate(self, config: ConfigDict, workdir: pathlib.Path) -> Calibration | None:
         self.calibrations.append(config)
-        return STEP_SECONDS
+        cost = 1e3 * STEP_SECONDS
+        return Calibration(cost, 0.9 * cost, 1.2 * cost, 3, 32, self.wait, 7.0)
 
     def run(self, config: ConfigDict, workdir: pathlib.Path) -> Measurement | None:
         self.runs.append((workdir, config))
@@ -85,8 +94,8 @@ class FakeTrainer:
             "reason": "",
             "steps": config.total_steps,
             "samples": config.total_steps * config.data.batch_size,
-            "seconds": config.total_steps * self.step,
-            "input_wait_seconds": config.total_steps * self.step * self.wait,
+            "wall_seconds": config.total_steps * self.step,
+            "wall_input_wait_seconds": 0.0,
             "compile_seconds": 3.0,
             "flops_per_sample": 1e6,
             "metrics": {f"{evaluator}/base/accuracy": score, f"{evaluator}/base/loss": 1 - score},
@@ -111,18 +120,61 @@ def settings(*configs: NamedConfig, **changes: Any) -> Settings:
     return Settings(**(defaults | changes))
 
 
-def open_cells(folder: pathlib.Path, trainer: FakeTrainer, runs: float = math.inf) -> Cells:
+def open_cells(
+    folder: pathlib.Path, trainer: FakeTrainer, runs: float = math.inf, **options: Any
+) -> Cells:
     """Cells of one invocation, which may start so many runs; calibrations come on top."""
     limit = len(trainer.runs) + runs
     return Cells(
         folder,
         trainer,
         lambda: len(trainer.runs) < limit,
-        max_input_wait=0.03,
         calibration_steps=64,
         say=lambda text: None,
+        **options,
     )
 
 
 def silent(text: str) -> None:
     """Says nothing."""
+
+
+class Command:
+    """Starts the comparison of two variants of the tiny config in subprocesses."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.out = folder / "out"
+        self.config = folder / "tiny.py"
+        self.config.write_text(
+            "from tests.tiny_config import get_config as tiny\n"
+            "def get_config(arg=None):\n"
+            "    config = tiny()\n"
+            "    config.objectives.flm.corruption_rate = float(arg)\n"
+            "    return config\n"
+        )
+
+    def start(self, *flags: str) -> subprocess.Popen[str]:
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "tools.compare"),
+                *(f"{self.config}:0.1", f"{self.config}:0.5", f"--out={self.out}"),
+                *("--budget_seconds=1", "--fractions=1,1/2", f"--metric={METRIC}"),
+                # The machine of a test may do anything else at the same time.
+                *("--max_input_wait=1", "--calibration_steps=16"),
+                *flags,
+            ],
+            cwd=REPO,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def finish(self, process: subprocess.Popen[str]) -> tuple[int, str, str]:
+        out, err = process.communicate(timeout=400)
+        return process.returncode, out, err
+
+    def facts(self) -> dict:
+        return json.loads((self.out / "compare.json").read_text())

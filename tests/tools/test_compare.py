@@ -10,6 +10,7 @@ import pytest
 from tests.tools.compared import (
     BUDGET,
     METRIC,
+    STEP_SECONDS,
     FakeTrainer,
     finetune,
     named,
@@ -18,8 +19,10 @@ from tests.tools.compared import (
     silent,
 )
 from tools.compare import __main__ as command
-from tools.compare.comparison import Metric, compare, grid_of_rates
+from tools.compare.comparison import compare, grid_of_rates
 from tools.compare.configs import CommandError
+from tools.compare.metrics import Metric
+from tools.compare.records import Group
 from tools.compare.table import comparison_page
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.preemption import ExitCode
@@ -33,7 +36,8 @@ def page(facts):
     """The page as the command writes it."""
     machine = {"device_kind": "fast chip", "device_count": 1}
     context = {"command": "python -m tools.compare", "written": "now", "machine": machine}
-    return comparison_page(facts | context | {"overrides": {}, "left_out": []}, None)
+    context |= {"overrides": {}, "finetune_overrides": {}, "left_out": []}
+    return comparison_page(facts | context, None)
 
 
 def test_a_config_that_learns_twice_as_fast_needs_half_of_everything(tmp_path):
@@ -138,30 +142,30 @@ def test_no_time_at_all_gives_an_empty_table(tmp_path):
     assert "0 of 4 cells are there" in page(facts)
 
 
-def test_a_run_that_waited_for_input_is_rejected_and_never_averaged(tmp_path):
+def test_a_config_that_waits_for_input_when_alone_is_rejected_and_not_trained(tmp_path):
     trainer = FakeTrainer()
 
-    def wait(config, facts):
-        if config.seed == 1 and config.total_steps > 100:
-            facts |= {"input_wait_seconds": 0.031 * facts["seconds"], "metrics": {METRIC: 0.99}}
-        return facts
+    def calibrate(config, workdir, alone=trainer.calibrate):
+        trainer.wait = 0.031 if config.data.batch_size == 32 else 0.03
+        return alone(config, workdir)
 
-    trainer.alter = wait
-    facts = run(tmp_path, trainer, settings(named("a")))
-    [point] = [p for p in facts["curves"][METRIC]["a"] if p["fraction"] == 1.0]
-    assert point["seeds"] == [0]
-    assert point["mean"] == pytest.approx(0.55)
+    trainer.calibrate = calibrate
+    facts = run(tmp_path, trainer, settings(named("a"), named("b", **{"data.batch_size": 32})))
+    assert {config.data.batch_size for _, config in trainer.runs} == {16}
+    assert len(facts["rows"]) == facts["planned"] == 4
+    assert facts["curves"][METRIC]["b"] == []
+    assert list(facts["time_to_score"][METRIC]["configs"]) == ["a"]
     text = page(facts)
-    assert "1 cells are rejected and enter no mean" in text
-    assert "rejected: waited for input 3.1 % of the time, more than 3.0 %" in text
-    assert "99.0 %" not in text
+    assert "b is rejected, none of its cells counts" in text
+    assert "waited for input 3.1 % of the time, more than 3.0 %" in text
+    assert "cells are there" not in text
 
 
-def test_a_config_whose_runs_are_all_rejected_has_no_curve(tmp_path):
+def test_with_its_baseline_rejected_nothing_is_compared(tmp_path):
     trainer = FakeTrainer()
     trainer.wait = 0.5
     facts = run(tmp_path, trainer, settings(named("a")))
-    assert facts["curves"][METRIC]["a"] == []
+    assert not trainer.runs
     assert facts["time_to_score"] == {}
     assert facts["rates"]["a"]["chosen"] is None
     page(facts)
@@ -186,16 +190,27 @@ def test_a_diverged_rate_is_not_chosen(tmp_path):
     json.dumps(facts, allow_nan=False)
 
 
-def test_a_run_off_its_budget_is_marked_and_its_measured_time_counts(tmp_path):
+def test_seconds_are_updates_times_the_calibrated_cost_whatever_the_cells_log(tmp_path):
     trainer = FakeTrainer()
-    trainer.step = 0.012
+    trainer.step = 3.7 * STEP_SECONDS  # others use the device
     facts = run(tmp_path, trainer, settings(named("a")))
-    assert [row["off_budget"] for row in facts["rows"]] == [True] * 4
-    assert facts["curves"][METRIC]["a"][-1]["seconds"] == pytest.approx(1.2 * BUDGET)
-    assert "12.0 of 10.0*" in page(facts)
-    trainer.step = 0.0105
-    near = run(tmp_path / "near", trainer, settings(named("a")))
-    assert not any(row["off_budget"] for row in near["rows"])
+    for row in facts["rows"]:
+        assert row["seconds"] == pytest.approx(row["steps"] * STEP_SECONDS)
+        assert row["seconds"] == pytest.approx(row["asked_seconds"])
+        assert row["wall_seconds"] == pytest.approx(3.7 * row["seconds"])
+    assert facts["curves"][METRIC]["a"][-1]["seconds"] == pytest.approx(BUDGET)
+    text = page(facts)
+    assert "Seconds are updates times the median time of an update measured alone" in text
+    assert "| a | 10.00 | 9.00 to 12.00 (3) | 0.00 % | 7.0 | 1,600 | 0.001 | 37.00 | 0.0 |" in text
+
+
+def test_a_budget_of_hardly_any_update_is_refused(tmp_path):
+    trainer = FakeTrainer()
+    with pytest.raises(
+        CommandError, match=r"0.05 s are 5 updates of a, at 10 ms each; give a long"
+    ):
+        run(tmp_path, trainer, settings(named("a"), fractions=(0.005, 1.0)))
+    assert not trainer.runs
 
 
 def test_compiling_and_fine_tuning_are_reported_and_not_counted(tmp_path):
@@ -211,14 +226,14 @@ def test_compiling_and_fine_tuning_are_reported_and_not_counted(tmp_path):
     assert last["compile_seconds"] == 3.0
     assert last["finetune_seconds"] == pytest.approx(1.0)
     assert list(last["scores"]) == ["vqa/base/accuracy"]
-    assert "| a | 10.00 | 1,600 | 0.001 | 3.0 | 0.00 % | 1.0 |" in page(facts)
+    assert "| 7.0 | 1,600 | 0.001 | 10.00 | 1.0 |" in page(facts)
 
 
 def test_a_metric_that_no_run_can_have_is_refused_before_any_run(tmp_path):
     trainer = FakeTrainer()
     for what in (
         settings(named("a"), metrics=(Metric("vqa/accuracy", 1),)),
-        settings(named("a"), finetunes=(finetune("vqa"),)),
+        settings(named("a"), finetunes=(finetune("vqa"),), metrics=(Metric("nlvr2/f1", 1),)),
         settings(named("a"), tune_metric=Metric("vqa/accuracy", 1)),
     ):
         with pytest.raises(ConfigError, match=r"config.evals.*needs this evaluator"):
@@ -226,6 +241,79 @@ def test_a_metric_that_no_run_can_have_is_refused_before_any_run(tmp_path):
     assert not trainer.runs
     with pytest.raises(ConfigError, match=r"'reconstruction/f1' is no figure of a. Use one of"):
         run(tmp_path, trainer, settings(named("a"), metrics=(Metric("reconstruction/f1", 1),)))
+
+
+def test_figures_of_the_pretraining_run_stand_beside_those_of_fine_tuning(tmp_path):
+    tunes = (finetune("vqa"), finetune("nlvr2"))
+    names = ("reconstruction/base/loss", "vqa/base/accuracy", "nlvr2/base/accuracy")
+    what = settings(
+        named("a"), finetunes=tunes, metrics=tuple(Metric.parse(name) for name in names)
+    )
+    facts = run(tmp_path, FakeTrainer(), what)
+    assert set(facts["rows"][0]["scores"]) == {METRIC, *names}
+    assert list(facts["curves"]) == list(names)
+
+
+def test_a_figure_of_two_runs_is_refused_and_has_a_longer_name(tmp_path):
+    tunes = (finetune("vqa", evaluator="test"), finetune("nlvr2", evaluator="test"))
+    name = "test/base/accuracy"
+    with pytest.raises(ConfigError, match=r"several runs: vqa, nlvr2. Write vqa/test/base/acc"):
+        run(
+            tmp_path,
+            FakeTrainer(),
+            settings(named("a"), finetunes=tunes, metrics=(Metric(name, 1),)),
+        )
+    trainer = FakeTrainer()
+    trainer.alter = lambda config, facts: (
+        facts | {"metrics": dict.fromkeys(facts["metrics"], 0.1 * config.total_steps)}
+    )
+    tunes = (finetune("vqa", evaluator="test"), finetune("nlvr2", 3, evaluator="test"))
+    full = ("vqa/" + name, "nlvr2/" + name, "pretraining/" + METRIC)
+    what = settings(named("a"), finetunes=tunes, metrics=tuple(Metric(n, 1) for n in full))
+    facts = run(tmp_path, trainer, what)
+    last = facts["rows"][-1]["scores"]
+    assert [last[n] for n in full] == pytest.approx([10.0, 0.3, 100.0])
+
+
+def test_labels_with_colons_and_modes_are_told_apart():
+    name = "nlvr2:scenes/test/accuracy"
+    assert Metric.parse(name) == Metric(name, 1)
+    assert Metric.parse(f"{name}:min") == Metric(name, -1)
+
+
+def test_groups_of_all_configs_stand_side_by_side_with_their_worst_gap(tmp_path):
+    trainer = FakeTrainer()
+
+    def with_groups(config, facts):
+        evaluator = next(iter(config.evals))
+        red = 0.5 + 0.1 * config.seed
+        groups = (
+            Group(evaluator, "colour", "blue", 40, 0.8),
+            Group(evaluator, "colour", "red", 60, red),
+            Group(evaluator, "text", "how many", 100, 0.7),
+        )
+        gap = {f"{evaluator}/worst_gap/colour": 100 * (0.8 - red)}
+        return facts | {"groups": groups, "metrics": facts["metrics"] | gap}
+
+    trainer.alter = with_groups
+    what = settings(named("a"), named("b", 2.0), finetunes=(finetune("vqa", evaluator="test"),))
+    facts = run(tmp_path, trainer, what)
+    assert list(facts["groups"]) == ["reconstruction", "vqa/test"]
+    blue, red, gap, text = facts["groups"]["vqa/test"]
+    assert (blue["value"], red["value"], text["attribute"]) == ("blue", "red", "text")
+    assert red["configs"]["a"]["mean"] == pytest.approx(0.55)
+    assert red["configs"]["b"]["deviation"] == pytest.approx(0.1 / math.sqrt(2))
+    assert (gap["attribute"], gap["value"], gap["examples"]) == ("colour", None, None)
+    assert gap["configs"]["a"]["mean"] == pytest.approx(25.0)
+    words = page(facts)
+    assert "### vqa/test" in words
+    assert "| by | group | examples | a | b |" in words
+    assert "| colour | red | 60 | 55.0 % ± 7.1 | 55.0 % ± 7.1 |" in words
+    assert "| colour | worst gap |  | 25.0 points ± 7.1 | 25.0 points ± 7.1 |" in words
+    assert facts == run(tmp_path, FakeTrainer(), what), "groups are kept with their cells"
+    assert "Scores by group" not in page(
+        run(tmp_path / "none", FakeTrainer(), settings(named("a")))
+    )
 
 
 def test_cells_of_several_commits_are_told(tmp_path):
@@ -248,6 +336,8 @@ def shell(monkeypatch, tmp_path):
         return command.main([*flags, f"--out={tmp_path / 'out'}"])
 
     call.trainer, call.config, call.out = trainer, str(file), tmp_path / "out"
+    call.tune = str(tmp_path / "tune.py")
+    pathlib.Path(call.tune).write_text(source.read_text())
     return call
 
 
@@ -271,6 +361,14 @@ def test_the_command_writes_table_plot_and_numbers(shell, capsys):
     assert (shell.out / "compare.md").read_text() == text
     assert (shell.out / "compare.png").read_bytes() == picture
     assert len(shell.trainer.runs) == 9, "a report trains nothing"
+
+
+def test_keys_are_set_for_fine_tuning_alone(shell):
+    flags = [shell.config, "--budget_seconds=8", f"--metric=pretraining/{METRIC}"]
+    flags += [f"--finetune={shell.tune}", "--set_finetune=total_steps=7", "--fractions=1"]
+    assert shell(*flags) == ExitCode.OK
+    assert [config.total_steps for _, config in shell.trainer.runs] == [800, 7]
+    assert "keys set for all fine-tuning: total_steps 7" in (shell.out / "compare.md").read_text()
 
 
 def test_without_matplotlib_all_else_is_written(shell, capsys, monkeypatch):
@@ -309,6 +407,8 @@ def test_a_signal_still_leaves_a_table_and_its_exit_code(shell):
         (["--metric=a/y", "--budget_seconds=8", "--fractions=1/2"], "the largest of them 1"),
         (["--metric=a/y", "--budget_seconds=8", "--fractions=1,half"], "--fractions=1,half"),
         (["--metric=a/y", "--budget_seconds=8", "--set=optim.b2"], "write --set=KEY=VALUE"),
+        (["--metric=a/y", "--budget_seconds=8", "--set_finetune=x"], "--set_finetune=KEY=VALUE"),
+        (["--metric=a/y", "--budget_seconds=8", "--devices=0,1"], "give --workers=2 or more"),
         (["--metric=a/y", "--budget_seconds=8", "--set=optim.b3=1"], "config.optim.b3: unknown"),
         (["--metric=a/y", "--budget_seconds=8", "--search=optim.b2"], "KEY:log:LOW:HIGH"),
         (["--report_only"], "neither compare.json nor search.json"),

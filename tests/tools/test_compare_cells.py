@@ -97,7 +97,7 @@ def test_calibration_reads_no_evaluator_and_all_but_keeps_the_parameters():
     config = named(**{"schedule.warmup_steps": 500, "schedule.peak": 1.0})
     run = config.calibration(steps=64, overrides={})
     check_keys(run)
-    rate = learning_rate(run.schedule, Budget(16, None, 64))
+    rate = learning_rate(run.schedule, Budget(16, None, run.total_steps))
     assert float(rate(jnp.int32(63))) == pytest.approx(0.01)
     assert not run.evals
 
@@ -129,8 +129,9 @@ def test_the_cost_of_an_update_is_measured_once_for_all_rates_budgets_and_invoca
         for fraction in (0.5, 1.0):
             obtain(cells, named(), fraction=fraction, **{"schedule.peak": rate})
     assert len(trainer.calibrations) == 1
-    assert trainer.calibrations[0].total_steps == 64
-    assert open_cells(tmp_path, trainer, runs=0).step_seconds(named(), {}) == STEP_SECONDS
+    kept = open_cells(tmp_path, trainer, runs=0).calibration(named(), {})
+    assert kept.seconds == pytest.approx(STEP_SECONDS)
+    assert (kept.min_ms, kept.max_ms) == (pytest.approx(9.0), pytest.approx(12.0))
     obtain(cells, named(**{"model.text.width": 32}))
     assert len(trainer.calibrations) == 2
 
@@ -210,9 +211,17 @@ def test_fine_tuning_depends_on_the_cell_but_not_on_where_it_lies(tmp_path):
     assert len(trainer.runs) == 4
 
 
-def test_a_run_that_waited_or_stopped_is_not_fine_tuned(tmp_path):
+def test_calibration_has_intervals_of_whole_windows(tmp_path):
+    for window, steps, interval in ((32, 64, 32), (32, 256, 64), (128, 256, 128), (32, 193, 64)):
+        run = named(**{"data.window_batches": window}).calibration(steps=steps, overrides={})
+        assert run.log.every_steps == interval
+        assert run.log.every_percent is None
+        assert run.total_steps == 6 * interval
+
+
+def test_a_run_that_stopped_is_not_fine_tuned(tmp_path):
     trainer = FakeTrainer()
-    trainer.wait = 0.05
+    trainer.alter = lambda _, facts: facts | {"status": "stopped", "reason": "diverged"}
     assert obtain(open_cells(tmp_path, trainer), named(), finetunes=[finetune()]) is not None
     assert len(trainer.runs) == 1
 

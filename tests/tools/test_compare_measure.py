@@ -1,20 +1,22 @@
 """What is read from a run: its metrics file, and in the slow test real runs of the trainer."""
 
 import json
-import os
-import pathlib
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.conftest import REPO
-from tools.compare.measure import compile_seconds, final_metrics, training_intervals
+from tests.tools.compared import METRIC, Command
+from tools.compare.measure import (
+    calibration,
+    compile_seconds,
+    final_metrics,
+    group_scores,
+    training_intervals,
+)
+from tools.compare.records import Group
+from vlp_jax.infra.artifacts import Gallery, Table
 from vlp_jax.infra.preemption import ExitCode
-
-METRIC = "reconstruction/base/accuracy"
 
 
 def speed(step: int, rate: float, wait: float) -> dict[str, float]:
@@ -64,45 +66,30 @@ def test_a_run_without_records_took_no_time():
     assert final_metrics([]) == {}
 
 
-class Command:
-    """Starts the comparison of two variants of the tiny config in subprocesses."""
+def test_calibration_counts_the_second_half_and_keeps_its_spread():
+    seconds = [9.0, 9.0, 9.0, 0.64, 0.32, 0.48]
+    intervals = [(32 * (n + 1), 32, s, 0.01 * s) for n, s in enumerate(seconds)]
+    found = calibration(intervals, 192, 12.5)
+    assert (found.median_ms, found.min_ms, found.max_ms) == (15.0, 10.0, 20.0)
+    assert found.seconds == 0.015
+    assert (found.intervals, found.interval_steps, found.compile_seconds) == (3, 32, 12.5)
+    assert found.input_wait_fraction == pytest.approx(0.01)
 
-    def __init__(self, folder: pathlib.Path):
-        self.out = folder / "out"
-        self.config = folder / "tiny.py"
-        self.config.write_text(
-            "from tests.tiny_config import get_config as tiny\n"
-            "def get_config(arg=None):\n"
-            "    config = tiny()\n"
-            "    config.objectives.flm.corruption_rate = float(arg)\n"
-            "    return config\n"
-        )
 
-    def start(self, *flags: str) -> subprocess.Popen[str]:
-        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-        environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-m", "tools.compare"),
-                *(f"{self.config}:0.1", f"{self.config}:0.5", f"--out={self.out}"),
-                *("--budget_seconds=1", "--fractions=1,1/2", f"--metric={METRIC}"),
-                # The machine of a test may do anything else at the same time.
-                *("--max_input_wait=1", "--calibration_steps=16"),
-                *flags,
-            ],
-            cwd=REPO,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-
-    def finish(self, process: subprocess.Popen[str]) -> tuple[int, str, str]:
-        out, err = process.communicate(timeout=400)
-        return process.returncode, out, err
-
-    def facts(self) -> dict:
-        return json.loads((self.out / "compare.json").read_text())
+def test_scores_by_group_come_from_the_tables_of_evaluators(tmp_path):
+    assert group_scores(tmp_path) == ()
+    table = Table(
+        title="t",
+        columns=("group", "value", "examples", "accuracy", "accuracy text_only"),
+        rows=(("all", "", 9, 0.5, 0.1), ("colour", "red", 4, 0.25, 0.1)),
+    )
+    table.save(tmp_path / "artifacts" / "test_groups")
+    Gallery(title="g", cards=()).save(tmp_path / "artifacts" / "test")
+    Gallery(title="of groups", cards=()).save(tmp_path / "artifacts" / "all_groups")
+    assert group_scores(tmp_path) == (
+        Group("test", "all", "", 9, 0.5),
+        Group("test", "colour", "red", 4, 0.25),
+    )
 
 
 @pytest.mark.slow
@@ -144,7 +131,8 @@ def test_real_runs(tmp_path):
         assert [line["step"] for line in evaluated] == [row["steps"]], "evaluated once, at the end"
         assert row["scores"] == {METRIC: evaluated[0][METRIC]}
         assert row["compile_seconds"] > 0
-        assert 0 < row["seconds"] < 60
+        assert row["seconds"] == pytest.approx(row["fraction"], rel=0.1)
+        assert 0 < row["wall_seconds"] < 60
         assert row["flops"] > 0
         assert not (workdir / "checkpoints").exists()
     halves = {row["config"]: row["steps"] for row in facts["rows"] if row["fraction"] == 0.5}
@@ -153,3 +141,18 @@ def test_real_runs(tmp_path):
     assert all(abs(wholes[label] - 2 * halves[label]) <= 1 for label in halves)
     assert METRIC in facts["time_to_score"]
     assert (command.out / "compare.png").is_file()
+
+
+@pytest.mark.slow
+def test_two_real_workers(tmp_path):
+    command = Command(tmp_path)
+    code, out, err = command.finish(command.start("--workers=2", "--fractions=1", "--seeds=2"))
+    assert code == ExitCode.OK, err[-3000:]
+    facts = command.facts()
+    assert len(facts["rows"]) == facts["planned"] == 4
+    assert {row["status"] for row in facts["rows"]} == {"counted"}
+    assert out.count("an update takes") == 2, "calibrated once each, by one process"
+    assert out.count("log in") == 4, "no cell twice"
+    assert len(list(command.out.glob("calibration/*.json"))) == 2
+    assert not list(command.out.glob("cells/*/claim.json"))
+    assert "Seconds are updates times" in (command.out / "compare.md").read_text()

@@ -5,11 +5,26 @@ import math
 
 import pytest
 
-from tests.tools.compared import METRIC, STEP_SECONDS, FakeTrainer, named, open_cells, settings
+from tests.tools.compared import (
+    METRIC,
+    STEP_SECONDS,
+    FakeTrainer,
+    named,
+    open_cells,
+    settings,
+    silent,
+)
 from tools.compare.configs import CommandError
 from tools.compare.search import Axis, Trial, candidates, halve, rung_sizes, search
 from tools.compare.table import search_page
 from vlp_jax.infra.errors import ConfigError
+
+
+def page(trainer, what, found):
+    facts = {"settings": what.to_json(), "search": found, "left_out": [], "overrides": {}}
+    facts |= {"machine": trainer.machine, "command": "python -m tools.compare", "written": "now"}
+    facts |= {"finetune_overrides": {}}
+    return search_page(json.loads(json.dumps(facts, allow_nan=False)))
 
 
 def test_axes():
@@ -90,7 +105,7 @@ def test_search_grows_over_invocations_and_finds_the_best_rate(tmp_path):
     trainer, lengths = FakeTrainer(), []
     for _ in range(9):
         cells = open_cells(tmp_path, trainer, runs=5)
-        found = search(what, axes, 3, 9, cells, lambda text: None)
+        found = search(what, axes, 3, 9, cells, silent)
         lengths.append(len(found["a"]["rungs"]))
         if found["a"]["complete"]:
             break
@@ -101,27 +116,35 @@ def test_search_grows_over_invocations_and_finds_the_best_rate(tmp_path):
     assert steps == [round(whole / 9)] * 9 + [round(whole / 3)] * 3 + [whole], "none twice"
     assert len(trainer.calibrations) == 1
 
-    facts = {"settings": what.to_json(), "search": found, "left_out": [], "overrides": {}}
-    facts |= {"machine": trainer.machine, "command": "python -m tools.compare", "written": "now"}
-    text = search_page(json.loads(json.dumps(facts, allow_nan=False)))
+    text = page(trainer, what, found)
     assert "Best: `schedule.peak=0.002`." in text
     assert text.count("| 0.111 |") == 9
     assert METRIC in text
 
 
 def test_a_search_in_which_all_fail_says_so(tmp_path):
+    what, axes = settings(named("a"), seeds=2), [Axis.parse("optim.b2:0.9,0.95,0.99")]
     trainer = FakeTrainer()
-    trainer.wait = 0.5
-    cells = open_cells(tmp_path, trainer)
-    what = settings(named("a"), seeds=2)
-    found = search(what, [Axis.parse("optim.b2:0.9,0.95,0.99")], 3, 9, cells, lambda text: None)
+    trainer.alter = lambda _, facts: facts | {"status": "stopped", "reason": "diverged"}
+    found = search(what, axes, 3, 9, open_cells(tmp_path / "stopped", trainer), silent)
     assert found["a"]["complete"]
     assert found["a"]["best"] is None
+    assert len(trainer.runs) == 6
+
+    waiting = FakeTrainer()
+    waiting.wait = 0.5
+    found = search(what, axes, 3, 9, open_cells(tmp_path / "waited", waiting), silent)
+    assert found["a"]["complete"]
+    assert found["a"]["best"] is None
+    assert not waiting.runs
+    assert "rejected: an update measured alone waited for input 50.0 %" in page(
+        waiting, what, found
+    )
 
 
 def test_a_key_that_changes_the_cost_is_calibrated_for_itself(tmp_path):
     trainer = FakeTrainer()
     what = settings(named("a"), seeds=1)
     axes = [Axis.parse("data.batch_size:16,32")]
-    search(what, axes, 2, 9, open_cells(tmp_path, trainer), lambda text: None)
+    search(what, axes, 2, 9, open_cells(tmp_path, trainer), silent)
     assert [config.data.batch_size for config in trainer.calibrations] == [16, 32]

@@ -68,6 +68,11 @@ def edit_captions(root: pathlib.Path, edit) -> None:
             r"config\.data\.batchsize: unknown key\. Perhaps you mean 'batch_size'",
         ),
         ("optimiser", 1, r"config\.optimiser: unknown key"),
+        (
+            "optim.groups.heads",
+            {"patern": "^head"},
+            r"config\.optim\.groups\.heads\.patern: unknown key",
+        ),
         ("data.sources.photographs.rot", "x", r"config\.data\.sources\.photographs\.rot: unknown"),
         ("data.sources.photographs.type", "zip", r"sources\.photographs\.type: 'zip' is no source"),
         ("objectives.flm.rate", 0.5, r"config\.objectives\.flm\.rate: unknown key"),

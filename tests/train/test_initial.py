@@ -43,7 +43,7 @@ def origin(tmp_path_factory):
         "mlm": {},
         "ar": {},
         "itc": {"embedding_dim": 8},
-        "itm": {"embedding_dim": 8, "readout": "auto"},
+        "itm": {"readout": "auto"},
     }
     changes = {"model.text.width": 24, "model.image.width": 24}
     return save(small_config(objectives, **changes), workdir)

@@ -56,13 +56,45 @@ def test_first_matching_group_counts(params: Any) -> None:
     assert factors["text_lower_0/mlp/in/bias"] == 1.0
 
 
-def test_bad_patterns_name_the_key(params: Any) -> None:
-    nothing = optim_config(visual={"pattern": "visual", "rate_factor": 1.0})
-    with pytest.raises(ConfigError, match=r"config.optim.groups.visual.pattern: .*image_tower"):
-        rate_factors(nothing, params)
-    broken = optim_config(visual={"pattern": "(", "rate_factor": 1.0})
-    with pytest.raises(ConfigError, match=r"config.optim.groups.visual.pattern: .*expression"):
-        rate_factors(broken, params)
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"pattern": "visual"}, r"visual\.rate_factor: missing\. Add it"),
+        ({"rate_factor": 1.0}, r"visual\.pattern: missing\. Add it"),
+        ({"pattern": "", "rate_factor": 1.0}, r"visual\.pattern: missing"),
+        (
+            {"patern": "visual", "rate_factor": 1.0},
+            r"visual\.patern: unknown key\. Perhaps you mean 'pattern'",
+        ),
+        ({"pattern": "(", "rate_factor": 1.0}, r"visual\.pattern: '\(' is no regular expression"),
+        ({"pattern": 5, "rate_factor": 1.0}, r"visual\.pattern: 5 is no regular expression"),
+        (
+            {"pattern": "visual", "rate_factor": 1.0},
+            r"visual\.pattern: 'visual' matches no parameter .*Match paths below .*image_tower",
+        ),
+        ({"pattern": "^image_", "rate_factor": "fast"}, r"visual\.rate_factor: 'fast'"),
+        ({"pattern": "^image_", "rate_factor": -1.0}, r"visual\.rate_factor: -1\.0"),
+        ({"pattern": "^image_", "rate_factor": float("nan")}, r"visual\.rate_factor: nan"),
+        (5.0, r"visual: 5\.0 is no section\. Set `pattern` and `rate_factor`"),
+    ],
+)
+def test_bad_groups_name_the_key_and_the_remedy(params: Any, group: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"config\.optim\.groups\.{message}"):
+        optimizer(optim_config(visual=group), params)
+
+
+def test_a_group_in_the_shadow_of_another_is_refused(params: Any) -> None:
+    config = optim_config(
+        image={"pattern": "^image_", "rate_factor": 1.0},
+        patches={"pattern": "^image_tower/patch", "rate_factor": 2.0},
+    )
+    with pytest.raises(
+        ConfigError, match=r"groups\.patches\.pattern: .*those of a group before it"
+    ):
+        rate_factors(config, params)
+
+
+def test_a_bad_pattern_of_decay_names_the_key(params: Any) -> None:
     config = optim_config()
     config.no_decay = "["
     with pytest.raises(ConfigError, match=r"config.optim.no_decay"):

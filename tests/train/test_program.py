@@ -10,6 +10,7 @@ from tiny import BATCH, IMAGE_SIZE, TOKENS, make_program, tiny_config
 from vlp_jax.compress.buckets import Bucket, StepBucket
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import make_mesh
+from vlp_jax.objectives.base import image_flops
 from vlp_jax.objectives.flm import FLM
 from vlp_jax.train import program as program_module
 
@@ -83,3 +84,15 @@ def test_flops_are_those_of_the_objectives() -> None:
     program = make_program(tiny_config())
     (flm,) = program.objectives
     assert program.flops({"pairs": 9.5}) == 3 * flm.flops(9.5)
+
+
+@pytest.mark.parametrize(("accumulation", "passes"), [(1, 1), (2, 2)])
+def test_flops_count_a_shared_image_once(accumulation: int, passes: int) -> None:
+    """FLM encodes the image itself where it is split into micro-batches."""
+    config = tiny_config(**{"optim.accumulation": accumulation})
+    with config.unlocked():
+        config.objectives = {name: {} for name in ("flm", "itc", "itm")}
+    program = make_program(config)
+    image = image_flops(program.objectives[0].model.config)
+    texts = sum(objective.flops(9.5) - image for objective in program.objectives)
+    assert program.flops({"pairs": 9.5}) == pytest.approx(3 * (texts + passes * image), rel=1e-12)

@@ -8,22 +8,24 @@ updates of full size.
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
-from tiny import BATCH, BUCKET, Run, compile_run, make_batch, tiny_config
+from tiny import BATCH, BUCKET, Run, compile_run, make_batch, tiny_config, tiny_model
 
 from vlp_jax.compress.buckets import Bucket
-from vlp_jax.data.batch import Batch
+from vlp_jax.data.batch import Batch, batch_spec
 from vlp_jax.infra.mesh import make_mesh
 from vlp_jax.infra.sharding import fsdp_rules, shardings
-from vlp_jax.objectives.base import LossOutput, Mean
+from vlp_jax.objectives.base import Defaults, LossOutput, Mean, batch_noise, encode_image
+from vlp_jax.objectives.classification import NLVR2, VQA, Classification
 from vlp_jax.train import program as program_module
 from vlp_jax.train.state import TrainState
-from vlp_jax.train.step import init_state, make_step
+from vlp_jax.train.step import init_state, make_step, shared_passes
 
 FIRST, SECOND = make_batch(seed=1), make_batch(seed=2)
 
@@ -257,7 +259,156 @@ def test_sum_of_objectives_has_the_sum_of_gradients(initial: Any) -> None:
     assert_trees_close(gradient(on_host(state)), expected, atol=1e-6)
 
 
-class Coupled:
+WEIGHTS = {"flm": 0.5, "itc": 2.0, "itm": 1.5}
+
+
+@pytest.fixture(scope="module")
+def three() -> Run:
+    """Three objectives of one batch, and a tower whose cost stands out."""
+    config = step_config(**{"model.image.patch_size": 4, "model.image.mlp_width": 256})
+    with config.unlocked():
+        config.objectives = {name: {"weight": weight} for name, weight in WEIGHTS.items()}
+    return compile_run(config)
+
+
+def apart(run: Run, state: TrainState) -> jax.stages.Compiled:
+    """Loss and gradient as the weighted sum of the objectives, each called by itself."""
+    objectives = run.program.objectives
+    extras = state.extras["objectives"]
+
+    def summed(params: Any, rng: jax.Array, batch: Batch) -> jax.Array:
+        step_rng = jax.random.fold_in(rng, 0)
+        total = jnp.zeros(())
+        for index, objective in enumerate(objectives):
+            key = jax.random.fold_in(step_rng, index)
+            output = objective.loss(params, extras[objective.name], batch, key, BUCKET[0][1])
+            total += WEIGHTS[objective.name] * output.loss.sum / output.loss.weight
+        return total
+
+    return jax.jit(jax.value_and_grad(summed)).lower(state.params, state.rng, FIRST).compile()
+
+
+def test_objectives_of_one_batch_share_the_image_tower(three: Run) -> None:
+    """Loss and gradient are those of the objectives apart, at two backward passes less."""
+    initial = three.init()
+    separate = apart(three, initial)
+    loss, expected = jax.device_get(separate(initial.params, initial.rng, FIRST))
+
+    model = three.program.objectives[0].model
+    batch = {"image": jnp.asarray(FIRST["image"])}
+
+    def tower(params: Any) -> jax.Array:
+        return encode_image(model, params, batch, None).sum()
+
+    def flops(compiled: jax.stages.Compiled) -> float:
+        return compiled.cost_analysis()["flops"]
+
+    forward, both = (
+        flops(jax.jit(function).lower(initial.params).compile())
+        for function in (tower, jax.value_and_grad(tower))
+    )
+    assert flops(three.step) < flops(separate) - 1.5 * (both - forward)
+
+    state, metrics = three(initial, FIRST)  # the initial state is donated
+    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-6)
+    assert_trees_close(gradient(on_host(state)), expected, atol=5e-6)
+
+
+class Reader(Defaults):
+    """A tiny objective over the image alone: the mean square of its tokens."""
+
+    def __init__(self, name: str, batch_name: str = "pairs", model: Any = None, whole: bool = True):
+        self.name, self.batch_name, self.splittable = name, batch_name, not whole
+        self._model = model
+
+    @property
+    def image_encoder(self) -> Any:
+        return self._model
+
+    def init(self, rng: jax.Array, batch_spec: Any) -> tuple[Any, Any]:
+        pixels = jnp.zeros(batch_spec["image"].shape)
+        return nn.init(lambda model: model.encode_image(pixels), self._model)(rng)["params"], {}
+
+    def loss(
+        self,
+        params: Any,
+        extras: Any,
+        batch: Batch,
+        rng: jax.Array,
+        bucket: Bucket,
+        train: bool = True,
+    ) -> LossOutput:
+        tokens = encode_image(self._model, params, batch, batch_noise(rng, batch, train))
+        return LossOutput(Mean((tokens**2).mean() * BATCH, jnp.float32(BATCH)), extras, {})
+
+
+def test_a_shared_pass_has_one_noise() -> None:
+    """Drawn from the key of the step; an objective alone draws its own, as it did."""
+    model = tiny_model(**{"image.dropout": 0.5})
+    optimizer = optax.trace(0.0)
+    specs = {"pairs": batch_spec(BUCKET[0][1], 1)}
+    batch = {"pairs": {name: jnp.asarray(array) for name, array in FIRST.items()}}
+
+    def updates(*readers: Reader) -> tuple[TrainState, Any]:
+        """A fresh state, and from the number of a step to the losses of its update."""
+        state = init_state(readers, specs, lambda params: optimizer, jax.random.key(0), ema=False)
+        weights = {reader.name: 1.0 for reader in readers}
+        update = jax.jit(make_step(readers, weights, optimizer, 0.0, 1, BUCKET))
+
+        def losses(step: int) -> list[float]:
+            _, metrics = update(state.replace(step=jnp.int32(step)), batch, jnp.float32(0.1))
+            return [float(metrics[f"{reader.name}/loss"]) for reader in readers]
+
+        return state, losses
+
+    one, other = Reader("one", model=model), Reader("other", model=model)
+    _, together = updates(one, other)
+    first, second = together(0)
+    assert first == second
+    assert first not in together(1)
+
+    state, alone = updates(one)
+    key = jax.random.fold_in(jax.random.fold_in(state.rng, 0), 0)
+    sizes = BUCKET[0][1]
+    expected = jax.jit(lambda params: one.loss(params, {}, batch["pairs"], key, sizes).loss)
+    assert alone(0) == pytest.approx([float(expected(state.params).sum) / BATCH], rel=1e-6)
+    assert alone(0) != pytest.approx([first], rel=1e-3)
+
+
+def test_what_shares_a_pass() -> None:
+    """Same batch, same model, seen whole; equal models are the same."""
+    model, other = tiny_model(), tiny_model(**{"image.depth": 2})
+    readers = [
+        Reader("a", model=model),
+        Reader("b", model=tiny_model()),
+        Reader("c", model=model, whole=False),
+        Reader("d", model=other),
+        Reader("e", "photographs", model),
+        Reader("f"),
+    ]
+    assert shared_passes(readers, 1) == (("pairs", model, ("a", "b", "c")),)
+    assert shared_passes(readers, 2) == (("pairs", model, ("a", "b")),)
+    assert shared_passes(readers[1:], 2) == ()
+    assert shared_passes([Classification(model, "x", 2), VQA(model, "y", 2)], 1) == (
+        ("pairs", model, ("x", "y")),
+    )
+    assert shared_passes([NLVR2(model, "x"), VQA(model, "y", 2)], 1) == ()  # two images at once
+
+
+@pytest.mark.slow
+def test_accumulation_splits_what_can_be_split(three: Run) -> None:
+    """FLM in two parts beside ITC and ITM, which share their pass, equals all of them whole."""
+    config = three.program.config.copy_and_resolve_references()
+    config.optim.accumulation = 2
+    run = compile_run(config)
+    initial = on_host(three.init())
+    expected, expected_metrics = three(placed(three, initial), FIRST)
+    state, metrics = run(placed(run, initial), FIRST)
+    assert metrics == pytest.approx(expected_metrics, abs=1e-5)
+    assert_trees_close(gradient(on_host(state)), gradient(on_host(expected)), atol=5e-6)
+
+
+class Coupled(Defaults):
     """A tiny objective that cannot be split and carries state: a mean that is subtracted."""
 
     name, batch_name = "coupled", "pairs"

@@ -1,7 +1,7 @@
 """Compares configs at equal training time on this machine, or searches config keys.
 
     python -m tools.compare configs/A.py configs/B.py:ARG --budget_seconds=120 --seeds=3 \\
-        --metric=vqa/accuracy --finetune=configs/transfer/vqa.py --rates=x0.5,x1,x2 --out=runs/ab
+        --finetune=configs/transfer/vqa.py --metric=vqa/test/accuracy --rates=x0.5,x1,x2 --out=OUT
 
 trains every config with the whole budget and with shares of it, each run with a schedule of its
 own, and writes OUT/compare.md, compare.png and compare.json. Finished cells are kept in OUT: the
@@ -11,12 +11,17 @@ same command with --max_seconds=300 does a few minutes' work at a time, and the 
         --search=optim.b2:0.95,0.98,0.99 --search=schedule.peak:log:1e-4:1e-2 --out=runs/search
 
 searches config keys by successive halving and writes OUT/search.md and search.json.
+
+Seconds are updates times the time of an update measured alone, by a short run that has the device
+to itself. So cells may share a device: --workers=4 calibrates first and then trains four cells at a
+time (--devices=0,1: spread over these GPUs).
 """
 
 import argparse
 import datetime
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -27,11 +32,14 @@ from typing import Any
 from absl import logging
 
 from tools.compare.cells import Cells
-from tools.compare.comparison import DEFAULT_FRACTIONS, Metric, Settings, compare
+from tools.compare.comparison import DEFAULT_FRACTIONS, calibrate, check_metrics, compare
 from tools.compare.configs import CommandError, load_all, parse_value
 from tools.compare.measure import Trainer
-from tools.compare.search import Axis, search
+from tools.compare.metrics import Metric
+from tools.compare.rows import Settings
+from tools.compare.search import Axis, calibrate_candidates, search
 from tools.compare.table import comparison_page, search_page
+from tools.compare.workers import VISIBLE_DEVICES, Role, run_phases
 from vlp_jax.infra.compilation import set_gpu_flags
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
@@ -47,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> ExitCode:
         arguments: the command line without the program; that of the process by default.
 
     Returns:
-        ``OK``, ``BAD_INPUT`` with a message, or ``PREEMPTED`` where a signal asked to stop; the
-        table is written all the same.
+        ``OK``, ``BAD_INPUT`` with a message, ``PREEMPTED`` where a signal asked to stop, or
+        ``FAILED`` where a worker has crashed; the table is written all the same.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(arguments)
@@ -83,53 +91,116 @@ def write_pages(folder: Path) -> None:
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> ExitCode:
-    started = time.monotonic()
-    overrides = dict(_assignment(text) for text in options.set)
-    settings = _settings(options, overrides)
+    deadline = time.monotonic() + options.max_seconds
+    overrides, tuning_overrides = (
+        _assignments(options, "set"),
+        _assignments(options, "set_finetune"),
+    )
+    settings = _settings(options, overrides, tuning_overrides)
     axes = [Axis.parse(text) for text in options.search]
-    set_gpu_flags()
-    trainer = Trainer()
+    devices = options.devices.split(",") if options.devices else []
+    if len(devices) > options.workers:
+        raise CommandError(f"--devices={options.devices}: give --workers={len(devices)} or more")
+    parent = os.getppid()
     # The trainer has a guard of its own; this one is for signals between two runs.
     with PreemptionGuard() as guard:
+        outcome = ExitCode.OK
+        if options.workers > 1 and not options.role:
+            outcome = _run_workers(options, settings, devices, arguments, deadline, guard)
+            if outcome is ExitCode.BAD_INPUT:
+                return outcome
+            deadline = -math.inf  # what is there now is the table
+        if devices and not options.role:  # workers have been told theirs
+            os.environ[VISIBLE_DEVICES] = devices[0]
+        set_gpu_flags()
+        trainer = Trainer()
 
         def may_start() -> bool:
-            return not guard.requested and time.monotonic() - started < options.max_seconds
+            # A worker whose parent has died leaves the rest to the next invocation.
+            orphaned = bool(options.role) and os.getppid() != parent
+            return not guard.requested and not orphaned and time.monotonic() < deadline
 
         cells = Cells(
             options.out,
             trainer,
             may_start,
-            max_input_wait=options.max_input_wait,
             calibration_steps=options.calibration_steps,
+            may_calibrate=options.role != "train",
+            group=parent if options.role else None,
             keep_checkpoints=options.keep_checkpoints,
             say=_say,
         )
         facts: dict[str, Any]
+        if options.role == "calibrate":
+            if axes:
+                calibrate_candidates(settings, axes, options.halving, options.trials, cells)
+            else:
+                calibrate(settings, cells)
+            return _ended(outcome, cells, guard)
         if axes:
             found = search(settings, axes, options.halving, options.trials, cells, _say)
             name, facts = SEARCH, {"settings": settings.to_json(), "search": found}
         else:
             name, facts = COMPARISON, compare(settings, cells, _say)
-    facts |= {
-        "command": shlex.join(["python", "-m", "tools.compare", *arguments]),
-        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": dict(trainer.machine),
-        "overrides": overrides,
-        "left_out": cells.left_out(),
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_text(options.out / f"{name}.json", json.dumps(facts, indent=1, allow_nan=False) + "\n")
-    write_pages(options.out)
+    if not options.role:
+        facts |= {
+            "command": shlex.join(["python", "-m", "tools.compare", *arguments]),
+            "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "machine": dict(trainer.machine),
+            "overrides": overrides,
+            "finetune_overrides": tuning_overrides,
+            "left_out": cells.left_out(),
+        }
+        options.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(facts, indent=1, allow_nan=False)
+        write_text(options.out / f"{name}.json", text + "\n")
+        write_pages(options.out)
+    return _ended(outcome, cells, guard)
+
+
+def _run_workers(
+    options: argparse.Namespace,
+    settings: Settings,
+    devices: Sequence[str],
+    arguments: Sequence[str],
+    deadline: float,
+    guard: PreemptionGuard,
+) -> ExitCode:
+    """Calibrate and train in processes of their own."""
+    check_metrics(settings)  # a fault is told once, and not by every worker
+
+    def command(role: Role) -> list[str]:
+        left = max(0.0, deadline - time.monotonic())
+        return [*arguments, f"--role={role}", f"--max_seconds={left}"]
+
+    return run_phases(
+        command,
+        workers=options.workers,
+        devices=devices,
+        folder=options.out,
+        requested=lambda: guard.requested,
+        complain=lambda text: print(f"error: {text}", file=sys.stderr, flush=True),
+    )
+
+
+def _ended(outcome: ExitCode, cells: Cells, guard: PreemptionGuard) -> ExitCode:
+    """The exit code: that of the workers where it is no success."""
+    if outcome is not ExitCode.OK:
+        return outcome
     return ExitCode.PREEMPTED if cells.interrupted or guard.requested else ExitCode.OK
 
 
-def _settings(options: argparse.Namespace, overrides: Mapping[str, Any]) -> Settings:
+def _settings(
+    options: argparse.Namespace,
+    overrides: Mapping[str, Any],
+    tuning_overrides: Mapping[str, Any],
+) -> Settings:
     if not options.configs or options.budget_seconds is None or not options.metric:
         raise CommandError("CONFIG..., --budget_seconds and --metric are needed; see --help")
     configs = load_all(options.configs, overrides)
     metrics = tuple(Metric.parse(text) for text in options.metric.split(","))
     labels = [named.label for named in configs]
-    baselines = tuple(options.baseline.split(",")) if options.baseline else (labels[0],)
+    baselines = tuple(options.baseline) or (labels[0],)
     for label in baselines:
         if label not in labels:
             raise CommandError(f"--baseline={label} is no config; use one of {labels}")
@@ -141,7 +212,7 @@ def _settings(options: argparse.Namespace, overrides: Mapping[str, Any]) -> Sett
         rates=tuple(options.rates.split(",")),
         metrics=metrics,
         tune_metric=Metric.parse(options.tune_metric) if options.tune_metric else metrics[0],
-        finetunes=load_all(options.finetune),
+        finetunes=load_all(options.finetune, tuning_overrides),
         baselines=baselines,
         max_input_wait=options.max_input_wait,
     )
@@ -165,11 +236,19 @@ def _fractions(text: str) -> tuple[float, ...]:
     return tuple(fractions)
 
 
-def _assignment(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise CommandError(f"--set={text} has no value; write --set=KEY=VALUE")
-    return key, parse_value(value)
+def _assignments(options: argparse.Namespace, flag: str) -> dict[str, Any]:
+    """The values of a repeated KEY=VALUE flag.
+
+    Raises:
+        CommandError: one has no value.
+    """
+    values = {}
+    for text in getattr(options, flag):
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise CommandError(f"--{flag}={text} has no value; write --{flag}=KEY=VALUE")
+        values[key] = parse_value(value)
+    return values
 
 
 def _draw(facts: Mapping[str, Any], path: Path) -> bool:
@@ -231,8 +310,30 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CONFIG",
         help="fine-tune each run by this config (repeatable) and take the metrics from there",
     )
-    add("--baseline", help="label, or labels with commas: the best of them; the first by default")
+    add(
+        "--baseline",
+        action="append",
+        default=[],
+        metavar="LABEL",
+        help="the config to compare with; repeatable: the best of them; by default the first",
+    )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="key of every CONFIG")
+    add(
+        "--set_finetune",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="key of every --finetune config, such as total_steps=500; repeatable",
+    )
+    add(
+        "--workers",
+        type=_positive(int),
+        default=1,
+        help="processes that train cells at the same time",
+    )
+    add("--devices", default="", help="indices of CUDA devices for the workers, such as 0,1")
+    # What a process that --workers has started does; it writes no table.
+    add("--role", choices=("calibrate", "train"), default="", help=argparse.SUPPRESS)
     add(
         "--max_seconds",
         type=float,
@@ -243,13 +344,14 @@ def _parser() -> argparse.ArgumentParser:
         "--max_input_wait",
         type=float,
         default=0.03,
-        help="reject runs that wait for input for a larger share of their time",
+        help="reject configs whose update, measured alone, waits for input for a larger share",
     )
     add(
         "--calibration_steps",
         type=_positive(int),
         default=256,
-        help="updates of the run that measures the cost of one, the second half counts",
+        help="least updates of the run that measures the cost of one; made 6 whole windows "
+        "(data.window_batches), of which the second half counts",
     )
     add("--keep_checkpoints", action="store_true", help="keep the final state of every cell")
     add(

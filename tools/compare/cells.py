@@ -5,10 +5,13 @@ cells of several invocations come together in one table, and a cell of an edited
 another machine can never be mixed in: it has another name, and the table says how many such cells
 were left out. Layout::
 
-    OUT/calibration/NAME.json        seconds of an update, measured once for each cost
+    OUT/calibration/NAME.json        cost of an update, measured once for each cost
     OUT/cells/NAME/                  workdir of the run: config, metrics, report, log.txt
+    OUT/cells/NAME/claim.json        who is training it now, see ``claims``
     OUT/cells/NAME/result.json       what it cost and scored; there only when it has finished
     OUT/compile_cache/               compiled programs, shared by all
+
+A cell's seconds are its updates times the calibrated seconds of one: see ``records.Calibration``.
 """
 
 import dataclasses
@@ -16,96 +19,26 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
 
 from ml_collections import ConfigDict
 
-from tools.compare.configs import NamedConfig, Overrides, cost_digest, digest
+from tools.compare.claims import Claims, Outcome
+from tools.compare.configs import CommandError, NamedConfig, Overrides, cost_digest, digest
+from tools.compare.records import Calibration, Result, Runner, describe
 from vlp_jax.infra.files import write_text
-from vlp_jax.infra.metrics import strict
 
+CELLS_FOLDER = "cells"
 RESULT_FILE = "result.json"
 LOG_FILE = "log.txt"
 CHECKPOINT_FOLDER = "checkpoints"
 SAVE_SECONDS = 120.0
-
-Machine = Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-    """What a finished run cost and scored.
-
-    Attributes:
-        status: "finished", or "stopped" where the trainer gave up on a run that had diverged.
-        reason: why it was stopped.
-        steps: updates.
-        samples: examples trained on.
-        seconds: of training: without compiling, evaluating and saving.
-        input_wait_seconds: of these, how long the updates waited for input.
-        compile_seconds: of all buckets.
-        flops_per_sample: model FLOPs of one example in an update.
-        metrics: figures of its evaluators at the end.
-    """
-
-    status: Literal["finished", "stopped"]
-    reason: str
-    steps: int
-    samples: int
-    seconds: float
-    input_wait_seconds: float
-    compile_seconds: float
-    flops_per_sample: float
-    metrics: Mapping[str, float]
-
-    @property
-    def input_wait_fraction(self) -> float:
-        """Share of the training time that was spent waiting for input."""
-        return self.input_wait_seconds / self.seconds if self.seconds else 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A measurement and where it comes from.
-
-    Attributes:
-        name: of the cell's folder.
-        label: of the config.
-        digest: of the config.
-        machine: what it ran on.
-        versions: of the packages that compute.
-        commit: of the code.
-        measurement: of the run.
-        finetuning: label of the fine-tuning config -> its measurement; empty in ``result.json``,
-            as each fine-tuning run is a cell of its own.
-    """
-
-    name: str
-    label: str
-    digest: str
-    machine: Machine
-    versions: Mapping[str, str]
-    commit: str
-    measurement: Measurement
-    finetuning: Mapping[str, Measurement] = dataclasses.field(default_factory=dict)
-
-
-class Runner(Protocol):
-    """Trains: ``measure.Trainer``, or a stand-in of the tests."""
-
-    machine: Machine
-    versions: Mapping[str, str]
-    commit: str
-
-    def step_seconds(self, config: ConfigDict, workdir: Path) -> float | None:
-        """Measure the cost of an update by a short run; None: asked to stop."""
-        ...
-
-    def run(self, config: ConfigDict, workdir: Path) -> Measurement | None:
-        """Train a config to its end, or go on where it was interrupted; None: asked to stop."""
-        ...
+# With fewer updates a schedule has no shape, and rounding to whole ones shows in the seconds.
+MIN_STEPS = 10
+# Of the files; what was written in another is left out like a cell of another machine.
+_FORMAT = 2
 
 
 class Cells:
@@ -115,6 +48,8 @@ class Cells:
         folder: OUT.
         runner: trains what is not there yet.
         interrupted: the process was asked to stop; no cell is started any more.
+        trained: names of the cells that this process has trained.
+        busy: names of the cells that other processes were training when last asked for.
     """
 
     def __init__(
@@ -123,8 +58,9 @@ class Cells:
         runner: Runner,
         may_start: Callable[[], bool],
         *,
-        max_input_wait: float,
         calibration_steps: int,
+        may_calibrate: bool = True,
+        group: int | None = None,
         keep_checkpoints: bool = False,
         say: Callable[[str], None] = print,
     ):
@@ -134,23 +70,31 @@ class Cells:
             folder: OUT.
             runner: trains.
             may_start: whether there is time to start another cell.
-            max_input_wait: share of the training time; a run above it is not fine-tuned.
-            calibration_steps: length of the runs that measure the cost of an update.
+            calibration_steps: least length of the runs that measure the cost of an update.
+            may_calibrate: False where other processes use the device at the same time.
+            group: of the claims, see ``Claims``.
             keep_checkpoints: keep the final states of finished cells.
             say: takes a line about what is being done.
         """
         self.folder = folder
         self.runner = runner
         self.interrupted = False
+        self.trained: set[str] = set()
+        self.busy: set[str] = set()
         self._may_start = may_start
-        self._max_input_wait = max_input_wait
+        self._may_calibrate = may_calibrate
+        self._claims = Claims(group)
         self._calibration_steps = calibration_steps
         self._keep_checkpoints = keep_checkpoints
         self._say = say
         self._used: set[str] = set()
 
-    def step_seconds(self, named: NamedConfig, overrides: Overrides) -> float | None:
-        """Seconds of an update, measured once and then kept; None: not measured, and no time to.
+    def can_start(self) -> bool:
+        """Whether another cell may be started: there is time, and no signal has come."""
+        return not self.interrupted and self._may_start()
+
+    def calibration(self, named: NamedConfig, overrides: Overrides) -> Calibration | None:
+        """The cost of an update, measured once and then kept; None: not measured, and no time to.
 
         The length of a run follows from it, so it is kept for good: delete the file to measure
         again, and with it go all cells of that config.
@@ -158,20 +102,30 @@ class Cells:
         config = named.calibration(steps=self._calibration_steps, overrides=overrides)
         file = self.folder / "calibration" / f"{self._name(cost_digest(config))}.json"
         if not file.exists():
-            if not self._can_start():
+            if not self._may_calibrate or not self.can_start():
                 return None
             file.parent.mkdir(parents=True, exist_ok=True)
             workdir = file.with_suffix("")
             self._share_compile_cache(config)
-            seconds = self.runner.step_seconds(config, workdir)
+            measured = self.runner.calibrate(config, workdir)
             shutil.rmtree(workdir, ignore_errors=True)
-            if seconds is None:
+            if measured is None:
                 self.interrupted = True
                 return None
-            self._say(f"{named.label}: an update takes {1e3 * seconds:.2f} ms")
-            facts = {"label": named.label, "seconds": seconds, "machine": dict(self.runner.machine)}
+            self._say(
+                f"{named.label}: an update takes {measured.median_ms:.2f} ms "
+                f"({measured.min_ms:.2f} to {measured.max_ms:.2f}), "
+                f"{measured.input_wait_fraction:.1%} of it waiting for input"
+            )
+            facts = {
+                "label": named.label,
+                "machine": dict(self.runner.machine),
+                "versions": dict(self.runner.versions),
+                "commit": self.runner.commit,
+                "calibration": dataclasses.asdict(measured),
+            }
             write_text(file, json.dumps(facts, indent=2) + "\n")
-        return float(json.loads(file.read_text())["seconds"])
+        return Calibration(**json.loads(file.read_text())["calibration"])
 
     def obtain(
         self,
@@ -192,53 +146,44 @@ class Cells:
             finetunes: each is run from the cell's checkpoint.
 
         Returns:
-            The result, or None where it is not complete and no other run may be started.
+            The result, or None where it is not complete and either no other run may be started, or
+            another process has claimed the cell.
+
+        Raises:
+            CommandError: the budget buys hardly any update.
         """
-        step_seconds = self.step_seconds(named, overrides)
-        if step_seconds is None:
+        calibration = self.calibration(named, overrides)
+        if calibration is None:
             return None
         config = named.run(
-            steps=max(1, round(budget_seconds / step_seconds)),
+            steps=steps_for(named.label, budget_seconds, calibration),
             seed=seed,
-            step_seconds=step_seconds,
+            step_seconds=calibration.seconds,
             save_seconds=SAVE_SECONDS,
             overrides=overrides,
         )
         identity = digest(config)
         workdir = self._workdir(identity)
-        tuning = {
-            tune.label: tune.finetuning(seed=seed, init_from=workdir.resolve())
+        tuning = [
+            _Tuning(tune.label, tuned, digest(tuned, identity))
             for tune in finetunes
-        }
-        identities = {label: digest(config, identity) for label, config in tuning.items()}
-        done = {label: self._load(identities[label]) for label in tuning}
-        result = self._load(identity)
-        if (
-            result is not None
-            and self._worth_tuning(result)
-            and None in done.values()
-            and not _has_checkpoint(workdir)
-        ):
-            self._say(f"{named.label}: to be fine-tuned and its checkpoint is gone, trained again")
-            (workdir / RESULT_FILE).unlink()
-            result = None
-        if result is None:
-            result = self._train(named.label, config, identity)
-        if result is None or not self._worth_tuning(result):
-            return result
-        for label, tune_config in tuning.items():
-            done[label] = done[label] or self._train(label, tune_config, identities[label])
-            if done[label] is None:
+            for tuned in [tune.finetuning(seed=seed, init_from=workdir.resolve())]
+        ]
+        self.busy.discard(workdir.name)
+        kept = self._kept(identity, tuning)
+        if kept is not None or not self.can_start():
+            return kept
+        with self._claimed(workdir) as claimed:
+            if not claimed:
                 return None
-            self._remove_checkpoints(self._workdir(identities[label]))
-        self._remove_checkpoints(workdir)
-        finetuning = {label: tuned.measurement for label, tuned in done.items() if tuned}
-        return dataclasses.replace(result, finetuning=finetuning)
+            # Another process may have finished it between the look and the claim.
+            kept = self._kept(identity, tuning)
+            return kept or self._complete(named.label, config, identity, calibration, tuning)
 
     def left_out(self) -> list[str]:
         """Finished cells of the folder that nobody asked for, counted by why they do not count."""
         reasons: Counter[str] = Counter()
-        for file in sorted((self.folder / "cells").glob(f"*/{RESULT_FILE}")):
+        for file in sorted((self.folder / CELLS_FOLDER).glob(f"*/{RESULT_FILE}")):
             if file.parent.name in self._used:
                 continue
             machine = json.loads(file.read_text())["machine"]
@@ -248,38 +193,94 @@ class Cells:
                 reasons["of other settings: another command, or a config changed since"] += 1
         return [f"{count} {reason}" for reason, count in reasons.items()]
 
-    def _train(self, label: str, config: ConfigDict, identity: str) -> Result | None:
-        if not self._can_start():
+    def _kept(self, identity: str, tuning: Sequence["_Tuning"]) -> Result | None:
+        """A cell of which nothing is missing."""
+        result = self._load(identity)
+        done = {tune.label: self._load(tune.identity) for tune in tuning}
+        if result is None or result.measurement.status != "finished":
+            return result
+        if None in done.values():
+            return None
+        finetuning = {label: tuned.measurement for label, tuned in done.items() if tuned}
+        return dataclasses.replace(result, finetuning=finetuning)
+
+    def _complete(
+        self,
+        label: str,
+        config: ConfigDict,
+        identity: str,
+        calibration: Calibration,
+        tuning: Sequence["_Tuning"],
+    ) -> Result | None:
+        """Do what a claimed cell is missing; None where that was cut short."""
+        workdir = self._workdir(identity)
+        result = self._load(identity)
+        if result is not None and not _has_checkpoint(workdir):
+            self._say(f"{label}: to be fine-tuned and its checkpoint is gone, trained again")
+            (workdir / RESULT_FILE).unlink()
+            result = None
+        if result is None:
+            result = self._train(label, config, identity, calibration, workdir)
+        if result is None or result.measurement.status != "finished":
+            return result
+        for tune in tuning:
+            if self._load(tune.identity) is None:
+                if self._train(tune.label, tune.config, tune.identity, None, workdir) is None:
+                    return None
+                self._remove_checkpoints(self._workdir(tune.identity))
+        self._remove_checkpoints(workdir)
+        return self._kept(identity, tuning)
+
+    def _train(
+        self,
+        label: str,
+        config: ConfigDict,
+        identity: str,
+        calibration: Calibration | None,
+        claimed: Path,
+    ) -> Result | None:
+        if not self.can_start():
             return None
         workdir = self._workdir(identity)
         workdir.mkdir(parents=True, exist_ok=True)
         self._share_compile_cache(config)
-        self._say(f"{label}: seed {config.seed}, log in {workdir / LOG_FILE}")
+        log = workdir / LOG_FILE
+        self._claims.note(claimed, run=f"{label}, seed {config.seed}", log=str(log))
+        self._say(f"{label}: seed {config.seed}, log in {log}")
         measured = self.runner.run(config, workdir)
         if measured is None:
             self.interrupted = True
             return None
         runner = self.runner
         result = Result(
-            workdir.name, label, identity, runner.machine, runner.versions, runner.commit, measured
+            workdir.name,
+            label,
+            identity,
+            runner.machine,
+            runner.versions,
+            runner.commit,
+            measured,
+            None if calibration is None else measured.steps * calibration.seconds,
         )
-        text = json.dumps(_to_json(result), indent=2, allow_nan=False)
+        text = json.dumps(result.to_json(), indent=2, allow_nan=False)
         write_text(workdir / RESULT_FILE, text + "\n")
+        self.trained.add(claimed.name)
         return result
+
+    @contextmanager
+    def _claimed(self, workdir: Path) -> Iterator[bool]:
+        """Hold the claim of a cell; after an error it stays, and names the cell that brought it."""
+        outcome = self._claims.take(workdir)
+        if outcome is Outcome.BUSY:
+            self.busy.add(workdir.name)
+        yield outcome is Outcome.TAKEN
+        if outcome is Outcome.TAKEN:
+            self._claims.release(workdir)
 
     def _load(self, identity: str) -> Result | None:
         file = self._workdir(identity) / RESULT_FILE
         self._used.add(file.parent.name)
-        return _from_json(json.loads(file.read_text())) if file.exists() else None
-
-    def _can_start(self) -> bool:
-        return not self.interrupted and self._may_start()
-
-    def _worth_tuning(self, result: Result) -> bool:
-        measured = result.measurement
-        return (
-            measured.status == "finished" and measured.input_wait_fraction <= self._max_input_wait
-        )
+        return Result.from_json(json.loads(file.read_text())) if file.exists() else None
 
     def _share_compile_cache(self, config: ConfigDict) -> None:
         if not config.compile_cache:
@@ -290,31 +291,43 @@ class Cells:
             shutil.rmtree(workdir / CHECKPOINT_FOLDER, ignore_errors=True)
 
     def _workdir(self, identity: str) -> Path:
-        return self.folder / "cells" / self._name(identity)
+        return self.folder / CELLS_FOLDER / self._name(identity)
 
     def _name(self, identity: str) -> str:
         machine = json.dumps(dict(self.runner.machine), sort_keys=True)
-        return hashlib.sha256(f"{identity} {machine}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{_FORMAT} {identity} {machine}".encode()).hexdigest()[:16]
 
 
-def describe(machine: Machine) -> str:
-    """A machine in words."""
-    kind = machine.get("cpu") or machine["device_kind"]
-    return f"{machine['device_count']} × {kind}"
+@dataclasses.dataclass(frozen=True)
+class _Tuning:
+    """A fine-tuning run of a cell.
+
+    Attributes:
+        label: of its config.
+        config: from the cell's checkpoint.
+        identity: digest of the config and the cell's.
+    """
+
+    label: str
+    config: ConfigDict
+    identity: str
+
+
+def steps_for(label: str, budget_seconds: float, calibration: Calibration) -> int:
+    """Updates that fill a budget.
+
+    Raises:
+        CommandError: fewer than ``MIN_STEPS``.
+    """
+    steps = round(budget_seconds / calibration.seconds)
+    if steps < MIN_STEPS:
+        raise CommandError(
+            f"{budget_seconds:.3g} s are {steps} updates of {label}, at "
+            f"{calibration.median_ms:.3g} ms each; give a longer --budget_seconds, or a larger "
+            "smallest share by --fractions"
+        )
+    return steps
 
 
 def _has_checkpoint(workdir: Path) -> bool:
     return any(path.name.isdecimal() for path in (workdir / CHECKPOINT_FOLDER).glob("*"))
-
-
-def _to_json(result: Result) -> dict[str, Any]:
-    facts = dataclasses.asdict(result)
-    del facts["finetuning"]
-    facts["measurement"]["metrics"] = strict(result.measurement.metrics)
-    return facts
-
-
-def _from_json(facts: dict[str, Any]) -> Result:
-    measured = facts["measurement"]
-    measured["metrics"] = {name: float(value) for name, value in measured["metrics"].items()}
-    return Result(**(facts | {"measurement": Measurement(**measured)}))

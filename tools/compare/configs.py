@@ -16,7 +16,10 @@ from vlp_jax.infra.errors import ConfigError, unknown_key
 from vlp_jax.train.schedule import UNITS
 
 # Keys that change neither what a run computes nor what its training time is.
-_NO_EFFECT = ("name", "log", "profile", "compile_cache")
+_NO_EFFECT = (
+    *("name", "log", "profile", "compile_cache"),
+    *("data.cache_dir", "data.cache_workers"),
+)
 # Keys, besides those above, on which the cost of an update does not depend.
 _SAME_COST = (
     *("seed", "evals", "schedule", "checkpoint", "init_from", "init_checkpoint"),
@@ -26,6 +29,8 @@ _SAME_COST = (
 # A rate that ends above this share of its peak has not been annealed.
 _ANNEALED = 0.2
 _LOG_PERCENT = 5.0
+# Of a calibration; the first half warms up, the second is measured.
+CALIBRATION_INTERVALS = 6
 
 Overrides = Mapping[str, Any]
 
@@ -87,13 +92,24 @@ class NamedConfig:
         return config
 
     def calibration(self, *, steps: int, overrides: Overrides) -> ConfigDict:
-        """The config of a short run that shows what an update costs; its rate is all but zero."""
+        """The config of a short run that shows what an update costs; its rate is all but zero.
+
+        It logs at the end of each of its intervals, which are whole windows of the plan: then all
+        hold the same mixture of buckets.
+
+        Args:
+            steps: least length of the run, rounded up to whole intervals.
+            overrides: values by dotted key.
+        """
         config = with_overrides(self.config, overrides)
-        _set_duration(config, "total", steps)
+        window = config.data.window_batches
+        interval = window * -(-steps // (CALIBRATION_INTERVALS * window))
+        _set_duration(config, "total", CALIBRATION_INTERVALS * interval)
         for name in ("warmup", "cooldown"):
             _set_duration(config.schedule, name, 0)
         config.schedule.update({"decay": "constant", "peak": 1e-2 * config.schedule.peak})
         _measured_only(config, save_steps=0)
+        _set_duration(config.log, "every", interval)
         with config.unlocked():
             config.evals = {}
         return config

@@ -5,16 +5,18 @@ import gc
 import math
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tools.compare.cells import LOG_FILE, Machine, Measurement
+from tools.compare.cells import LOG_FILE
 from tools.compare.configs import CommandError
+from tools.compare.records import Calibration, Group, Machine, Measurement
+from vlp_jax.infra.artifacts import ARTIFACTS_FOLDER, Table, load
 from vlp_jax.infra.hardware import device_facts
 from vlp_jax.infra.metrics import read_metrics
 from vlp_jax.infra.preemption import ExitCode
@@ -28,6 +30,9 @@ _WAIT = "speed/input_wait_fraction"
 _COMPILE = "compile/seconds/"
 # First parts of the names of figures that the train loop writes; all others are of evaluators.
 _LOOP = ("train", "speed", "memory", "data", "compile")
+# The artefacts of evaluators that know groups, and their columns.
+_GROUPS = "_groups"
+_GROUP_COLUMNS = ("group", "value", "examples", "accuracy")
 
 
 class Trainer:
@@ -45,17 +50,27 @@ class Trainer:
         self.machine: Machine = facts | _cpu(facts["platform"])
         self.commit = _commit()
 
-    def step_seconds(self, config: ConfigDict, workdir: Path) -> float | None:
-        """Seconds of an update: the mean over the second half of a short run; None: asked to stop.
+    def calibrate(self, config: ConfigDict, workdir: Path) -> Calibration | None:
+        """Measure the cost of an update by a run of ``NamedConfig.calibration``.
 
-        The first half holds the first use of every bucket, and the clocks of a device at rest.
+        Its second half counts. The first holds the first use of every bucket, and the clocks of a
+        device at rest.
+
+        Returns:
+            The cost, or None where a signal asked to stop.
+
+        Raises:
+            CommandError: as ``run``.
         """
         setup = self._train(config, workdir)
         if setup is None:
             return None
-        intervals = training_intervals(read_metrics(workdir), setup.budget.batch_size)
-        late = [interval for interval in intervals if 2 * interval[0] > setup.total_steps]
-        return sum(seconds for _, _, seconds, _ in late) / sum(steps for _, steps, _, _ in late)
+        records = read_metrics(workdir)
+        return calibration(
+            training_intervals(records, setup.budget.batch_size),
+            setup.total_steps,
+            compile_seconds(records),
+        )
 
     def run(self, config: ConfigDict, workdir: Path) -> Measurement | None:
         """Train a config to its end, or go on where it was interrupted.
@@ -87,18 +102,19 @@ class Trainer:
             reason=reason,
             steps=steps,
             samples=steps * batch_size,
-            seconds=sum(seconds for _, _, seconds, _ in intervals),
-            input_wait_seconds=sum(waited for *_, waited in intervals),
+            wall_seconds=sum(seconds for _, _, seconds, _ in intervals),
+            wall_input_wait_seconds=sum(waited for *_, waited in intervals),
             compile_seconds=compile_seconds(records),
             flops_per_sample=_flops_per_sample(setup),
             metrics=final_metrics(records),
+            groups=group_scores(workdir),
         )
 
     def _train(self, config: ConfigDict, workdir: Path) -> Setup | None:
         """Train; None where a signal asked to stop."""
         workdir.mkdir(parents=True, exist_ok=True)
-        # Programs of the cell before would stay in memory to the end of the process.
-        jax.clear_caches()
+        # The run before holds its state and its programs in cycles. JAX's caches are left alone:
+        # they let go of what was collected, and keep the small programs that every run needs.
         gc.collect()
         with (workdir / LOG_FILE).open("a") as log, contextlib.redirect_stdout(log):
             try:
@@ -107,6 +123,29 @@ class Trainer:
                 raise CommandError(f"{config.name}: {error}") from error
             code = train(setup)
         return None if code == ExitCode.PREEMPTED else setup
+
+
+def calibration(
+    intervals: Iterable[tuple[int, int, float, float]], total_steps: int, compile_seconds: float
+) -> Calibration:
+    """The cost of an update from the second half of a run.
+
+    Args:
+        intervals: of ``training_intervals``.
+        total_steps: of the run.
+        compile_seconds: of the run.
+    """
+    late = [interval for interval in intervals if 2 * (interval[0] - interval[1]) >= total_steps]
+    costs = [1e3 * seconds / steps for _, steps, seconds, _ in late]
+    return Calibration(
+        median_ms=statistics.median(costs),
+        min_ms=min(costs),
+        max_ms=max(costs),
+        intervals=len(late),
+        interval_steps=late[0][1],
+        input_wait_fraction=sum(waited for *_, waited in late) / sum(s for _, _, s, _ in late),
+        compile_seconds=compile_seconds,
+    )
 
 
 def training_intervals(
@@ -154,6 +193,28 @@ def final_metrics(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
             if name != "step" and name.partition("/")[0] not in _LOOP
         }
     return latest
+
+
+def group_scores(workdir: Path) -> tuple[Group, ...]:
+    """Scores by group, from the tables that evaluators write beside their figures.
+
+    A table named ``EVALUATOR_groups`` has a row for each group, see ``vlp_jax.evals.task``.
+
+    Raises:
+        ValueError: such a table is damaged.
+    """
+    groups = []
+    for folder in sorted((workdir / ARTIFACTS_FOLDER).glob(f"*{_GROUPS}")):
+        table = load(folder)
+        if isinstance(table, Table):
+            evaluator = folder.name.removesuffix(_GROUPS)
+            columns = [table.columns.index(name) for name in _GROUP_COLUMNS]
+            for row in table.rows:
+                attribute, value, examples, accuracy = (row[column] for column in columns)
+                groups.append(
+                    Group(evaluator, str(attribute), str(value), int(examples), float(accuracy))
+                )
+    return tuple(groups)
 
 
 def _flops_per_sample(setup: Setup) -> float:

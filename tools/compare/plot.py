@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from vlp_jax.infra import units
 
 AXES = {"seconds": "seconds of training", "samples": "samples", "flops": "model FLOPs"}
-# The colours of the report, c0 to c7 of vlp_jax/infra/report.css.
+# The colours of the report, c0 to c7 of vlp_jax/infra/report/page.css.
 PALETTE = ("#2a62a6", "#c4621b", "#2c8158", "#8b4fa3", "#b23b4e", "#6d7178", "#0f8390", "#94730d")
 INK, MUTED, RULE = "#1c1e22", "#5f6570", "#e5e2dc"
 

@@ -9,14 +9,16 @@ import dataclasses
 import itertools
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from tools.compare.cells import Cells
-from tools.compare.comparison import Row, Settings, check_metrics, line, make_row
+from tools.compare.cells import Cells, steps_for
+from tools.compare.comparison import POLL_SECONDS, check_metrics
 from tools.compare.configs import CommandError, NamedConfig, parse_value
+from tools.compare.rows import Row, Settings, line, make_row
 from vlp_jax.infra.errors import ConfigError
 
 Candidate = Mapping[str, Any]  # dotted key -> value
@@ -82,12 +84,14 @@ class Trial:
     Attributes:
         candidate: its keys.
         score: signed mean of the seeds that count; None where none does.
-        rows: its cells.
+        rows: its cells; none where the candidate is rejected.
+        rejected: why it takes no part; empty where it does.
     """
 
     candidate: Candidate
     score: float | None
     rows: tuple[Row, ...]
+    rejected: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +185,9 @@ def search(
 ) -> dict[str, Any]:
     """Search the same keys for every config, as far as there is time.
 
+    A cell that another process is training is left to it, and a rung waited for until it is
+    complete.
+
     Args:
         settings: configs, whole budget, seeds of every trial, fine-tuning, and the metric
             (``tune_metric``) that ranks; its fractions and rates are not used.
@@ -188,32 +195,77 @@ def search(
         halving: factor between rungs.
         trials: candidates, where an axis is a range.
         cells: finished ones, and the way to others.
-        say: takes a line about every cell.
+        say: takes a line about every cell that is trained.
 
     Returns:
         label -> ``rungs`` (fraction, and trials best first), ``complete``, ``best`` (of the last
         rung; None before), ready for JSON.
+
+    Raises:
+        CommandError, ConfigError: what was asked for cannot be had; the message says why.
     """
     check_metrics(settings)
-    found: dict[str, Any] = {}
-    named_candidates = candidates(axes, trials)
-    last = len(rung_sizes(len(named_candidates), halving))
-    for named in settings.configs:
+    calibrate_candidates(settings, axes, halving, trials, cells)
+    said: set[str] = set()
 
-        def trial(
-            candidate: Candidate, fraction: float, named: NamedConfig = named
-        ) -> Trial | None:
-            return _trial(settings, named, candidate, fraction, cells, say)
+    def say_once(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            say(text)
 
-        rungs = halve(named_candidates, halving, trial)
-        complete = len(rungs) == last or (bool(rungs) and rungs[-1].trials[0].score is None)
-        best = rungs[-1].trials[0] if complete else None
-        found[named.label] = {
-            "complete": complete,
-            "best": dict(best.candidate) if best and best.score is not None else None,
-            "rungs": [dataclasses.asdict(rung) for rung in rungs],
+    while True:
+        found = {
+            named.label: _search_one(settings, named, axes, halving, trials, cells, say_once)
+            for named in settings.configs
         }
-    return found
+        if not cells.busy or not cells.can_start():
+            return found
+        cells.busy.clear()
+        time.sleep(POLL_SECONDS)
+
+
+def calibrate_candidates(
+    settings: Settings, axes: Sequence[Axis], halving: int, trials: int, cells: Cells
+) -> None:
+    """Measure the cost of an update of every candidate whose keys change it.
+
+    Raises:
+        CommandError: the smallest budget buys hardly any update.
+    """
+    named_candidates = candidates(axes, trials)
+    rungs = len(rung_sizes(len(named_candidates), halving))
+    smallest = settings.budget_seconds * float(halving) ** (1 - rungs)
+    for named in settings.configs:
+        for candidate in named_candidates:
+            calibration = cells.calibration(named, candidate)
+            if calibration is not None:
+                steps_for(named.label, smallest, calibration)
+
+
+def _search_one(
+    settings: Settings,
+    named: NamedConfig,
+    axes: Sequence[Axis],
+    halving: int,
+    trials: int,
+    cells: Cells,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The search for one config, as far as its cells are there or can be had."""
+    named_candidates = candidates(axes, trials)
+    rungs = halve(
+        named_candidates,
+        halving,
+        lambda candidate, fraction: _trial(settings, named, candidate, fraction, cells, say),
+    )
+    last = len(rung_sizes(len(named_candidates), halving))
+    complete = len(rungs) == last or (bool(rungs) and rungs[-1].trials[0].score is None)
+    best = rungs[-1].trials[0] if complete else None
+    return {
+        "complete": complete,
+        "best": dict(best.candidate) if best and best.score is not None else None,
+        "rungs": [dataclasses.asdict(rung) for rung in rungs],
+    }
 
 
 def _trial(
@@ -224,7 +276,11 @@ def _trial(
     cells: Cells,
     say: Callable[[str], None],
 ) -> Trial | None:
+    reason = settings.rejection(cells.calibration(named, candidate))
+    if reason:
+        return Trial(candidate, None, (), reason)
     rate = float(candidate.get("schedule.peak", named.peak))
+    words = ", ".join(f"{key}={value}" for key, value in candidate.items())
     rows = []
     for seed in range(settings.seeds):
         result = cells.obtain(
@@ -234,11 +290,12 @@ def _trial(
             overrides=candidate,
             finetunes=settings.finetunes,
         )
-        if result is None:
-            return None
-        rows.append(make_row(settings, named.label, result, rate, fraction, seed))
-        words = ", ".join(f"{key}={value}" for key, value in candidate.items())
-        say(f"[{words}] {line(rows[-1])}")
+        if result is not None:
+            rows.append(make_row(settings, named.label, result, rate, fraction, seed))
+            if result.name in cells.trained:
+                say(f"[{words}] {line(rows[-1])}")
+    if len(rows) < settings.seeds:
+        return None
     metric = settings.tune_metric
     scores = [metric.sign * row.scores[metric.name] for row in rows if row.status == "counted"]
     return Trial(candidate, statistics.fmean(scores) if scores else None, tuple(rows))

@@ -20,7 +20,7 @@ class Budget:
 
     Attributes:
         fraction: nominal share of the whole budget.
-        cost: mean measured cost: seconds, samples or FLOPs.
+        cost: mean over the seeds: seconds by the calibrated clock, samples or FLOPs.
         scores: of the seeds.
     """
 

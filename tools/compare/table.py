@@ -4,12 +4,26 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tools.compare.cells import describe
+from tools.compare.records import describe
 from vlp_jax.infra import units
 
 Facts = Mapping[str, Any]
 
 NONE = "–"
+
+_SECONDS_TEXT = (
+    "Seconds are updates times the median time of an update measured alone: a short run that has "
+    "the device to itself measures it over intervals that all hold the same mixture of lengths, "
+    "after as long a warm-up, without compiling, evaluating and saving. How many updates a budget "
+    "buys follows from it, and so do the seconds of every cell, whatever else the device does "
+    "while the cell is trained. What the cells logged themselves is given for information; it is "
+    "larger where several share the device."
+)
+_GROUPS_TEXT = (
+    "Accuracy by group after the whole budget of {budget:g} s, mean ± standard deviation over "
+    "seeds. The worst gap is that between the best and the worst group of an attribute, in "
+    "points, over groups that the evaluator finds large enough."
+)
 
 
 def comparison_page(facts: Facts, picture: str | None) -> str:
@@ -30,9 +44,14 @@ def comparison_page(facts: Facts, picture: str | None) -> str:
         parts.append(f"![Score against seconds, samples and FLOPs]({picture})")
     for metric, curves in facts["curves"].items():
         parts += [f"## Score at each budget: {metric}", _curves(metric, curves, facts)]
+    if facts["groups"]:
+        parts.append("## Scores by group")
+        parts.append(_GROUPS_TEXT.format(budget=facts["settings"]["budget_seconds"]))
+    for evaluator, rows in facts["groups"].items():
+        parts += [f"### {evaluator}", _groups(rows)]
     parts += [
         "## Cost",
-        _cost(facts["rows"]),
+        _cost(facts),
         "## Learning rates",
         _rates(facts),
         "## Cells",
@@ -59,6 +78,7 @@ def search_page(facts: Facts) -> str:
         else:
             parts.append("Not finished: run the command again.")
         parts.append(_rungs(metric, found["rungs"]))
+    parts += ["## Cost", _SECONDS_TEXT]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -83,9 +103,15 @@ def _conditions(facts: Facts) -> str:
         f"- written: {facts['written']}",
         f"- configs: {', '.join(f'{label} = `{source}`' for label, source in configs.items())}",
         f"- keys set for all: {_words(facts['overrides']) or 'none'}",
+        *(
+            f"- keys set for all fine-tuning: {_words(overrides)}"
+            for overrides in [facts["finetune_overrides"]]
+            if overrides
+        ),
         f"- whole budget: {settings['budget_seconds']:g} s of training, without compiling, "
         "evaluating, saving and fine-tuning; every run has a schedule of its own that comes to "
         "its end",
+        "- clock: updates times the time of an update measured alone",
         f"- seeds: {settings['seeds']}",
     ]
     for label, teachers in settings["teachers"].items():
@@ -105,13 +131,11 @@ def _problems(facts: Facts) -> str:
         lines.append(
             f"{len(rows)} of {facts['planned']} cells are there; run the command again for more"
         )
-    for status in ("rejected", "stopped"):
-        count = sum(row["status"] == status for row in rows)
-        if count:
-            lines.append(f"{count} cells are {status} and enter no mean, see the list of cells")
-    count = sum(row["off_budget"] for row in rows)
-    if count:
-        lines.append(f"{count} cells are off their budget by more than a tenth (marked *)")
+    for label, reason in facts.get("rejected", {}).items():
+        lines.append(f"{label} is rejected, none of its cells counts: {reason}")
+    stopped = sum(row["status"] == "stopped" for row in rows)
+    if stopped:
+        lines.append(f"{stopped} cells are stopped and enter no mean, see the list of cells")
     lines += [f"left out: {reason}" for reason in facts["left_out"]]
     return "\n".join(f"- **{text}**" for text in lines)
 
@@ -169,42 +193,82 @@ def _curves(metric: str, curves: Facts, facts: Facts) -> str:
 
 
 def _point(metric: str, point: Facts | None) -> str:
-    if point is None:
+    return NONE if point is None else f"{_mean(metric, point)} ({len(point['seeds'])})"
+
+
+def _mean(name: str, figure: Facts | None) -> str:
+    """Mean ± standard deviation of a figure of this name."""
+    if figure is None:
         return NONE
-    mean = units.format_value(metric, point["mean"])
-    spread = "" if point["deviation"] is None else f" ± {_spread(metric, point['deviation'])}"
-    return f"{mean}{spread} ({len(point['seeds'])})"
+    mean = units.format_value(name, figure["mean"])
+    spread = "" if figure["deviation"] is None else f" ± {_spread(name, figure['deviation'])}"
+    return f"{mean}{spread}"
 
 
 def _spread(metric: str, value: float) -> str:
     """A deviation in the unit of its mean."""
-    if units.unit_of(metric) == "percent":
-        return f"{100 * value:.1f}"
+    scale = {"percent": 100, "points": 1}.get(units.unit_of(metric))
+    if scale:
+        return f"{scale * value:.1f}"
     return units.format_number(value)
 
 
-def _cost(rows: Sequence[Facts]) -> str:
-    """What an update costs, from all cells of a config."""
+def _groups(rows: Sequence[Facts]) -> str:
+    labels = list(dict.fromkeys(label for row in rows for label in row["configs"]))
     lines = []
-    for label in dict.fromkeys(row["config"] for row in rows):
-        mine = [row for row in rows if row["config"] == label and row["steps"]]
-        if mine:
-            steps, samples, seconds, flops = (
-                sum(row[key] for row in mine) for key in ("steps", "samples", "seconds", "flops")
-            )
+    for row in rows:
+        is_gap = row["value"] is None
+        name = "gap" if is_gap else "accuracy"
+        lines.append(
+            [
+                row["attribute"],
+                "worst gap" if is_gap else row["value"],
+                "" if is_gap else f"{row['examples']:,}",
+                *(_mean(name, row["configs"].get(label)) for label in labels),
+            ]
+        )
+    return markdown_table(["by", "group", "examples", *labels], lines)
+
+
+def _cost(facts: Facts) -> str:
+    """What an update costs: alone, and as the cells of a config logged it."""
+    lines = []
+    for label, calibration in facts["calibrations"].items():
+        if calibration is not None:
+            rows = [row for row in facts["rows"] if row["config"] == label and row["steps"]]
+            low, high = calibration["min_ms"], calibration["max_ms"]
             lines.append(
                 [
                     label,
-                    f"{1e3 * seconds / steps:.2f}",
-                    f"{samples / seconds:,.0f}",
-                    f"{flops / samples / 1e9:.4g}",
-                    f"{max(row['compile_seconds'] for row in mine):.1f}",
-                    f"{100 * max(row['input_wait_fraction'] for row in mine):.2f} %",
-                    f"{statistics.median(row['finetune_seconds'] for row in mine):.1f}",
+                    f"{calibration['median_ms']:.2f}",
+                    f"{low:.2f} to {high:.2f} ({calibration['intervals']})",
+                    f"{100 * calibration['input_wait_fraction']:.2f} %",
+                    f"{calibration['compile_seconds']:.1f}",
+                    *_cost_of_cells(calibration, rows),
                 ]
             )
-    columns = ["config", "ms an update", "samples/s", "GFLOPs a sample", "compile s (first)"]
-    return markdown_table([*columns, "input wait (worst)", "fine-tuning s a cell"], lines)
+    columns = [
+        "config",
+        "ms an update",
+        "min to max (intervals)",
+        "input wait",
+        "compile s (first)",
+    ]
+    columns += ["samples/s", "GFLOPs a sample", "ms logged by cells", "fine-tuning s a cell"]
+    return f"{_SECONDS_TEXT}\n\n" + markdown_table(columns, lines)
+
+
+def _cost_of_cells(calibration: Facts, rows: Sequence[Facts]) -> list[str]:
+    """The columns of the cost table that only cells can fill."""
+    if not rows:
+        return [NONE] * 4
+    steps, samples, flops = (sum(row[key] for row in rows) for key in ("steps", "samples", "flops"))
+    return [
+        f"{1e3 * samples / steps / calibration['median_ms']:,.0f}",
+        f"{flops / samples / 1e9:.4g}",
+        f"{statistics.median(1e3 * row['wall_seconds'] / row['steps'] for row in rows):.2f}",
+        f"{statistics.median(row['finetune_seconds'] for row in rows):.1f}",
+    ]
 
 
 def _rates(facts: Facts) -> str:
@@ -250,10 +314,11 @@ def _cells(rows: Sequence[Facts], metrics: Iterable[str]) -> str:
             str(row["seed"]),
             f"{row['steps']:,}",
             f"{row['samples']:,}",
-            f"{row['seconds']:.1f} of {row['asked_seconds']:.1f}{'*' * row['off_budget']}",
+            f"{row['seconds']:.1f}",
             f"{row['flops'] / 1e12:.4g}",
+            f"{row['wall_seconds']:.1f}",
+            f"{100 * row['wall_input_wait_fraction']:.2f} %",
             f"{row['compile_seconds']:.1f}",
-            f"{100 * row['input_wait_fraction']:.2f} %",
             *(
                 units.format_value(name, row["scores"][name]) if name in row["scores"] else NONE
                 for name in metrics
@@ -265,7 +330,7 @@ def _cells(rows: Sequence[Facts], metrics: Iterable[str]) -> str:
     ]
     columns = ["config", "budget", "rate", "seed", "updates", "samples", "seconds", "TFLOPs"]
     return markdown_table(
-        [*columns, "compile s", "input wait", *metrics, "status", "commit"], lines
+        [*columns, "logged s", "logged wait", "compile s", *metrics, "status", "commit"], lines
     )
 
 
@@ -277,9 +342,10 @@ def _rungs(metric: str, rungs: Sequence[Facts]) -> str:
             rows = trial["rows"]
             scores = [row["scores"][metric] for row in rows if row["status"] == "counted"]
             faults = [row for row in rows if row["reason"]]
-            reasons = "; ".join(f"{row['status']}: {row['reason']}" for row in faults)
-            seconds = statistics.fmean(row["seconds"] for row in rows)
-            off_budget = any(row["off_budget"] for row in rows)
+            reasons = [f"{row['status']}: {row['reason']}" for row in faults]
+            if trial["rejected"]:
+                reasons = [f"rejected: {trial['rejected']}"]
+            costs = [1e3 * row["seconds"] / row["steps"] for row in rows if row["steps"]]
             values = [trial["candidate"][key] for key in keys]
             lines.append(
                 [
@@ -287,13 +353,13 @@ def _rungs(metric: str, rungs: Sequence[Facts]) -> str:
                     *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values),
                     units.format_value(metric, statistics.fmean(scores)) if scores else NONE,
                     f"{len(scores)} of {len(rows)}",
-                    f"{seconds:.1f} of {rows[0]['asked_seconds']:.1f}{'*' * off_budget}",
-                    reasons,
+                    f"{costs[0]:.2f}" if costs else NONE,
+                    "; ".join(reasons),
                 ]
             )
     if not lines:
         return ""
-    return markdown_table(["budget", *keys, metric, "seeds", "seconds", ""], lines)
+    return markdown_table(["budget", *keys, metric, "seeds", "ms an update", ""], lines)
 
 
 def _all_rows(facts: Facts) -> list[Facts]:

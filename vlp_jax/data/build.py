@@ -1,15 +1,25 @@
 """From a config to sources, tokenizer and plans."""
 
 import collections
+import hashlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import pathlib
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from vlp_jax.data.cache import ImageCache, uncached
-from vlp_jax.data.captions import EncodedCaptions, batch_maxima, fit_edges
+from vlp_jax.data.captions import (
+    EncodedCaptions,
+    batch_maxima,
+    captions_file,
+    every_caption,
+    fit_edges,
+)
 from vlp_jax.data.folder import Folder
+from vlp_jax.data.making import found_or_made
 from vlp_jax.data.plan import EvalPlan, Plan, PlannedSource
 from vlp_jax.data.scenes import Scenes, ScenesEntailment, ScenesNLVR2, ScenesVQA
 from vlp_jax.data.source import Source
@@ -17,6 +27,7 @@ from vlp_jax.data.tasks import NLVR2, VQA, VisualEntailment
 from vlp_jax.data.tasks.annotated import AnnotatedImages
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.errors import ConfigError, section_arguments
+from vlp_jax.infra.files import write_text
 
 SOURCES: Mapping[str, type] = {
     "scenes": Scenes,
@@ -29,15 +40,19 @@ SOURCES: Mapping[str, type] = {
     "visual_entailment": VisualEntailment,
 }
 # Keys of a source's section that are read here and not by the source.
-_RESERVED = ("type", "weight", "split", "cache", "cache_path", "cache_workers")
-# Captions that train a tokenizer where the source is unbounded.
-TOKENIZER_SAMPLE = 20_000
+_RESERVED = ("type", "weight", "split", "cache")
+# Captions of one source that train a tokenizer, at most.
+TOKENIZER_SAMPLE = 200_000
+UNBOUNDED_SAMPLE = 20_000  # of a source that makes each of them up on the spot
 
 
 def build_source(
     config: ConfigDict, name: str, split: str | None = None, num_records: int | None = None
 ) -> Source:
     """A source of ``config.data.sources``.
+
+    A section with ``cache`` keeps its pictures and extra fields in memory, or in files of
+    ``data.cache_dir`` that runs share; ``data.cache_workers`` processes make them.
 
     Args:
         config: of the run.
@@ -74,8 +89,8 @@ def build_source(
         source = ImageCache(
             source,
             config.data.image_size,
-            path=section.get("cache_path", "") or None,
-            workers=section.get("cache_workers", 0),
+            path=_cache_path(config, source),
+            workers=config.data.cache_workers,
         )
     return source
 
@@ -83,22 +98,31 @@ def build_source(
 def build_tokenizer(config: ConfigDict, sources: Sequence[Source]) -> Tokenizer:
     """Load the tokenizer of ``config.tokenizer.path``, or train one on the captions.
 
+    What was trained on sources whose pictures are kept in files is kept beside them.
+
     Args:
         config: of the run.
-        sources: whose captions to train on; of an unbounded one, the first records.
+        sources: whose captions to train on: of an unbounded source, ``UNBOUNDED_SAMPLE`` of the
+            first records; else all, or ``TOKENIZER_SAMPLE`` of records at even distances.
     """
     section = config.tokenizer
     if section.path:
         return Tokenizer.load(section.path)
 
-    def corpus() -> Iterator[str]:
-        for source in sources:
-            records = np.arange(source.num_records or TOKENIZER_SAMPLE // 5)
-            for record, count in zip(records, source.num_captions(records), strict=True):
-                for index in range(count):
-                    yield source.caption(int(record), index)
+    def train() -> Tokenizer:
+        texts = itertools.chain.from_iterable(_tokenizer_texts(source) for source in sources)
+        return Tokenizer.train(texts, section.vocab_size, section.kind)
 
-    return Tokenizer.train(corpus(), section.vocab_size, section.kind)
+    file = _tokenizer_file(section, sources)
+    if file is None:
+        return train()
+
+    def make() -> Tokenizer:
+        tokenizer = train()
+        write_text(file, tokenizer.to_json())
+        return tokenizer
+
+    return found_or_made(file, lambda: Tokenizer.load(file) if file.exists() else None, make)
 
 
 def build_plan(config: ConfigDict, sources: Mapping[str, Source], tokenizer: Tokenizer) -> Plan:
@@ -125,7 +149,7 @@ def build_plan(config: ConfigDict, sources: Mapping[str, Source], tokenizer: Tok
     planned = [
         PlannedSource(
             source,
-            EncodedCaptions(source, tokenizer, data.max_text_length),
+            _encoded(config, source, tokenizer),
             data.sources[name].get("weight", 1.0),
         )
         for name, source in sources.items()
@@ -174,6 +198,55 @@ def missing_images(sources: Mapping[str, Source]) -> int:
         if isinstance(read, Folder | AnnotatedImages):
             count += read.num_missing
     return count
+
+
+def _cache_path(config: ConfigDict, source: Source) -> pathlib.Path | None:
+    """Where the pictures are kept, those of every set in a file of their own; None: in memory."""
+    if not config.data.cache_dir:
+        return None
+    identity = getattr(source, "identity", None)
+    text = f"{identity} {source.num_records} {config.data.image_size}"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return pathlib.Path(config.data.cache_dir) / f"{source.name}-{digest[:12]}.npy"
+
+
+def _encoded(config: ConfigDict, source: Source, tokenizer: Tokenizer) -> EncodedCaptions:
+    """The captions of a training source, kept beside its pictures if these are kept."""
+    max_length = config.data.max_text_length
+    if not isinstance(source, ImageCache):
+        return EncodedCaptions(source, tokenizer, max_length)
+    return EncodedCaptions(
+        source,
+        tokenizer,
+        max_length,
+        cache_file=source.path and captions_file(source.path, tokenizer, max_length),
+        workers=config.data.cache_workers,
+    )
+
+
+def _tokenizer_texts(source: Source) -> list[str]:
+    """Every caption of the records that a tokenizer is trained on."""
+    if source.num_records is None:
+        return every_caption(source, np.arange(UNBOUNDED_SAMPLE // 5))[:UNBOUNDED_SAMPLE]
+    records = np.arange(source.num_records)
+    total = int(source.num_captions(records).sum())
+    if total > TOKENIZER_SAMPLE:
+        kept = max(1, TOKENIZER_SAMPLE * len(records) // total)
+        records = np.arange(kept) * len(records) // kept
+    return every_caption(source, records)[:TOKENIZER_SAMPLE]
+
+
+def _tokenizer_file(section: ConfigDict, sources: Sequence[Source]) -> pathlib.Path | None:
+    """Where a tokenizer is kept: beside the pictures of the first source, if all are kept."""
+    kept = [s for s in sources if isinstance(s, ImageCache) and s.path is not None]
+    if not kept or len(kept) < len(sources):
+        return None
+    made_of = [(source.identity, source.num_records) for source in kept]
+    text = f"{section.vocab_size} {section.kind} {TOKENIZER_SAMPLE} {made_of}"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    pictures = kept[0].path
+    assert pictures is not None
+    return pictures.with_name(f"{pictures.stem}.tokenizer-{digest[:12]}.json")
 
 
 def _fitted_edges(config: ConfigDict, planned: Sequence[PlannedSource]) -> tuple[int, ...]:

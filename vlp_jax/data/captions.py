@@ -3,11 +3,13 @@
     captions = EncodedCaptions(source, tokenizer, max_length=40)
     captions.lengths(records, indices)        # int32 [n], what the plan sorts by
     captions.ids(record, index)               # int32 [length]
+    captions.padded(records, indices, 16)     # int32 [n, 16] and int32 [n], rows of a batch
     edges = fit_edges(batch_maxima(captions.histogram(), batch_size=256),
                       num_edges=6, multiple_of=4, longest=captions.longest)
 
-The captions of a finite source are tokenised once into flat arrays. Those of an unbounded source
-are tokenised as they are planned, a window at a time, and the latest windows are kept.
+The captions of a finite source are tokenised once into flat arrays, which a file can keep. Those
+of an unbounded source are tokenised as they are planned, a window at a time, and the latest
+windows are kept.
 """
 
 import collections
@@ -16,25 +18,17 @@ import os
 import pathlib
 import threading
 import zipfile
-from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlp_jax.data.source import Source
+from vlp_jax.data.cache import uncached
+from vlp_jax.data.making import found_or_made, in_order
+from vlp_jax.data.source import Identified, ManyCaptions, Source
 from vlp_jax.data.tokenizer import Tokenizer
 
-_CHUNK = 1 << 15  # captions tokenised at a time: the library's encodings take about 1 KiB each
+_CHUNK = 512  # records whose captions one worker encodes at a time
 _CALLS_KEPT = 4  # of `lengths`, whose ids an unbounded source keeps; the plan makes one a window
-
-
-@runtime_checkable
-class ManyCaptions(Protocol):
-    """A source that writes many captions in less time than one by one; optional."""
-
-    def captions(self, records: np.ndarray, indices: np.ndarray) -> list[str]:
-        """``caption`` of each record and index, int64 [n] both."""
-        ...
 
 
 class EncodedCaptions:
@@ -59,6 +53,7 @@ class EncodedCaptions:
         *,
         store: bool | None = None,
         cache_file: str | os.PathLike[str] | None = None,
+        workers: int = 0,
     ):
         """Tokenises the captions of a finite source, or reads them from ``cache_file``.
 
@@ -69,11 +64,13 @@ class EncodedCaptions:
             store: whether to tokenise all captions now; by default if the source is finite. A
                 source of which only a few records will be read does better without.
             cache_file: an ``.npz`` written when absent or made from other captions or another
-                tokenizer, and read otherwise. Stored captions only.
+                tokenizer, and read otherwise. Stored captions of a source with an ``identity``
+                only. Of several processes that miss it one writes it while the others wait.
+            workers: processes that encode captions to be stored; 0 encodes them in this one.
 
         Raises:
             ValueError: ``store`` is asked of an unbounded source, a cache file of one that does
-                not store, or ``max_length`` leaves no room for a word.
+                not store or has no identity, or ``max_length`` leaves no room for a word.
         """
         if store is None:
             store = source.num_records is not None
@@ -92,7 +89,7 @@ class EncodedCaptions:
         )
         self._lock = threading.Lock()
         if store:
-            self._store(None if cache_file is None else pathlib.Path(cache_file))
+            self._store(None if cache_file is None else pathlib.Path(cache_file), workers)
 
     def lengths(self, records: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """Row lengths, special tokens included: int64 [n], int [n] -> int32 [n]."""
@@ -115,6 +112,40 @@ class EncodedCaptions:
                     return recent[key]
         return self._encode_on_demand([key])[key]
 
+    def padded(
+        self, records: np.ndarray, indices: np.ndarray, width: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Many captions as one array.
+
+        Args:
+            records: int64 [n].
+            indices: int [n], the caption of each record.
+            width: tokens of a padded row.
+
+        Returns:
+            Ids int32 [n, width] and lengths int32 [n].
+
+        Raises:
+            ValueError: a caption is longer.
+        """
+        if self._stored:
+            row = self._first_row[records] + indices
+            start = self._start[row]
+            lengths = (self._start[row + 1] - start).astype(np.int32)
+            place = start[:, None] + np.arange(width)
+            # Where the last captions are padded, the place is beyond the end and does not matter.
+            ids = np.take(self._flat, place, mode="clip").astype(np.int32)
+            ids[np.arange(width) >= lengths[:, None]] = self.tokenizer.pad_id
+        else:
+            rows = [self.ids(*key) for key in zip(records.tolist(), indices.tolist(), strict=True)]
+            lengths = np.fromiter(map(len, rows), np.int32, len(rows))
+            ids = np.full((len(rows), width), self.tokenizer.pad_id, np.int32)
+            for padded, tokens in zip(ids, rows, strict=True):
+                padded[: len(tokens)] = tokens[:width]
+        if lengths.max(initial=0) > width:
+            raise ValueError(f"a caption of {lengths.max()} tokens does not fit rows of {width}")
+        return ids, lengths
+
     def histogram(self, sample: int = 4096) -> np.ndarray:
         """How many captions have each length: int64 [max_length + 1].
 
@@ -130,69 +161,63 @@ class EncodedCaptions:
             lengths = self.lengths(np.repeat(records, counts), _count_up(counts))
         return np.bincount(lengths, minlength=self.max_length + 1).astype(np.int64)
 
-    def _encode(self, texts: list[str]) -> list[np.ndarray]:
-        # One token more than fits tells a caption that is cut from one that just fits.
-        rows = self.tokenizer.encode(texts, self.max_length + 1)
-        cut = [index for index, row in enumerate(rows) if len(row) > self.max_length]
-        for index in cut:
-            rows[index] = np.append(rows[index][: self.max_length - 1], self.tokenizer.eos_id)
-        with self._lock:
-            self.num_truncated += len(cut)
-        return [row.astype(np.int32, copy=False) for row in rows]
-
     def _encode_on_demand(self, keys: list[tuple[int, int]]) -> dict[tuple[int, int], np.ndarray]:
         unique = list(dict.fromkeys(keys))
-        rows = self._encode(self._texts(np.asarray(unique, np.int64)))
+        records, indices = np.asarray(unique, np.int64).T
+        texts = _texts(self.source, records, indices)
+        rows, num_truncated = _encode(self.tokenizer, texts, self.max_length)
         encoded = dict(zip(unique, rows, strict=True))
-        if len(encoded) > 1:
-            with self._lock:
+        with self._lock:
+            self.num_truncated += num_truncated
+            if len(encoded) > 1:
                 self._recent.append(encoded)
         return encoded
 
-    def _store(self, cache_file: pathlib.Path | None) -> None:
+    def _store(self, cache_file: pathlib.Path | None, workers: int) -> None:
         assert self.source.num_records is not None
         records = np.arange(self.source.num_records)
-        counts = self.source.num_captions(records)
-        self._first_row = np.concatenate([[0], np.cumsum(counts)])
-        digest = "" if cache_file is None else self._digest()
-        stored = None if cache_file is None else _read_cache(cache_file, digest)
-        if stored is None:
-            rows = [row for texts in self._chunks() for row in self._encode(texts)]
-            stored = {
-                "start": np.concatenate(
-                    [[0], np.cumsum([len(row) for row in rows], dtype=np.int64)]
-                ),
-                "flat": np.concatenate([*rows, np.empty(0, np.int32)]).astype(
-                    np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.int32
-                ),
-                "num_truncated": np.asarray(self.num_truncated),
-            }
-            if cache_file is not None:
-                _write_cache(cache_file, digest, stored)
+        self._first_row = np.concatenate([[0], np.cumsum(self.source.num_captions(records))])
+        if cache_file is None:
+            stored = self._encode_all(workers)
+        else:
+            file, digest = cache_file, self._digest(cache_file)
+
+            def make() -> dict[str, np.ndarray]:
+                return _write_cache(file, digest, self._encode_all(workers))
+
+            stored = found_or_made(file, lambda: _read_cache(file, digest), make)
         self._start, self._flat = stored["start"], stored["flat"]
         self.num_truncated = int(stored["num_truncated"])
         self.longest = int(np.diff(self._start).max(initial=0))
 
-    def _chunks(self) -> Iterator[list[str]]:
-        """All captions in the order of records, a list at a time."""
-        counts = np.diff(self._first_row)
-        pairs = np.stack([np.repeat(np.arange(len(counts)), counts), _count_up(counts)], axis=1)
-        for start in range(0, len(pairs), _CHUNK):
-            yield self._texts(pairs[start : start + _CHUNK])
+    def _encode_all(self, workers: int) -> dict[str, np.ndarray]:
+        """Every caption, in the order of records; what is kept in a file."""
+        num_records = len(self._first_row) - 1
+        # Workers need none of the pictures that a cache holds.
+        source = uncached(self.source) if workers else self.source
+        chunks = (
+            (source, self.tokenizer, self.max_length, start, min(start + _CHUNK, num_records))
+            for start in range(0, num_records, _CHUNK)
+        )
+        parts = list(in_order(_encode_chunk, chunks, workers))
+        lengths = np.concatenate([np.empty(0, np.int64), *(part.lengths for part in parts)])
+        flat = np.concatenate([np.empty(0, np.uint16), *(part.flat for part in parts)])
+        return {
+            "start": np.concatenate([[0], np.cumsum(lengths)]),
+            "flat": flat,
+            "num_truncated": np.asarray(sum(part.num_truncated for part in parts)),
+        }
 
-    def _texts(self, pairs: np.ndarray) -> list[str]:
-        """The captions of (record, index) pairs, int64 [n, 2]."""
-        if isinstance(self.source, ManyCaptions):
-            return self.source.captions(pairs[:, 0], pairs[:, 1])
-        return [self.source.caption(record, index) for record, index in pairs.tolist()]
-
-    def _digest(self) -> str:
+    def _digest(self, cache_file: pathlib.Path) -> str:
         """Of everything the stored arrays depend on."""
+        identity = self.source.identity if isinstance(self.source, Identified) else None
+        if identity is None:
+            raise ValueError(
+                f"{cache_file}: source {self.source.name} has no identity by which the file could "
+                "be recognised; keep its captions in memory"
+            )
         digest = hashlib.sha256(f"{self.max_length}\n{self.tokenizer.to_json()}\n".encode())
-        for texts in self._chunks():
-            for text in texts:
-                digest.update(text.encode() + b"\n")
-        digest.update(self._first_row.tobytes())
+        digest.update(identity.encode() + b"\n" + self._first_row.tobytes())
         return digest.hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -204,6 +229,18 @@ class EncodedCaptions:
         vars(self).update(state)
         self._lock = threading.Lock()
         self._recent = collections.deque(maxlen=_CALLS_KEPT)
+
+
+def captions_file(pictures: pathlib.Path, tokenizer: Tokenizer, max_length: int) -> pathlib.Path:
+    """Where captions are kept beside a file of pictures, each tokenizer's in a file of its own."""
+    digest = hashlib.sha256(f"{max_length}\n{tokenizer.to_json()}".encode()).hexdigest()
+    return pictures.with_name(f"{pictures.stem}.captions-{digest[:12]}.npz")
+
+
+def every_caption(source: Source, records: np.ndarray) -> list[str]:
+    """The captions of each of the records, int64 [n], one record's after another's."""
+    counts = source.num_captions(records)
+    return _texts(source, np.repeat(records, counts), _count_up(counts))
 
 
 def batch_maxima(
@@ -277,6 +314,49 @@ def _count_up(counts: np.ndarray) -> np.ndarray:
     return np.arange(counts.sum()) - np.repeat(starts, counts)
 
 
+class _Encoded(NamedTuple):
+    """Captions of some records: lengths int64 [n], their ids one after the other, and cuts."""
+
+    lengths: np.ndarray
+    flat: np.ndarray
+    num_truncated: int
+
+
+def _encode_chunk(
+    source: Source, tokenizer: Tokenizer, max_length: int, start: int, stop: int
+) -> _Encoded:
+    """All captions of the records from ``start`` to ``stop``."""
+    texts = every_caption(source, np.arange(start, stop))
+    rows, num_truncated = _encode(tokenizer, texts, max_length)
+    return _Encoded(
+        np.fromiter(map(len, rows), np.int64, len(rows)),
+        np.concatenate(rows).astype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32),
+        num_truncated,
+    )
+
+
+def _encode(
+    tokenizer: Tokenizer, texts: list[str], max_length: int
+) -> tuple[list[np.ndarray], int]:
+    """Rows of ids, int32 [length] each, and how many of them were cut."""
+    # One token more than fits tells a caption that is cut from one that just fits.
+    rows = tokenizer.encode(texts, max_length + 1)
+    cut = [index for index, row in enumerate(rows) if len(row) > max_length]
+    for index in cut:
+        rows[index] = np.append(rows[index][: max_length - 1], np.int32(tokenizer.eos_id))
+    return rows, len(cut)
+
+
+def _texts(source: Source, records: np.ndarray, indices: np.ndarray) -> list[str]:
+    """The caption of each record and index, int64 [n] both."""
+    if isinstance(source, ManyCaptions):
+        return source.captions(records, indices)
+    return [
+        source.caption(record, index)
+        for record, index in zip(records.tolist(), indices.tolist(), strict=True)
+    ]
+
+
 def _read_cache(file: pathlib.Path, digest: str) -> dict[str, np.ndarray] | None:
     """The arrays of a cache file, or None if it is absent or of other captions."""
     if not file.is_file():
@@ -289,9 +369,12 @@ def _read_cache(file: pathlib.Path, digest: str) -> dict[str, np.ndarray] | None
     return found if str(found.get("digest")) == digest else None
 
 
-def _write_cache(file: pathlib.Path, digest: str, arrays: dict[str, np.ndarray]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+def _write_cache(
+    file: pathlib.Path, digest: str, arrays: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Writes the arrays and returns them."""
+    partial = file.with_name(f"{file.name}.partial")  # only one process makes it at a time
     with partial.open("wb") as stream:
         np.savez(stream, allow_pickle=False, digest=np.asarray(digest), **arrays)
     os.replace(partial, file)  # another process sees the whole file or none
+    return arrays

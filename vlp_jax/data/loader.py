@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -27,9 +27,9 @@ import grain
 import numpy as np
 from absl import flags
 
-from vlp_jax.data.batch import HostBatch, batch_spec
+from vlp_jax.data.batch import FIELDS, HostBatch, batch_spec
 from vlp_jax.data.plan import BatchPlan, PlannedBatch, host_rows
-from vlp_jax.data.source import BadExample
+from vlp_jax.data.source import BadExample, ManyRows, Source
 from vlp_jax.infra.errors import ConfigError
 
 # Kind and place of every damaged record that was met while a batch was read.
@@ -198,32 +198,52 @@ class _Reader:
         t, plan = int(t), self._plan
         planned = plan.batch(t)
         mine, bucket = planned.rows(self._rows), planned.bucket
-        batch: HostBatch = {
-            "image": np.zeros((len(mine), bucket.image_size, bucket.image_size, 3), np.uint8),
-            "text_ids": np.empty((len(mine), bucket.text_length), np.int32),
-            "text_length": np.empty(len(mine), np.int32),
-            # Only ever folded into keys, so wrapping round after 2^31 examples does no harm.
-            "position": (mine.position & 0x7FFFFFFF).astype(np.int32),
-            "valid": mine.valid.copy(),
-            "replaced": np.zeros(len(mine), np.int32),
-        }
-        extra = batch_spec(bucket, len(mine), self._extra_fields)
-        batch |= {name: np.zeros(spec.shape, spec.dtype) for name, spec in extra.items()}
+        specs = batch_spec(bucket, len(mine), (*FIELDS, *self._extra_fields))
+        batch: HostBatch = {name: np.zeros(spec.shape, spec.dtype) for name, spec in specs.items()}
+        # Only ever folded into keys, so wrapping round after 2^31 examples does no harm.
+        batch["position"][:] = mine.position & 0x7FFFFFFF
+        batch["valid"][:] = mine.valid
+        rows_of = [np.flatnonzero(mine.source == index) for index in range(len(plan.sources))]
+        left = np.ones(len(mine), np.bool_)
+        for planned_source, rows in zip(plan.sources, rows_of, strict=True):
+            left[self._read_many(planned_source.source, mine, rows, batch)] = False
+        record, caption = mine.record.copy(), mine.caption.copy()
         met: _Met = []
-        for index in range(len(mine)):
+        for index in np.flatnonzero(left).tolist():
             already_met = len(met)
-            record, caption = self._read_image(
+            record[index], caption[index] = self._read_image(
                 t, planned, self._rows.start + index, batch, index, met
             )
             batch["replaced"][index] = len(met) - already_met
             if not plan.replaces_damaged:
                 batch["valid"][index] &= len(met) == already_met
-            captions = plan.sources[mine.source[index]].captions
-            ids = captions.ids(record, caption)
-            batch["text_ids"][index, : len(ids)] = ids
-            batch["text_ids"][index, len(ids) :] = captions.tokenizer.pad_id
-            batch["text_length"][index] = len(ids)
+        for planned_source, rows in zip(plan.sources, rows_of, strict=True):
+            ids, lengths = planned_source.captions.padded(
+                record[rows], caption[rows], bucket.text_length
+            )
+            _put(batch, rows, {"text_ids": ids, "text_length": lengths})
         return batch, met
+
+    def _read_many(
+        self, source: Source, mine: PlannedBatch, rows: np.ndarray, batch: HostBatch
+    ) -> np.ndarray:
+        """Reads pictures and extra fields of a source that reads many records at once.
+
+        Args:
+            source: of the rows.
+            mine: what is in this host's rows.
+            rows: which of them are the source's, int64 [n].
+            batch: this host's rows, written to.
+
+        Returns:
+            The rows that were read, int64: all but the damaged ones, or none.
+        """
+        if not isinstance(source, ManyRows):
+            return rows[:0]
+        rows = rows[~source.damaged(mine.record[rows], bool(self._extra_fields))]
+        names = ("image", *self._extra_fields)
+        _put(batch, rows, source.rows(mine.record[rows], mine.bucket.image_size, names))
+        return rows
 
     def _read_image(
         self, t: int, planned: PlannedBatch, row: int, batch: HostBatch, index: int, met: _Met
@@ -272,6 +292,15 @@ class _Reader:
     def _candidates(self, t: int, planned: PlannedBatch, row: int) -> Iterator[tuple[int, int]]:
         yield int(planned.record[row]), int(planned.caption[row])
         yield from map(tuple, self._plan.substitutes(t, row).tolist())
+
+
+def _put(batch: HostBatch, rows: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
+    """Writes some rows of a batch; values of all its rows take the place of its arrays."""
+    for name, some in values.items():
+        if len(some) == len(batch[name]):
+            batch[name] = some
+        else:
+            batch[name][rows] = some
 
 
 def _start_worker(worker: int, workers: int) -> None:

@@ -1,6 +1,6 @@
 """The source contract: random access to images and their captions by record number."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -79,6 +79,47 @@ class CaptionsOnly:
         """Nothing."""
         del record, size
         return {}
+
+
+@runtime_checkable
+class ManyCaptions(Protocol):
+    """A source that writes many captions in less time than one by one; optional."""
+
+    def captions(self, records: np.ndarray, indices: np.ndarray) -> list[str]:
+        """``caption`` of each record and index, int64 [n] both."""
+        ...
+
+
+@runtime_checkable
+class ManyRows(Protocol):
+    """A source that reads many records in less time than one by one; optional."""
+
+    def damaged(self, records: np.ndarray, with_extras: bool) -> np.ndarray:
+        """Whether ``image``, or ``extras`` if asked, raises: int64 [n] -> bool [n]."""
+        ...
+
+    def rows(self, records: np.ndarray, size: int, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """``image`` and extra fields of records that are not damaged.
+
+        Args:
+            records: int64 [n].
+            size: side of the pictures in pixels.
+            names: ``image`` and keys of ``extra_fields``.
+
+        Returns:
+            Arrays [n, ...] that the caller may write to.
+        """
+        ...
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A source that files made from it can be recognised by."""
+
+    @property
+    def identity(self) -> str | None:
+        """All that its records depend on besides their number; None: it cannot tell."""
+        ...
 
 
 @runtime_checkable

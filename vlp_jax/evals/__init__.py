@@ -7,6 +7,7 @@ from vlp_jax.evals.base import EvalContext, Evaluator
 from vlp_jax.evals.captioning import Captioning
 from vlp_jax.evals.cloze import Cloze
 from vlp_jax.evals.explain import Explain
+from vlp_jax.evals.heldout import Heldout
 from vlp_jax.evals.reconstruction import Reconstruction
 from vlp_jax.evals.retrieval import Retrieval
 from vlp_jax.evals.task import Task
@@ -16,6 +17,7 @@ EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {
     "captioning": Captioning,
     "cloze": Cloze,
     "explain": Explain,
+    "heldout": Heldout,
     "reconstruction": Reconstruction,
     "retrieval": Retrieval,
     "task": Task,

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlp_jax.data.batch import Batch, HostBatch
-from vlp_jax.data.captions import ManyCaptions
-from vlp_jax.data.source import Source
+from vlp_jax.data.source import ManyCaptions, Source
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.evals.base import EvalContext, token_classes
 from vlp_jax.evals.fixed_set import FixedSet

@@ -160,10 +160,10 @@ class Task:
     @functools.cached_property
     def _majority(self) -> int:
         """The class with the highest total score on the training set, or on its first records."""
-        train = uncached(self._train)
+        train, size = self._train, self._context.config.data.image_size
         total = np.zeros(len(self._source.classes))
         for record in range(min(train.num_records or MAJORITY_SAMPLE, MAJORITY_SAMPLE)):
-            fields = train.extras(record, 8)
+            fields = train.extras(record, size)
             if "answer" in fields:
                 kept = fields["answer"] >= 0
                 np.add.at(total, fields["answer"][kept], fields["answer_score"][kept])
@@ -249,7 +249,8 @@ class Task:
     def _truth(self, record: int) -> Sequence[str]:
         if isinstance(self._source, Answered):
             return tuple(dict.fromkeys(self._source.answers_of(record)))
-        return (self._source.classes[int(self._source.extras(record, 8)["label"])],)
+        size = self._context.config.data.image_size
+        return (self._source.classes[int(self._source.extras(record, size)["label"])],)
 
 
 def _shown(batch: Batch, suffix: str) -> Batch:

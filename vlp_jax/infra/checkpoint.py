@@ -233,12 +233,6 @@ class Checkpoints:
         steps = _steps(self.directory)
         return self.directory / str(steps[0]) if steps else None
 
-    @property
-    def best_step(self) -> int | None:
-        """The step of the best checkpoint by the ranking metric; None if none was ranked."""
-        ranked = {step: score for step, score in self._scores.items() if score > -math.inf}
-        return max(ranked, key=lambda step: (ranked[step], step)) if ranked else None
-
     def wait(self) -> None:
         """Block until the last save is on disk; raises what it failed with."""
         self._manager.wait_until_finished()

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -10,7 +11,7 @@ from vlp_jax.infra.errors import ConfigError, section_arguments
 from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import Objective
 from vlp_jax.objectives.classification import NLVR2, VQA, Classification
-from vlp_jax.objectives.contrastive import ITC, ITM, check_shared
+from vlp_jax.objectives.contrastive import ITC, ITM
 from vlp_jax.objectives.flm import FLM
 from vlp_jax.objectives.single_stream import AR, MLM, PrefixLM
 
@@ -28,7 +29,7 @@ OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
 
 # Keys of a section that are read here or by the step, and arguments that are not keys.
 _RESERVED = ("type", "weight", "batch")
-_GIVEN = ("model", "name", "batch_name", "vocabulary", "total_examples")
+_GIVEN = ("model", "name", "batch_name", "vocabulary", "total_examples", "itc")
 
 
 def build_objectives(
@@ -51,40 +52,54 @@ def build_objectives(
     """
     if not config:
         raise ConfigError("objectives", "there is none", f"Add one of {sorted(OBJECTIVES)}")
-    built: list[Objective] = []
-    for name, section in sorted(config.items()):
-        kind = section.get("type", name)
-        if kind not in OBJECTIVES:
-            raise ConfigError(
-                f"objectives.{name}",
-                f"{kind!r} is no objective",
-                f"Use one of {sorted(OBJECTIVES)}, or give `type`",
-            )
-        objective = OBJECTIVES[kind]
-        parameters = inspect.signature(objective).parameters
-        arguments = section_arguments(
-            section, f"objectives.{name}", set(parameters) - set(_GIVEN), _RESERVED
+    types = {name: _type(name, section) for name, section in config.items()}
+    given = {"model": model, "vocabulary": vocabulary, "total_examples": total_examples}
+    built: dict[str, Objective] = {}
+    for name in sorted(config, key=lambda name: (types[name] is ITM, name)):  # it takes the ITC
+        if types[name] is ITM:
+            given["itc"] = _only_itc(name, built)
+        built[name] = _build(types[name], name, config[name], given)
+    return tuple(built[name] for name in sorted(built))
+
+
+def _type(name: str, section: ConfigDict) -> Callable[..., Objective]:
+    kind = section.get("type", name)
+    if kind not in OBJECTIVES:
+        raise ConfigError(
+            f"objectives.{name}",
+            f"{kind!r} is no objective",
+            f"Use one of {sorted(OBJECTIVES)}, or give `type`",
         )
-        for key, parameter in parameters.items():
-            required = parameter.default is inspect.Parameter.empty and key not in _GIVEN
-            if required and key not in arguments:
-                raise ConfigError(f"objectives.{name}.{key}", "missing", "Add it")
-        given = {
-            "model": model,
-            "name": name,
-            "batch_name": section.get("batch", "pairs"),
-            "vocabulary": vocabulary,
-            "total_examples": total_examples,
-        }
-        built.append(
-            objective(
-                **{k: v for k, v in given.items() if k in parameters},
-                **{
-                    k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in arguments.items()
-                },
-            )
+    return OBJECTIVES[kind]
+
+
+def _only_itc(name: str, built: Mapping[str, Objective]) -> ITC:
+    """The one by which the ITM of this name draws its negatives."""
+    contrasts = [objective for objective in built.values() if isinstance(objective, ITC)]
+    if len(contrasts) != 1:
+        found = ", ".join(contrast.name for contrast in contrasts)
+        raise ConfigError(
+            f"objectives.{name}",
+            "draws its negatives by the similarities of an `itc`, and the run has "
+            + (f"several ({found})" if found else "none"),
+            "Keep one" if found else "Add objectives.itc",
         )
-    contrasts = [o for o in built if isinstance(o, ITC)]
-    for matching in (o for o in built if isinstance(o, ITM)):
-        check_shared(matching, contrasts[0] if contrasts else None)
-    return tuple(built)
+    return contrasts[0]
+
+
+def _build(
+    objective: Callable[..., Objective], name: str, section: ConfigDict, given: Mapping[str, Any]
+) -> Objective:
+    parameters = inspect.signature(objective).parameters
+    arguments = section_arguments(
+        section, f"objectives.{name}", set(parameters) - set(_GIVEN), _RESERVED
+    )
+    for key, parameter in parameters.items():
+        required = parameter.default is inspect.Parameter.empty and key not in _GIVEN
+        if required and key not in arguments:
+            raise ConfigError(f"objectives.{name}.{key}", "missing", "Add it")
+    given = {**given, "name": name, "batch_name": section.get("batch", "pairs")}
+    return objective(
+        **{k: v for k, v in given.items() if k in parameters},
+        **{k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in arguments.items()},
+    )

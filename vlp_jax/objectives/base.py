@@ -3,14 +3,22 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import flax.linen as nn
 import jax
 
 from vlp_jax.compress.buckets import Bucket
+from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import Batch
 from vlp_jax.models.dropout import dropout_noise
+from vlp_jax.models.flops import vit_flops
+from vlp_jax.models.layers import Noise
+from vlp_jax.models.vision_language import VisionLanguageConfig, VisionLanguageModel
 
 Params = Any  # nested dict of float32 arrays
 Extras = Any  # nested dict of whatever an objective carries beside its parameters
+
+# Key of a batch whose image the update has encoded: [B, I, D]. The host never sends it.
+IMAGE_TOKENS = "image_tokens"
 
 
 class Mean(NamedTuple):
@@ -49,6 +57,9 @@ class Objective(Protocol):
         splittable: False where examples of a batch are coupled (contrastive losses, batch
             statistics), so that gradient accumulation must not cut the batch.
         extra_fields: keys of ``data.batch.EXTRA_FIELDS`` that it reads.
+        image_encoder: the model by which its loss encodes the batch's ``image``, through
+            ``image_tokens`` alone; several objectives of one batch then share one pass. None: it
+            encodes no image, or in a way of its own.
     """
 
     @property
@@ -59,6 +70,8 @@ class Objective(Protocol):
     def splittable(self) -> bool: ...  # noqa: D102
     @property
     def extra_fields(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def image_encoder(self) -> VisionLanguageModel | None: ...  # noqa: D102
 
     def init(
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
@@ -67,7 +80,7 @@ class Objective(Protocol):
         ...
 
     def flops(self, text_length: float) -> float:
-        """Forward FLOPs of one example; an update is counted as three times that."""
+        """Forward FLOPs of one example by itself; an update is counted as three times that."""
         ...
 
     def loss(
@@ -92,6 +105,11 @@ class Defaults:
 
     splittable: ClassVar[bool] = True
     extra_fields: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def image_encoder(self) -> VisionLanguageModel | None:
+        """No image is shared."""
+        return None
 
     def observe(self, extras: Extras, values: Mapping[str, float]) -> Extras:
         """Learn nothing from evaluators."""
@@ -121,6 +139,40 @@ def batch_noise(rng: jax.Array, batch: Batch, train: bool) -> jax.Array | None:
         train: False: no dropout.
     """
     return dropout_noise(jax.random.fold_in(rng, batch["position"][0])) if train else None
+
+
+def image_tokens(model: VisionLanguageModel, batch: Batch, noise: Noise) -> jax.Array:
+    """Tokens of the batch's image: those that the update made for several objectives, or new ones.
+
+    Args:
+        model: bound.
+        batch: or a part of it.
+        noise: of the dropout, or None; not used where the tokens are there.
+
+    Returns:
+        [B, I, D], the class token first.
+    """
+    if IMAGE_TOKENS in batch:
+        return batch[IMAGE_TOKENS]
+    return model.encode_image(normalize(batch["image"]), noise)
+
+
+def encode_image(
+    model: VisionLanguageModel, params: Params, batch: Batch, noise: Noise
+) -> jax.Array:
+    """``image_tokens`` by a model that is not bound."""
+
+    def forward(model: VisionLanguageModel) -> jax.Array:
+        return image_tokens(model, batch, noise)
+
+    return nn.apply(forward, model)({"params": params})
+
+
+def image_flops(config: VisionLanguageConfig) -> float:
+    """Forward FLOPs of encoding one image: the tower, and the projection of its tokens."""
+    image = config.image
+    projection = 2.0 * image.tokens * image.block.width * config.text.width
+    return vit_flops(image) + projection
 
 
 def zeros(spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

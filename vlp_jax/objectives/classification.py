@@ -27,6 +27,7 @@ from vlp_jax.objectives.base import (
     Mean,
     Params,
     batch_noise,
+    image_tokens,
     zeros,
 )
 from vlp_jax.objectives.readout import Kind, Readout
@@ -62,6 +63,11 @@ class Classification(Defaults):
                 "Use as many as the source has",
             )
         _ = self.reader  # checks the key
+
+    @property
+    def image_encoder(self) -> VisionLanguageModel | None:
+        """``model``, whose pass may be shared."""
+        return self.model
 
     @property
     def reader(self) -> Readout:
@@ -134,7 +140,7 @@ class Classification(Defaults):
     def _features(
         self, model: VisionLanguageModel, batch: Batch, noise: jax.Array | None
     ) -> jax.Array:
-        image = model.encode_image(normalize(batch["image"]), noise)
+        image = image_tokens(model, batch, noise)
         text = self.reader.encode(model, batch["text_ids"], batch["text_length"], noise)
         return self.reader.read(model, text, image, noise)
 
@@ -179,6 +185,11 @@ class NLVR2(Classification):
     num_classes: int = 2
 
     extra_fields: ClassVar[tuple[str, ...]] = ("second_image", "label")
+
+    @property
+    def image_encoder(self) -> VisionLanguageModel | None:
+        """None: both images pass the tower together."""
+        return None
 
     @property
     def _mark_name(self) -> str:

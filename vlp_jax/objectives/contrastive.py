@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import Batch
-from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.flops import block_flops, vit_flops
 from vlp_jax.models.heads import ClassificationHead, ContrastiveHead, apply_head
 from vlp_jax.models.masks import bidirectional_mask
@@ -32,7 +31,9 @@ from vlp_jax.objectives.base import (
     Mean,
     Params,
     batch_noise,
+    encode_image,
     example_keys,
+    image_flops,
     zeros,
 )
 from vlp_jax.objectives.readout import EncodedText, Kind, Readout
@@ -53,13 +54,9 @@ class DualEncoder:
         self.model = model
         self.head = ContrastiveHead(model.config.text, embedding_dim, temperature)
 
-    def image_tokens(self, params: Params, image: jax.Array, noise: Any = None) -> jax.Array:
-        """uint8 [B, H, W, 3] -> [B, I, D]; the class token comes first."""
-
-        def forward(model: VisionLanguageModel) -> jax.Array:
-            return model.encode_image(normalize(image), noise)
-
-        return nn.apply(forward, self.model)({"params": params})
+    def image_tokens(self, params: Params, image: jax.Array) -> jax.Array:
+        """uint8 [B, H, W, 3] -> [B, I, D]; the class token comes first. Without dropout."""
+        return encode_image(self.model, params, {"image": image}, None)
 
     def text_feature(
         self, params: Params, ids: jax.Array, lengths: jax.Array, noise: Any = None
@@ -112,10 +109,8 @@ class DualEncoder:
     def flops(self, text_length: float) -> float:
         """Forward FLOPs of both towers for one example; similarities not counted."""
         c = self.model.config
-        text = c.text.width
-        image = vit_flops(c.image) + 2.0 * c.image.tokens * c.image.block.width * text
         lower = c.lower_depth * block_flops(c.text, text_length, text_length)
-        return image + lower + 2.0 * 2 * text * self.head.embedding_dim
+        return image_flops(c) + lower + 2.0 * 2 * c.text.width * self.head.embedding_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +134,11 @@ class ITC(Defaults):
     splittable: ClassVar[bool] = False
 
     @property
+    def image_encoder(self) -> VisionLanguageModel | None:
+        """``model``, whose pass may be shared."""
+        return self.model
+
+    @property
     def towers(self) -> DualEncoder:
         """Embeddings of both sides."""
         return DualEncoder(self.model, self.embedding_dim, self.temperature)
@@ -160,7 +160,7 @@ class ITC(Defaults):
     ) -> LossOutput:
         """Mean over pairs of both directions' cross-entropies."""
         noise, towers = batch_noise(rng, batch, train), self.towers
-        image = towers.image_tokens(params, batch["image"], noise)
+        image = encode_image(self.model, params, batch, noise)
         text = towers.text_feature(params, batch["text_ids"], batch["text_length"], noise)
         image, text, scale = towers.embed(params, image, text)
         valid = batch["valid"]
@@ -193,20 +193,16 @@ class ITM(Defaults):
     """Image-text matching with hard negatives of the global batch.
 
     Attributes:
-        model: the shared encoder.
+        itc: of the run; by its similarities the negatives are drawn.
         name: key in ``config.objectives``.
         batch_name: named batch it reads.
         readout: how text and image are read together, see ``objectives.readout``.
-        embedding_dim: that of the run's ``itc``.
-        temperature: that of the run's ``itc``, before training.
     """
 
-    model: VisionLanguageModel
+    itc: ITC
     name: str = "itm"
     batch_name: str = "pairs"
     readout: Kind = "query"
-    embedding_dim: int = 256
-    temperature: float = 0.07
 
     splittable: ClassVar[bool] = False
 
@@ -214,9 +210,14 @@ class ITM(Defaults):
         _ = self.reader  # checks the key
 
     @property
-    def towers(self) -> DualEncoder:
-        """Embeddings by which negatives are drawn."""
-        return DualEncoder(self.model, self.embedding_dim, self.temperature)
+    def model(self) -> VisionLanguageModel:
+        """The shared encoder."""
+        return self.itc.model
+
+    @property
+    def image_encoder(self) -> VisionLanguageModel | None:
+        """``model``, whose pass may be shared."""
+        return self.model
 
     @property
     def reader(self) -> Readout:
@@ -242,7 +243,7 @@ class ITM(Defaults):
         params = nn.init(forward, self.model)(rng)["params"]
         feature = jnp.zeros((1, self.model.config.text.width))
         head = self.head.init(rng, feature)["params"]
-        return params | self.towers.init(rng, batch) | {MATCHING_HEAD: head}, {}
+        return params | self.itc.towers.init(rng, batch) | {MATCHING_HEAD: head}, {}
 
     def loss(
         self,
@@ -256,7 +257,7 @@ class ITM(Defaults):
         """Cross-entropy of each pair and its two hard negatives."""
         draw_key, noise_key = jax.random.split(rng)
         noise = batch_noise(noise_key, batch, train)
-        image = self.towers.image_tokens(params, batch["image"], noise)
+        image = encode_image(self.model, params, batch, noise)
         other_text, other_image = self._negatives(params, batch, image, draw_key)
         own = jnp.arange(len(other_text))
 
@@ -289,18 +290,20 @@ class ITM(Defaults):
     def flops(self, text_length: float) -> float:
         """Forward FLOPs of one example: both towers once, three readings."""
         c = self.model.config
+        tower, image = vit_flops(c.image), image_flops(c)
         lower = c.lower_depth * block_flops(c.text, text_length, text_length)
         streams = 2 if self.readout == "query" else 1
-        readings = 3 * self.reader.flops(c, text_length) - 2 * streams * lower
-        return vit_flops(c.image) + readings + lower
+        once = streams * lower + (image - tower)  # of a reading, shared by all three
+        return tower + 3 * self.reader.flops(c, text_length) - 2 * once + lower
 
     def _negatives(
         self, params: Params, batch: Batch, image: jax.Array, rng: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """A wrong text for each image and a wrong image for each text: int32 [B] each."""
         frozen = jax.lax.stop_gradient(params)
-        text = self.towers.text_feature(frozen, batch["text_ids"], batch["text_length"])
-        images, texts, scale = self.towers.embed(frozen, jax.lax.stop_gradient(image), text)
+        towers = self.itc.towers
+        text = towers.text_feature(frozen, batch["text_ids"], batch["text_length"])
+        images, texts, scale = towers.embed(frozen, jax.lax.stop_gradient(image), text)
         size = len(texts)
         allowed = batch["valid"][None, :] & ~jnp.eye(size, dtype=jnp.bool_)
         keys = example_keys(rng, batch["position"])
@@ -310,25 +313,3 @@ class ITM(Defaults):
             return jnp.where(allowed, scale * similarity + noise, -jnp.inf).argmax(axis=1)
 
         return drawn(images @ texts.T, gumbel[:, 0]), drawn(texts @ images.T, gumbel[:, 1])
-
-
-def check_shared(itm: ITM, itc: ITC | None) -> None:
-    """Raise where ITM cannot draw its negatives by the run's ITC.
-
-    Raises:
-        ConfigError: there is no ITC, or it embeds in another space.
-    """
-    if itc is None:
-        raise ConfigError(
-            f"objectives.{itm.name}",
-            "draws its negatives by the similarities of an `itc`, and the run has none",
-            "Add objectives.itc",
-        )
-    for name in ("embedding_dim", "temperature"):
-        mine, its = getattr(itm, name), getattr(itc, name)
-        if mine != its:
-            raise ConfigError(
-                f"objectives.{itm.name}.{name}",
-                f"{mine} is not that of objectives.{itc.name} ({its})",
-                "Use the same value",
-            )

@@ -43,7 +43,6 @@ import jax
 import jax.numpy as jnp
 
 from vlp_jax.compress.buckets import Bucket
-from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import Batch
 from vlp_jax.models.flops import (
     reconstructor_flops,
@@ -61,6 +60,7 @@ from vlp_jax.objectives.base import (
     Params,
     batch_noise,
     example_keys,
+    image_tokens,
     zeros,
 )
 from vlp_jax.objectives.corruption import Corruption, build_corruption
@@ -163,6 +163,11 @@ class FLM(Defaults):
                 f"{key}.loss_weights has {sorted(self.loss_weights)}; give {sorted(LOSSES)}"
             )
         _ = self.rule  # checks its keys
+
+    @property
+    def image_encoder(self) -> VisionLanguageModel | None:
+        """``model``, whose pass may be shared."""
+        return self.model
 
     @functools.cached_property
     def rule(self) -> Corruption:
@@ -270,7 +275,7 @@ class FLM(Defaults):
         """Queries [B, N - 1, D] for the tokens 1 .. N-1, and the states they read."""
         ids, lengths = batch["text_ids"], batch["text_length"]
         tokens = ids.shape[1]
-        image = model.encode_image(normalize(batch["image"]), noise)
+        image = image_tokens(model, batch, noise)
         states = model.encode_text(
             ids, two_stream_mask(lengths, tokens), image, ("forward", "reverse"), noise
         )

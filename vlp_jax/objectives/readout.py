@@ -78,7 +78,8 @@ class Readout:
         Args:
             model: bound.
             text: B texts.
-            image: [B, I, D] from ``encode_image``.
+            image: [B / G, I, D] from ``encode_image``; G texts in a row are read with each image,
+                whose keys and values are computed once for all of them.
             noise: of the dropout, or None.
 
         Returns:
@@ -88,7 +89,16 @@ class Readout:
         tokens = lower[-1].shape[2]
         mask = self._mask(lengths, tokens)
         streams = ("forward", "reverse") if self.kind == "query" else (self.kind,)
-        upper, last = model.encode_text_upper(lower[-1], mask, image, streams, noise)
+        # The texts of an image pass through the blocks as so many more streams of one example.
+        joined, together = len(lengths) // len(image), (len(image), -1)
+        upper, last = model.encode_text_upper(
+            lower[-1].reshape(*together, *lower[-1].shape[2:]),
+            mask.reshape(*together, *mask.shape[2:]),
+            image,
+            streams * joined,
+            noise,
+        )
+        upper, last = jax.tree.map(lambda x: x.reshape(lower[-1].shape), (upper, last))
         if self.kind == "bidirectional":
             return last[:, 0, 0]
         if self.kind == "forward":

@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 
 from vlp_jax.compress.buckets import Bucket
-from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import Batch
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.errors import ConfigError
@@ -42,6 +41,7 @@ from vlp_jax.objectives.base import (
     Params,
     batch_noise,
     example_keys,
+    image_tokens,
     zeros,
 )
 from vlp_jax.objectives.cross_entropy import CHUNK_ROWS, vocabulary_cross_entropy
@@ -82,6 +82,11 @@ class SingleStream(Defaults, abc.ABC):
     chunk_rows: int = CHUNK_ROWS
 
     stream_type: ClassVar[str]  # key of ``STREAM_TYPES``
+
+    @property
+    def image_encoder(self) -> VisionLanguageModel | None:
+        """``model``, whose pass may be shared."""
+        return self.model
 
     @abc.abstractmethod
     def stream(self, batch: Batch, rng: jax.Array) -> Stream:
@@ -149,7 +154,7 @@ class SingleStream(Defaults, abc.ABC):
     def _features(
         self, model: VisionLanguageModel, batch: Batch, stream: Stream, noise: jax.Array | None
     ) -> tuple[jax.Array, ...]:
-        image = model.encode_image(normalize(batch["image"]), noise)
+        image = image_tokens(model, batch, noise)
         states = model.encode_text(
             stream.ids, stream.mask[:, None], image, (self.stream_type,), noise
         )

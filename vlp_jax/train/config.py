@@ -18,8 +18,10 @@ is not here is an error that names it, whether it comes from the file or from a 
                     text_edges (fitted where empty), num_edges and edge_multiple (of the fit),
                     window_batches (sorted by length together), threads, workers, prefetch
                     (batches), max_bad_fraction (of examples; the run stops above it), root (for
-                    configs whose sources share one), sources (name -> type, weight, and what the
-                    source takes)
+                    configs whose sources share one), sources (name -> type, weight, cache, and what
+                    the source takes), cache_dir (where sources with cache=True keep pictures and
+                    encoded captions, for all runs; empty: in memory), cache_workers (processes that
+                    make them)
     tokenizer       path (a file or folder to load; empty: train on the captions), kind, vocab_size
     optim           AdamW: b1, b2, eps, weight_decay, no_decay (paths without decay), clip_norm
                     (0: none), ema_decay (0: none), accumulation (micro-batches), groups (name ->
@@ -75,6 +77,8 @@ def default_config(size: str = "tiny") -> ConfigDict:
                 "workers": 0,
                 "prefetch": 8,
                 "max_bad_fraction": 0.01,
+                "cache_dir": "",
+                "cache_workers": 0,
                 "sources": {},
             },
             "tokenizer": {"path": "", "kind": "wordpiece", "vocab_size": 8192},

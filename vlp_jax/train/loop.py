@@ -7,6 +7,7 @@ t, so a run that was killed goes on as if nothing had happened.
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,8 @@ from vlp_jax.train.step import StepFunction
 
 # Steps that may wait on the device: enough to hide the host, few enough to hold few batches.
 QUEUED_STEPS = 2
+
+_matmul_peak = functools.cache(measure_matmul_peak)  # once for all runs of a process
 
 
 class RunStopped(RuntimeError):
@@ -142,7 +145,7 @@ def train(setup: Setup) -> ExitCode:
                     rich.print(loaded_table(loaded, config.init_from))
         else:
             state = restored.state
-        peak = measure_matmul_peak()
+        peak = _matmul_peak()
         steps = _compile(setup, primary)
         compiled = {bucket_label(key): seconds for key, seconds in steps.seconds.items()}
         facts |= {

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import math
 import operator
 import re
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.errors import ConfigError, section_arguments
 from vlp_jax.infra.sharding import leaf_path
 
 
@@ -21,14 +22,14 @@ def optimizer(config: ConfigDict, params: Any) -> optax.GradientTransformation:
     Args:
         config: ``config.optim``: ``b1``, ``b2``, ``eps``, ``weight_decay``, ``no_decay`` (regular
             expression of paths without decay, beside all vectors), ``clip_norm`` (0: none),
-            ``groups`` (name -> ``pattern`` and ``rate_factor``; the first match counts).
+            ``groups``, see ``rate_factors``.
         params: tree of arrays or shapes.
 
     Returns:
         A transformation whose updates, times minus the learning rate, are added to the parameters.
 
     Raises:
-        ConfigError: a group's pattern is no regular expression or matches nothing.
+        ConfigError: ``no_decay`` is no regular expression, or a group is wrong.
     """
     factors = rate_factors(config, params)
     parts = [
@@ -77,11 +78,21 @@ def decay_mask(config: ConfigDict, params: Any) -> Any:
 
 
 def rate_factors(config: ConfigDict, params: Any) -> Any:
-    """The factor on the learning rate of every parameter; 1.0 where no group matches."""
-    groups = {
-        name: (_compile(f"optim.groups.{name}.pattern", group.pattern), group.rate_factor)
-        for name, group in config.groups.items()
-    }
+    """The factor on the learning rate of every parameter; 1.0 where no group matches.
+
+    Args:
+        config: ``config.optim``; its ``groups`` are name -> ``pattern`` (regular expression of
+            paths) and ``rate_factor`` (0 or more; 0: frozen). The first group that matches counts.
+        params: tree of arrays or shapes.
+
+    Returns:
+        A float for each leaf.
+
+    Raises:
+        ConfigError: a group has other keys than these two, or values that cannot be used; or its
+            pattern matches nothing.
+    """
+    groups = {name: _group(f"optim.groups.{name}", group) for name, group in config.groups.items()}
     used = set()
 
     def factor(path: jax.tree_util.KeyPath, leaf: Any) -> float:
@@ -92,15 +103,32 @@ def rate_factors(config: ConfigDict, params: Any) -> Any:
         return 1.0
 
     factors = jax.tree_util.tree_map_with_path(factor, params)
-    for name in set(groups) - used:
-        top = sorted({leaf_path(p[:1]) for p, _ in jax.tree_util.tree_leaves_with_path(params)})
-        raise ConfigError(
-            f"optim.groups.{name}.pattern",
-            f"{config.groups[name].pattern!r} matches no parameter (or only those of a group "
-            "before it)",
-            f"Match paths below {', '.join(top)}",
-        )
+    for name in groups:
+        if name not in used:
+            top = sorted({leaf_path(p[:1]) for p, _ in jax.tree_util.tree_leaves_with_path(params)})
+            raise ConfigError(
+                f"optim.groups.{name}.pattern",
+                f"{config.groups[name].pattern!r} matches no parameter (or only those of a group "
+                "before it)",
+                f"Match paths below {', '.join(top)}",
+            )
     return factors
+
+
+def _group(path: str, section: Any) -> tuple[re.Pattern[str], float]:
+    """The pattern and the factor of a group; ``path`` is its dotted name."""
+    if not isinstance(section, ConfigDict):
+        raise ConfigError(path, f"{section!r} is no section", "Set `pattern` and `rate_factor`")
+    group = section_arguments(section, path, ("pattern", "rate_factor"), ())
+    for key in ("pattern", "rate_factor"):
+        if group.get(key) in (None, ""):
+            raise ConfigError(f"{path}.{key}", "missing", "Add it")
+    factor = group["rate_factor"]
+    if not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+        raise ConfigError(
+            f"{path}.rate_factor", f"{factor!r} cannot multiply a rate", "Use a number from 0 on"
+        )
+    return _compile(f"{path}.pattern", group["pattern"]), factor
 
 
 def moving_average(average: Any, params: Any, decay: float) -> Any:
@@ -113,7 +141,7 @@ def moving_average(average: Any, params: Any, decay: float) -> Any:
 def _compile(key: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise ConfigError(
             key, f"{pattern!r} is no regular expression ({error})", "Mend the pattern"
         ) from error

@@ -17,10 +17,11 @@ from vlp_jax.infra.mesh import batch_sharding, check_batch_size, replicated
 from vlp_jax.infra.sharding import shardings
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives
+from vlp_jax.objectives.base import image_flops
 from vlp_jax.train.optim import optimizer
 from vlp_jax.train.schedule import Budget, learning_rate
 from vlp_jax.train.state import TrainState
-from vlp_jax.train.step import StepFunction, init_state, make_step
+from vlp_jax.train.step import StepFunction, init_state, make_step, shared_passes
 
 
 class Program:
@@ -53,7 +54,7 @@ class Program:
         self.objectives = build_objectives(config.objectives, model, vocabulary, examples)
         self._schedule = learning_rate(config.schedule, budget)
         self._total_steps = budget.total_steps or 1
-        spec = jax.eval_shape(self._init)
+        spec = jax.eval_shape(self._init, jax.random.key(0))
         self.state_spec: TrainState = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             spec,
@@ -61,7 +62,7 @@ class Program:
         )
         self._optimizer = optimizer(config.optim, self.state_spec.params)
 
-    def _init(self) -> TrainState:
+    def _init(self, key: jax.Array) -> TrainState:
         bucket = Bucket(8, self.config.data.image_size)
         shapes = {
             name: batch_spec(bucket, 1, (*FIELDS, *self.extra_fields)) for name in self.batch_names
@@ -70,7 +71,7 @@ class Program:
             self.objectives,
             shapes,
             lambda params: optimizer(self.config.optim, params),
-            jax.random.key(self.config.seed),
+            key,
             ema=self.config.optim.ema_decay > 0,
         )
 
@@ -91,8 +92,10 @@ class Program:
 
     def init(self) -> TrainState:
         """A fresh state, created where it belongs."""
+        # The key is an argument, so that runs with other seeds find this program compiled.
         with jax.set_mesh(self.mesh):
-            return jax.jit(self._init, out_shardings=self.state_shardings)()
+            init = jax.jit(self._init, out_shardings=self.state_shardings)
+            return init(jax.random.key(self.config.seed))
 
     def batch_specs(self, bucket: StepBucket) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
         """Shapes, dtypes and shardings of the global batches of a bucket."""
@@ -161,7 +164,12 @@ class Program:
     def flops(self, text_lengths: Mapping[str, float]) -> float:
         """Model FLOPs of one example in an update: three times the forward pass.
 
+        An image that several objectives share is encoded, and counted, once.
+
         Args:
             text_lengths: mean tokens of the examples of every named batch.
         """
-        return 3.0 * sum(o.flops(text_lengths[o.batch_name]) for o in self.objectives)
+        total = sum(o.flops(text_lengths[o.batch_name]) for o in self.objectives)
+        for shared in shared_passes(self.objectives, self.config.optim.accumulation):
+            total -= (len(shared.readers) - 1) * image_flops(shared.model.config)
+        return 3.0 * total

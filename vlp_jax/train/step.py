@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,15 @@ import optax
 
 from vlp_jax.compress.buckets import StepBucket
 from vlp_jax.data.batch import Batch
-from vlp_jax.objectives.base import LossOutput, Mean, Objective
+from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.objectives.base import (
+    IMAGE_TOKENS,
+    LossOutput,
+    Mean,
+    Objective,
+    batch_noise,
+    encode_image,
+)
 from vlp_jax.train.optim import global_norm, moving_average
 from vlp_jax.train.state import TrainState
 
@@ -58,6 +66,42 @@ def init_state(
     )
 
 
+class SharedPass(NamedTuple):
+    """One pass of the image tower in an update, for several objectives.
+
+    Attributes:
+        batch_name: whose image is encoded.
+        model: by which.
+        readers: names of the objectives that read it, two or more.
+    """
+
+    batch_name: str
+    model: VisionLanguageModel
+    readers: tuple[str, ...]
+
+
+def shared_passes(objectives: Sequence[Objective], accumulation: int) -> tuple[SharedPass, ...]:
+    """The passes of the image tower that objectives of one batch share.
+
+    An objective that is split into micro-batches encodes the image itself: what its gradient is
+    divided by is known after the last of them only, too late to add up what reaches the tower.
+
+    Args:
+        objectives: all objectives of the run.
+        accumulation: micro-batches in one update.
+    """
+    readers: dict[tuple[str, VisionLanguageModel], list[str]] = {}
+    for objective in objectives:
+        model = objective.image_encoder
+        if model is not None and _whole(objective, accumulation):
+            readers.setdefault((objective.batch_name, model), []).append(objective.name)
+    return tuple(
+        SharedPass(batch_name, model, tuple(names))
+        for (batch_name, model), names in readers.items()
+        if len(names) > 1
+    )
+
+
 def make_step(
     objectives: Sequence[Objective],
     weights: Mapping[str, float],
@@ -67,6 +111,9 @@ def make_step(
     bucket: StepBucket,
 ) -> StepFunction:
     """The update function of one bucket, to be jitted with the state donated.
+
+    Objectives of one batch share a pass of the image tower, forward and backward, and with it one
+    noise of its dropout (``shared_passes``); where an objective is alone, its own noise is used.
 
     Args:
         objectives: all objectives of the run.
@@ -81,6 +128,9 @@ def make_step(
         rate, float32 [], is an argument, so that runs of any length and peak share one program.
     """
     buckets = dict(bucket)
+    whole = tuple(o for o in objectives if _whole(o, accumulation))
+    split = tuple(o for o in objectives if not _whole(o, accumulation))
+    shared = shared_passes(objectives, accumulation)
 
     def step(
         state: TrainState, batches: Batches, learning_rate: jax.Array
@@ -96,31 +146,33 @@ def make_step(
             return objective.loss(params, extras, batch, keys[objective.name], bucket)
 
         def joint(params: Any) -> tuple[jax.Array, dict[str, LossOutput]]:
+            seen = {objective.name: batches[objective.batch_name] for objective in whole}
+            for index, (batch_name, model, readers) in enumerate(shared, start=len(objectives)):
+                batch = batches[batch_name]
+                noise = batch_noise(jax.random.fold_in(step_rng, index), batch, train=True)
+                tokens = encode_image(model, params, batch, noise)
+                seen |= {name: {**batch, IMAGE_TOKENS: tokens} for name in readers}
             outputs, total = {}, jnp.zeros(())
-            for objective in objectives:
+            for objective in whole:
                 extras = state.extras["objectives"][objective.name]
-                output = evaluate(objective, params, extras, batches[objective.batch_name])
+                output = evaluate(objective, params, extras, seen[objective.name])
                 outputs[objective.name] = output
                 total += weights[objective.name] * _ratio(output.loss)
             return total, outputs
 
-        if accumulation == 1:
-            (loss, outputs), grads = jax.value_and_grad(joint, has_aux=True)(state.params)
-        else:
-            loss, grads, outputs = jnp.zeros(()), None, {}
-            for objective in objectives:
-                part, output = _accumulate(
-                    functools.partial(evaluate, objective),
-                    state.params,
-                    state.extras["objectives"][objective.name],
-                    batches[objective.batch_name],
-                    accumulation if objective.splittable else 1,
-                )
-                factor = weights[objective.name] / jnp.maximum(output.loss.weight, 1.0)
-                part = jax.tree.map(lambda g, factor=factor: g * factor, part)
-                grads = part if grads is None else jax.tree.map(jnp.add, grads, part)
-                loss += factor * output.loss.sum
-                outputs[objective.name] = output
+        (loss, outputs), grads = jax.value_and_grad(joint, has_aux=True)(state.params)
+        for objective in split:
+            part, output = _accumulate(
+                functools.partial(evaluate, objective),
+                state.params,
+                state.extras["objectives"][objective.name],
+                batches[objective.batch_name],
+                accumulation,
+            )
+            factor = weights[objective.name] / jnp.maximum(output.loss.weight, 1.0)
+            grads = jax.tree.map(lambda total, g, f=factor: total + f * g, grads, part)
+            loss += factor * output.loss.sum
+            outputs[objective.name] = output
 
         grad_norm = global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -164,6 +216,11 @@ def make_step(
         return new_state, {name: value.astype(jnp.float32) for name, value in metrics.items()}
 
     return step
+
+
+def _whole(objective: Objective, accumulation: int) -> bool:
+    """Whether an objective sees its batch in one piece, not in micro-batches."""
+    return accumulation == 1 or not objective.splittable
 
 
 def _ratio(mean: Mean) -> jax.Array:

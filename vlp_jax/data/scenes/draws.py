@@ -42,14 +42,14 @@ def stream(key: int, record: int, first: np.ndarray | None = None) -> Draw:
         record: the record number.
         first: block 0 if the caller has computed it for many records at once, float64 [BLOCK].
     """
-    return _numbers(key, record, first).__next__
-
-
-def _numbers(key: int, record: int, first: np.ndarray | None) -> Iterator[float]:
-    records = np.array([record], np.int64)
     if first is None:
-        first = uniforms(key, records)[0]
-    yield from first.tolist()
+        first = uniforms(key, np.array([record], np.int64))[0]
+    return itertools.chain(first.tolist(), _later(key, record)).__next__
+
+
+def _later(key: int, record: int) -> Iterator[float]:
+    """The draws after block 0."""
+    records = np.array([record], np.int64)
     for block in itertools.count(1):
         yield from uniforms(key, records, block)[0].tolist()
 

@@ -15,7 +15,7 @@ from vlp_jax.data.source import CaptionsOnly
 EVALUATION_RECORDS = 2000  # default size of every split but train
 MIN_SIZE, MAX_SIZE = 16, 512
 
-# Part of the identity of a rendered cache: raise it when the same record shows something else.
+# Part of the identity of kept files: raise it when a record shows or says something else.
 VERSION = 1
 
 _SEARCH = 1000  # records tried for a statement; a handful do unless a split is tiny

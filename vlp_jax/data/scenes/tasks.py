@@ -61,7 +61,7 @@ class _ScenesTask:
         name: the source's name in the config, for logs and error messages.
 
     Attributes:
-        identity: all that the pictures depend on.
+        identity: all that the records depend on besides their number.
 
     Raises:
         ValueError: an argument is out of range; the message names the config key.

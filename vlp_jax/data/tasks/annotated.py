@@ -4,6 +4,7 @@ Annotations come as a JSON list of our own that holds all splits, or as their pu
 one for each split; the name of such a file is given with ``{split}`` in the split's place.
 """
 
+import abc
 import collections
 import functools
 import os
@@ -205,7 +206,7 @@ class AnnotatedImages:
         return fault is None
 
 
-class LabelledSentences(AnnotatedImages):
+class LabelledSentences(AnnotatedImages, abc.ABC):
     """Pictures and sentences about them, each with a label: a ``Source`` of one split.
 
     A subclass names its files and classes and says how their entries are read.
@@ -277,14 +278,14 @@ class LabelledSentences(AnnotatedImages):
         return {"label": np.asarray(self._targets[record], np.int32)}
 
     @staticmethod
+    @abc.abstractmethod
     def own_entry(item: Any, where: str) -> Example:
         """An entry of a list; ``where`` names it in messages."""
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def published_entry(item: Any, split: str, where: str) -> Example:
         """A published line of the split; ``where`` names it in messages."""
-        raise NotImplementedError
 
 
 @functools.lru_cache(maxsize=1 << 18)

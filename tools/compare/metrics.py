@@ -1,0 +1,105 @@
+"""The figures that a comparison is about, and where they are found."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from tools.compare.configs import CommandError, NamedConfig
+from tools.compare.records import Measurement, Result
+from vlp_jax.infra import units
+from vlp_jax.infra.errors import ConfigError
+
+# Names of these words are better when they are lower.
+LOWER_IS_BETTER = ("loss", "perplexity")
+# Stands for the run itself where a name begins with the label of a run.
+PRETRAINING = "pretraining"
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A figure to compare by.
+
+    Attributes:
+        name: as an evaluator of the pretraining run or of a fine-tuning run calls it, such as
+            ``vqa/accuracy``; where several runs have it, with the label of the fine-tuning config
+            (or ``pretraining``) in front, such as ``nlvr2:scenes/test/accuracy``.
+        sign: 1 where more is better, -1 where less is.
+    """
+
+    name: str
+    sign: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Metric":
+        """Read NAME, NAME:max or NAME:min; without either, losses are to be low, all else high."""
+        name, colon, mode = text.rpartition(":")
+        if not colon or "/" in mode:  # the colon of a label
+            name, mode = text, ""
+        if mode not in ("", "max", "min"):
+            raise CommandError(f"--metric: {text!r} ends in neither :max nor :min")
+        low = mode == "min" or (not mode and units.unit_word(name) in LOWER_IS_BETTER)
+        return cls(name, -1 if low else 1)
+
+
+def check_metric(
+    metric: Metric, configs: Sequence[NamedConfig], finetunes: Sequence[NamedConfig]
+) -> None:
+    """Refuse a metric of which it is plain beforehand that no run will have it, or two will.
+
+    Raises:
+        ConfigError: of a config's pretraining run and its fine-tuning runs, none has the metric's
+            evaluator, or several have.
+    """
+    for named in configs:
+        runs = {PRETRAINING: named} | {tune.label: tune for tune in finetunes}
+        having = [
+            label
+            for label, run in runs.items()
+            if any(n.partition("/")[0] in run.config.evals for n in _own_names(metric.name, label))
+        ]
+        if len(having) > 1:
+            raise _ambiguous(metric.name, having)
+        if not having:
+            known = sorted({name for run in runs.values() for name in run.config.evals})
+            evaluator = metric.name.partition("/")[0]
+            raise ConfigError(
+                f"evals.{evaluator}",
+                f"the metric {metric.name!r} needs this evaluator in one of "
+                f"{[run.source for run in runs.values()]}, found in none",
+                f"Use one of {known}" if known else "Add it",
+            )
+
+
+def find_metric(result: Result, name: str) -> float:
+    """A figure of a cell: of the run itself, or of one of its fine-tuning runs.
+
+    Raises:
+        ConfigError: no run has it, or two have.
+    """
+    runs: Mapping[str, Measurement] = {PRETRAINING: result.measurement} | dict(result.finetuning)
+    found = {
+        label: run.metrics[own]
+        for label, run in runs.items()
+        for own in _own_names(name, label)
+        if own in run.metrics
+    }
+    if len(found) > 1:
+        raise _ambiguous(name, found)
+    if not found:
+        known = sorted({key for run in runs.values() for key in run.metrics})
+        raise ConfigError(
+            "evals", f"{name!r} is no figure of {result.label}", f"Use one of {known}"
+        )
+    return next(iter(found.values()))
+
+
+def _own_names(name: str, label: str) -> tuple[str, ...]:
+    """What the run of this label may call a metric: an evaluator may have the name of a run."""
+    return tuple(dict.fromkeys([name, name.removeprefix(f"{label}/")]))
+
+
+def _ambiguous(name: str, labels: Sequence[str] | Mapping[str, float]) -> ConfigError:
+    return ConfigError(
+        "evals",
+        f"{name!r} is a figure of several runs: {', '.join(labels)}",
+        f"Write {next(iter(labels))}/{name} for that of {next(iter(labels))}",
+    )

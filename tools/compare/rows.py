@@ -1,0 +1,162 @@
+"""What is compared, and a cell as the tables have it."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from tools.compare.configs import NamedConfig
+from tools.compare.metrics import Metric, find_metric
+from tools.compare.records import Calibration, Result
+from vlp_jax.infra import units
+
+Status = Literal["counted", "stopped"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is compared.
+
+    Attributes:
+        configs: the methods.
+        budget_seconds: the whole budget, of training.
+        fractions: of it, increasing, the last is 1.
+        seeds: runs of every config at every budget, seeds 0 and up.
+        rates: grid of learning rates: numbers, or factors of a config's own such as "x0.5"; the
+            same for every config.
+        metrics: to compare by.
+        tune_metric: by which rates are chosen.
+        finetunes: run from the checkpoint of every cell.
+        baselines: labels; the best of them at the whole budget is the baseline of a metric.
+        max_input_wait: a config whose calibration waited for input for a larger share of its time
+            is rejected.
+    """
+
+    configs: tuple[NamedConfig, ...]
+    budget_seconds: float
+    fractions: tuple[float, ...]
+    seeds: int
+    rates: tuple[str, ...]
+    metrics: tuple[Metric, ...]
+    tune_metric: Metric
+    finetunes: tuple[NamedConfig, ...]
+    baselines: tuple[str, ...]
+    max_input_wait: float
+
+    def rejection(self, calibration: Calibration | None) -> str:
+        """Why a config takes no part; empty where it does, or where that is not known yet."""
+        if calibration is None or calibration.input_wait_fraction <= self.max_input_wait:
+            return ""
+        limit = units.format_value("fraction", self.max_input_wait)
+        share = units.format_value("fraction", calibration.input_wait_fraction)
+        return f"an update measured alone waited for input {share} of the time, more than {limit}"
+
+    def to_json(self) -> dict[str, Any]:
+        """As tables say it."""
+        return {
+            "configs": {named.label: named.source for named in self.configs},
+            "finetunes": {named.label: named.source for named in self.finetunes},
+            "budget_seconds": self.budget_seconds,
+            "fractions": list(self.fractions),
+            "seeds": self.seeds,
+            "rates": list(self.rates),
+            "metrics": {m.name: "max" if m.sign > 0 else "min" for m in self.metrics},
+            "tune_metric": self.tune_metric.name,
+            "baselines": list(self.baselines),
+            "max_input_wait": self.max_input_wait,
+            "teachers": {n.label: list(n.teachers) for n in self.configs if n.teachers},
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A cell in the tables: what was asked for and what came of it.
+
+    Attributes:
+        cell: name of its folder.
+        config: label.
+        rate: peak learning rate.
+        seed: of the run.
+        fraction: nominal share of the budget.
+        asked_seconds: the share in seconds.
+        status: only a "counted" row enters a mean.
+        reason: why it is not counted.
+        steps, samples, flops: trained.
+        seconds: of training: updates times the calibrated seconds of one.
+        wall_seconds: of training as the run itself logged them, for information: they depend on
+            what else the device did.
+        wall_input_wait_fraction: share of ``wall_seconds`` spent waiting for input.
+        compile_seconds: not part of any.
+        finetune_seconds: training seconds that the fine-tuning runs logged.
+        scores: metric -> value; empty where the run was not evaluated.
+        versions: of the packages that computed.
+        commit: of the code.
+    """
+
+    cell: str
+    config: str
+    rate: float
+    seed: int
+    fraction: float
+    asked_seconds: float
+    status: Status
+    reason: str
+    steps: int
+    samples: int
+    flops: float
+    seconds: float
+    wall_seconds: float
+    wall_input_wait_fraction: float
+    compile_seconds: float
+    finetune_seconds: float
+    scores: Mapping[str, float]
+    versions: Mapping[str, str]
+    commit: str
+
+
+def make_row(
+    settings: Settings, label: str, result: Result, rate: float, fraction: float, seed: int
+) -> Row:
+    """What the tables say of a cell; its own label may differ where two configs are the same."""
+    measured = result.measurement
+    assert result.seconds is not None  # only a fine-tuning run has no calibration
+    reasons = [
+        run.reason for run in (measured, *result.finetuning.values()) if run.status == "stopped"
+    ]
+    scores = {}
+    if not reasons:
+        wanted = {metric.name for metric in (*settings.metrics, settings.tune_metric)}
+        scores = {name: find_metric(result, name) for name in sorted(wanted)}
+        strange = [name for name, value in scores.items() if not math.isfinite(value)]
+        if strange:
+            reasons, scores = [f"{', '.join(strange)} not finite"], {}
+    return Row(
+        cell=result.name,
+        config=label,
+        rate=rate,
+        seed=seed,
+        fraction=fraction,
+        asked_seconds=fraction * settings.budget_seconds,
+        status="stopped" if reasons else "counted",
+        reason=reasons[0] if reasons else "",
+        steps=measured.steps,
+        samples=measured.samples,
+        flops=measured.samples * measured.flops_per_sample,
+        seconds=result.seconds,
+        wall_seconds=measured.wall_seconds,
+        wall_input_wait_fraction=measured.wall_input_wait_seconds / (measured.wall_seconds or 1.0),
+        compile_seconds=measured.compile_seconds,
+        finetune_seconds=sum(tuned.wall_seconds for tuned in result.finetuning.values()),
+        scores=scores,
+        versions=dict(result.versions),
+        commit=result.commit,
+    )
+
+
+def line(row: Row) -> str:
+    """A finished cell in one line, for the terminal."""
+    scores = ", ".join(f"{n} {units.format_value(n, v)}" for n, v in row.scores.items())
+    return (
+        f"{row.config}: budget {row.fraction:.3g}, rate {row.rate:.3g}, seed {row.seed}: "
+        f"{row.steps:,} steps, {row.seconds:.1f} s; " + (scores or f"{row.status}: {row.reason}")
+    )

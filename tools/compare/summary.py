@@ -1,0 +1,114 @@
+"""Means, spreads and times to score of cells, ready for JSON."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tools.compare.metrics import Metric
+from tools.compare.rows import Row, Settings
+from tools.compare.statistics import Budget, deviation, time_to_score
+
+COSTS = ("seconds", "samples", "flops")
+
+
+def summarise(
+    settings: Settings,
+    rows: Sequence[Row],
+    grid: Mapping[str, Sequence[float]],
+    chosen: Mapping[str, float | None],
+) -> dict[str, Any]:
+    """Means, spreads and times to score of counted rows.
+
+    Args:
+        settings: of the comparison.
+        rows: all cells that there are.
+        grid: label -> rates tried.
+        chosen: label -> the best of them, None where it is not known yet.
+
+    Returns:
+        ``rows``; ``rates`` (label -> grid and choice); ``curves`` (metric -> label -> a dict for
+        each budget: fraction, seeds, mean cost of every kind, mean and standard deviation of the
+        score); ``time_to_score`` (metric -> baseline, and label -> kind of cost -> share).
+    """
+    curves: dict[str, Any] = {}
+    times: dict[str, Any] = {}
+    labels = [named.label for named in settings.configs]
+    for metric in settings.metrics:
+        budgets = {
+            label: [
+                group
+                for fraction in settings.fractions
+                if (group := _counted(rows, label, fraction, chosen[label]))
+            ]
+            for label in labels
+        }
+        curves[metric.name] = {
+            label: [_point(group, metric) for group in groups] for label, groups in budgets.items()
+        }
+        whole = {
+            label: metric.sign * statistics.fmean(row.scores[metric.name] for row in groups[-1])
+            for label, groups in budgets.items()
+            if groups and groups[-1][0].fraction == settings.fractions[-1]
+        }
+        candidates = [label for label in settings.baselines if label in whole]
+        # With a baseline still to be trained, the best of the others would be a weaker one.
+        if len(candidates) == len(settings.baselines):
+            baseline = max(candidates, key=lambda label: whole[label])
+            times[metric.name] = {
+                "baseline": baseline,
+                "score": metric.sign * whole[baseline],
+                "configs": _times(budgets, baseline, metric),
+            }
+    return {
+        "settings": settings.to_json(),
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "rates": {label: {"grid": grid[label], "chosen": chosen[label]} for label in labels},
+        "curves": curves,
+        "time_to_score": times,
+    }
+
+
+def _counted(rows: Sequence[Row], label: str, fraction: float, rate: float | None) -> list[Row]:
+    """The rows of a config at one budget that count, at the chosen rate."""
+    return [
+        row
+        for row in rows
+        if (row.config, row.fraction, row.rate, row.status) == (label, fraction, rate, "counted")
+    ]
+
+
+def _times(budgets: Mapping[str, list[list[Row]]], baseline: str, metric: Metric) -> dict[str, Any]:
+    """Label -> kind of cost -> the time to the baseline's score."""
+    times: dict[str, Any] = {}
+    for cost in COSTS:
+        curves = {
+            label: [_budget(group, metric, cost) for group in groups]
+            for label, groups in budgets.items()
+        }
+        whole = curves[baseline]
+        for label, curve in curves.items():
+            if curve:
+                share = dataclasses.asdict(time_to_score(curve, whole))
+                share["target"] *= metric.sign
+                times.setdefault(label, {})[cost] = share
+    return times
+
+
+def _budget(group: Sequence[Row], metric: Metric, cost: str) -> Budget:
+    return Budget(
+        group[0].fraction,
+        statistics.fmean(getattr(row, cost) for row in group),
+        tuple(metric.sign * row.scores[metric.name] for row in group),
+    )
+
+
+def _point(group: Sequence[Row], metric: Metric) -> dict[str, Any]:
+    scores = [row.scores[metric.name] for row in group]
+    return {
+        "fraction": group[0].fraction,
+        "seeds": [row.seed for row in group],
+        **{cost: statistics.fmean(getattr(row, cost) for row in group) for cost in COSTS},
+        "mean": statistics.fmean(scores),
+        "deviation": deviation(scores),
+    }

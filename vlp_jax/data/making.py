@@ -1,0 +1,91 @@
+"""Making what is kept in files: by one process at a time, which has others help."""
+
+import collections
+import concurrent.futures
+import contextlib
+import fcntl
+import multiprocessing
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from absl import logging
+
+T = TypeVar("T")
+
+
+def found_or_made(file: pathlib.Path, find: Callable[[], T | None], make: Callable[[], T]) -> T:
+    """What ``find`` finds of a file, or else what ``make`` makes.
+
+    Of several processes that miss the file at the same time one makes it; the others wait and
+    find it. The lock is the kernel's, on ``<file>.lock``: it ends with the process that holds it,
+    however that ends.
+
+    Args:
+        file: what is to be there; its folder is made.
+        find: looks for the file; None if it is absent or holds something else.
+        make: makes the file and returns what ``find`` would.
+    """
+    found = find()
+    if found is not None:
+        return found
+    with _only_maker(file):
+        found = find()
+        return make() if found is None else found
+
+
+def in_order(
+    function: Callable[..., T], arguments: Iterable[tuple[object, ...]], workers: int
+) -> Iterator[T]:
+    """``function`` of each tuple of arguments, in their order.
+
+    Args:
+        function: of a module, so that another process finds it.
+        arguments: picklable, if there are workers.
+        workers: processes to work in; 0 for this one.
+    """
+    if workers == 0:
+        yield from (function(*some) for some in arguments)
+        return
+    # Spawned, since a forked copy of a process that runs JAX may hang.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        jobs = collections.deque(pool.submit(function, *some) for some in arguments)
+        try:
+            while jobs:
+                yield jobs.popleft().result()  # and let go of, for results may be large
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _only_maker(file: pathlib.Path) -> Iterator[None]:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = file.with_name(f"{file.name}.lock")
+    while True:
+        with lock.open("a+") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stream.seek(0)
+                logging.info("waiting for process %s, which makes %s", stream.read(), file)
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            if not _is_at(stream.fileno(), lock):
+                continue  # locked what the last maker has removed meanwhile
+            stream.truncate(0)
+            stream.write(str(os.getpid()))
+            stream.flush()
+            try:
+                yield
+            finally:
+                lock.unlink()
+            return
+
+
+def _is_at(descriptor: int, path: pathlib.Path) -> bool:
+    """Whether the open file is the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
