@@ -271,12 +271,15 @@ def command_line(pid):
 
 
 SCRIPT = """
+    import signal
     import time
     from tests.data.fake import Fake, planned
     from vlp_jax.data.loader import Loader
     from vlp_jax.data.plan import Plan
 
     if __name__ == "__main__":
+        # A shell has its background jobs ignore SIGINT, and so what they start.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         plan = Plan([planned(Fake())], 8, 0, (8, 12, 16, 24), image_size=4)
         with Loader(plan, 0, 1000, workers=2, threads=1, prefetch=1) as loader:
             for _ in range(4):  # until both workers have started in full

@@ -28,6 +28,23 @@ def test_handlers_come_back_without_a_signal():
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+def test_a_signal_may_come_while_handlers_are_put_back(monkeypatch):
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    put_back = signal.signal
+
+    def interrupted(number, handler):
+        monkeypatch.setattr(signal, "signal", put_back)
+        os.kill(os.getpid(), signal.SIGINT)
+        return put_back(number, handler)
+
+    with PreemptionGuard() as guard:
+        monkeypatch.setattr(signal, "signal", interrupted)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert guard.requested
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 LOOP = """
 import sys, time
 from vlp_jax.infra.preemption import ExitCode, PreemptionGuard

@@ -86,7 +86,8 @@ class PreemptionGuard:
         )
 
     def _restore(self) -> None:
-        for number, handler in self._old_handlers.items():
+        # Taken first: another signal may come, and call this, while handlers are put back.
+        old, self._old_handlers = self._old_handlers, {}
+        for number, handler in old.items():
             # None: a handler that was not set from Python; it cannot be put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._old_handlers.clear()
