@@ -58,6 +58,14 @@ def test_vqa_sums_binary_cross_entropies_of_soft_targets():
     assert float(output.loss.weight) == BATCH - 1
 
 
+def test_a_fresh_vqa_head_expects_one_right_answer():
+    vqa = VQA(tiny_model(), "vqa", 400)
+    chances = jax.nn.sigmoid(vqa.logits(created(vqa), task_batch()))
+    np.testing.assert_allclose(chances.sum(axis=1), 1.0, rtol=0.2)
+    same = Classification(tiny_model(), "entailment", 3)
+    assert not np.asarray(created(same)["entailment_head"]["classifier"]["bias"]).any()
+
+
 @pytest.mark.parametrize("readout", ["query", "bidirectional", "forward"])
 def test_entailment_reads_the_text_and_no_padding(readout):
     task = Classification(tiny_model(), "entailment", 3, readout=readout)

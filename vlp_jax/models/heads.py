@@ -67,10 +67,14 @@ class ClassificationHead(nn.Module):
     Attributes:
         config: width D, dropout and compute dtype.
         num_classes: C.
+        prior: probability of each class by a sigmoid at first, which the biases give (Lin et al.
+            2017, section 3.3). Where each of many classes is nearly always wrong, the first
+            hundreds of updates would otherwise teach no more than that. 0.5: no bias.
     """
 
     config: BlockConfig
     num_classes: int
+    prior: float = 0.5
 
     @nn.compact
     def __call__(self, x: jax.Array, noise: Noise = None) -> jax.Array:
@@ -82,7 +86,11 @@ class ClassificationHead(nn.Module):
         x = jax.nn.gelu(norm(c, "norm")(x), approximate=False)
         small = nn.initializers.normal(0.02)  # so that a fresh head prefers no class
         classifier = Dense(
-            self.num_classes, dtype=jnp.float32, kernel_init=small, name="classifier"
+            self.num_classes,
+            dtype=jnp.float32,
+            kernel_init=small,
+            bias_init=nn.initializers.constant(math.log(self.prior / (1 - self.prior))),
+            name="classifier",
         )
         return classifier(x.astype(jnp.float32))
 

@@ -155,6 +155,11 @@ class VQA(Classification):
 
     extra_fields: ClassVar[tuple[str, ...]] = ("answer", "answer_score")
 
+    @property
+    def head(self) -> ClassificationHead:
+        """From the vector to logits; about one answer is right."""
+        return ClassificationHead(self.model.config.text, self.num_classes, 1 / self.num_classes)
+
     def row_losses(self, logits: jax.Array, batch: Batch) -> jax.Array:
         """Summed over the answers: float32 [B, C] -> [B]."""
         targets = self.targets(batch)
