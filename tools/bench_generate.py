@@ -1,6 +1,6 @@
 """Measure what the key-value cache pays in captioning, on the machine at hand, without any data.
 
-    python -m tools.bench_generate --config=configs/flm_base.py --batch=512 [--max_length=24]
+    python -m tools.bench_generate --config=configs/flm_base.py --batch=2048 [--max_length=24]
 
 prints one JSON line. Captions are written greedily in two ways: with the cache, as
 ``vlp_jax.transfer.generate`` does, and by encoding the prefix again for every token, as one does
@@ -45,7 +45,7 @@ from vlp_jax.models.vision_language import VisionLanguageConfig, VisionLanguageM
 from vlp_jax.transfer.generate import Search, greedy_search
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration to measure")
-_BATCH = flags.DEFINE_integer("batch", 512, "images captioned at a time", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 2048, "images captioned at a time", lower_bound=1)
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 24, "tokens of a caption", lower_bound=3)
 _PREFIX_MULTIPLE = flags.DEFINE_integer(
     "prefix_multiple", 4, "what the lengths of re-encoded prefixes are multiples of", lower_bound=1
