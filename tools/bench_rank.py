@@ -64,7 +64,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "a run with `itc` and `itm`, for
 _SPLIT = flags.DEFINE_string("split", "val", "of the run's source, for its recall")
 _SOURCE = flags.DEFINE_string("source", "", "key in data.sources of the run; empty: the only one")
 _ALL_PAIRS_IMAGES = flags.DEFINE_integer(
-    "all_pairs_images", 64, "images whose pairs are all matched", lower_bound=1
+    "all_pairs_images", 256, "images whose pairs are all matched", lower_bound=1
 )
 _IMAGES = flags.DEFINE_integer("images", 5000, "images of the retrieval", lower_bound=1)
 _CAPTIONS = flags.DEFINE_integer("captions", 5, "texts of an image", lower_bound=1)

@@ -43,8 +43,8 @@ def test_the_size_of_a_crowd_is_uniform_whatever_the_crowd_is(scenes):
             by_value[attribute, value].append(scene.repeats)
     assert len(by_kind) == 10
     for repeats in (*by_kind.values(), *by_value.values()):
-        # 99.9 % of the values of chi-square with 7 degrees of freedom are below 24.3.
-        assert chi_square(np.bincount(repeats, minlength=8)) < 28
+        # 99.9 % of the values of chi-square with 4 degrees of freedom are below 18.5.
+        assert chi_square(np.bincount(repeats, minlength=LEVEL.max_count)) < 22
 
 
 def test_objects_share_a_palette_and_cannot_be_told_by_one_attribute(scenes):
@@ -54,7 +54,7 @@ def test_objects_share_a_palette_and_cannot_be_told_by_one_attribute(scenes):
             values = [getattr(obj, attribute) for obj in scene.objects]
             assert len(set(values)) <= LEVEL.palette
             alike[attribute] += np.mean([values.count(value) > 1 for value in values])
-    assert min(alike.values()) / 2000 > 0.8
+    assert min(alike.values()) / 2000 > 0.7
 
 
 def test_most_crowds_of_two_attributes_have_near_misses(scenes):
@@ -69,7 +69,7 @@ def test_most_crowds_of_two_attributes_have_near_misses(scenes):
 
 def test_the_compositional_split_has_crowds_too():
     source = Scenes("compositional", level="hard", num_records=300)
-    assert {source.scene(record).repeats for record in range(300)} == set(range(8))
+    assert {source.scene(record).repeats for record in range(300)} == set(range(LEVEL.max_count))
 
 
 def test_captions_bind_attributes_relate_and_count():
@@ -80,7 +80,9 @@ def test_captions_bind_attributes_relate_and_count():
     assert np.percentile(lengths, 90) >= 30
     assert max(lengths) <= LEVEL.max_words == 40
     stated = [fact for caption in captions for fact in caption.facts]
-    assert {fact.number for fact in stated if isinstance(fact, Count)} == set(range(1, 9))
+    assert {fact.number for fact in stated if isinstance(fact, Count)} == set(
+        range(1, LEVEL.max_count + 1)
+    )
     assert sum(isinstance(fact, Related) for fact in stated) > len(captions) / 2
     bound = [f for f in stated if isinstance(f, Count) and sum(v is not None for v in f.phrase) > 1]
     assert len(bound) > len(captions) / 20
@@ -90,13 +92,12 @@ def test_captions_of_the_level_are_pinned():
     """If this fails on purpose, raise ``scenes.source.VERSION``: caches show another world."""
     source = Scenes(level="hard")
     assert source.caption(0, 0) == (
-        "an image with six shapes in view and a large brown star to the right of a "
-        "medium pink thing"
+        "an image with four shapes in view and a large rosy diamond lower than a blue rhombus, "
+        "an orange square left of a rosy diamond, and an orange square, and four outlined objects"
     )
     assert source.caption(7, 2) == (
-        "we can see four small shapes and eight shapes in view and a big green "
-        "hourglass lower than a purple hourglass, and a big filled hourglass right "
-        "of a purple plus"
+        "an image with two small shapes and five shapes in view, and a big yellow diamond right "
+        "of a rhombus, a tiny blue star"
     )
 
 

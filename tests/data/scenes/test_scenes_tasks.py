@@ -25,17 +25,18 @@ from vlp_jax.data.scenes import (
 )
 from vlp_jax.data.source import Answered, Grouped, Templated
 
+LEVEL = LEVELS["hard"]
 TASKS = (ScenesVQA, ScenesNLVR2, ScenesEntailment)
 NUM_EXAMPLES = {ScenesVQA: 15_000, ScenesNLVR2: 8000, ScenesEntailment: 9000}
 
 DIRECTIONS = ("left", "right", "above", "below")
 # What can be answered at level hard; colours and shapes are fewer where the text names the other.
 ANSWERS = {
-    "count": tuple(map(str, range(8))),
-    **{f"colour/{kind}": COLOURS for kind in ("object", "related")},
-    **{f"shape/{kind}": SHAPES for kind in ("object", "related")},
+    "count": tuple(map(str, range(LEVEL.max_count))),
+    **{f"colour/{kind}": COLOURS[: LEVEL.num_colours] for kind in ("object", "related")},
+    **{f"shape/{kind}": SHAPES[: LEVEL.num_shapes] for kind in ("object", "related")},
     "size/object": SIZES,
-    "texture/object": TEXTURES,
+    "texture/object": tuple(TEXTURES[i] for i in LEVEL.textures),
     "where": DIRECTIONS,
     **dict.fromkeys(("exist", "direction", "more", "larger"), ("yes", "no")),
 }
@@ -232,7 +233,7 @@ def test_chance_is_that_of_uniform_answers_of_each_kind(task):
     source, _, kinds, _ = task
     if isinstance(source, ScenesVQA):
         expected = np.mean([1 / len(ANSWERS[kind]) for kind in kinds])
-        assert 0.2 < expected < 0.3
+        assert 0.25 < expected < 0.35
     else:
         expected = 1 / len(source.classes)
     assert source.chance() == pytest.approx(expected, abs=0.025)

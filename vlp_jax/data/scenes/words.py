@@ -59,7 +59,7 @@ PLACE_WORDS: Mapping[str, tuple[str, ...]] = {
     "bottom": ("at the bottom", "near the bottom"),
     "middle": ("in the middle", "near the centre"),
 }
-NUMBERS: tuple[str, ...] = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+NUMBERS: tuple[str, ...] = ("one", "two", "three", "four", "five")
 GENERIC: tuple[str, ...] = ("object", "shape", "thing")
 
 _PLURALS = {"cross": "crosses", "rhombus": "rhombuses", "hourglass": "hourglasses"}

@@ -21,7 +21,7 @@ SIZES: tuple[str, ...] = ("small", "medium", "large")
 TEXTURES: tuple[str, ...] = ("filled", "striped", "outlined", "dotted")
 BACKGROUNDS: tuple[str, ...] = ("plain", "gradient", "bands", "checks", "waves")
 SPLITS: tuple[str, ...] = ("train", "val", "test", "compositional")
-MAX_COUNT = 8
+MAX_COUNT = 5
 
 T = TypeVar("T")
 Attributes = tuple[int, int, int, int]  # shape, colour, size, texture, as in ``Object``
@@ -173,15 +173,15 @@ LEVELS: dict[str, Level] = {
         max_words=40,
     ),
     "hard": Level(
-        max_count=8,
-        num_colours=10,
-        num_shapes=10,
-        radii=((0.074, 0.079), (0.096, 0.102), (0.121, 0.128)),
-        textures=(0, 1, 2, 3),
+        max_count=5,
+        num_colours=8,
+        num_shapes=8,
+        radii=((0.085, 0.095), (0.118, 0.13), (0.158, 0.172)),
+        textures=(0, 1, 2),
         overlap=0.0,
         themes=False,
         turn=0.2,
-        noise=4.0,
+        noise=2.0,
         rich=True,
         max_words=40,
         palette=3,
