@@ -316,6 +316,48 @@ def test_groups_of_all_configs_stand_side_by_side_with_their_worst_gap(tmp_path)
     )
 
 
+def test_what_pretraining_is_worth_is_told_in_deviations(tmp_path):
+    name = "vqa/base/accuracy"
+    trainer = FakeTrainer()
+
+    def pretrained_is_better(config, facts):
+        if config.init_from and name in facts["metrics"]:
+            facts["metrics"][name] += 0.01
+        return facts
+
+    trainer.alter = pretrained_is_better
+    model = {"model.text.width": 96}
+    what = settings(
+        named("a", **model),
+        finetunes=(finetune("vqa"), finetune("nlvr2")),
+        metrics=(Metric(METRIC, 1), Metric(name, 1)),
+        scratch=True,
+    )
+    partly = run(tmp_path, trainer, what, runs=2 * 2 * 3 + 3)
+    assert partly["planned"] == 2 * 2 + 2
+    assert partly["scratch"][name]["seeds"] == [0], "the second has not got all of its runs"
+    facts = run(tmp_path, trainer, what)
+    assert list(facts["scratch"]) == [name], "pretraining has figures of its own"
+    assert facts["scratch"][name]["seeds"] == [0, 1]
+    scratch = [config for _, config in trainer.runs if "vqa" in config.evals][-1]
+    assert (scratch.init_from, scratch.adopt_model) == ("", False)
+    assert scratch.model.text.width == 96
+    assert len(trainer.runs) == 2 * 2 * 3 + 2 * 2, "the second invocation made what was missing"
+    # Means are 0.01 apart; the seeds of both differ by 0.001 and so deviate by 0.0007.
+    assert "[+14.1] |" in page(facts).split("## What pretraining is worth")[1]
+    assert "What pretraining" not in page(run(tmp_path, trainer, settings(named("a", **model))))
+
+
+def test_scratch_needs_something_to_tune_and_one_geometry(tmp_path):
+    trainer = FakeTrainer()
+    with pytest.raises(CommandError, match="needs a --finetune config"):
+        run(tmp_path, trainer, settings(named("a"), scratch=True))
+    two = (named("a"), named("b", **{"model.text.width": 96}))
+    with pytest.raises(CommandError, match="a and b are of different geometry"):
+        run(tmp_path, trainer, settings(*two, finetunes=(finetune("vqa"),), scratch=True))
+    assert not trainer.runs
+
+
 def test_cells_of_several_commits_are_told(tmp_path):
     trainer, what = FakeTrainer(), settings(named("a"))
     run(tmp_path, trainer, what, runs=2)

@@ -6,6 +6,7 @@
 trains every config with the whole budget and with shares of it, each run with a schedule of its
 own, and writes OUT/compare.md, compare.png and compare.json. Finished cells are kept in OUT: the
 same command with --max_seconds=300 does a few minutes' work at a time, and the table grows.
+With --scratch every --finetune config is trained without pretraining too.
 
     python -m tools.compare configs/A.py --budget_seconds=120 --metric=reconstruction/accuracy \\
         --search=optim.b2:0.95,0.98,0.99 --search=schedule.peak:log:1e-4:1e-2 --out=runs/search
@@ -215,6 +216,7 @@ def _settings(
         finetunes=load_all(options.finetune, tuning_overrides),
         baselines=baselines,
         max_input_wait=options.max_input_wait,
+        scratch=options.scratch,
     )
 
 
@@ -310,6 +312,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CONFIG",
         help="fine-tune each run by this config (repeatable) and take the metrics from there",
     )
+    add("--scratch", action="store_true", help="run --finetune without pretraining too")
     add(
         "--baseline",
         action="append",

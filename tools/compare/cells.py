@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from tools.compare.claims import Claims, Outcome
 from tools.compare.configs import CommandError, NamedConfig, Overrides, cost_digest, digest
-from tools.compare.records import Calibration, Result, Runner, describe
+from tools.compare.records import SCRATCH, Calibration, Measurement, Result, Runner, describe
 from vlp_jax.infra.files import write_text
 
 CELLS_FOLDER = "cells"
@@ -180,6 +180,37 @@ class Cells:
             kept = self._kept(identity, tuning)
             return kept or self._complete(named.label, config, identity, calibration, tuning)
 
+    def obtain_scratch(
+        self, finetunes: Sequence[NamedConfig], *, seed: int, model: ConfigDict
+    ) -> Result | None:
+        """Fine-tuning runs from fresh parameters, as kept or made now: a cell without pretraining.
+
+        Args:
+            finetunes: the runs.
+            seed: of them.
+            model: their geometry.
+
+        Returns:
+            The result, whose own measurement is that of no update; None as for ``obtain``.
+        """
+        tuning = [
+            _Tuning(tune.label, tuned, digest(tuned))
+            for tune in finetunes
+            for tuned in [tune.from_scratch(seed=seed, model=model)]
+        ]
+        # A folder of its own, for the claim.
+        identity = hashlib.sha256(" ".join(tune.identity for tune in tuning).encode()).hexdigest()
+        workdir = self._workdir(identity)
+        self.busy.discard(workdir.name)
+        result = self._scratch(identity)
+        kept = self._with_tuning(result, tuning)
+        if kept is not None or not self.can_start():
+            return kept
+        with self._claimed(workdir) as claimed:
+            if not claimed or not self._tune(tuning, workdir):
+                return None
+        return self._with_tuning(result, tuning)
+
     def left_out(self) -> list[str]:
         """Finished cells of the folder that nobody asked for, counted by why they do not count."""
         reasons: Counter[str] = Counter()
@@ -196,13 +227,32 @@ class Cells:
     def _kept(self, identity: str, tuning: Sequence["_Tuning"]) -> Result | None:
         """A cell of which nothing is missing."""
         result = self._load(identity)
-        done = {tune.label: self._load(tune.identity) for tune in tuning}
         if result is None or result.measurement.status != "finished":
             return result
+        return self._with_tuning(result, tuning)
+
+    def _with_tuning(self, result: Result, tuning: Sequence["_Tuning"]) -> Result | None:
+        """A result with its fine-tuning runs; None where one is missing."""
+        done = {tune.label: self._load(tune.identity) for tune in tuning}
         if None in done.values():
             return None
         finetuning = {label: tuned.measurement for label, tuned in done.items() if tuned}
         return dataclasses.replace(result, finetuning=finetuning)
+
+    def _scratch(self, identity: str) -> Result:
+        """The result of no pretraining at all."""
+        nothing = Measurement("finished", "", 0, 0, 0.0, 0.0, 0.0, 0.0, {})
+        runner = self.runner
+        return Result(
+            self._name(identity),
+            SCRATCH,
+            identity,
+            runner.machine,
+            runner.versions,
+            runner.commit,
+            nothing,
+            0.0,
+        )
 
     def _complete(
         self,
@@ -223,13 +273,19 @@ class Cells:
             result = self._train(label, config, identity, calibration, workdir)
         if result is None or result.measurement.status != "finished":
             return result
-        for tune in tuning:
-            if self._load(tune.identity) is None:
-                if self._train(tune.label, tune.config, tune.identity, None, workdir) is None:
-                    return None
-                self._remove_checkpoints(self._workdir(tune.identity))
+        if not self._tune(tuning, workdir):
+            return None
         self._remove_checkpoints(workdir)
         return self._kept(identity, tuning)
+
+    def _tune(self, tuning: Sequence["_Tuning"], claimed: Path) -> bool:
+        """Make the fine-tuning runs that are missing; False where that was cut short."""
+        for tune in tuning:
+            if self._load(tune.identity) is None:
+                if self._train(tune.label, tune.config, tune.identity, None, claimed) is None:
+                    return False
+                self._remove_checkpoints(self._workdir(tune.identity))
+        return True
 
     def _train(
         self,

@@ -10,7 +10,7 @@ from tools.compare.cells import Cells, steps_for
 from tools.compare.configs import CommandError
 from tools.compare.groups import group_tables
 from tools.compare.metrics import Metric, check_metric
-from tools.compare.records import Calibration, Result
+from tools.compare.records import SCRATCH, Calibration, Result
 from tools.compare.rows import Row, Settings, line, make_row
 from tools.compare.summary import summarise
 
@@ -21,7 +21,10 @@ POLL_SECONDS = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """A cell that a comparison needs: a config at a rate, a share of the budget, and a seed."""
+    """A cell that a comparison needs: a config at a rate, a share of the budget, and a seed.
+
+    That of ``SCRATCH`` has a share and a rate of 0.
+    """
 
     label: str
     rate: float
@@ -65,13 +68,16 @@ def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print
 
     def obtain(cell: Wanted) -> bool:
         """Whether the cell is there, as it was kept or trained now."""
-        result = cells.obtain(
-            by_label[cell.label],
-            budget_seconds=cell.fraction * settings.budget_seconds,
-            seed=cell.seed,
-            overrides={"schedule.peak": cell.rate},
-            finetunes=settings.finetunes,
-        )
+        if cell.label == SCRATCH:
+            result = cells.obtain_scratch(settings.finetunes, seed=cell.seed, model=settings.model)
+        else:
+            result = cells.obtain(
+                by_label[cell.label],
+                budget_seconds=cell.fraction * settings.budget_seconds,
+                seed=cell.seed,
+                overrides={"schedule.peak": cell.rate},
+                finetunes=settings.finetunes,
+            )
         if result is None:
             return False
         results[cell] = result
@@ -95,8 +101,9 @@ def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print
 
     whole: dict[str, list[Result]] = {}
     for cell, row in rows.items():
-        if (row.status, cell.fraction, cell.rate) == ("counted", 1.0, chosen[cell.label]):
+        if (row.status, cell.fraction, cell.rate) == ("counted", 1.0, chosen.get(cell.label)):
             whole.setdefault(cell.label, []).append(results[cell])
+    scratch = settings.seeds if settings.scratch else 0
     per_config = len(settings.rates) - 1 + settings.seeds * len(settings.fractions)
     return summarise(settings, list(rows.values()), grid, dict.fromkeys(grid) | chosen) | {
         "calibrations": {
@@ -105,12 +112,16 @@ def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print
         },
         "rejected": rejected,
         "groups": group_tables({label: whole[label] for label in grid if label in whole}),
-        "planned": len(running) * per_config,
+        "planned": len(running) * per_config + scratch,
     }
 
 
 def check_metrics(settings: Settings) -> None:
-    """Refuse metrics that no run will have, or two; see ``check_metric``."""
+    """Refuse metrics that no run will have, or two (see ``check_metric``), and an idle scratch."""
+    if settings.scratch:
+        if not settings.finetunes:
+            raise CommandError("--scratch needs a --finetune config to start from scratch")
+        _ = settings.model  # checks that there is one
     for metric in (*settings.metrics, settings.tune_metric):
         check_metric(metric, settings.configs, settings.finetunes)
 
@@ -152,7 +163,9 @@ def missing(
         for label, rate in chosen.items()
         if rate is not None
     ]
-    return [cell for cell in dict.fromkeys([*tuning, *others]) if cell not in rows]
+    scratch = [Wanted(SCRATCH, 0.0, 0.0, seed) for seed in range(settings.seeds)]
+    wanted = [*tuning, *others, *(scratch if settings.scratch else [])]
+    return [cell for cell in dict.fromkeys(wanted) if cell not in rows]
 
 
 def choose_rates(

@@ -124,6 +124,19 @@ class NamedConfig:
         _quiet(config)
         return config
 
+    def from_scratch(self, *, seed: int, model: ConfigDict) -> ConfigDict:
+        """The config of the same fine-tuning run from fresh parameters.
+
+        Args:
+            seed: of the run.
+            model: its geometry, that of the pretraining configs.
+        """
+        start = {"init_from": "", "adopt_model": False}
+        config = with_overrides(self.config, {"seed": seed, **start})
+        config.model = ConfigDict(model).copy_and_resolve_references()
+        _quiet(config)
+        return config.lock()
+
 
 def load(source: str, overrides: Overrides | None = None) -> NamedConfig:
     """Read a config file.

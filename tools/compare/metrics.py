@@ -75,21 +75,35 @@ def find_metric(result: Result, name: str) -> float:
     Raises:
         ConfigError: no run has it, or two have.
     """
-    runs: Mapping[str, Measurement] = {PRETRAINING: result.measurement} | dict(result.finetuning)
-    found = {
-        label: run.metrics[own]
-        for label, run in runs.items()
-        for own in _own_names(name, label)
-        if own in run.metrics
-    }
+    found = _find(result, name)
     if len(found) > 1:
         raise _ambiguous(name, found)
     if not found:
-        known = sorted({key for run in runs.values() for key in run.metrics})
+        known = sorted({key for run in _runs(result).values() for key in run.metrics})
         raise ConfigError(
             "evals", f"{name!r} is no figure of {result.label}", f"Use one of {known}"
         )
     return next(iter(found.values()))
+
+
+def has_metric(result: Result, name: str) -> bool:
+    """Whether a run of a cell has the figure."""
+    return bool(_find(result, name))
+
+
+def _find(result: Result, name: str) -> dict[str, float]:
+    """Label of a run -> its figure of this name."""
+    return {
+        label: run.metrics[own]
+        for label, run in _runs(result).items()
+        for own in _own_names(name, label)
+        if own in run.metrics
+    }
+
+
+def _runs(result: Result) -> dict[str, Measurement]:
+    """All runs of a cell, by label."""
+    return {PRETRAINING: result.measurement, **result.finetuning}
 
 
 def _own_names(name: str, label: str) -> tuple[str, ...]:

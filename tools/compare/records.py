@@ -11,6 +11,8 @@ from vlp_jax.infra.metrics import strict
 
 Machine = Mapping[str, Any]
 
+SCRATCH = "from scratch"  # label of what is fine-tuned without pretraining
+
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:

@@ -5,9 +5,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from tools.compare.configs import NamedConfig
-from tools.compare.metrics import Metric, find_metric
-from tools.compare.records import Calibration, Result
+from ml_collections import ConfigDict
+
+from tools.compare.configs import CommandError, NamedConfig
+from tools.compare.metrics import Metric, find_metric, has_metric
+from tools.compare.records import SCRATCH, Calibration, Result
 from vlp_jax.infra import units
 
 Status = Literal["counted", "stopped"]
@@ -30,6 +32,7 @@ class Settings:
         baselines: labels; the best of them at the whole budget is the baseline of a metric.
         max_input_wait: a config whose calibration waited for input for a larger share of its time
             is rejected.
+        scratch: whether to fine-tune without pretraining too.
     """
 
     configs: tuple[NamedConfig, ...]
@@ -42,6 +45,23 @@ class Settings:
     finetunes: tuple[NamedConfig, ...]
     baselines: tuple[str, ...]
     max_input_wait: float
+    scratch: bool = False
+
+    @property
+    def model(self) -> ConfigDict:
+        """The geometry of all configs.
+
+        Raises:
+            CommandError: they differ, so that fine-tuning from scratch would be several.
+        """
+        model = self.configs[0].config.model
+        for named in self.configs[1:]:
+            if named.config.model.to_dict() != model.to_dict():
+                raise CommandError(
+                    f"--scratch: {self.configs[0].label} and {named.label} are of different "
+                    "geometry; compare those of one `model` at a time"
+                )
+        return model
 
     def rejection(self, calibration: Calibration | None) -> str:
         """Why a config takes no part; empty where it does, or where that is not known yet."""
@@ -64,6 +84,7 @@ class Settings:
             "tune_metric": self.tune_metric.name,
             "baselines": list(self.baselines),
             "max_input_wait": self.max_input_wait,
+            "scratch": self.scratch,
             "teachers": {n.label: list(n.teachers) for n in self.configs if n.teachers},
         }
 
@@ -126,6 +147,8 @@ def make_row(
     scores = {}
     if not reasons:
         wanted = {metric.name for metric in (*settings.metrics, settings.tune_metric)}
+        if label == SCRATCH:  # what pretraining scores has no part in it
+            wanted &= {name for name in wanted if has_metric(result, name)}
         scores = {name: find_metric(result, name) for name in sorted(wanted)}
         strange = [name for name, value in scores.items() if not math.isfinite(value)]
         if strange:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tools.compare.metrics import Metric
+from tools.compare.records import SCRATCH
 from tools.compare.rows import Row, Settings
 from tools.compare.statistics import Budget, deviation, time_to_score
 
@@ -29,11 +30,14 @@ def summarise(
     Returns:
         ``rows``; ``rates`` (label -> grid and choice); ``curves`` (metric -> label -> a dict for
         each budget: fraction, seeds, mean cost of every kind, mean and standard deviation of the
-        score); ``time_to_score`` (metric -> baseline, and label -> kind of cost -> share).
+        score); ``time_to_score`` (metric -> baseline, and label -> kind of cost -> share);
+        ``scratch`` (metric -> seeds, mean and standard deviation without pretraining; empty where
+        that was not asked for).
     """
     curves: dict[str, Any] = {}
     times: dict[str, Any] = {}
     labels = [named.label for named in settings.configs]
+    scratch = _counted(rows, SCRATCH, 0.0, 0.0)
     for metric in settings.metrics:
         budgets = {
             label: [
@@ -66,6 +70,11 @@ def summarise(
         "rates": {label: {"grid": grid[label], "chosen": chosen[label]} for label in labels},
         "curves": curves,
         "time_to_score": times,
+        "scratch": {
+            metric.name: _point(scored, metric)
+            for metric in settings.metrics
+            if (scored := [r for r in scratch if metric.name in r.scores])
+        },
     }
 
 

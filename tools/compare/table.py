@@ -1,10 +1,11 @@
 """The comparison, or the search, in Markdown: from the JSON beside it and nothing else."""
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tools.compare.records import describe
+from tools.compare.records import SCRATCH, describe
 from vlp_jax.infra import units
 
 Facts = Mapping[str, Any]
@@ -18,6 +19,12 @@ _SECONDS_TEXT = (
     "buys follows from it, and so do the seconds of every cell, whatever else the device does "
     "while the cell is trained. What the cells logged themselves is given for information; it is "
     "larger where several share the device."
+)
+_SCRATCH_TEXT = (
+    "The same fine-tuning from fresh parameters, and from what each config has learned in its "
+    "whole budget: mean ± standard deviation over seeds (how many), and in brackets how many "
+    "standard deviations that is better than from scratch, by the root mean square of both "
+    "deviations."
 )
 _GROUPS_TEXT = (
     "Accuracy by group after the whole budget of {budget:g} s, mean ± standard deviation over "
@@ -44,6 +51,8 @@ def comparison_page(facts: Facts, picture: str | None) -> str:
         parts.append(f"![Score against seconds, samples and FLOPs]({picture})")
     for metric, curves in facts["curves"].items():
         parts += [f"## Score at each budget: {metric}", _curves(metric, curves, facts)]
+    if facts["scratch"]:
+        parts += ["## What pretraining is worth", _SCRATCH_TEXT, _scratch(facts)]
     if facts["groups"]:
         parts.append("## Scores by group")
         parts.append(_GROUPS_TEXT.format(budget=facts["settings"]["budget_seconds"]))
@@ -211,6 +220,23 @@ def _spread(metric: str, value: float) -> str:
     if scale:
         return f"{scale * value:.1f}"
     return units.format_number(value)
+
+
+def _scratch(facts: Facts) -> str:
+    lines = []
+    for metric, scratch in facts["scratch"].items():
+        sign = 1 if facts["settings"]["metrics"][metric] == "max" else -1
+        line = [metric, _point(metric, scratch)]
+        for points in facts["curves"][metric].values():
+            whole = next((point for point in points if point["fraction"] == 1), None)
+            text = _point(metric, whole)
+            if whole and whole["deviation"] is not None and scratch["deviation"] is not None:
+                spread = math.hypot(whole["deviation"], scratch["deviation"]) / math.sqrt(2)
+                gain = sign * (whole["mean"] - scratch["mean"])
+                text += f" [{gain / spread:+.1f}]" if spread else ""
+            line.append(text)
+        lines.append(line)
+    return markdown_table(["metric", SCRATCH, *facts["settings"]["configs"]], lines)
 
 
 def _groups(rows: Sequence[Facts]) -> str:
