@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 from tests.data.fake import Fake
 from vlp_jax.data import build
 from vlp_jax.data.build import build_plan, build_source, build_tokenizer
-from vlp_jax.data.scenes import Scenes, ScenesNLVR2
+from vlp_jax.data.scenes import VOCABULARY, Scenes, ScenesNLVR2
+from vlp_jax.data.scenes.task_texts import TASK_WORDS
 from vlp_jax.data.tokenizer import Tokenizer
 
 
@@ -44,7 +45,7 @@ def every_text(source, records):
 
 def test_a_tokenizer_is_trained_on_all_of_a_small_source():
     config = config_of()
-    sources = [Scenes(num_records=30), Fake(20)]
+    sources = [Scenes(num_records=30, level="easy"), Fake(20)]
     texts = every_text(sources[0], range(30)) + every_text(sources[1], range(20))
     expected = Tokenizer.train(texts, 500)
     assert build_tokenizer(config, sources).to_json() == expected.to_json()
@@ -65,6 +66,15 @@ def test_a_tokenizer_is_trained_on_a_sample_of_a_large_source(monkeypatch):
     read.clear()
     build_tokenizer(config_of(), [Fake(None)])
     assert set(read) == set(range(10))
+
+
+@pytest.mark.parametrize(("level", "whole"), [("hard", True), ("easy", False)])
+def test_a_tokenizer_trained_on_rich_captions_has_the_words_of_tasks_whole(tmp_path, level, whole):
+    config = config_of(tmp_path, type="scenes", level=level, num_records=100, cache=True)
+    tokenizer = build_tokenizer(config, [build_source(config, "scenes")])
+    words = [word for word in (*VOCABULARY, *TASK_WORDS) if word.isalpha()]
+    pieces = [len(ids) - 2 for ids in tokenizer.encode(words, 64)]
+    assert (max(pieces) == 1) == whole
 
 
 def test_a_tokenizer_is_kept_beside_the_pictures(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from vlp_jax.data.folder import Folder
 from vlp_jax.data.making import found_or_made
 from vlp_jax.data.plan import EvalPlan, Plan, PlannedSource
 from vlp_jax.data.scenes import Scenes, ScenesEntailment, ScenesNLVR2, ScenesVQA
-from vlp_jax.data.source import Source
+from vlp_jax.data.source import Source, Worded
 from vlp_jax.data.tasks import NLVR2, VQA, VisualEntailment
 from vlp_jax.data.tasks.annotated import AnnotatedImages
 from vlp_jax.data.tokenizer import Tokenizer
@@ -225,7 +225,17 @@ def _encoded(config: ConfigDict, source: Source, tokenizer: Tokenizer) -> Encode
 
 
 def _tokenizer_texts(source: Source) -> list[str]:
-    """Every caption of the records that a tokenizer is trained on."""
+    """Every caption of the records that a tokenizer is trained on, and words of later tasks."""
+    # Twice: a word that occurs once is left in pieces.
+    return [*_task_words(source), *_task_words(source), *_sampled_captions(source)]
+
+
+def _task_words(source: Source) -> tuple[str, ...]:
+    read = uncached(source)
+    return read.task_words if isinstance(read, Worded) else ()
+
+
+def _sampled_captions(source: Source) -> list[str]:
     if source.num_records is None:
         return every_caption(source, np.arange(UNBOUNDED_SAMPLE // 5))[:UNBOUNDED_SAMPLE]
     records = np.arange(source.num_records)
@@ -241,7 +251,7 @@ def _tokenizer_file(section: ConfigDict, sources: Sequence[Source]) -> pathlib.P
     kept = [s for s in sources if isinstance(s, ImageCache) and s.path is not None]
     if not kept or len(kept) < len(sources):
         return None
-    made_of = [(source.identity, source.num_records) for source in kept]
+    made_of = [(source.identity, source.num_records, _task_words(source)) for source in kept]
     text = f"{section.vocab_size} {section.kind} {TOKENIZER_SAMPLE} {made_of}"
     digest = hashlib.sha256(text.encode()).hexdigest()
     pictures = kept[0].path

@@ -123,6 +123,16 @@ class Identified(Protocol):
 
 
 @runtime_checkable
+class Worded(Protocol):
+    """A source of captions that knows words which texts of its tasks have and captions may lack."""
+
+    @property
+    def task_words(self) -> tuple[str, ...]:
+        """Words that a tokenizer trained on the captions shall have whole."""
+        ...
+
+
+@runtime_checkable
 class Answered(Protocol):
     """A source of questions."""
 

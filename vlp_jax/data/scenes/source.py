@@ -9,6 +9,8 @@ from vlp_jax.data.scenes.draws import Draw, stream, stream_key, uniforms
 from vlp_jax.data.scenes.language import NUM_CAPTIONS, Caption
 from vlp_jax.data.scenes.questions import Asker, Question
 from vlp_jax.data.scenes.statements import LABELS, Hypothesis, Statement
+from vlp_jax.data.scenes.task_texts import TASK_WORDS
+from vlp_jax.data.scenes.words import VOCABULARY
 from vlp_jax.data.scenes.world import LEVELS, SPLITS, Object, Scene, World
 from vlp_jax.data.source import CaptionsOnly
 
@@ -68,6 +70,11 @@ class Scenes(CaptionsOnly):
         self._asker = Asker(self.level, self._world.pairs)
         words_of_seed = (seed & 0xFFFFFFFF, seed >> 32, SPLITS.index(split))
         self._keys = {purpose: stream_key(*words_of_seed, i) for i, purpose in enumerate(_PURPOSES)}
+
+    @property
+    def task_words(self) -> tuple[str, ...]:
+        """Words of questions, statements and hypotheses; none where captions are not rich."""
+        return (*VOCABULARY, *TASK_WORDS) if self.level.rich else ()
 
     def num_captions(self, records: np.ndarray) -> np.ndarray:
         """Five for each record: int64 [n] -> int64 [n]."""
