@@ -42,6 +42,7 @@ def finetune(label: str = "vqa", steps: int = 100, evaluator: str = "") -> Named
     """A config that can start from another run; its evaluator has the name of the config."""
     config, evaluator = get_config(), evaluator or label
     config.total_steps = steps
+    config.adopt_model = True
     with config.unlocked():
         config.evals = {evaluator: {"type": "task", "every_steps": 5}}
     config.checkpoint.best_metric = f"{evaluator}/base/accuracy"

@@ -20,7 +20,7 @@ from tests.tools.compared import (
 )
 from tools.compare import __main__ as command
 from tools.compare.comparison import compare, grid_of_rates
-from tools.compare.configs import CommandError
+from tools.compare.configs import CommandError, load
 from tools.compare.metrics import Metric
 from tools.compare.records import Group
 from tools.compare.table import comparison_page
@@ -326,7 +326,7 @@ def test_what_pretraining_is_worth_is_told_in_deviations(tmp_path):
         return facts
 
     trainer.alter = pretrained_is_better
-    model = {"model.text.width": 96}
+    model = {"model.text.width": 96, "model.dtype": "bfloat16", "tokenizer.vocab_size": 300}
     what = settings(
         named("a", **model),
         finetunes=(finetune("vqa"), finetune("nlvr2")),
@@ -342,6 +342,8 @@ def test_what_pretraining_is_worth_is_told_in_deviations(tmp_path):
     scratch = [config for _, config in trainer.runs if "vqa" in config.evals][-1]
     assert (scratch.init_from, scratch.adopt_model) == ("", False)
     assert scratch.model.text.width == 96
+    assert scratch.model.dtype == "float32", "its own, as where it takes over a geometry"
+    assert scratch.tokenizer.vocab_size == 300, "it is judged with the tokenizer of pretraining"
     assert len(trainer.runs) == 2 * 2 * 3 + 2 * 2, "the second invocation made what was missing"
     # Means are 0.01 apart; the seeds of both differ by 0.001 and so deviate by 0.0007.
     assert "[+14.1] |" in page(facts).split("## What pretraining is worth")[1]
@@ -353,9 +355,106 @@ def test_scratch_needs_something_to_tune_and_one_geometry(tmp_path):
     with pytest.raises(CommandError, match="needs a --finetune config"):
         run(tmp_path, trainer, settings(named("a"), scratch=True))
     two = (named("a"), named("b", **{"model.text.width": 96}))
-    with pytest.raises(CommandError, match="a and b are of different geometry"):
+    with pytest.raises(CommandError, match="a and b differ in `model`"):
         run(tmp_path, trainer, settings(*two, finetunes=(finetune("vqa"),), scratch=True))
     assert not trainer.runs
+
+
+def test_a_config_that_diverges_at_every_rate_is_not_waited_for(tmp_path):
+    trainer = FakeTrainer()
+
+    def diverge(config, facts):
+        if config.schedule.peak > 1e-2:
+            facts |= {"status": "stopped", "reason": "loss not finite", "metrics": {}}
+        return facts
+
+    trainer.alter = diverge
+    wild = named("wild", **{"schedule.peak": 0.1})
+    facts = run(tmp_path, trainer, settings(named("a"), wild, rates=("x1", "x2")))
+    assert len(facts["rows"]) == facts["planned"] == 5 + 2
+    text = page(facts)
+    assert "cells are there" not in text
+    assert "wild is rejected, none of its cells counts: no rate of the grid gives a score" in text
+
+
+def test_a_saturated_baseline_is_told_and_the_smallest_budget_is_an_upper_bound(tmp_path):
+    trainer = FakeTrainer()
+    trainer.alter = lambda config, facts: (
+        facts | {"metrics": {METRIC: 0.5}} if config.optim.weight_decay == 1.0 else facts
+    )
+    facts = run(tmp_path, trainer, settings(named("flat"), named("b", 2.0)))
+    text = page(facts)
+    assert "**flat itself reaches this score in ≤ 1 % of its time" in text
+    assert "| flat | ≤ 1 % | ≤ 1 % | 100 % |" in text
+    rising = page(run(tmp_path / "rising", FakeTrainer(), settings(named("a"))))
+    assert "itself reaches" not in rising
+    assert "| a | 100 % | 100 % | 100 % |" in rising
+
+
+def test_choosing_by_a_test_split_is_told(tmp_path):
+    name = "test/base/accuracy"
+    tune = finetune("vqa", evaluator="test")
+    with tune.config.unlocked():
+        tune.config.evals.test.split = "test"
+        tune.config.evals.val = {"type": "task", "split": "val"}
+
+    def text(**changes):
+        what = settings(named("a"), finetunes=(tune,), metrics=(Metric(name, 1),), **changes)
+        return page(run(tmp_path, FakeTrainer(), what))
+
+    on_test = {"tune_metric": Metric(name, 1)}
+    words = f"{name} has chosen and is of a test split"
+    assert words in text(rates=("x1", "x2"), **on_test)
+    assert words not in text(**on_test), "with one rate nothing is chosen"
+    assert words not in text(rates=("x1", "x2"))
+
+
+def test_worst_gaps_are_to_be_small_and_gaps_from_a_control_large(tmp_path):
+    assert Metric.parse("vqa/test/worst_gap/colour").sign == -1
+    assert Metric.parse("reconstruction/grounding_gap").sign == 1
+    metrics = (Metric(METRIC, 1), Metric("reconstruction/base/loss", -1))
+    text = page(run(tmp_path, FakeTrainer(), settings(named("a"), metrics=metrics)))
+    assert f"- metrics: {METRIC} (more is better), reconstruction/base/loss (less is" in text
+
+
+def test_faults_of_configs_show_before_any_run(tmp_path):
+    trainer = FakeTrainer()
+    typo = finetune()
+    with typo.config.unlocked():
+        typo.config.optim.wieght_decay = 0.1
+    with pytest.raises(ConfigError, match=r"config.optim.wieght_decay: unknown key"):
+        run(tmp_path, trainer, settings(named("a"), finetunes=(typo,)))
+    with pytest.raises(CommandError, match=r"'fast' is no rate"):
+        run(tmp_path, trainer, settings(named("a"), rates=("x1", "fast")))
+    with pytest.raises(ConfigError, match=r"config.schedule.decay: 'constant'"):
+        run(tmp_path, trainer, settings(named("a"), named("b", **{"schedule.decay": "constant"})))
+    assert not trainer.calibrations
+
+
+def test_runs_are_called_as_the_table_calls_them(tmp_path):
+    trainer = FakeTrainer()
+    what = settings(named("a"), named("b"), finetunes=(finetune(),), scratch=True)
+    run(tmp_path, trainer, what)
+    assert {config.name for _, config in trainer.runs} == {"a", "vqa"}, "a and b are the same"
+    assert [config.name for config in trainer.calibrations] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("config.optim.wieght_decay = 0.1", 'line 4: Key "wieght_decay" does not exist'),
+        ("config.total_steps = 'many'", "line 4: .*(total_steps|str)"),
+        ("config.seed = int(arg)", "line 4: invalid literal for int"),
+    ],
+)
+def test_a_config_file_that_fails_is_told_with_its_line(tmp_path, body, message):
+    file = tmp_path / "typo.py"
+    file.write_text(
+        "from tests.tiny_config import get_config as tiny\n"
+        f"def get_config(arg=None):\n    config = tiny()\n    {body}\n    return config\n"
+    )
+    with pytest.raises(CommandError, match=rf"typo.py:x: {message}"):
+        load(f"{file}:x")
 
 
 def test_cells_of_several_commits_are_told(tmp_path):

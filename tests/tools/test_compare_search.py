@@ -30,6 +30,7 @@ def page(trainer, what, found):
 def test_axes():
     assert Axis.parse("optim.b2:0.9,0.99").values == (0.9, 0.99)
     assert Axis.parse("schedule.decay:linear,cosine").values == ("linear", "cosine")
+    assert Axis.parse("data.text_edges:(14,),(8,14)").values == ((14,), (8, 14))
     log = Axis.parse("schedule.peak:log:1e-4:1e-2")
     assert log.draw(0.0) == pytest.approx(1e-4)
     assert log.draw(0.5) == pytest.approx(1e-3)

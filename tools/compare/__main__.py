@@ -1,12 +1,17 @@
 """Compares configs at equal training time on this machine, or searches config keys.
 
     python -m tools.compare configs/A.py configs/B.py:ARG --budget_seconds=120 --seeds=3 \\
-        --finetune=configs/transfer/vqa.py --metric=vqa/test/accuracy --rates=x0.5,x1,x2 --out=OUT
+        --finetune=configs/transfer/vqa.py --metric=test/accuracy --tune_metric=val/accuracy \\
+        --rates=x0.5,x1,x2 --out=OUT
 
 trains every config with the whole budget and with shares of it, each run with a schedule of its
 own, and writes OUT/compare.md, compare.png and compare.json. Finished cells are kept in OUT: the
 same command with --max_seconds=300 does a few minutes' work at a time, and the table grows.
 With --scratch every --finetune config is trained without pretraining too.
+
+A metric is called as its evaluator calls it; with the label of a --finetune config in front, such
+as vqa/test/accuracy, where several have it. Rates and searched keys are chosen by --tune_metric:
+give a figure of the validation split where --metric is one of the test split.
 
     python -m tools.compare configs/A.py --budget_seconds=120 --metric=reconstruction/accuracy \\
         --search=optim.b2:0.95,0.98,0.99 --search=schedule.peak:log:1e-4:1e-2 --out=runs/search
@@ -33,7 +38,7 @@ from typing import Any
 from absl import logging
 
 from tools.compare.cells import Cells
-from tools.compare.comparison import DEFAULT_FRACTIONS, calibrate, check_metrics, compare
+from tools.compare.comparison import DEFAULT_FRACTIONS, calibrate, check_settings, compare
 from tools.compare.configs import CommandError, load_all, parse_value
 from tools.compare.measure import Trainer
 from tools.compare.metrics import Metric
@@ -168,7 +173,7 @@ def _run_workers(
     guard: PreemptionGuard,
 ) -> ExitCode:
     """Calibrate and train in processes of their own."""
-    check_metrics(settings)  # a fault is told once, and not by every worker
+    check_settings(settings)  # a fault is told once, and not by every worker
 
     def command(role: Role) -> list[str]:
         left = max(0.0, deadline - time.monotonic())

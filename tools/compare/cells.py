@@ -181,14 +181,14 @@ class Cells:
             return kept or self._complete(named.label, config, identity, calibration, tuning)
 
     def obtain_scratch(
-        self, finetunes: Sequence[NamedConfig], *, seed: int, model: ConfigDict
+        self, finetunes: Sequence[NamedConfig], *, seed: int, pretraining: ConfigDict
     ) -> Result | None:
         """Fine-tuning runs from fresh parameters, as kept or made now: a cell without pretraining.
 
         Args:
             finetunes: the runs.
             seed: of them.
-            model: their geometry.
+            pretraining: the config that they do without, see ``NamedConfig.from_scratch``.
 
         Returns:
             The result, whose own measurement is that of no update; None as for ``obtain``.
@@ -196,7 +196,7 @@ class Cells:
         tuning = [
             _Tuning(tune.label, tuned, digest(tuned))
             for tune in finetunes
-            for tuned in [tune.from_scratch(seed=seed, model=model)]
+            for tuned in [tune.from_scratch(seed=seed, pretraining=pretraining)]
         ]
         # A folder of its own, for the claim.
         identity = hashlib.sha256(" ".join(tune.identity for tune in tuning).encode()).hexdigest()

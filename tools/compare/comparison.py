@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tools.compare.cells import Cells, steps_for
-from tools.compare.configs import CommandError
+from tools.compare.configs import CommandError, check_annealed
 from tools.compare.groups import group_tables
 from tools.compare.metrics import Metric, check_metric
 from tools.compare.records import SCRATCH, Calibration, Result
 from tools.compare.rows import Row, Settings, line, make_row
 from tools.compare.summary import summarise
+from vlp_jax.train.config import check_keys
 
 DEFAULT_FRACTIONS = (1 / 4, 1 / 2.5, 1 / 1.5, 1.0)
 # Between two looks at cells that other processes are training and that others depend on.
@@ -53,7 +54,7 @@ def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print
     Raises:
         CommandError, ConfigError: what was asked for cannot be had; the message says why.
     """
-    check_metrics(settings)
+    check_settings(settings)
     calibrations = calibrate(settings, cells)
     rejected = {
         label: reason
@@ -69,7 +70,9 @@ def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print
     def obtain(cell: Wanted) -> bool:
         """Whether the cell is there, as it was kept or trained now."""
         if cell.label == SCRATCH:
-            result = cells.obtain_scratch(settings.finetunes, seed=cell.seed, model=settings.model)
+            result = cells.obtain_scratch(
+                settings.finetunes, seed=cell.seed, pretraining=settings.pretraining
+            )
         else:
             result = cells.obtain(
                 by_label[cell.label],
@@ -103,8 +106,12 @@ def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print
     for cell, row in rows.items():
         if (row.status, cell.fraction, cell.rate) == ("counted", 1.0, chosen.get(cell.label)):
             whole.setdefault(cell.label, []).append(results[cell])
+    lacking = {cell.label for cell in missing(settings, running, rows)}
+    diverged = {label for label in running if chosen[label] is None} - lacking
     scratch = settings.seeds if settings.scratch else 0
     per_config = len(settings.rates) - 1 + settings.seeds * len(settings.fractions)
+    planned = {label: len(settings.rates) if label in diverged else per_config for label in running}
+    rejected |= dict.fromkeys(diverged, "no rate of the grid gives a score at the smallest budget")
     return summarise(settings, list(rows.values()), grid, dict.fromkeys(grid) | chosen) | {
         "calibrations": {
             label: calibration and dataclasses.asdict(calibration)
@@ -112,16 +119,24 @@ def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print
         },
         "rejected": rejected,
         "groups": group_tables({label: whole[label] for label in grid if label in whole}),
-        "planned": len(running) * per_config + scratch,
+        "planned": sum(planned.values()) + scratch,
     }
 
 
-def check_metrics(settings: Settings) -> None:
-    """Refuse metrics that no run will have, or two (see ``check_metric``), and an idle scratch."""
+def check_settings(settings: Settings) -> None:
+    """Refuse, before anything is trained, what cannot work.
+
+    Raises:
+        CommandError: ``--scratch`` has nothing to fine-tune, or no one geometry.
+        ConfigError: a config has an unknown key, or no run or two have a metric (see
+            ``check_metric``).
+    """
+    for named in (*settings.configs, *settings.finetunes):
+        check_keys(named.config)
     if settings.scratch:
         if not settings.finetunes:
             raise CommandError("--scratch needs a --finetune config to start from scratch")
-        _ = settings.model  # checks that there is one
+        _ = settings.pretraining  # checks that there is one
     for metric in (*settings.metrics, settings.tune_metric):
         check_metric(metric, settings.configs, settings.finetunes)
 
@@ -130,8 +145,12 @@ def calibrate(settings: Settings, cells: Cells) -> dict[str, Calibration | None]
     """The cost of an update of every config, by label; measured where it is missing.
 
     Raises:
-        CommandError: the smallest budget buys hardly any update.
+        CommandError: a rate is none, or the smallest budget buys hardly any update.
+        ConfigError: a schedule does not come to its end.
     """
+    for named in settings.configs:
+        grid_of_rates(settings.rates, named.peak)
+        check_annealed(named.config)
     calibrations = {named.label: cells.calibration(named, {}) for named in settings.configs}
     for label, calibration in calibrations.items():
         if calibration is not None:

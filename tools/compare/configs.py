@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class NamedConfig:
             save_seconds: training seconds between two checkpoints, which serve a killed cell.
             overrides: values by dotted key, such as ``{"schedule.peak": 1e-3}``.
         """
-        config = with_overrides(self.config, overrides)
+        config = with_overrides(self.config, {**overrides, "name": self.label})
         check_annealed(config)
         _set_duration(config, "total", steps)
         config.seed = seed
@@ -101,7 +102,7 @@ class NamedConfig:
             steps: least length of the run, rounded up to whole intervals.
             overrides: values by dotted key.
         """
-        config = with_overrides(self.config, overrides)
+        config = with_overrides(self.config, {**overrides, "name": self.label})
         window = config.data.window_batches
         interval = window * -(-steps // (CALIBRATION_INTERVALS * window))
         _set_duration(config, "total", CALIBRATION_INTERVALS * interval)
@@ -120,20 +121,26 @@ class NamedConfig:
         Its evaluations stay, for it may choose its checkpoint by one and be judged by another.
         """
         start = {"init_from": str(init_from), "init_checkpoint": "latest"}
-        config = with_overrides(self.config, {"seed": seed, **start})
+        config = with_overrides(self.config, {"name": self.label, "seed": seed, **start})
         _quiet(config)
         return config
 
-    def from_scratch(self, *, seed: int, model: ConfigDict) -> ConfigDict:
+    def from_scratch(self, *, seed: int, pretraining: ConfigDict) -> ConfigDict:
         """The config of the same fine-tuning run from fresh parameters.
 
         Args:
             seed: of the run.
-            model: its geometry, that of the pretraining configs.
+            pretraining: what the run would have taken over, it takes from this config: the
+                geometry by ``adopt_model``, and the tokenizer unless it names one of its own.
         """
         start = {"init_from": "", "adopt_model": False}
-        config = with_overrides(self.config, {"seed": seed, **start})
-        config.model = ConfigDict(model).copy_and_resolve_references()
+        config = with_overrides(self.config, {"name": self.label, "seed": seed, **start})
+        source = ConfigDict(pretraining).copy_and_resolve_references()
+        if self.config.adopt_model:
+            for part in ("image", "text", "reconstructor"):  # as train.setup does
+                config.model[part] = source.model[part]
+        if not config.tokenizer.path:
+            config.tokenizer = source.tokenizer
         _quiet(config)
         return config.lock()
 
@@ -146,7 +153,7 @@ def load(source: str, overrides: Overrides | None = None) -> NamedConfig:
         overrides: values by dotted key, applied on top.
 
     Raises:
-        CommandError: no such file, or no ``get_config`` in it.
+        CommandError: no such file, no ``get_config`` in it, or one that fails.
         ConfigError: an override does not fit.
     """
     path, _, argument = source.partition(":")
@@ -160,9 +167,25 @@ def load(source: str, overrides: Overrides | None = None) -> NamedConfig:
         raise CommandError(f"{path} has no get_config(arg=None)")
     if argument and not inspect.signature(module.get_config).parameters:
         raise CommandError(f"get_config of {path} takes no argument; drop :{argument}")
-    config = module.get_config(argument) if argument else module.get_config()
+    try:
+        config = module.get_config(argument) if argument else module.get_config()
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # of a key or of ARG
+        raise CommandError(f"{source}: {_where(error, file)}{_words(error)}") from error
     label = f"{file.stem}:{argument}" if argument else file.stem
     return NamedConfig(label, source, with_overrides(config, overrides or {}))
+
+
+def _where(error: Exception, file: Path) -> str:
+    """The last line of a file that an error has passed through, such as "line 12: "."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == file.absolute()]
+    return f"line {lines[-1]}: " if lines else ""
+
+
+def _words(error: BaseException) -> str:
+    """What an error says, less the quotes that nesting it in another puts around it."""
+    inner = error.args[0] if error.args else None
+    return _words(inner) if isinstance(inner, BaseException) else str(inner or error)
 
 
 def load_all(sources: Iterable[str], overrides: Overrides | None = None) -> tuple[NamedConfig, ...]:
@@ -185,6 +208,17 @@ def parse_value(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def parse_values(text: str) -> tuple[Any, ...]:
+    """Values of the command line with commas between them, such as ``0.9,0.95`` or ``(1,),(1,2)``.
+
+    They are Python literals, or else texts.
+    """
+    try:
+        return tuple(ast.literal_eval(f"[{text}]"))
+    except (ValueError, SyntaxError):
+        return tuple(parse_value(value) for value in text.split(",") if value)
 
 
 def with_overrides(config: ConfigDict, overrides: Overrides) -> ConfigDict:

@@ -3,13 +3,17 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from ml_collections import ConfigDict
+
 from tools.compare.configs import CommandError, NamedConfig
 from tools.compare.records import Measurement, Result
 from vlp_jax.infra import units
 from vlp_jax.infra.errors import ConfigError
 
-# Names of these words are better when they are lower.
+# Names of these words are better when they are lower, and so is a name with this part; other gaps
+# are distances from a control, better when they are larger.
 LOWER_IS_BETTER = ("loss", "perplexity")
+WORST_GAP = "worst_gap"
 # Stands for the run itself where a name begins with the label of a run.
 PRETRAINING = "pretraining"
 
@@ -30,13 +34,17 @@ class Metric:
 
     @classmethod
     def parse(cls, text: str) -> "Metric":
-        """Read NAME, NAME:max or NAME:min; without either, losses are to be low, all else high."""
+        """Read NAME, NAME:max or NAME:min.
+
+        Without either, losses and worst gaps are to be low, all else high.
+        """
         name, colon, mode = text.rpartition(":")
         if not colon or "/" in mode:  # the colon of a label
             name, mode = text, ""
         if mode not in ("", "max", "min"):
             raise CommandError(f"--metric: {text!r} ends in neither :max nor :min")
-        low = mode == "min" or (not mode and units.unit_word(name) in LOWER_IS_BETTER)
+        lower = units.unit_word(name) in LOWER_IS_BETTER or WORST_GAP in name.split("/")
+        low = mode == "min" or (not mode and lower)
         return cls(name, -1 if low else 1)
 
 
@@ -51,11 +59,7 @@ def check_metric(
     """
     for named in configs:
         runs = {PRETRAINING: named} | {tune.label: tune for tune in finetunes}
-        having = [
-            label
-            for label, run in runs.items()
-            if any(n.partition("/")[0] in run.config.evals for n in _own_names(metric.name, label))
-        ]
+        having = list(_evaluators(metric, runs))
         if len(having) > 1:
             raise _ambiguous(metric.name, having)
         if not having:
@@ -67,6 +71,18 @@ def check_metric(
                 f"{[run.source for run in runs.values()]}, found in none",
                 f"Use one of {known}" if known else "Add it",
             )
+
+
+def is_of_test_split(
+    metric: Metric, configs: Sequence[NamedConfig], finetunes: Sequence[NamedConfig]
+) -> bool:
+    """Whether an evaluator that has the metric reads a test split, which must choose nothing."""
+    runs = {tune.label: tune for tune in finetunes}
+    return any(
+        section.get("split") == "test"
+        for named in configs
+        for section in _evaluators(metric, {PRETRAINING: named} | runs).values()
+    )
 
 
 def find_metric(result: Result, name: str) -> float:
@@ -89,6 +105,16 @@ def find_metric(result: Result, name: str) -> float:
 def has_metric(result: Result, name: str) -> bool:
     """Whether a run of a cell has the figure."""
     return bool(_find(result, name))
+
+
+def _evaluators(metric: Metric, runs: Mapping[str, NamedConfig]) -> dict[str, ConfigDict]:
+    """Label of a run -> the section of its evaluator that has the metric."""
+    return {
+        label: run.config.evals[evaluator]
+        for label, run in runs.items()
+        for evaluator in [n.partition("/")[0] for n in _own_names(metric.name, label)]
+        if evaluator in run.config.evals
+    }
 
 
 def _find(result: Result, name: str) -> dict[str, float]:

@@ -32,8 +32,15 @@ def draw(facts: Mapping[str, Any], path: Path) -> None:
             for index, (label, points) in enumerate(facts["curves"][metric].items()):
                 _line(axes, label, points, cost, PALETTE[index % len(PALETTE)])
             if times:
-                axes.axhline(times["score"], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+                axes.axhline(
+                    times["score"],
+                    color=MUTED,
+                    linewidth=0.8,
+                    linestyle=(0, (4, 3)),
+                    label="score to reach",
+                )
             _style(axes, metric, AXES[cost])
+        _mark_budgets(axes_row[0], facts["settings"])
         axes_row[0].set_ylabel(metric, color=INK)
     handles, labels = grid[0][0].get_legend_handles_labels()
     if handles:
@@ -62,7 +69,7 @@ def _line(axes: Axes, label: str, points: list[Mapping[str, Any]], cost: str, co
 
 def _style(axes: Axes, metric: str, x_label: str) -> None:
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     if units.unit_of(metric) == "percent":
@@ -74,6 +81,13 @@ def _style(axes: Axes, metric: str, x_label: str) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(RULE)
+
+
+def _mark_budgets(axes: Axes, settings: Mapping[str, Any]) -> None:
+    """Ticks of an axis of seconds where the budgets are."""
+    budgets = [fraction * settings["budget_seconds"] for fraction in settings["fractions"]]
+    axes.set_xticks(budgets, [f"{budget:.3g}" for budget in budgets])
+    axes.minorticks_off()
 
 
 def _short(value: float) -> str:

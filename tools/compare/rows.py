@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from tools.compare.configs import CommandError, NamedConfig
-from tools.compare.metrics import Metric, find_metric, has_metric
+from tools.compare.metrics import Metric, find_metric, has_metric, is_of_test_split
 from tools.compare.records import SCRATCH, Calibration, Result
 from vlp_jax.infra import units
 
@@ -48,20 +48,21 @@ class Settings:
     scratch: bool = False
 
     @property
-    def model(self) -> ConfigDict:
-        """The geometry of all configs.
+    def pretraining(self) -> ConfigDict:
+        """A config with the geometry and the tokenizer of all.
 
         Raises:
             CommandError: they differ, so that fine-tuning from scratch would be several.
         """
-        model = self.configs[0].config.model
+        first = self.configs[0]
         for named in self.configs[1:]:
-            if named.config.model.to_dict() != model.to_dict():
-                raise CommandError(
-                    f"--scratch: {self.configs[0].label} and {named.label} are of different "
-                    "geometry; compare those of one `model` at a time"
-                )
-        return model
+            for section in ("model", "tokenizer"):
+                if named.config[section].to_dict() != first.config[section].to_dict():
+                    raise CommandError(
+                        f"--scratch: {first.label} and {named.label} differ in `{section}`; "
+                        f"compare those of one `{section}` at a time"
+                    )
+        return first.config
 
     def rejection(self, calibration: Calibration | None) -> str:
         """Why a config takes no part; empty where it does, or where that is not known yet."""
@@ -82,6 +83,7 @@ class Settings:
             "rates": list(self.rates),
             "metrics": {m.name: "max" if m.sign > 0 else "min" for m in self.metrics},
             "tune_metric": self.tune_metric.name,
+            "tuned_on_test": is_of_test_split(self.tune_metric, self.configs, self.finetunes),
             "baselines": list(self.baselines),
             "max_input_wait": self.max_input_wait,
             "scratch": self.scratch,

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from tools.compare.cells import Cells, steps_for
-from tools.compare.comparison import POLL_SECONDS, check_metrics
-from tools.compare.configs import CommandError, NamedConfig, parse_value
+from tools.compare.comparison import POLL_SECONDS, check_settings
+from tools.compare.configs import CommandError, NamedConfig, parse_values
 from tools.compare.rows import Row, Settings, line, make_row
 from vlp_jax.infra.errors import ConfigError
 
@@ -58,7 +58,7 @@ class Axis:
         scale, *ends = rest.split(":")
         remedy = "Write KEY:A,B,C or KEY:log:LOW:HIGH; the scales are log, lin, int"
         if not ends:
-            values = tuple(parse_value(value) for value in rest.split(",") if value)
+            values = parse_values(rest)
             if not values:
                 raise ConfigError(key, "nothing to search", remedy)
             return cls(key, values)
@@ -204,7 +204,7 @@ def search(
     Raises:
         CommandError, ConfigError: what was asked for cannot be had; the message says why.
     """
-    check_metrics(settings)
+    check_settings(settings)
     calibrate_candidates(settings, axes, halving, trials, cells)
     said: set[str] = set()
 

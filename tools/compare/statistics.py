@@ -58,6 +58,7 @@ class TimeToScore:
         target: the baseline's mean score at its whole budget, signed.
         share: of the baseline's mean cost there; None: not reached at any budget.
         at_most: the share is that of the smallest budget, and less may be enough.
+        smallest: share of the smallest budget; an end of the interval there is an upper bound too.
         low: lower end of the bootstrap interval; None where it is not reached, or without spread
             because no budget has two seeds.
         high: upper end, likewise.
@@ -67,6 +68,7 @@ class TimeToScore:
     target: float
     share: float | None
     at_most: bool
+    smallest: float
     low: float | None
     high: float | None
     reached: float | None
@@ -123,7 +125,8 @@ def time_to_score(curve: Curve, baseline: Curve, *, draws: int = DRAWS) -> TimeT
         ends = np.quantile(drawn / whole.cost, INTERVAL, method="nearest")
         low, high = (_finite(float(end)) for end in ends)
         reached = float(np.isfinite(drawn).mean())
-    return TimeToScore(whole.mean, _finite(share), found.at_most, low, high, reached)
+    smallest = costs[0] / whole.cost
+    return TimeToScore(whole.mean, _finite(share), found.at_most, smallest, low, high, reached)
 
 
 def deviation(values: Sequence[float]) -> float | None:

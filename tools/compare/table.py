@@ -11,6 +11,8 @@ from vlp_jax.infra import units
 Facts = Mapping[str, Any]
 
 NONE = "–"
+# Below this share of its own cost the baseline has its score before its end.
+_WHOLE = 0.995
 
 _SECONDS_TEXT = (
     "Seconds are updates times the median time of an update measured alone: a short run that has "
@@ -24,7 +26,8 @@ _SCRATCH_TEXT = (
     "The same fine-tuning from fresh parameters, and from what each config has learned in its "
     "whole budget: mean ± standard deviation over seeds (how many), and in brackets how many "
     "standard deviations that is better than from scratch, by the root mean square of both "
-    "deviations."
+    "deviations. Geometry and kind of tokenizer are those of pretraining; a tokenizer that is no "
+    "file is trained on the text of the task."
 )
 _GROUPS_TEXT = (
     "Accuracy by group after the whole budget of {budget:g} s, mean ± standard deviation over "
@@ -121,6 +124,7 @@ def _conditions(facts: Facts) -> str:
         "evaluating, saving and fine-tuning; every run has a schedule of its own that comes to "
         "its end",
         "- clock: updates times the time of an update measured alone",
+        f"- metrics: {', '.join(_direction(*metric) for metric in settings['metrics'].items())}",
         f"- seeds: {settings['seeds']}",
     ]
     for label, teachers in settings["teachers"].items():
@@ -145,6 +149,13 @@ def _problems(facts: Facts) -> str:
     stopped = sum(row["status"] == "stopped" for row in rows)
     if stopped:
         lines.append(f"{stopped} cells are stopped and enter no mean, see the list of cells")
+    settings = facts["settings"]
+    searched = "search" in facts or len(settings["rates"]) > 1
+    if searched and settings["tuned_on_test"]:
+        lines.append(
+            f"{settings['tune_metric']} has chosen and is of a test split, so that scores there "
+            "flatter; choose by one of the validation split (--tune_metric)"
+        )
     lines += [f"left out: {reason}" for reason in facts["left_out"]]
     return "\n".join(f"- **{text}**" for text in lines)
 
@@ -166,13 +177,27 @@ def _times(metric: str, times: Facts) -> str:
             ]
         )
     columns = ["config", "share of seconds", "90 % interval", "reached in", "faster"]
+    own = times["configs"][times["baseline"]]["seconds"]
+    saturated = (
+        f"**{times['baseline']} itself reaches this score in {_share(own)} of its time: with a "
+        "score that hardly rises any more, less time proves nothing. Compare the shares with its "
+        "own.**\n\n"
+    )
     return (
         f"The score to reach is that of {times['baseline']} after its whole budget, "
         f"{units.format_value(metric, times['score'])} in the mean of its seeds. Between budgets "
-        "the mean score is interpolated, linear in the logarithm of the cost; beyond them nothing "
-        "is assumed. The interval is from a bootstrap over the seeds of both, too narrow where "
-        "they are few.\n\n" + markdown_table([*columns, "share of samples", "share of FLOPs"], rows)
+        "the mean score is interpolated, linear in the logarithm of the cost, and the first time "
+        "it reaches that score counts; beyond the budgets nothing is assumed, and ≤ is the "
+        "smallest of them. Share: of what the whole budget of the baseline costs; faster: its "
+        "inverse for seconds. The interval is from a bootstrap over the seeds of both, too narrow "
+        "where they are few; reached in: this share of its draws.\n\n"
+        + (saturated if own["share"] < _WHOLE else "")
+        + markdown_table([*columns, "share of samples", "share of FLOPs"], rows)
     )
+
+
+def _direction(name: str, mode: str) -> str:
+    return f"{name} ({'more' if mode == 'max' else 'less'} is better)"
 
 
 def _share(cost: Facts) -> str:
@@ -184,7 +209,10 @@ def _share(cost: Facts) -> str:
 def _interval(cost: Facts) -> str:
     if cost["reached"] is None:
         return f"{NONE} (one seed)"
-    ends = ["not reached" if cost[k] is None else f"{100 * cost[k]:.0f} %" for k in ("low", "high")]
+    smallest = cost["smallest"]
+    ends = [
+        _share({"share": cost[end], "at_most": cost[end] == smallest}) for end in ("low", "high")
+    ]
     return f"{ends[0]} to {ends[1]}" if ends[0] != ends[1] else ends[0]
 
 
@@ -233,7 +261,7 @@ def _scratch(facts: Facts) -> str:
             if whole and whole["deviation"] is not None and scratch["deviation"] is not None:
                 spread = math.hypot(whole["deviation"], scratch["deviation"]) / math.sqrt(2)
                 gain = sign * (whole["mean"] - scratch["mean"])
-                text += f" [{gain / spread:+.1f}]" if spread else ""
+                text += f" [{gain / spread:+.1f}]".replace("-", "−") if spread else ""
             line.append(text)
         lines.append(line)
     return markdown_table(["metric", SCRATCH, *facts["settings"]["configs"]], lines)
