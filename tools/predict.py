@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
-from vlp_jax.data.source import BadExample
 from vlp_jax.infra.compilation import set_gpu_flags
+from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.predict import Predictor
 
@@ -35,7 +35,6 @@ _OUT = flags.DEFINE_string("out", None, "embed: file for the vectors, .npz")
 
 def caption(predictor: Predictor) -> Any:
     """Captions of each image with log-probabilities."""
-    _need(images=1)
     found = predictor.caption(_IMAGES.value, beams=_BEAMS.value)
     return {
         name: [{"caption": text, "log_probability": round(score, 4)} for text, score in captions]
@@ -45,7 +44,6 @@ def caption(predictor: Predictor) -> Any:
 
 def answer(predictor: Predictor) -> Any:
     """Answers to each question about the image, or classes of each hypothesis."""
-    _need(images=1, texts=1)
     return {
         text: _chances(predictor.answer(_IMAGES.value[0], text, _TOP.value))
         for text in _TEXTS.value
@@ -54,14 +52,12 @@ def answer(predictor: Predictor) -> Any:
 
 def compare(predictor: Predictor) -> Any:
     """Whether each statement is true of the two images."""
-    _need(images=2, texts=1)
-    first, second = _IMAGES.value[:2]
+    first, second = _IMAGES.value
     return {text: _chances(predictor.compare(first, second, text)) for text in _TEXTS.value}
 
 
 def rank(predictor: Predictor) -> Any:
     """Images by how well each text describes them, best first."""
-    _need(images=1, texts=1)
     scores = predictor.rank(_IMAGES.value, _TEXTS.value)
     return {
         text: [
@@ -74,8 +70,6 @@ def rank(predictor: Predictor) -> Any:
 
 def embed(predictor: Predictor) -> Any:
     """Unit vectors of images and texts, in a file."""
-    if _OUT.value is None or not (_IMAGES.value or _TEXTS.value):
-        raise app.UsageError("embed needs --out=FILE.npz and an --image or a --text")
     arrays = {}
     if _IMAGES.value:
         arrays["images"] = predictor.embed_images(_IMAGES.value)
@@ -94,9 +88,41 @@ COMMANDS: Mapping[str, Callable[[Predictor], Any]] = {
 }
 
 
-def _need(images: int = 0, texts: int = 0) -> None:
-    if len(_IMAGES.value) < images or len(_TEXTS.value) < texts:
-        raise app.UsageError(f"this needs {images} --image and {texts} --text, or more")
+def _check_flags(command: str) -> None:
+    """What the flags must hold, before a checkpoint is read."""
+    images, texts = len(_IMAGES.value), len(_TEXTS.value)
+    complaint = {
+        "caption": "" if images and not texts else "one --image or more, and no --text",
+        "answer": "" if images == 1 and texts else "one --image, and one --text or more",
+        "compare": "" if images == 2 and texts else "two --image, and one --text or more",
+        "rank": "" if images and texts else "one --image or more, and one --text or more",
+        "embed": "" if images or texts else "one --image or --text or more",
+    }[command]
+    if complaint:
+        raise ValueError(f"{command} needs {complaint}; given were {images} and {texts}")
+    if (_OUT.value is not None) != (command == "embed"):
+        raise ValueError("--out=FILE.npz: embed needs it, and no other command")
+    if _OUT.value is not None:
+        out = pathlib.Path(_OUT.value)
+        if out.suffix != ".npz":
+            raise ValueError(f"--out={out}: end it in .npz")
+        if not out.parent.is_dir():
+            raise ValueError(f"--out={out}: the folder {out.parent} is not there; make it")
+    for image in _IMAGES.value:
+        if not pathlib.Path(image).is_file():
+            raise ValueError(f"--image={image}: no such file")
+
+
+def _predictor(checkpoint: str) -> Predictor:
+    """That of a path; errors name the flag, where the library names a key of the config."""
+    flag_of = {"init_from": "checkpoint", "init_checkpoint": "which"}
+    try:
+        return Predictor.load(pathlib.Path(checkpoint), _WHICH.value)
+    except ConfigError as error:
+        if error.key not in flag_of:
+            raise
+        message = f"--{flag_of[error.key]}: {error.problem}. {error.remedy}."
+        raise ValueError(message) from error
 
 
 def _chances(pairs: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
@@ -109,9 +135,10 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"write one of {', '.join(COMMANDS)} and --checkpoint=WORKDIR")
     logging.set_verbosity(logging.WARNING)  # libraries log every file they read
     try:
-        predictor = Predictor.load(pathlib.Path(_CHECKPOINT.value), _WHICH.value)
-        print(json.dumps(COMMANDS[argv[1]](predictor), indent=2, ensure_ascii=False))
-    except (ValueError, OSError, BadExample) as error:
+        _check_flags(argv[1])
+        found = COMMANDS[argv[1]](_predictor(_CHECKPOINT.value))
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(ExitCode.BAD_INPUT)
 

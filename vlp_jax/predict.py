@@ -16,9 +16,11 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from vlp_jax.data.decode import decode_image, resize_centre
+from vlp_jax.data.source import BadExample
 from vlp_jax.data.tokenizer import Tokenizer, normalise_caption
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import make_mesh
@@ -31,10 +33,12 @@ from vlp_jax.objectives.flm import FLM
 from vlp_jax.objectives.single_stream import AR, PrefixLM
 from vlp_jax.train.initial import read_origin
 from vlp_jax.transfer.generate import caption_search, generate
-from vlp_jax.transfer.ranking import Ranker, Texts
+from vlp_jax.transfer.ranking import Ranker
 
 Image = str | pathlib.Path | np.ndarray  # a file, or uint8 [H, W, 3]
 T = TypeVar("T")
+
+_ROWS_AT_ONCE = 64  # images or texts on the device
 
 
 class Predictor:
@@ -58,6 +62,7 @@ class Predictor:
         )
         self.objectives = build_objectives(config.objectives, self.model, vocabulary, 1)
         self.params = jax.device_put(params)
+        self._rankers: dict[tuple[bool, int], Ranker] = {}  # each keeps what it has compiled
 
     @classmethod
     def load(cls, path: str | pathlib.Path, checkpoint: str = "latest") -> "Predictor":
@@ -73,6 +78,12 @@ class Predictor:
         origin = read_origin(path, checkpoint)
         if not origin.tokenizer:
             raise ConfigError("init_from", f"{path} holds no tokenizer", "Use a run's checkpoint")
+        if not origin.objectives:
+            raise ConfigError(
+                "init_from",
+                f"{path} holds imported weights, which no objective of this project has trained",
+                "Fine-tune from it (configs/transfer/) and use the checkpoint of that run",
+            )
         return cls(
             ConfigDict(origin.config),
             Tokenizer.from_json(origin.tokenizer, str(path)),
@@ -101,6 +112,9 @@ class Predictor:
             images: files or arrays.
             beams: captions of each; 1: greedy search.
             max_length: most tokens with <s> and </s>; 0: ``data.max_text_length`` of the run.
+
+        Raises:
+            ValueError, OSError: an image or an argument cannot be used; this holds for all methods.
         """
         trained = any(isinstance(o, AR | PrefixLM | FLM) for o in self.objectives)
         if not trained:
@@ -108,8 +122,12 @@ class Predictor:
         search = caption_search(
             self.tokenizer, max_length or self.config.data.max_text_length, beams=beams
         )
-        found = generate(self.model, self.params, self._pixels(images), search)
-        ids, lengths, scores = map(np.asarray, found)
+        pixels = self._pixels(images)
+        batches = [
+            jax.device_get(generate(self.model, self.params, pixels[part], search))
+            for part in _parts(len(pixels))
+        ]
+        ids, lengths, scores = map(np.concatenate, zip(*batches, strict=True))
         return [
             [
                 (self.tokenizer.decode(ids[row, k, 1 : lengths[row, k] - 1]), float(score))
@@ -121,11 +139,13 @@ class Predictor:
 
     def embed_images(self, images: Sequence[Image]) -> np.ndarray:
         """Unit vectors: float32 [n, E]."""
-        return self._ranker(matching=False).encode_images(self.params, [self._pixels(images)])[0]
+        ranker = self._ranker(len(images), matching=False)
+        return ranker.encode_images(self.params, [self._pixels(images)]).embeddings
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors: float32 [n, E]."""
-        return self._encode_texts(self._ranker(matching=False), texts).embeddings
+        ranker = self._ranker(len(texts), matching=False)
+        return ranker.encode_texts(self.params, *self._tokens(texts)).embeddings
 
     def rank(
         self, images: Sequence[Image], texts: Sequence[str], shortlist: int = 128
@@ -136,9 +156,10 @@ class Predictor:
         row and column, and only the order within a row or a column means something.
         """
         matching = any(isinstance(o, ITM) for o in self.objectives)
-        ranker = self._ranker(matching)
-        encoded = ranker.encode_images(self.params, [self._pixels(images)])
-        encoded_texts = self._encode_texts(ranker, texts)
+        ranker = self._ranker(max(len(images), len(texts)), matching)
+        pixels, tokens = self._pixels(images), self._tokens(texts)
+        encoded = ranker.encode_images(self.params, [pixels])
+        encoded_texts = ranker.encode_texts(self.params, *tokens)
         if matching:
             return ranker.rerank(self.params, encoded, encoded_texts, shortlist)
         return encoded.embeddings @ encoded_texts.embeddings.T
@@ -159,22 +180,44 @@ class Predictor:
         best = np.argsort(-chances, kind="stable")[:top]
         return [(self.classes[i], float(chances[i])) for i in best]
 
-    def _ranker(self, matching: bool) -> Ranker:
+    def _ranker(self, rows: int, matching: bool) -> Ranker:
+        """One that encodes about as many rows at a time as there are, for it fills up the rest."""
         itc = self._objective(ITC, "itc")
         itm = self._objective(ITM, "itm") if matching else None
-        return Ranker(itc, itm, make_mesh(devices=jax.devices()[:1]))
-
-    def _encode_texts(self, ranker: Ranker, texts: Sequence[str]) -> Texts:
-        return ranker.encode_texts(self.params, *self._tokens(texts))
+        size = min(1 << max(rows - 1, 0).bit_length(), _ROWS_AT_ONCE)
+        if (matching, size) not in self._rankers:
+            mesh = make_mesh(devices=jax.devices()[:1])
+            self._rankers[matching, size] = Ranker(itc, itm, mesh, batch_size=size)
+        return self._rankers[matching, size]
 
     def _tokens(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Padded ids int32 [n, N] and lengths int32 [n]."""
+        """Padded ids int32 [n, N] and lengths int32 [n]; warns of what the model cannot read."""
+        _check_several(texts, "texts")
         texts = [normalise_caption(text) for text in texts]
         if not all(texts):
             raise ValueError("an empty text has no meaning to a model; give one or more words")
-        return self.tokenizer.padded(texts, self.config.data.max_text_length)
+        most = self.config.data.max_text_length
+        whole = self.tokenizer.encode(texts, max_length=max(map(len, texts)) * 4 + 3)
+        for text, ids in zip(texts, whole, strict=True):
+            shown = text if len(text) <= 60 else f"{text[:57]}..."
+            if len(ids) > most:
+                logging.warning(
+                    "%r has %d tokens: only the first %d are read (data.max_text_length of the "
+                    "run)",
+                    shown,
+                    len(ids),
+                    most,
+                )
+            unknown = int((ids == self.tokenizer.unk_id).sum())
+            if unknown:
+                logging.warning(
+                    "%r has %d words or signs that the model has never seen", shown, unknown
+                )
+        return self.tokenizer.padded(texts, most)
 
     def _pixels(self, images: Sequence[Image]) -> np.ndarray:
+        """uint8 [n, S, S, 3]."""
+        _check_several(images, "images")
         size = self.config.data.image_size
         return np.stack([_read(image, size) for image in images])
 
@@ -191,8 +234,27 @@ class Predictor:
         )
 
 
+def _check_several(given: Sequence[Any], what: str) -> None:
+    if isinstance(given, str | pathlib.Path | np.ndarray):
+        raise ValueError(f"{what}: give a list, also of one")
+    if not given:
+        raise ValueError(f"{what}: the list is empty; give one or more")
+
+
+def _parts(count: int) -> list[slice]:
+    return [slice(i, i + _ROWS_AT_ONCE) for i in range(0, count, _ROWS_AT_ONCE)]
+
+
 def _read(image: Image, size: int) -> np.ndarray:
     """uint8 [size, size, 3], short side resized and centre cropped, as in training."""
     if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(
+                f"an image of {image.dtype} {list(image.shape)} is not read; give uint8 "
+                "[height, width, 3], RGB from 0 to 255, or a file"
+            )
         return resize_centre(image, size)
-    return decode_image(pathlib.Path(image).read_bytes(), size, str(image))
+    try:
+        return decode_image(pathlib.Path(image).read_bytes(), size, str(image))
+    except BadExample as error:
+        raise ValueError(f"{error}; give a sound JPEG or PNG of usual size") from error

@@ -85,6 +85,12 @@ def evaluate(config: ConfigDict, best: str, **section: Any) -> None:
     config.checkpoint.best_metric = f"val/{best}"
 
 
+def explain(config: ConfigDict, source: str, objective: str) -> None:
+    """Add maps of what the answers of the best checkpoint depend on, to the report."""
+    with config.unlocked():
+        config.evals.explain = {"source": source, "objective": objective, "on": "best"}
+
+
 def scenes(kind: str) -> dict[str, Any]:
     """The section of a source of hard scenes, rendered once."""
     return {"type": kind, "level": "hard", "num_records": 50_000, "cache": True}

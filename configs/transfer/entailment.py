@@ -12,7 +12,7 @@ in minutes. Scores to expect: docs/results/transfer.md.
 
 from ml_collections import ConfigDict
 
-from configs.transfer import base, evaluate, scenes
+from configs.transfer import base, evaluate, explain, scenes
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -28,4 +28,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
             }
         config.objectives.entailment = {"num_classes": 3, "readout": "auto"}
     evaluate(config, "accuracy", type="task", source="hypotheses", objective="entailment")
+    explain(config, source="hypotheses", objective="entailment")
     return config

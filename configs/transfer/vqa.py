@@ -13,7 +13,7 @@ Scores to expect: docs/results/transfer.md.
 
 from ml_collections import ConfigDict
 
-from configs.transfer import base, evaluate, scenes
+from configs.transfer import base, evaluate, explain, scenes
 from vlp_jax.data.scenes.tasks import ScenesVQA
 
 
@@ -37,4 +37,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.schedule.peak = 5e-6
         config.optim.groups.heads.rate_factor = 50.0
     evaluate(config, "accuracy", type="task", source="questions", objective="vqa")
+    explain(config, source="questions", objective="vqa")
     return config

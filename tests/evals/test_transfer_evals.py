@@ -251,6 +251,18 @@ def test_occlusion_is_the_fall_when_a_cell_is_covered(transfer, readout):
     assert -1 <= metrics["agreement"] <= 1
 
 
+def test_the_probability_of_an_answer_is_that_of_its_own_output(transfer):
+    """VQA trains each answer by itself: the same figure as the predictor's, not a share of all."""
+    context, params = transfer
+    section = {"type": "explain", "source": "questions", "objective": "vqa", "cells": 2}
+    _, evaluator = run(transfer, num_examples=8, **section)
+    batch, found = evaluator.explanations(params)
+    task = next(o for o in context.objectives if o.name == "vqa")
+    given = {k: batch[k] for k in ("image", "text_ids", "text_length")}
+    expected = jax.nn.sigmoid(task.logits(params, given)).max(axis=1)
+    np.testing.assert_allclose(found.probability, expected, rtol=1e-4)
+
+
 def test_rollout_multiplies_the_layers():
     draw = np.random.default_rng(0)
     layers = [jax.nn.softmax(draw.standard_normal((2, 5, 5)).astype(np.float32)) for _ in range(3)]

@@ -10,6 +10,8 @@ from PIL import Image
 from tiny_config import get_config
 
 from vlp_jax.infra.checkpoint import load_params
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.pretrained import Metadata, save_parameters
 from vlp_jax.predict import Predictor
 from vlp_jax.train.initial import read_origin
 from vlp_jax.train.setup import prepare
@@ -166,3 +168,76 @@ def test_what_a_checkpoint_cannot_do_is_said(predictor, pictures, tmp_path):
         predictor.embed_texts([" . "])
     with pytest.raises(OSError, match="absent"):
         predictor.embed_images([tmp_path / "absent.jpg"])
+
+
+def test_a_damaged_origin_is_named_with_its_key(origin, tmp_path):
+    moved = tmp_path / "origin"
+    shutil.copytree(origin.workdir, moved)
+    (moved / "checkpoints" / "0" / "manifest.json").write_text("half a fi")
+    with pytest.raises(ConfigError, match=r"config\.init_from: every checkpoint in .* is damaged"):
+        prepare(downstream(origin, init_from=str(moved)), tmp_path / "run")
+
+
+def test_imported_weights_are_no_predictor(origin, tmp_path):
+    file = tmp_path / "init.safetensors"
+    metadata = Metadata({"model": {}}, origin.tokenizer.to_json())
+    save_parameters(file, {"type_embedding": np.zeros((2, 4), np.float32)}, metadata)
+    with pytest.raises(ConfigError, match=r"imported weights, .* Fine-tune from it"):
+        Predictor.load(file)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((40, 40, 3), np.float32),  # black as bytes, whatever the picture
+        np.zeros((40, 40), np.uint8),
+        np.zeros((40, 40, 4), np.uint8),
+        np.zeros((0, 40, 3), np.uint8),
+    ],
+)
+def test_arrays_that_are_no_rgb_image_are_refused(predictor, image):
+    with pytest.raises(ValueError, match=r"give uint8 \[height, width, 3\]"):
+        predictor.embed_images([image])
+
+
+def test_one_instead_of_a_list_is_refused(predictor, pictures):
+    for one in (str(pictures[0]), pictures[0], np.zeros((8, 8, 3), np.uint8)):
+        with pytest.raises(ValueError, match="images: give a list"):
+            predictor.caption(one)
+    with pytest.raises(ValueError, match="texts: give a list"):  # else one text for each letter
+        predictor.embed_texts("red")
+    with pytest.raises(ValueError, match="images: the list is empty"):
+        predictor.embed_images([])
+
+
+def test_an_image_that_cannot_be_decoded_is_named_with_a_remedy(predictor, tmp_path):
+    file = tmp_path / "cat.jpg"
+    file.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"cat\.jpg .*give a sound JPEG or PNG"):
+        predictor.caption([file])
+
+
+def test_what_is_not_read_of_a_text_is_said(predictor, caplog):
+    predictor.embed_texts(["red " * 500, "red \N{SNOWMAN}"])
+    cut, unknown = [record.getMessage() for record in caplog.records]
+    assert "502 tokens: only the first" in cut
+    assert "1 words or signs" in unknown
+
+
+def test_many_images_are_captioned_as_each_alone(predictor, pictures, monkeypatch):
+    whole = predictor.caption(pictures, beams=1, max_length=5)
+    monkeypatch.setattr("vlp_jax.predict._ROWS_AT_ONCE", 2)
+    for one, other in zip(whole, predictor.caption(pictures, beams=1, max_length=5), strict=True):
+        assert [text for text, _ in one] == [text for text, _ in other]
+
+
+def test_a_second_call_compiles_nothing(predictor, pictures, caplog):
+    def rank():
+        caplog.clear()
+        with jax.log_compiles():
+            predictor.rank(pictures, ["red", "blue"])
+        return [r.getMessage() for r in caplog.records if "_encode" in r.getMessage()]
+
+    predictor._rankers.clear()
+    assert rank()
+    assert not rank()

@@ -32,7 +32,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch, replicated
 from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import Params
-from vlp_jax.objectives.classification import NLVR2, Classification
+from vlp_jax.objectives.classification import NLVR2, VQA, Classification
 
 GREY = 128  # what a covered cell is filled with
 
@@ -127,11 +127,11 @@ class Explain:
             return batch, jax.device_get(self._explain(params, rows))
 
     def _explain_batch(self, params: Params, batch: Batch) -> Explanation:
-        logits = jax.nn.log_softmax(self._objective.logits(params, batch))
-        answer = logits.argmax(axis=1)
+        log_chances = self._log_chances(params, batch)
+        answer = log_chances.argmax(axis=1)
 
-        def score(logits: jax.Array) -> jax.Array:
-            return jnp.take_along_axis(logits, answer[:, None], axis=1)[:, 0]
+        def score(log_chances: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(log_chances, answer[:, None], axis=1)[:, 0]
 
         size = batch["image"].shape[1] // self._cells
 
@@ -141,12 +141,20 @@ class Explain:
             image = jax.lax.dynamic_update_slice(
                 batch["image"], grey, (0, row * size, column * size, 0)
             )
-            other = self._objective.logits(params, {**batch, "image": image})
-            return score(logits) - score(jax.nn.log_softmax(other))
+            return score(log_chances) - score(self._log_chances(params, {**batch, "image": image}))
 
         falls = jax.lax.map(covered, jnp.arange(self._cells**2))
         occlusion = falls.T.reshape(-1, self._cells, self._cells)
-        return Explanation(answer, jnp.exp(score(logits)), occlusion, self._rollout(params, batch))
+        return Explanation(
+            answer, jnp.exp(score(log_chances)), occlusion, self._rollout(params, batch)
+        )
+
+    def _log_chances(self, params: Params, batch: Batch) -> jax.Array:
+        """Log-probabilities as the objective trains them: an answer of VQA stands for itself."""
+        logits = self._objective.logits(params, batch)
+        if isinstance(self._objective, VQA):
+            return jax.nn.log_sigmoid(logits)
+        return jax.nn.log_softmax(logits)
 
     def _rollout(self, params: Params, batch: Batch) -> jax.Array:
         reader = self._objective.reader

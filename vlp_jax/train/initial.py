@@ -14,7 +14,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vlp_jax.infra.checkpoint import CheckpointMismatchError, Restored, load_params
+from vlp_jax.infra.checkpoint import (
+    CheckpointMismatchError,
+    DamagedCheckpointError,
+    Restored,
+    load_params,
+)
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.sharding import by_path, nested
 from vlp_jax.models.pretrained import WEIGHTS_FILE, load_metadata, load_parameters
@@ -64,8 +69,9 @@ def read_origin(path: str | pathlib.Path, checkpoint: str = "latest") -> Origin:
         checkpoint: of a workdir: ``latest``, ``best`` or a step.
 
     Raises:
-        ConfigError: nothing there holds parameters, or ``checkpoint`` is none of these.
-        FileNotFoundError, RuntimeError, ValueError: the checkpoint or file is absent or damaged.
+        ConfigError: nothing there holds parameters, ``checkpoint`` is none of these, or what is
+            there is damaged.
+        FileNotFoundError, ValueError: the checkpoint or file is absent, or the file damaged.
     """
     path = pathlib.Path(path)
     if path.is_file() or (path / WEIGHTS_FILE).is_file():
@@ -103,6 +109,8 @@ def _restored(folder: pathlib.Path, step: int | Literal["latest", "best"]) -> Re
         return load_params(folder, step, subtree="extras/ema")
     except CheckpointMismatchError:  # the run keeps no moving average
         return load_params(folder, step)
+    except DamagedCheckpointError as error:  # of another run: this one's input is bad
+        raise ConfigError(KEY, str(error), "Or name another checkpoint of it") from error
 
 
 def _which(checkpoint: str) -> int | Literal["latest", "best"]:

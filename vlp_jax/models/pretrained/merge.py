@@ -134,14 +134,15 @@ def fit(
         raise WeightsError(
             origin,
             f"{len(missing)} parameters of the model are missing: {_listed(missing)}",
-            "Check config.model (depths, norm, pre_norm, stem), or fetch the file again",
+            "Set config.adopt_model=True, or check config.model (depths, norm, pre_norm, stem), or "
+            "fetch the file again",
         )
     surplus = [path for path in loaded if _part(path) in parts and path not in shapes]
     if surplus and not drop_blocks:
         raise WeightsError(
             origin,
             f"{len(surplus)} parameters have no place in the model: {_listed(surplus)}",
-            "Check config.model (depths, norm, pre_norm, stem)",
+            "Set config.adopt_model=True, or check config.model (depths, norm, pre_norm, stem)",
         )
     fitted, rows, wrong = {}, [], []
     for path, shape in shapes.items():
