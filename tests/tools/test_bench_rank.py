@@ -49,8 +49,8 @@ def test_bench_rank_prints_one_json_line(workdir) -> None:
     cached = 3 * flops["image"] + 6 * flops["text"] + 18 * flops["pair"]
     assert towers["flop_ratio"] == pytest.approx(18 * flops["pair_anew"] / cached, abs=1e-3)
     seconds = towers["anew_seconds"] / towers["cached_seconds"]
-    assert towers["speedup"] == pytest.approx(seconds, rel=2e-2)
-    assert towers["share"] == pytest.approx(seconds / towers["flop_ratio"], rel=2e-2)
+    assert towers["speedup"] == pytest.approx(seconds, rel=2e-2, abs=1e-3)
+    assert towers["share"] == pytest.approx(seconds / towers["flop_ratio"], rel=2e-2, abs=1e-3)
 
     config = get_config()
     model = build_model(config.model, config.tokenizer.vocab_size, 4, config.data.image_size)
@@ -64,7 +64,7 @@ def test_bench_rank_prints_one_json_line(workdir) -> None:
     assert 12 * 2 <= short["pairs"] <= 12 * 2 + 6 * 2
     assert short["pair_ratio"] == pytest.approx(72 / short["pairs"], abs=1e-3)
     ratio = short["all_pairs_seconds"] / short["seconds"]
-    assert short["speedup"] == pytest.approx(ratio, rel=2e-2)
+    assert short["speedup"] == pytest.approx(ratio, rel=2e-2, abs=1e-3)
     matching = short["pairs_in_all"] / short["pairs_per_second"]
     assert short["all_pairs_seconds"] == pytest.approx(short["encode_seconds"] + matching, rel=1e-2)
 
