@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from public_weights import (
     FED,
     FOLDER,
@@ -359,6 +360,36 @@ def test_pickles_and_damaged_files_are_refused(tmp_path: pathlib.Path) -> None:
     np.savez(tmp_path / "objects.npz", array=np.array([{"a": 1}], object))
     with pytest.raises(WeightsError, match=r"objects\.npz: .*pickled"):
         read_weights(tmp_path / "objects.npz")
+
+
+def test_a_model_in_several_files_is_read_by_its_index(tmp_path: pathlib.Path) -> None:
+    arrays = {name: np.full(2, i, np.float32) for i, name in enumerate("abc")}
+    files = {"model-00001-of-00002.safetensors": "ab", "model-00002-of-00002.safetensors": "c"}
+    for file, names in files.items():
+        safetensors.numpy.save_file({n: arrays[n] for n in names}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    where = {name: file for file, names in files.items() for name in names}
+
+    def write(weight_map: Any) -> None:
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+    write(where)
+    found = read_weights(tmp_path)
+    assert found.file == index
+    assert found.arrays.keys() == arrays.keys()
+    assert all(np.array_equal(found.arrays[name], arrays[name]) for name in arrays)
+    write({**where, "d": next(iter(files))})
+    with pytest.raises(WeightsError, match="1 tensors are in none of its files: d"):
+        read_weights(tmp_path)
+    write({**where, "d": "model-00003-of-00003.safetensors"})
+    with pytest.raises(WeightsError, match="model-00003-of-00003.safetensors, which it names, is"):
+        read_weights(tmp_path)
+    write({})
+    with pytest.raises(WeightsError, match="no `weight_map`"):
+        read_weights(tmp_path)
+    # A file of the whole model comes first, as with the library that writes such folders.
+    safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors")
+    assert read_weights(tmp_path).file.name == "model.safetensors"
 
 
 def test_npz_is_read(tmp_path: pathlib.Path) -> None:

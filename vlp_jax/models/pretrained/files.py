@@ -22,6 +22,8 @@ from vlp_jax.version import __version__
 
 # Name of the weights in a folder: as Hugging Face stores a model, and as this project exports one.
 WEIGHTS_FILE = "model.safetensors"
+# Which file of a folder holds which tensor, where a large model is stored in several.
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 SETTINGS_FILES = ("config.json", "preprocessor_config.json")
 
 _FORMAT_KEY, _FORMAT = "vlp_jax_parameters", "1"
@@ -85,13 +87,16 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
 
     Args:
         path: a ``.safetensors`` or ``.npz`` file; or a folder as Hugging Face stores a model, with
-            ``model.safetensors`` and, if there, the JSON files of its settings.
+            ``model.safetensors``, or several files and their index, and, if there, the JSON files
+            of its settings.
 
     Raises:
         FileNotFoundError: there is no such file.
-        WeightsError: it is a pickle, of an unknown kind, or damaged.
+        WeightsError: it is a pickle, of an unknown kind, or damaged; or one of several is missing.
     """
-    file = _locate(path)
+    folder = pathlib.Path(path)
+    whole = not (folder / INDEX_FILE).is_file() or (folder / WEIGHTS_FILE).is_file()
+    file = _locate(path) if whole else folder / INDEX_FILE
     if file.suffix in _PICKLES:
         raise WeightsError(
             file,
@@ -99,7 +104,9 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
             "Convert it where you trust it: safetensors.torch.save_file(torch.load(FILE, "
             "weights_only=True), 'model.safetensors')",
         )
-    if file.suffix == ".safetensors":
+    if file.name == INDEX_FILE:
+        arrays = _read_shards(file)
+    elif file.suffix == ".safetensors":
         arrays = _read_safetensors(file)[0]
     elif file.suffix == ".npz":
         arrays = _read_npz(file)
@@ -214,6 +221,27 @@ def _read_safetensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[s
             return arrays, content.metadata() or {}
     except safetensors.SafetensorError as error:
         raise WeightsError(file, f"damaged ({error})", "Fetch the file again") from error
+
+
+def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of all files that an index names."""
+    where = _read_settings(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise WeightsError(index, "no index: it has no `weight_map`", "Fetch the file again")
+    arrays: dict[str, np.ndarray] = {}
+    for name in sorted(set(where.values())):
+        shard = index.with_name(name)
+        if not shard.is_file():
+            raise WeightsError(index, f"{name}, which it names, is not there", "Fetch it as well")
+        arrays |= _read_safetensors(shard)[0]
+    lacking = sorted(set(where) - set(arrays))
+    if lacking:
+        raise WeightsError(
+            index,
+            f"{len(lacking)} tensors are in none of its files: {', '.join(lacking[:3])}",
+            "Fetch all files again, from one revision",
+        )
+    return arrays
 
 
 def _read_npz(file: pathlib.Path) -> dict[str, np.ndarray]:
