@@ -7,8 +7,9 @@
 
 ``--vision`` is an image tower of CLIP, ViT (augreg) or MAE, ``--text`` is RoBERTa or BERT; either
 is a .safetensors or .npz file in its public naming, or a folder as Hugging Face stores a model (in
-one file, or in several with their index), whose settings are then checked as well. Position tables are resized to the config. A table says of
-every tensor whether it was used, resized, new or unused; nothing is written unless all fits.
+one file, or in several with their index), whose settings are then checked as well. Position tables
+are resized to the config. A table says of every tensor whether it was used, resized, new or unused;
+nothing is written unless all fits.
 """
 
 import pathlib
