@@ -509,7 +509,7 @@ def test_keys_are_set_for_fine_tuning_alone(shell):
     flags += [f"--finetune={shell.tune}", "--set_finetune=total_steps=7", "--fractions=1"]
     assert shell(*flags) == ExitCode.OK
     assert [config.total_steps for _, config in shell.trainer.runs] == [800, 7]
-    assert "keys set for all fine-tuning: total_steps 7" in (shell.out / "compare.md").read_text()
+    assert "keys set for fine-tuning: total_steps 7" in (shell.out / "compare.md").read_text()
 
 
 def test_without_matplotlib_all_else_is_written(shell, capsys, monkeypatch):

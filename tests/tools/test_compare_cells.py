@@ -246,10 +246,16 @@ def test_config_files(tmp_path):
         "    config.name = str(arg)\n"
         "    return config\n"
     )
-    loaded = load(f"{file}:large", {"data.batch_size": 64})
+    loaded = load(f"{file}:large")
     assert (loaded.label, loaded.config.name) == ("method:large", "large")
-    assert loaded.config.data.batch_size == 64
     assert load(str(file)).label == "method"
+    # A key of all, and the same key of one, which wins wherever it stands.
+    keys = {"method:large/data.batch_size": 32, "data.batch_size": 64, "optim.b2": 0.9}
+    small, large = load_all([f"{file}:small", f"{file}:large"], keys)
+    assert (small.config.data.batch_size, large.config.data.batch_size) == (64, 32)
+    assert small.config.optim.b2 == large.config.optim.b2 == 0.9
+    with pytest.raises(CommandError, match=r"larg/seed: no config is called larg; there are \['m"):
+        load_all([f"{file}:large"], {"larg/seed": 1})
     with pytest.raises(CommandError, match="two configs are called method"):
         load_all([str(file), str(file)])
     with pytest.raises(CommandError, match=r"nowhere.py is no Python file"):

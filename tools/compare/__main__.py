@@ -325,13 +325,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LABEL",
         help="the config to compare with; repeatable: the best of them; by default the first",
     )
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="key of every CONFIG")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="key of every CONFIG, or LABEL/KEY of one; repeatable",
+    )
     add(
         "--set_finetune",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="key of every --finetune config, such as total_steps=500; repeatable",
+        help="key of every --finetune config, such as total_steps=500, or of one, such as "
+        "vqa/total_steps=500; repeatable",
     )
     add(
         "--workers",

@@ -145,16 +145,14 @@ class NamedConfig:
         return config.lock()
 
 
-def load(source: str, overrides: Overrides | None = None) -> NamedConfig:
+def load(source: str) -> NamedConfig:
     """Read a config file.
 
     Args:
         source: FILE, or FILE:ARG where ``get_config`` takes an argument.
-        overrides: values by dotted key, applied on top.
 
     Raises:
         CommandError: no such file, no ``get_config`` in it, or one that fails.
-        ConfigError: an override does not fit.
     """
     path, _, argument = source.partition(":")
     file = Path(path)
@@ -172,7 +170,7 @@ def load(source: str, overrides: Overrides | None = None) -> NamedConfig:
     except (ValueError, TypeError, LookupError, AttributeError) as error:  # of a key or of ARG
         raise CommandError(f"{source}: {_where(error, file)}{_words(error)}") from error
     label = f"{file.stem}:{argument}" if argument else file.stem
-    return NamedConfig(label, source, with_overrides(config, overrides or {}))
+    return NamedConfig(label, source, with_overrides(config, {}))
 
 
 def _where(error: Exception, file: Path) -> str:
@@ -191,15 +189,30 @@ def _words(error: BaseException) -> str:
 def load_all(sources: Iterable[str], overrides: Overrides | None = None) -> tuple[NamedConfig, ...]:
     """Read several config files whose labels must differ.
 
+    Args:
+        sources: FILE or FILE:ARG each.
+        overrides: values by dotted key, applied to all; by ``LABEL/KEY``, to one, and after them.
+
     Raises:
-        CommandError, ConfigError: as ``load``; or two have one label.
+        CommandError, ConfigError: as ``load``; or two have one label, or none has that of a key.
     """
-    loaded = tuple(load(source, overrides) for source in sources)
+    loaded = tuple(load(source) for source in sources)
     labels = [named.label for named in loaded]
     for label in labels:
         if labels.count(label) > 1:
             raise CommandError(f"two configs are called {label}; rename a file")
-    return loaded
+    own: dict[str, dict[str, Any]] = {label: {} for label in ("", *labels)}
+    for name, value in (overrides or {}).items():
+        label, _, key = name.rpartition("/")
+        if label not in own:
+            raise CommandError(f"{name}: no config is called {label}; there are {labels}")
+        own[label][key] = value
+    return tuple(
+        dataclasses.replace(
+            named, config=with_overrides(named.config, {**own[""], **own[named.label]})
+        )
+        for named in loaded
+    )
 
 
 def parse_value(text: str) -> Any:

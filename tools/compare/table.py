@@ -114,9 +114,9 @@ def _conditions(facts: Facts) -> str:
         f"- commit: {', '.join(commits) or NONE} (+: with changes)",
         f"- written: {facts['written']}",
         f"- configs: {', '.join(f'{label} = `{source}`' for label, source in configs.items())}",
-        f"- keys set for all: {_words(facts['overrides']) or 'none'}",
+        f"- keys set: {_words(facts['overrides']) or 'none'}",
         *(
-            f"- keys set for all fine-tuning: {_words(overrides)}"
+            f"- keys set for fine-tuning: {_words(overrides)}"
             for overrides in [facts["finetune_overrides"]]
             if overrides
         ),
