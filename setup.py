@@ -33,6 +33,7 @@ setup(
         "jinja2>=3.1",
         "matplotlib>=3.9",
         "ml-collections>=1.1",
+        "ml-dtypes>=0.5",
         "numpy>=2.0",
         "opencv-python-headless>=4.10",
         "optax>=0.2.6",

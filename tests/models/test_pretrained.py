@@ -268,6 +268,91 @@ def test_damaged_or_foreign_towers_are_refused(change: Any, message: str) -> Non
         image_of(weights_of("clip", change), model)
 
 
+def test_a_tensor_that_clip_always_has_cannot_be_configured_away() -> None:
+    """Without the check, the config that the error asks for gives a tower with other outputs."""
+    weights = weights_of("clip", without("vision_model.pre_layrnorm"))
+    with pytest.raises(WeightsError, match=r"2 tensors are missing: vision_model\.pre_layrnorm"):
+        image_of(weights, model_for(config_for()))
+    with pytest.raises(ConfigError, match=r"model\.image\.pre_norm: is False"):
+        image_of(weights, model_for(config_for(**{"model.image.pre_norm": False})))
+
+
+def added(name: str, *shape: int) -> Callable[[Arrays], Arrays]:
+    return lambda arrays: {**arrays, name: np.ones(shape, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("timm", added("blocks.0.ls1.gamma", 16), r"hold 1 tensors .*blocks\.0\.ls1\.gamma"),
+        ("timm", added("blocks.1.attn.q_norm.weight", 8), r"hold 1 tensors .*q_norm"),
+        ("timm", added("blocks.0.1.mlp.fc1.weight", 24, 16), r"hold 1 tensors .*blocks\.0\.1"),
+        ("timm", added("patch_embed.proj.weight", 16, 1, 4, 4), r"proj\.weight reads \[1, 4, 4\]"),
+        ("timm", added("pos_embed", 1, 17, 15), r"pos_embed \[1, 17, 15\] cannot become"),
+        ("timm", without("blocks."), r"blocks named blocks\.0"),
+        ("npz", added("embedding/kernel", 1, 1, 1024, 16), r"kernel reads \[1024, 1, 1\]"),
+        ("npz", added("Transformer/encoderblock_0/x", 2), r"hold 1 tensors .*block_0/x"),
+    ],
+)
+def test_towers_of_another_architecture_are_refused(
+    family: str, change: Callable[[Arrays], Arrays], message: str
+) -> None:
+    naming = OTHER_NAMINGS[family][1]
+    weights = weights_of("vit", lambda arrays: change(naming(arrays)))
+    with pytest.raises(WeightsError, match=f"of another architecture: .*{message}"):
+        image_of(weights, model_for(config_for("vit")))
+
+
+def test_a_resnet_of_clip_is_refused() -> None:
+    arrays = {"visual.conv1.weight": np.ones((32, 3, 3, 3), np.float32)}
+    weights = Weights(FOLDER / "rn50.safetensors", arrays, {})
+    with pytest.raises(WeightsError, match=r"another architecture: .*transformer\.resblocks\.0"):
+        convert_image(weights, model_for(config_for()).config, FED)
+
+
+@pytest.mark.parametrize("part", ["crossattention.self.query", "attention.self.distance_embedding"])
+def test_text_blocks_of_another_architecture_are_refused(part: str) -> None:
+    name = f"roberta.encoder.layer.1.{part}.weight"
+    weights = weights_of("roberta", added(name, 16, 16))
+    with pytest.raises(WeightsError, match=f"another architecture: .*{name}"):
+        convert_text(weights, text_config(), SPECIALS["roberta"])
+
+
+def test_clip_in_the_naming_of_timm_has_no_bias_of_patches() -> None:
+    norm = np.arange(32, dtype=np.float32).reshape(2, 16)
+
+    def to_clip(arrays: Arrays) -> Arrays:
+        rest = without("patch_embed.proj.bias")(to_timm(arrays))
+        return {**rest, "norm_pre.weight": norm[0], "norm_pre.bias": norm[1]}
+
+    weights = weights_of("vit", to_clip)
+    model = model_for(config_for("vit", **{"model.image.pre_norm": True}))
+    params = convert_image(weights, model.config, FED, PIXELS["clip"]).params
+    np.testing.assert_array_equal(params["image_tower/pre_norm/scale"], norm[0])
+    assert not params["image_tower/patch_embedding/bias"].any()
+
+
+def test_the_encoder_of_mae_alone_is_known_by_its_settings() -> None:
+    weights = weights_of("mae", without("decoder."))
+    model = model_for(config_for("mae"))
+    settings = {"model_type": "vit_mae"}
+    converted = convert_image(Weights(weights.file, weights.arrays, settings), model.config, FED)
+    assert converted.family == "MAE (transformers)"
+    np.testing.assert_array_equal(
+        converted.params["image_tower/patch_embedding/kernel"],
+        image_of(weights_of("mae"), model).params["image_tower/patch_embedding/kernel"],
+    )
+
+
+def test_heads_and_activations_that_nothing_states_are_noted() -> None:
+    def notes(family: str, change: Callable[[Arrays], Arrays] = dict) -> str:
+        return " ".join(image_of(weights_of(family, change), model_for(config_for(family))).notes)
+
+    assert "config.model.image.heads is 2" in notes("vit")
+    assert "heads" not in notes("vit", to_npz)  # the shapes there tell
+    assert "LAION" in notes("clip", to_open_clip)
+
+
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
@@ -337,6 +422,11 @@ def test_another_vocabulary_is_refused() -> None:
     missing = Weights(weights.file, without("roberta.embeddings.word")(weights.arrays), {})
     with pytest.raises(WeightsError, match=r"missing: roberta.embeddings.word_embeddings.weight"):
         convert_text(missing, text_config(), specials)
+    headless = weights_of(
+        "bert", lambda there: {k: v for k, v in there.items() if not k.startswith("cls.")}
+    )
+    with pytest.raises(WeightsError, match=r"without the head of its pretraining.*--mlm_head out"):
+        convert_text(headless, text_config(), SPECIALS["bert"], mlm_head=True)
 
 
 def test_pickles_and_damaged_files_are_refused(tmp_path: pathlib.Path) -> None:
@@ -350,6 +440,8 @@ def test_pickles_and_damaged_files_are_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(WeightsError, match="no kind of weights"):
         read_weights(file("model.h5", b"HDF"))
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors not found"):
+        read_weights(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there is model\.pkl, model\.pt, pytorch_model"):
         read_weights(tmp_path)
     whole = (FOLDER / "vit.safetensors").read_bytes()
     for content in (whole[:100], whole[:-4], b""):
@@ -398,6 +490,12 @@ def test_npz_is_read(tmp_path: pathlib.Path) -> None:
     read = read_weights(tmp_path / "vit.npz").arrays
     assert read.keys() == arrays.keys()
     assert all((read[name] == arrays[name]).all() for name in arrays)
+    # NumPy forgets the name of a dtype that it does not know, and keeps two bytes.
+    half = {name: array.astype(ml_dtypes.bfloat16) for name, array in arrays.items()}
+    np.savez(tmp_path / "half.npz", **half)
+    for name, array in read_weights(tmp_path / "half.npz").arrays.items():
+        assert array.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(array, half[name])
 
 
 def tokenizer_json(*words: str) -> str:

@@ -10,6 +10,7 @@ lower half of the text stack (FLM fact sheet, section 1), and their MLM head if 
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from vlp_jax.models.pretrained.pixels import PIXELS, Pixels
 from vlp_jax.models.vision_language import VisionLanguageConfig
 
 _PATCH = "image_tower/patch_embedding"
+_USUAL_HEAD = 64  # features of a head, where neither shapes nor settings tell
 _WORDS = "embeddings.word_embeddings.weight"
 # Names of activations in the settings of transformers -> ours.
 _ACTIVATIONS = {
@@ -174,7 +176,7 @@ def convert_image(
         ConfigError: the config describes another geometry.
     """
     there = weights.arrays
-    if "Transformer/encoder_norm/scale" in there:
+    if any(name.startswith(_NPZ_BLOCKS) for name in there):
         return _convert_npz(weights, config, fed, trained)
     for family in _IMAGE_FAMILIES:
         for prefix in family.prefixes:
@@ -216,6 +218,8 @@ def convert_text(
         raise _missing(weights, [words])
     vocab_size, width = there[words].shape
     depth = _depth(there, f"{prefix}encoder.layer.", "attention.output.dense.weight")
+    if not depth:
+        raise _foreign(weights, f"{title} has blocks named {prefix}encoder.layer.0, not there")
     roberta = title == "RoBERTa"
     _check_vocabulary(weights, vocab_size, config, special_ids, roberta)
     section = "model.text"
@@ -228,8 +232,16 @@ def convert_text(
     default_eps = 1e-5 if roberta else 1e-12
     notes = _check_block(weights, section, config.text, weights.settings, "gelu", default_eps)
     leaves = list(_text_leaves(there, prefix, config, depth, first_row=2 if roberta else 0))
+    _refuse_surplus(weights, leaves, f"{prefix}encoder.layer.", depth)
     if mlm_head:
-        leaves += _mlm_head(there, words, config, roberta)
+        head = list(_mlm_head(there, words, config, roberta))
+        if there.keys().isdisjoint(name for leaf in head for name in leaf.sources if name != words):
+            raise WeightsError(
+                weights.file,
+                f"{title} without the head of its pretraining",
+                "Leave --mlm_head out, or give weights that were saved with it (...ForMaskedLM)",
+            )
+        leaves += head
     params, sources = _make(weights, leaves)
     return Converted(weights, title, params, sources, notes)
 
@@ -339,15 +351,22 @@ def _convert_torch_image(
     trained: Pixels | None,
 ) -> Converted:
     there = weights.arrays
-    mae = any(name.startswith(("decoder.", "decoder_")) for name in there)
+    mae = weights.settings.get("model_type") == "vit_mae" or any(
+        name.startswith(("decoder.", "decoder_")) for name in there
+    )
     title = family.title.replace("ViT", "MAE") if mae else family.title
     blocks = prefix + family.blocks
-    pre_norm = prefix + family.pre_norm if family.pre_norm else ""
     patch = f"{prefix}{family.patch}.weight"
-    if patch not in there:
-        raise _missing(weights, [patch])
     hidden = there.get(f"{blocks}0.{family.block.mlp_in}.weight")
     depth = _depth(there, blocks, f"{family.block.mlp_in}.weight")
+    if not depth:
+        raise _foreign(weights, f"{title} has blocks named {blocks}0, and these are not there")
+    if patch not in there:
+        raise _missing(weights, [patch])
+    _expect_patches(weights, patch, there[patch].shape[1:])
+    clip = family in (_CLIP, _OPEN_CLIP)
+    pre_norm = prefix + family.pre_norm
+    has_pre_norm = clip or f"{pre_norm}.weight" in there  # timm has CLIP's towers as well
     notes = _check_image(
         weights,
         config,
@@ -355,10 +374,15 @@ def _convert_torch_image(
         patch_size=there[patch].shape[-1],
         depth=depth,
         mlp_width=None if hidden is None else len(hidden),
-        pre_norm=bool(pre_norm) and f"{pre_norm}.weight" in there,
+        pre_norm=has_pre_norm,
         activation=family.activation,
         norm_eps=family.norm_eps,
     )
+    if family is _OPEN_CLIP and config.image.block.activation == family.activation:
+        notes += (
+            f"config.model.image.activation is {family.activation!r}, as in OpenAI's weights; "
+            "most of open_clip's own (LAION, DataComp) have 'gelu', and the names do not tell",
+        )
     width = config.image.block.width
     leaves = [
         Leaf(
@@ -373,11 +397,11 @@ def _convert_torch_image(
         *naming.norm("image_tower/norm", prefix + family.norm, there),
     ]
     bias = f"{prefix}{family.patch}.bias"
-    if family in (_CLIP, _OPEN_CLIP):  # the convolution has no bias there
+    if clip or (has_pre_norm and bias not in there):  # the convolution of CLIP has no bias
         leaves.append(Leaf(f"{_PATCH}/bias", (patch,), lambda kernel: np.zeros(len(kernel))))
     else:
         leaves.append(Leaf(f"{_PATCH}/bias", (bias,), naming.same))
-    if config.image.pre_norm:
+    if has_pre_norm:
         leaves += naming.norm("image_tower/pre_norm", pre_norm, there)
     for layer in range(depth):
         leaves += naming.torch_block(
@@ -387,7 +411,8 @@ def _convert_torch_image(
             config.image.block.heads,
             there,
         )
-    if family in (_CLIP, _OPEN_CLIP):
+    _refuse_surplus(weights, leaves, blocks, depth)
+    if clip:
         usual: Pixels | None = PIXELS["clip"]
     else:
         usual = PIXELS["imagenet"] if mae else None  # other ViTs of these namings differ
@@ -402,7 +427,9 @@ def _convert_npz(
     absent = [name for name in (kernel, hidden) if name not in there]
     if absent:
         raise _missing(weights, absent)
+    _expect_patches(weights, kernel, there[kernel].transpose(2, 0, 1, 3).shape[:3])
     depth = _depth(there, _NPZ_BLOCKS, "MlpBlock_3/Dense_0/kernel", separator="/")
+    query = there.get(f"{_NPZ_BLOCKS}0/MultiHeadDotProductAttention_1/query/kernel")
     notes = _check_image(
         weights,
         config,
@@ -413,10 +440,8 @@ def _convert_npz(
         pre_norm=False,
         activation="gelu",
         norm_eps=1e-6,
+        heads=None if query is None else query.shape[1],
     )
-    query = there.get(f"{_NPZ_BLOCKS}0/MultiHeadDotProductAttention_1/query/kernel")
-    if query is not None:
-        _expect(weights, "model.image.heads", config.image.block.heads, query.shape[1])
     leaves = [
         Leaf("image_tower/class_token", ("cls",), naming.same),
         Leaf(IMAGE_POSITIONS, ("Transformer/posembed_input/pos_embedding",), naming.same),
@@ -426,6 +451,7 @@ def _convert_npz(
     ]
     for layer in range(depth):
         leaves += naming.jax_block(f"image_tower/block_{layer:02d}", f"{_NPZ_BLOCKS}{layer}/")
+    _refuse_surplus(weights, leaves, _NPZ_BLOCKS, depth, separator="/")
     title = "ViT (npz of its authors)"
     return _with_pixels(weights, title, leaves, notes, fed, trained, PIXELS["half"])
 
@@ -473,14 +499,49 @@ def _make(
     absent = {name: None for leaf in leaves for name in leaf.sources if name not in weights.arrays}
     if absent:
         raise _missing(weights, list(absent))
-    params = {
-        leaf.path: np.ascontiguousarray(
-            leaf.make(*(weights.arrays[name].astype(np.float32) for name in leaf.sources)),
-            np.float32,
-        )
-        for leaf in leaves
-    }
+    params = {leaf.path: _make_one(weights, leaf) for leaf in leaves}
     return params, {leaf.path: leaf.sources for leaf in leaves}
+
+
+def _make_one(weights: Weights, leaf: Leaf) -> np.ndarray:
+    there = [weights.arrays[name] for name in leaf.sources]
+    try:
+        made = leaf.make(*(array.astype(np.float32) for array in there))
+    except ValueError as error:
+        shapes = ", ".join(f"{n} {list(a.shape)}" for n, a in zip(leaf.sources, there, strict=True))
+        raise _foreign(weights, f"{shapes} cannot become {leaf.path} ({error})") from error
+    return np.ascontiguousarray(made, np.float32)
+
+
+def _refuse_surplus(
+    weights: Weights, leaves: Iterable[Leaf], prefix: str, depth: int, separator: str = "."
+) -> None:
+    """Refuse blocks that compute what ours do not, such as layer scales or cross-attention.
+
+    Left out, such a tensor would leave a model with other outputs than the checkpoint's.
+
+    Args:
+        weights: of the checkpoint.
+        leaves: all that is made of it.
+        prefix: of the names of blocks, up to their number.
+        depth: how many blocks there are.
+        separator: between the number of a block and the names of its parts.
+    """
+    known = {name for leaf in leaves for name in leaf.sources}
+    blocks = tuple(f"{prefix}{layer}{separator}" for layer in range(depth))
+    surplus = [name for name in weights.arrays if name.startswith(blocks) and name not in known]
+    if surplus:
+        raise _foreign(
+            weights, f"its blocks hold {len(surplus)} tensors that ours lack: {_some(surplus)}"
+        )
+
+
+def _expect_patches(weights: Weights, name: str, shape: tuple[int, ...]) -> None:
+    """Refuse what is no embedding of square RGB patches; ``shape`` is [channels, p, p]."""
+    if len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2]:
+        raise _foreign(
+            weights, f"{name} reads {list(shape)} (channels, height, width), no square RGB patches"
+        )
 
 
 def _check_image(
@@ -494,6 +555,7 @@ def _check_image(
     pre_norm: bool,
     activation: str,
     norm_eps: float,
+    heads: int | None = None,
 ) -> tuple[str, ...]:
     """Compare the geometry of a checkpoint with the config; returns notes."""
     c, section = config.image, "model.image"
@@ -505,8 +567,11 @@ def _check_image(
     _expect(weights, f"{section}.pre_norm", c.pre_norm, pre_norm)
     _expect(weights, f"{section}.norm", c.block.norm, "pre")
     _expect_depth(weights, f"{section}.depth", c.depth, depth)
+    if heads is not None:
+        _expect(weights, f"{section}.heads", c.block.heads, heads)
     settings = weights.settings.get("vision_config") or weights.settings
-    return _check_block(weights, section, c.block, settings, activation, norm_eps)
+    known = heads is not None
+    return _check_block(weights, section, c.block, settings, activation, norm_eps, known)
 
 
 def _check_block(
@@ -516,11 +581,18 @@ def _check_block(
     settings: Mapping[str, Any],
     usual_activation: str,
     usual_eps: float,
+    heads_known: bool = False,
 ) -> tuple[str, ...]:
     """What shapes do not show: heads, activation and the norms' epsilon."""
     notes = []
     if "num_attention_heads" in settings:
         _expect(weights, f"{section}.heads", block.heads, settings["num_attention_heads"])
+    elif not heads_known and block.width != block.heads * _USUAL_HEAD:
+        notes.append(
+            f"config.{section}.heads is {block.heads}, so that a head has "
+            f"{block.width // block.heads} features; the weights do not say how many they were "
+            f"trained with, most public ones with {_USUAL_HEAD}: give their folder with config.json"
+        )
     if "hidden_act" in settings:
         stated = _ACTIVATIONS.get(settings["hidden_act"], settings["hidden_act"])
         _expect(weights, f"{section}.activation", block.activation, stated)
@@ -555,17 +627,22 @@ def _expect_depth(weights: Weights, key: str, ours: int, theirs: int) -> None:
 
 def _depth(there: Iterable[str], prefix: str, suffix: str, separator: str = ".") -> int:
     """Number of blocks: one more than the highest that is there."""
-    numbers = [
-        int(name.removeprefix(prefix).removesuffix(separator + suffix))
-        for name in there
-        if name.startswith(prefix) and name.endswith(separator + suffix)
-    ]
-    return max(numbers, default=-1) + 1
+    number = re.compile(re.escape(prefix) + r"(\d+)" + re.escape(separator + suffix))
+    found = [match for match in map(number.fullmatch, there) if match]
+    return max((int(match[1]) for match in found), default=-1) + 1
 
 
 def _pad_rows(table: np.ndarray, rows: int) -> np.ndarray:
     """Zeros below a table [V, ...], up to ``rows``."""
     return np.pad(table, [(0, rows - len(table)), *[(0, 0)] * (table.ndim - 1)])
+
+
+def _foreign(weights: Weights, problem: str) -> WeightsError:
+    return WeightsError(
+        weights.file,
+        f"of another architecture: {problem}",
+        "Give weights of CLIP's ViT, ViT (augreg), MAE, RoBERTa or BERT",
+    )
 
 
 def _missing(weights: Weights, names: list[str]) -> WeightsError:

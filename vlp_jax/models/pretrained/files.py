@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -101,8 +102,9 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
         raise WeightsError(
             file,
             "a pickle, which can run any code when it is read",
-            "Convert it where you trust it: safetensors.torch.save_file(torch.load(FILE, "
-            "weights_only=True), 'model.safetensors')",
+            "Convert it where you trust it: safetensors.torch.save_file({name: tensor.clone() for "
+            "name, tensor in torch.load(FILE, weights_only=True).items()}, 'model.safetensors'); "
+            "MAE and open_clip keep their tensors one level deeper, in ['model'] or ['state_dict']",
         )
     if file.name == INDEX_FILE:
         arrays = _read_shards(file)
@@ -208,8 +210,11 @@ def _locate(path: str | os.PathLike[str]) -> pathlib.Path:
     given = pathlib.Path(path)
     file = given / WEIGHTS_FILE if given.is_dir() else given
     if not file.is_file():
+        kinds = (".safetensors", ".npz", *_PICKLES)
+        others = sorted(f.name for f in given.glob("*") if f.suffix in kinds)
         raise FileNotFoundError(
             f"{file} not found; give a .safetensors or .npz file, or a folder with {WEIGHTS_FILE}"
+            + (f"; there is {', '.join(others)}" if others else "")
         )
     return file
 
@@ -248,11 +253,16 @@ def _read_npz(file: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         # Opened here: np.load leaves a damaged file open.
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
-            return {name: content[name] for name in content.files}
+            return {name: _restored(content[name]) for name in content.files}
     except (zipfile.BadZipFile, ValueError, EOFError) as error:
         raise WeightsError(
             file, f"damaged, or with pickled objects inside ({error})", "Fetch the file again"
         ) from error
+
+
+def _restored(array: np.ndarray) -> np.ndarray:
+    """A bfloat16 array, which NumPy stores as two bytes of unknown meaning, is one again."""
+    return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
 
 def _read_settings(file: pathlib.Path) -> dict[str, Any]:
