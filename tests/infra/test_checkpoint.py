@@ -154,6 +154,18 @@ def test_a_checkpoint_without_metrics_is_no_candidate_for_the_best(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"1", "3"}
 
 
+def test_a_checkpoint_may_be_ranked_after_it_was_saved(tmp_path):
+    with Checkpoints(tmp_path, keep_latest=1, best_metric="acc") as checkpoints:
+        checkpoints.save(1, make_state(), {"acc": 0.1})
+        checkpoints.save(2, make_state())
+        checkpoints.rank(2, {"acc": 0.9})
+        checkpoints.save(3, make_state(), {"acc": 0.5})
+    assert load_params(tmp_path, "best").step == 2
+    with Checkpoints(tmp_path, keep_latest=1, best_metric="acc") as checkpoints:
+        checkpoints.save(4, make_state(), {"acc": 0.6})
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "4"}
+
+
 def test_an_absent_best_metric_is_named(tmp_path):
     with (
         Checkpoints(tmp_path, best_metric="acc") as checkpoints,

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from vlp_jax.infra.preemption import ExitCode, PreemptionGuard
+from vlp_jax.infra.preemption import ExitCode, Interrupted, PreemptionGuard
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -19,6 +19,25 @@ def test_the_first_signal_sets_the_flag(number):
         assert guard.requested
         assert signal.getsignal(number) == before  # the next one is not caught
     assert signal.getsignal(number) == before
+
+
+def test_work_that_is_done_again_is_cut_short():
+    done = []
+
+    def work(name, *, signalled=False):
+        with guard.interrupting():
+            if signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
+            done.append(name)
+
+    with PreemptionGuard() as guard:
+        work("before")
+        with pytest.raises(Interrupted):
+            work("cut short", signalled=True)
+        assert guard.requested
+        with pytest.raises(Interrupted):
+            work("not begun")
+    assert done == ["before"]
 
 
 def test_handlers_come_back_without_a_signal():

@@ -203,6 +203,23 @@ class Checkpoints:
             )
         return True
 
+    def rank(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add the metrics of a checkpoint that was saved before it was evaluated.
+
+        Args:
+            step: of a checkpoint that is there.
+            metrics: evaluated for its state.
+        """
+        self.wait()
+        root = self.directory / str(step)
+        values = {name: float(value) for name, value in metrics.items()}
+        self._scores[step] = _score(values, self._best_metric, self._best_mode)
+        if jax.process_index() == 0:
+            manifest = dataclasses.replace(_read_manifest(root), metrics=values)
+            fresh = root / f"{MANIFEST}.new"
+            fresh.write_text(json.dumps(dataclasses.asdict(manifest)))
+            fresh.replace(root / MANIFEST)
+
     def restore_latest(self, abstract_state: Any) -> Restored | None:
         """Restore the newest sound checkpoint, on whatever devices the abstract state names.
 

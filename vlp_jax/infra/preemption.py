@@ -1,9 +1,11 @@
 """Leaving a run in order: signals become a flag, and every outcome has its exit code."""
 
+import contextlib
 import enum
 import logging
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -37,6 +39,13 @@ class ExitCode(enum.IntEnum):
     PREEMPTED = 75
 
 
+class Interrupted(BaseException):
+    """A signal has cut short what ran within ``PreemptionGuard.interrupting``.
+
+    No ``Exception``, as KeyboardInterrupt is none: nobody means to catch it by accident.
+    """
+
+
 class PreemptionGuard:
     """Turns the first SIGTERM or SIGINT into a flag that the training loop polls.
 
@@ -56,12 +65,28 @@ class PreemptionGuard:
 
     def __init__(self) -> None:
         self._requested = threading.Event()
+        self._interrupting = False
         self._old_handlers: dict[signal.Signals, Any] = {}
 
     @property
     def requested(self) -> bool:
         """Whether a signal has come."""
         return self._requested.is_set()
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Within, a signal does not wait: it raises ``Interrupted``, wherever the work is.
+
+        For long work that changes nothing and that a later run does again, such as an evaluation.
+        It must not be collective: the other processes would wait for this one.
+        """
+        self._interrupting = True
+        try:
+            if self.requested:
+                raise Interrupted
+            yield
+        finally:
+            self._interrupting = False
 
     def __enter__(self) -> Self:
         for number in SIGNALS:
@@ -80,10 +105,12 @@ class PreemptionGuard:
         self._requested.set()
         self._restore()
         logger.warning(
-            "%s: saving after this step, then leaving with code %d; a second signal ends at once",
+            "%s: saving, then leaving with code %d; a second signal ends at once",
             signal.Signals(number).name,
             ExitCode.PREEMPTED,
         )
+        if self._interrupting:
+            raise Interrupted
 
     def _restore(self) -> None:
         # Taken first: another signal may come, and call this, while handlers are put back.

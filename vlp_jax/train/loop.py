@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,9 +23,10 @@ from vlp_jax.infra.compilation import CompiledSteps, enable_compile_cache
 from vlp_jax.infra.hardware import measure_matmul_peak, memory
 from vlp_jax.infra.mesh import global_batch
 from vlp_jax.infra.metrics import MetricWriter, open_writer, read_metrics, results_table, strict
-from vlp_jax.infra.preemption import ExitCode, PreemptionGuard
+from vlp_jax.infra.preemption import ExitCode, Interrupted, PreemptionGuard
 from vlp_jax.infra.profiling import ProfilerWindow
 from vlp_jax.infra.report import write_report
+from vlp_jax.objectives.base import Params
 from vlp_jax.train.facts import facts_table, loaded_table, now, run_facts, write_facts
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import to_steps
@@ -35,6 +36,9 @@ from vlp_jax.train.step import StepFunction
 
 # Steps that may wait on the device: enough to hide the host, few enough to hold few batches.
 QUEUED_STEPS = 2
+
+# Of a checkpoint: whether what was due at its step was evaluated.
+_EVALUATED = "evaluated"
 
 _matmul_peak = functools.cache(measure_matmul_peak)  # once for all runs of a process
 
@@ -171,7 +175,12 @@ def train(setup: Setup) -> ExitCode:
         guard = stack.enter_context(PreemptionGuard())
         queue: collections.deque[Any] = collections.deque()
         clock, step = Clock(), start
-        evaluated: dict[str, float] = {}
+        evaluated: dict[str, float] | None = {}  # None: a signal came before the end
+        if restored is not None and not restored.extra.get(_EVALUATED, True):
+            evaluated = _evaluate(setup, state, step, writer, guard)
+            if evaluated:
+                state = program.observe(state, evaluated)
+                checkpoints.rank(step, _ranked(setup, evaluated))
         # Without jit, the constants of a step are transfers.
         guarded = "allow" if config.debug else "disallow"
         while step < total and not guard.requested:
@@ -207,20 +216,21 @@ def train(setup: Setup) -> ExitCode:
                 clock = Clock()
 
             with clock.pausing():
-                evaluated = _evaluate(setup, state, step, writer)
+                evaluated = _evaluate(setup, state, step, writer, guard)
                 if evaluated:
                     state = program.observe(state, evaluated)
-                if step % save_every == 0 and step < total:
+                if step % save_every == 0 and step < total and evaluated is not None:
                     checkpoints.save(
                         step, state, _ranked(setup, evaluated), setup.checkpoint_extra()
                     )
 
         # Save and report. ------------------------------------------------------------------------
-        preempted = step < total
-        checkpoints.save(step, state, _ranked(setup, evaluated), setup.checkpoint_extra())
+        extra = setup.checkpoint_extra() | {_EVALUATED: evaluated is not None}
+        checkpoints.save(step, state, _ranked(setup, evaluated or {}), extra)
         checkpoints.wait()
+        preempted = step < total or evaluated is None
         if not preempted:
-            _evaluate_best(setup, checkpoints, step, writer)
+            preempted = not _evaluate_best(setup, checkpoints, step, writer, guard)
         facts |= {
             "status": "preempted" if preempted else "finished",
             "step": step,
@@ -255,25 +265,33 @@ def _compile(setup: Setup, primary: bool) -> CompiledSteps[StepBucket, StepFunct
     return steps
 
 
-def _evaluate(setup: Setup, state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
-    """Run the evaluators that are due, on the moving average where there is one."""
-    values: dict[str, float] = {}
-    for name, evaluator in setup.evaluators.items():
-        every = setup.eval_steps[name]
-        if name in setup.on_best:
-            continue
-        if step == setup.total_steps or (every and step % every == 0):
-            params = state.extras["ema"] or state.params
-            values |= {f"{name}/{key}": value for key, value in evaluator.run(params, step)}
+def _evaluate(
+    setup: Setup, state: TrainState, step: int, writer: MetricWriter, guard: PreemptionGuard
+) -> dict[str, float] | None:
+    """Run the evaluators that are due, on the moving average where there is one.
+
+    Returns:
+        Their figures, none where none is due; None where a signal has cut them short.
+    """
+    params = state.extras["ema"] or state.params
+    due = [
+        name
+        for name, every in setup.eval_steps.items()
+        if name not in setup.on_best
+        and (step == setup.total_steps or (every and step % every == 0))
+    ]
+    values = _run(setup, due, params, step, guard)
     if values:
         writer.write(step, values)
     return values
 
 
-def _evaluate_best(setup: Setup, checkpoints: Checkpoints, step: int, writer: MetricWriter) -> None:
-    """Run the evaluators that ask for the best checkpoint, once it is known."""
+def _evaluate_best(
+    setup: Setup, checkpoints: Checkpoints, step: int, writer: MetricWriter, guard: PreemptionGuard
+) -> bool:
+    """Run the evaluators that ask for the best checkpoint; False where a signal cut them short."""
     if not setup.on_best:
-        return
+        return True
     subtree = "extras/ema" if setup.config.optim.ema_decay else "params"
     best = load_params(checkpoints.directory, "best", subtree)
     params = jax.tree.map(
@@ -281,11 +299,30 @@ def _evaluate_best(setup: Setup, checkpoints: Checkpoints, step: int, writer: Me
         best.state,
         setup.program.state_spec.params,
     )
+    values = _run(setup, sorted(setup.on_best), params, best.step, guard)
+    if values is not None:
+        writer.write(step, values | {f"{name}/step": best.step for name in setup.on_best})
+    return values is not None
+
+
+def _run(
+    setup: Setup, names: Iterable[str], params: Params, step: int, guard: PreemptionGuard
+) -> dict[str, float] | None:
+    """The figures of some evaluators; None where a signal has cut them short.
+
+    Of several processes, one must not leave the others alone in a collective: there, the signal
+    waits for the end.
+    """
+    alone = jax.process_count() == 1
     values: dict[str, float] = {}
-    for name in sorted(setup.on_best):
-        ran = setup.evaluators[name].run(params, best.step)
-        values |= {f"{name}/{key}": value for key, value in ran} | {f"{name}/step": best.step}
-    writer.write(step, values)
+    try:
+        with guard.interrupting() if alone else contextlib.nullcontext():
+            for name in names:
+                ran = setup.evaluators[name].run(params, step)
+                values |= {f"{name}/{key}": value for key, value in ran}
+    except Interrupted:
+        return None
+    return values
 
 
 def _ranked(setup: Setup, evaluated: Mapping[str, float]) -> Mapping[str, float]:
