@@ -50,10 +50,10 @@ from vlp_jax.infra.compilation import set_gpu_flags
 from vlp_jax.infra.hardware import device_facts
 from vlp_jax.infra.mesh import make_mesh
 from vlp_jax.models.decoding import project_image_flops
-from vlp_jax.models.flops import block_flops
+from vlp_jax.models.flops import block_flops, image_flops
 from vlp_jax.models.sizes import build_model
 from vlp_jax.models.vision_language import VisionLanguageModel
-from vlp_jax.objectives.base import Params, encode_image, image_flops
+from vlp_jax.objectives.base import Params, encode_image
 from vlp_jax.objectives.contrastive import ITC, ITM
 from vlp_jax.objectives.readout import EncodedText, Kind
 from vlp_jax.predict import Predictor

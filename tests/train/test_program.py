@@ -10,7 +10,7 @@ from tiny import BATCH, IMAGE_SIZE, TOKENS, make_program, tiny_config
 from vlp_jax.compress.buckets import Bucket, StepBucket
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import make_mesh
-from vlp_jax.objectives.base import image_flops
+from vlp_jax.models.flops import image_flops
 from vlp_jax.objectives.flm import FLM
 from vlp_jax.train import program as program_module
 

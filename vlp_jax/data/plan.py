@@ -210,12 +210,6 @@ class Plan:
         sizes = [planned.source.num_records for planned in self.sources]
         return None if None in sizes else sum(size for size in sizes if size is not None)
 
-    @property
-    def steps_per_epoch(self) -> int | None:
-        """Steps that read as many examples as there are images; None if a source is unbounded."""
-        examples = self.examples_per_epoch
-        return None if examples is None else -(-examples // self.batch_size)
-
     def padding_waste(self, num_batches: int) -> float:
         """Share of text tokens that are padding in the first ``num_batches`` batches."""
         used = padded = 0
@@ -318,7 +312,7 @@ class Plan:
 
 
 class EvalPlan:
-    """A fixed set: the first records of a source in a fixed order, every row exactly once.
+    """A fixed set: the first records of a source, each with its first caption, exactly once.
 
     Rows are grouped by the edge their text is padded to; the last batch of each group is filled
     up with rows that are not valid. One edge gives a single bucket.
@@ -339,7 +333,6 @@ class EvalPlan:
         batch_size: int,
         edges: Sequence[int],
         image_size: int,
-        all_captions: bool = False,
     ):
         """Plans the whole set.
 
@@ -349,7 +342,6 @@ class EvalPlan:
             batch_size: rows of a global batch.
             edges: increasing text lengths to pad to.
             image_size: side of the image in pixels.
-            all_captions: whether to take every caption of a record, and not only the first.
 
         Raises:
             ValueError: a number is out of range; the message names its config key.
@@ -364,10 +356,6 @@ class EvalPlan:
         available = source.source.num_records
         record = np.arange(num_records if available is None else min(num_records, available))
         caption = np.zeros_like(record)
-        if all_captions:
-            counts = source.source.num_captions(record)
-            record = np.repeat(record, counts)
-            caption = np.concatenate([np.arange(count) for count in counts])
         length = source.captions.lengths(record, caption)
         edge = _padded_to(self.edges, length)
         groups = [np.flatnonzero(edge == one) for one in self.edges]

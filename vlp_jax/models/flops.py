@@ -47,6 +47,13 @@ def vit_flops(config: ViTConfig) -> float:
     return stem + config.depth * block_flops(config.block, config.tokens, config.tokens)
 
 
+def image_flops(config: VisionLanguageConfig) -> float:
+    """Forward FLOPs of encoding one image: the tower, and the projection of its tokens."""
+    image = config.image
+    projection = 2.0 * image.tokens * image.block.width * config.text.width
+    return vit_flops(image) + projection
+
+
 def text_flops(config: VisionLanguageConfig, tokens: float, streams: int) -> float:
     """Forward FLOPs of both halves of the text stack for one example."""
     text, image = config.text, config.image

@@ -10,9 +10,8 @@ from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import Batch
 from vlp_jax.models.dropout import dropout_noise
-from vlp_jax.models.flops import vit_flops
 from vlp_jax.models.layers import Noise
-from vlp_jax.models.vision_language import VisionLanguageConfig, VisionLanguageModel
+from vlp_jax.models.vision_language import VisionLanguageModel
 
 Params = Any  # nested dict of float32 arrays
 Extras = Any  # nested dict of whatever an objective carries beside its parameters
@@ -166,13 +165,6 @@ def encode_image(
         return image_tokens(model, batch, noise)
 
     return nn.apply(forward, model)({"params": params})
-
-
-def image_flops(config: VisionLanguageConfig) -> float:
-    """Forward FLOPs of encoding one image: the tower, and the projection of its tokens."""
-    image = config.image
-    projection = 2.0 * image.tokens * image.block.width * config.text.width
-    return vit_flops(image) + projection
 
 
 def zeros(spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

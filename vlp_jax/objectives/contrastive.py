@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import Batch
-from vlp_jax.models.flops import block_flops, vit_flops
+from vlp_jax.models.flops import block_flops, image_flops, vit_flops
 from vlp_jax.models.heads import ClassificationHead, ContrastiveHead, apply_head
 from vlp_jax.models.masks import bidirectional_mask
 from vlp_jax.models.vision_language import VisionLanguageModel
@@ -33,7 +33,6 @@ from vlp_jax.objectives.base import (
     batch_noise,
     encode_image,
     example_keys,
-    image_flops,
     zeros,
 )
 from vlp_jax.objectives.readout import EncodedText, Kind, Readout

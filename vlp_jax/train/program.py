@@ -15,9 +15,9 @@ from vlp_jax.data.batch import FIELDS, batch_spec
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.mesh import batch_sharding, check_batch_size, replicated
 from vlp_jax.infra.sharding import shardings
+from vlp_jax.models.flops import image_flops
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives
-from vlp_jax.objectives.base import image_flops
 from vlp_jax.train.optim import optimizer
 from vlp_jax.train.schedule import Budget, learning_rate
 from vlp_jax.train.state import TrainState

@@ -11,6 +11,7 @@ pictures that nothing can be asked about are passed over for others of the same 
 after all records one would use. No picture is in two splits, for its key names the split.
 """
 
+import abc
 import collections
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -50,7 +51,7 @@ class Example(NamedTuple):
     target: int
 
 
-class _ScenesTask:
+class _ScenesTask(abc.ABC):
     """What the tasks share.
 
     Args:
@@ -158,9 +159,9 @@ class _ScenesTask:
         """Class of every word: colour, shape, size, texture, relation, count or function."""
         return {**words.word_classes(), **dict.fromkeys(TASK_WORDS, "function")}
 
+    @abc.abstractmethod
     def _write(self, scenes: Sequence[Scene], draw: Draw) -> Text | None:
         """The text about the pictures of a record, None if they have nothing to say."""
-        raise NotImplementedError
 
     def _picture(self, record: int, index: int, size: int) -> np.ndarray:
         return self._world.image(self._example(record).pictures[index], size)
