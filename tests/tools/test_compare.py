@@ -532,6 +532,18 @@ def test_max_seconds_of_zero_only_writes_the_table(shell):
     assert "0 of 4 cells are there" in (shell.out / "compare.md").read_text()
 
 
+def test_the_table_of_another_machine_is_not_replaced_by_an_empty_one(shell, capsys):
+    flags = [shell.config, "--budget_seconds=8", f"--metric={METRIC}"]
+    assert shell(*flags) == ExitCode.OK
+    text = (shell.out / "compare.json").read_text()
+    shell.trainer.machine = {**shell.trainer.machine, "device_kind": "other"}
+    assert shell(*flags, "--max_seconds=0") == ExitCode.BAD_INPUT
+    assert "is of another machine" in capsys.readouterr().err
+    assert (shell.out / "compare.json").read_text() == text
+    assert shell(*flags) == ExitCode.OK
+    assert json.loads((shell.out / "compare.json").read_text())["left_out"]
+
+
 def test_a_signal_still_leaves_a_table_and_its_exit_code(shell):
     shell.trainer.stop_at = 2
     flags = [shell.config, "--budget_seconds=8", f"--metric={METRIC}"]

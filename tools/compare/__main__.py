@@ -42,6 +42,7 @@ from tools.compare.comparison import DEFAULT_FRACTIONS, calibrate, check_setting
 from tools.compare.configs import CommandError, load_all, parse_value
 from tools.compare.measure import Trainer
 from tools.compare.metrics import Metric
+from tools.compare.records import Machine, describe
 from tools.compare.rows import Settings
 from tools.compare.search import Axis, calibrate_candidates, search
 from tools.compare.table import comparison_page, search_page
@@ -158,10 +159,26 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> ExitCode:
             "left_out": cells.left_out(),
         }
         options.out.mkdir(parents=True, exist_ok=True)
+        _check_replaced(options.out / f"{name}.json", facts["machine"], cells)
         text = json.dumps(facts, indent=1, allow_nan=False)
         write_text(options.out / f"{name}.json", text + "\n")
         write_pages(options.out)
     return _ended(outcome, cells, guard)
+
+
+def _check_replaced(file: Path, machine: Machine, cells: Cells) -> None:
+    """Refuse to put an empty table in the place of another machine's.
+
+    Raises:
+        CommandError: ``file`` is of another machine, and this one has no cell to show.
+    """
+    before = json.loads(file.read_text())["machine"] if file.exists() else machine
+    if before != machine and not cells.used:
+        raise CommandError(
+            f"{file} is of another machine ({describe(before)}), whose cells do not count here, "
+            "and none of this machine is there; write its page again by --report_only, or give "
+            "another --out"
+        )
 
 
 def _run_workers(

@@ -50,6 +50,7 @@ class Cells:
         interrupted: the process was asked to stop; no cell is started any more.
         trained: names of the cells that this process has trained.
         busy: names of the cells that other processes were training when last asked for.
+        used: names of the finished runs that were asked for.
     """
 
     def __init__(
@@ -81,13 +82,13 @@ class Cells:
         self.interrupted = False
         self.trained: set[str] = set()
         self.busy: set[str] = set()
+        self.used: set[str] = set()
         self._may_start = may_start
         self._may_calibrate = may_calibrate
         self._claims = Claims(group)
         self._calibration_steps = calibration_steps
         self._keep_checkpoints = keep_checkpoints
         self._say = say
-        self._used: set[str] = set()
 
     def can_start(self) -> bool:
         """Whether another cell may be started: there is time, and no signal has come."""
@@ -215,7 +216,7 @@ class Cells:
         """Finished cells of the folder that nobody asked for, counted by why they do not count."""
         reasons: Counter[str] = Counter()
         for file in sorted((self.folder / CELLS_FOLDER).glob(f"*/{RESULT_FILE}")):
-            if file.parent.name in self._used:
+            if file.parent.name in self.used:
                 continue
             machine = json.loads(file.read_text())["machine"]
             if machine != dict(self.runner.machine):
@@ -335,7 +336,7 @@ class Cells:
 
     def _load(self, identity: str) -> Result | None:
         file = self._workdir(identity) / RESULT_FILE
-        self._used.add(file.parent.name)
+        self.used.add(file.parent.name)
         return Result.from_json(json.loads(file.read_text())) if file.exists() else None
 
     def _share_compile_cache(self, config: ConfigDict) -> None:
