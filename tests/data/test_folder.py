@@ -60,7 +60,9 @@ def test_own_format(root):
         ("val2014", "images/val2014/"),
         ("val2014", "images/"),
         ("val2014", ""),
-        (None, "images/"),  # flickr30k has no file paths
+        (None, "flickr30k-images/"),  # flickr30k has no file paths
+        (None, "images/flickr30k-images/"),
+        (None, "images/"),
         (None, ""),
     ],
 )

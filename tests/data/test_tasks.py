@@ -82,8 +82,8 @@ def test_vqa_as_published(vqa_root):
     assert train.answers_of(1) == ("Cat.", "Cat.", *["dog"] * 7, "kitten")
     extras = train.extras(1, 16)
     np.testing.assert_array_equal(extras["answer"], [0, 1] + [-1] * 8)
-    np.testing.assert_allclose(extras["answer_score"], [1, 2 / 3] + [0] * 8, rtol=1e-6)
-    np.testing.assert_allclose(train.extras(0, 16)["answer_score"][:2], [1, 1 / 3], rtol=1e-6)
+    np.testing.assert_allclose(extras["answer_score"], [1, 0.6] + [0] * 8, rtol=1e-6)
+    np.testing.assert_allclose(train.extras(0, 16)["answer_score"][:2], [1, 0.3], rtol=1e-6)
     assert (splits["val"].extras(0, 16)["answer"] == -1).all()
     assert splits["val"].question_id(0) == HELD_OUT * 1000
     assert splits["test"].image(1, 16).mean() == pytest.approx(5002 % 256, abs=2)
@@ -269,6 +269,15 @@ def test_snli_ve_as_published(snli_ve_root):
         VisualEntailment(snli_ve_root, "test")
     with pytest.raises(ValueError, match="unknown split 'dev'"):
         VisualEntailment(snli_ve_root, "dev")
+
+
+@pytest.mark.parametrize("image", ["222", "222.jpg"])
+def test_snli_ve_of_the_first_release(snli_ve_root, image):
+    line = snli_ve_line(image, "neutral")
+    line["Flikr30kID"] = line.pop("Flickr30K_ID")
+    write(snli_ve_root / "snli_ve_dev.jsonl", [line])
+    [path] = VisualEntailment(snli_ve_root, "val").image_key(0)
+    assert path == str((snli_ve_root / "flickr30k-images/222.jpg").resolve())
 
 
 def test_damaged_snli_ve(snli_ve_root):

@@ -6,7 +6,8 @@
 ``captions.json`` is a list of ``{"image": path, "split": name, "captions": [text, ...]}``, paths
 relative to the folder. Karpathy's ``dataset_coco.json`` and ``dataset_flickr30k.json`` are read as
 published; their ``train`` includes ``restval``, as is usual, and images are looked for under
-``<root>/<filepath>/``, ``<root>/images/<filepath>/``, ``<root>/images/`` and ``<root>/``.
+``<root>/<filepath>/``, ``<root>/images/<filepath>/``, ``<root>/images/`` and ``<root>/``; Flickr30k
+names no ``filepath``, and comes as ``flickr30k-images``.
 """
 
 import collections
@@ -31,6 +32,7 @@ from vlp_jax.data.files import (
 from vlp_jax.data.source import CaptionsOnly
 
 ANNOTATION_FILES = ("captions.json", "dataset_coco.json", "dataset_flickr30k.json")
+_FLICKR = "flickr30k-images"  # what its pictures are unpacked to
 
 
 class _Entry(NamedTuple):
@@ -188,7 +190,9 @@ def _own_entry(item: Any, where: str) -> _Entry:
 
 def _karpathy_entry(item: Any, where: str) -> _Entry:
     filename = inside(field(item, "filename", str, where), where)
-    folder = inside(field(item, "filepath", str, where), where) if "filepath" in item else ""
+    folder = _FLICKR
+    if "filepath" in item:
+        folder = inside(field(item, "filepath", str, where), where)
     split = field(item, "split", str, where)
     sentences = field(item, "sentences", list, where)
     return _Entry(

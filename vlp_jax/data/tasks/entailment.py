@@ -5,7 +5,8 @@
 
 SNLI-VE (Xie et al. 2019) is ``snli_ve_train.jsonl``, ``snli_ve_dev.jsonl`` (``val`` here) and
 ``snli_ve_test.jsonl``; its images are those of Flickr30K, looked for in ``flickr30k-images/``
-with or without ``images/`` before it, in ``images/`` and in the root. ``ve.json`` is a list of
+with or without ``images/`` before it, in ``images/`` and in the root. The first release spells the
+picture's field ``Flikr30kID`` and may end it in ``.jpg``; both are read. ``ve.json`` is a list of
 ``{"image": path, "sentence": text, "label": name, "split": name}``.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 from vlp_jax.data.files import field, image_candidates, inside
 from vlp_jax.data.tasks.annotated import Example, LabelledSentences
 
+_OLD_ID = "Flikr30kID"
 _NO_GOLD_LABEL = "-"  # SNLI's mark where no label has a majority among the annotators
 
 
@@ -41,7 +43,8 @@ class VisualEntailment(LabelledSentences):
     @staticmethod
     def published_entry(item: Any, split: str, where: str) -> Example:
         """A line of SNLI-VE; the picture is the premise, ``sentence1`` is its caption."""
-        image = inside(field(item, "Flickr30K_ID", str, where) + ".jpg", where)
+        key = _OLD_ID if isinstance(item, dict) and _OLD_ID in item else "Flickr30K_ID"
+        image = inside(field(item, key, str, where).removesuffix(".jpg") + ".jpg", where)
         return Example(
             (image_candidates(image, "flickr30k-images"),),
             split,
