@@ -19,7 +19,7 @@ from tests.tools.compared import (
     silent,
 )
 from tools.compare import __main__ as command
-from tools.compare.comparison import compare, grid_of_rates
+from tools.compare.comparison import compare, grid_of_rates, missing
 from tools.compare.configs import CommandError, load
 from tools.compare.metrics import Metric
 from tools.compare.records import Group
@@ -96,6 +96,14 @@ def test_the_best_rate_of_a_small_equal_grid_is_used_at_all_budgets(tmp_path):
     text = page(facts)
     assert text.count("used; at the edge of the grid") == 2
     assert "cells are there" not in text
+
+
+def test_with_one_rate_nothing_waits_for_the_first_cell():
+    """Workers start all cells at once; with two rates, only those that choose between them."""
+    for rates, seeds in (("x1",), {0, 1}), (("x1", "x2"), {0}):
+        what = settings(named("a"), rates=rates, seeds=2)
+        grid = {"a": grid_of_rates(rates, 1e-3)}
+        assert {cell.seed for cell in missing(what, grid, {})} == seeds
 
 
 def test_two_labels_of_one_config_share_its_runs(tmp_path):

@@ -190,14 +190,17 @@ def missing(
 def choose_rates(
     settings: Settings, grid: Mapping[str, Sequence[float]], rows: Mapping[Wanted, Row]
 ) -> dict[str, float | None]:
-    """Label -> the best rate of its grid; None before all are tried, or where none counts."""
+    """Label -> the best rate of its grid; None before all are tried, or where none counts.
+
+    A grid of one rate leaves nothing to try: other cells need not wait for the first.
+    """
     first = settings.fractions[0]
-    return {
-        label: best_rate(
-            [rows.get(Wanted(label, rate, first, 0)) for rate in rates], settings.tune_metric
-        )
-        for label, rates in grid.items()
-    }
+    chosen: dict[str, float | None] = {}
+    for label, rates in grid.items():
+        tried = [rows.get(Wanted(label, rate, first, 0)) for rate in rates]
+        only = len(rates) == 1 and tried[0] is None
+        chosen[label] = rates[0] if only else best_rate(tried, settings.tune_metric)
+    return chosen
 
 
 def grid_of_rates(rates: Sequence[str], own: float) -> list[float]:
