@@ -45,6 +45,7 @@ def export_weights(
 
     Raises:
         FileExistsError: a file is there already; nothing was written.
+        ValueError: ``workdir`` is a parameter file already.
         ConfigError, ValueError, RuntimeError, OSError: no such checkpoint, or a damaged one.
     """
     workdir, out = pathlib.Path(workdir), pathlib.Path(out)
@@ -53,6 +54,8 @@ def export_weights(
         raise FileExistsError(
             f"{out} already has {', '.join(taken)}; give another folder, or --overwrite"
         )
+    if workdir.suffix == ".safetensors" or (workdir / WEIGHTS_FILE).is_file():
+        raise ValueError(f"{workdir} is a parameter file already; name the run it was made of")
     origin = read_origin(workdir, checkpoint)
     metrics = _metrics(workdir, origin.step)
     metadata = Metadata(

@@ -109,3 +109,8 @@ def test_files_that_are_there_stay(
         main([str(tmp_path / "nowhere"), f"--out={tmp_path / 'other'}"])
     assert "nowhere" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+    for exported in (out, out / "model.safetensors"):
+        with pytest.raises(SystemExit):
+            main([str(exported), f"--out={tmp_path / 'other'}"])
+        assert "is a parameter file already; name the run" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
