@@ -91,7 +91,7 @@ def test_without_calibration_a_worker_does_nothing(tmp_path):
 
 
 def test_what_another_process_trains_is_left_to_it(tmp_path):
-    what, trainer = settings(named("a"), seeds=1), FakeTrainer()
+    what, trainer = settings(named("a"), rates=("x1", "x2"), seeds=1), FakeTrainer()
     compare(what, open_cells(tmp_path, trainer), silent)
     first = trainer.runs[0][0]
     (first / "result.json").unlink()
