@@ -16,10 +16,10 @@ from typing import Any
 
 from vlp_jax.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from vlp_jax.data.tokenizer import Tokenizer
-from vlp_jax.infra.checkpoint import MANIFEST
 from vlp_jax.infra.files import write_text
+from vlp_jax.infra.manifest import read_manifest
 from vlp_jax.infra.report import RUN_FILE
-from vlp_jax.models.pretrained import WEIGHTS_FILE, Metadata, save_parameters
+from vlp_jax.models.pretrained import WEIGHTS_FILE, Metadata, is_parameter_file, save_parameters
 from vlp_jax.models.sizes import parameter_table
 from vlp_jax.train.initial import CHECKPOINT_FOLDER, Origin, read_origin
 
@@ -54,7 +54,7 @@ def export_weights(
         raise FileExistsError(
             f"{out} already has {', '.join(taken)}; give another folder, or --overwrite"
         )
-    if workdir.suffix == ".safetensors" or (workdir / WEIGHTS_FILE).is_file():
+    if is_parameter_file(workdir):
         raise ValueError(f"{workdir} is a parameter file already; name the run it was made of")
     origin = read_origin(workdir, checkpoint)
     metrics = _metrics(workdir, origin.step)
@@ -133,8 +133,7 @@ def _metrics(workdir: pathlib.Path, step: int | None) -> dict[str, float]:
     """The metrics saved with a checkpoint."""
     folder = workdir / CHECKPOINT_FOLDER / str(step)
     root = folder if folder.is_dir() else workdir
-    metrics: dict[str, float] = json.loads((root / MANIFEST).read_text())["metrics"]
-    return metrics
+    return read_manifest(root).metrics
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

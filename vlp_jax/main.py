@@ -9,9 +9,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from vlp_jax.infra.checkpoint import CheckpointMismatchError, DamagedCheckpointError
 from vlp_jax.infra.compilation import set_gpu_flags
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.manifest import CheckpointMismatchError, DamagedCheckpointError
 from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.train.loop import RunStopped, train
 from vlp_jax.train.setup import prepare

@@ -18,15 +18,11 @@ import numpy as np
 import optax
 import pytest
 
-from vlp_jax.infra import checkpoint, sharding
+from vlp_jax.infra import checkpoint, manifest, sharding
 from vlp_jax.infra import mesh as mesh_lib
-from vlp_jax.infra.checkpoint import (
-    CheckpointMismatchError,
-    Checkpoints,
-    DamagedCheckpointError,
-    load_params,
-)
+from vlp_jax.infra.checkpoint import Checkpoints, load_params
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.manifest import CheckpointMismatchError, DamagedCheckpointError
 
 
 @flax.struct.dataclass
@@ -304,6 +300,22 @@ def test_params_are_read_without_the_state(two_checkpoints):
     assert moments.state["dense"]["kernel"].shape == (64, 64)
 
 
+@pytest.mark.parametrize("step", ["latest", 2])
+def test_every_file_is_verified_once(two_checkpoints, monkeypatch, step):
+    """Also where the first subtree asked for is not there: large files take a while."""
+    calls = []
+
+    def counting(root, names):
+        calls.append(root)
+        return checksums(root, names)
+
+    checksums = manifest.checksums
+    monkeypatch.setattr(manifest, "checksums", counting)
+    loaded = load_params(two_checkpoints, step, ("extras/ema", "params"))
+    chex.assert_trees_all_equal(loaded.state, jax.device_get(make_state(2).params))
+    assert calls == [two_checkpoints / "2"]
+
+
 def test_params_that_are_not_there(two_checkpoints, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 9; there are 2, 1"):
         load_params(two_checkpoints, 9)
@@ -313,6 +325,8 @@ def test_params_that_are_not_there(two_checkpoints, tmp_path):
         load_params(tmp_path)
     with pytest.raises(CheckpointMismatchError, match=r"no 'ema'.*key, opt_state, params, step"):
         load_params(two_checkpoints, subtree="ema")
+    with pytest.raises(CheckpointMismatchError, match="no 'ema' or 'mean'"):
+        load_params(two_checkpoints, subtree=("ema", "mean"))
 
 
 SAVER = """

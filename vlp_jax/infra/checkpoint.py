@@ -2,10 +2,10 @@
 
 Orbax writes and reads the arrays. This module adds what a long run needs on top:
 
-- a manifest beside every checkpoint, with the shape of each array and the size and CRC-32 of each
-  file. It is written before Orbax renames the finished directory into place, so a directory with a
-  step's name and without a manifest was damaged, not interrupted. (Orbax alone notices truncated
-  files, but restores flipped bits without a word.)
+- a manifest (``infra/manifest.py``) beside every checkpoint, with the shape of each array and the
+  size and CRC-32 of each file. It is written before Orbax renames the finished directory into
+  place, so a directory with a step's name and without a manifest was damaged, not interrupted.
+  (Orbax alone notices truncated files, but restores flipped bits without a word.)
 - a damaged checkpoint is named in a warning, and the one before it is used;
 - a state that does not fit the checkpoint is refused by the paths and shapes that differ;
 - parameters can be read without knowing the type of the state they were saved in.
@@ -20,12 +20,9 @@ a checkpoint outlives the Python classes of the state. Layout of a checkpoint di
 """
 
 import dataclasses
-import json
 import logging
 import math
-import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
@@ -37,25 +34,24 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.manifest import (
+    MANIFEST,
+    BestMode,
+    CheckpointMismatchError,
+    DamagedCheckpointError,
+    Manifest,
+    checksums,
+    read_manifest,
+    score,
+    verify,
+    write_manifest,
+)
 from vlp_jax.infra.sharding import by_path, nested
 
-MANIFEST = "manifest.json"
-FORMAT = 1
-_CHUNK_BYTES = 1 << 22
 _NAMED_DIFFERENCES = 5
 _NONE_THERE, _ALL_DAMAGED = -1, -2
 
 logger = logging.getLogger(__name__)
-
-BestMode = Literal["max", "min"]
-
-
-class DamagedCheckpointError(RuntimeError):
-    """A checkpoint is incomplete or its bytes changed since it was written."""
-
-
-class CheckpointMismatchError(ValueError):
-    """A checkpoint is sound, but holds other arrays than those asked for."""
 
 
 class Restored(NamedTuple):
@@ -70,33 +66,6 @@ class Restored(NamedTuple):
     state: Any
     step: int
     extra: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Manifest:
-    """What one checkpoint consists of.
-
-    Attributes:
-        step: the step it was saved at.
-        metrics: evaluated at that step; empty where none were.
-        best_metric: the metric that ranks the checkpoints of this run, if any does.
-        best_mode: whether more or less of it is better.
-        arrays: path -> (shape, dtype).
-        files: path within the checkpoint -> (bytes, CRC-32).
-        format: version of this record.
-    """
-
-    step: int
-    metrics: dict[str, float]
-    best_metric: str | None
-    best_mode: BestMode
-    arrays: dict[str, tuple[list[int], str]]
-    files: dict[str, tuple[int, int]]
-    format: int = FORMAT
-
-    def score(self) -> float:
-        """The ranking metric, negated where less is better; -inf where there is none."""
-        return _score(self.metrics, self.best_metric, self.best_mode)
 
 
 class Checkpoints:
@@ -186,7 +155,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return False
         arrays = by_path(state)
-        self._scores[step] = _score(metrics, self._best_metric, self._best_mode)
+        self._scores[step] = score(metrics, self._best_metric, self._best_mode)
         self._saving = (
             step,
             metrics,
@@ -213,12 +182,9 @@ class Checkpoints:
         self.wait()
         root = self.directory / str(step)
         values = {name: float(value) for name, value in metrics.items()}
-        self._scores[step] = _score(values, self._best_metric, self._best_mode)
+        self._scores[step] = score(values, self._best_metric, self._best_mode)
         if jax.process_index() == 0:
-            manifest = dataclasses.replace(_read_manifest(root), metrics=values)
-            fresh = root / f"{MANIFEST}.new"
-            fresh.write_text(json.dumps(dataclasses.asdict(manifest)))
-            fresh.replace(root / MANIFEST)
+            write_manifest(root, dataclasses.replace(read_manifest(root), metrics=values))
 
     def restore_latest(self, abstract_state: Any) -> Restored | None:
         """Restore the newest sound checkpoint, on whatever devices the abstract state names.
@@ -274,10 +240,14 @@ class Checkpoints:
         step = _NONE_THERE
         damaged: list[DamagedCheckpointError] = []
         if jax.process_index() == 0:
-            step, damaged = _choose_newest(self.directory)
-            if step >= 0:
-                for path in [self.directory / str(s) for s in _steps(self.directory) if s > step]:
-                    _set_aside(path)
+            steps = _steps(self.directory)
+            sound, damaged = _first_sound(self.directory, steps)
+            if sound is not None:
+                step = sound[0]
+                for newer in steps[: steps.index(step)]:
+                    _set_aside(self.directory / str(newer))
+            elif damaged:
+                step = _ALL_DAMAGED
         if jax.process_count() > 1:
             step = int(multihost_utils.broadcast_one_to_all(np.int64(step)))
         if step == _ALL_DAMAGED:
@@ -289,10 +259,10 @@ class Checkpoints:
         scores = {}
         for step in _steps(self.directory):
             try:
-                manifest = _read_manifest(self.directory / str(step))
+                manifest = read_manifest(self.directory / str(step))
             except DamagedCheckpointError:
                 continue  # named when a restore meets it
-            scores[step] = _score(manifest.metrics, self._best_metric, self._best_mode)
+            scores[step] = score(manifest.metrics, self._best_metric, self._best_mode)
         return scores
 
     def _write_manifest(self) -> None:
@@ -310,23 +280,21 @@ class Checkpoints:
             for folder, _, files in (root / item).walk()
             for name in files
         )
-        with ThreadPoolExecutor() as pool:
-            sums = list(pool.map(_size_and_crc, [root / name for name in names]))
-        manifest = _Manifest(
+        manifest = Manifest(
             step=step,
             metrics=metrics,
             best_metric=self._best_metric,
             best_mode=self._best_mode,
             arrays=arrays,
-            files=dict(zip(names, sums, strict=True)),
+            files=checksums(root, names),
         )
-        (root / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest)))
+        write_manifest(root, manifest)
 
 
 def load_params(
     directory: epath.PathLike,
     step: int | Literal["latest", "best"] = "latest",
-    subtree: str = "params",
+    subtree: str | Sequence[str] = "params",
 ) -> Restored:
     """Read one subtree of a checkpoint, without knowing the type of the state it was saved in.
 
@@ -335,7 +303,8 @@ def load_params(
     Args:
         directory: the checkpoints of a run, or one checkpoint (``.../checkpoints/1200``).
         step: a step, "latest" (the newest sound one), or "best" by the run's ranking metric.
-        subtree: path of the subtree, such as ``params`` or ``extras/ema``.
+        subtree: path of the subtree, such as ``params`` or ``extras/ema``; of several, the first
+            that is there is read.
 
     Returns:
         The subtree as nested dicts of NumPy arrays in the dtypes saved, its step, and the extra.
@@ -345,22 +314,19 @@ def load_params(
         DamagedCheckpointError: it is damaged (for "latest" and "best": all candidates are).
         CheckpointMismatchError: it has no such subtree.
     """
-    root = _locate(epath.Path(directory).resolve(), step)
-    manifest = _verify(root)
-    prefix = f"{subtree}/"
-    wanted = {
-        path.removeprefix(prefix): spec
-        for path, spec in manifest.arrays.items()
-        if path.startswith(prefix)
-    }
-    if not wanted:
+    root, manifest = _find(epath.Path(directory).resolve(), step)
+    asked = [subtree] if isinstance(subtree, str) else subtree
+    found = [path for path in asked if any(name.startswith(f"{path}/") for name in manifest.arrays)]
+    if not found:
         there = sorted({path.split("/")[0] for path in manifest.arrays})
         raise CheckpointMismatchError(
-            f"{root} holds no {subtree!r}; its top level is {', '.join(there)}"
+            f"{root} holds no {' or '.join(map(repr, asked))}; its top level is {', '.join(there)}"
         )
+    prefix = f"{found[0]}/"
     abstract = {
-        prefix + path: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
-        for path, (shape, dtype) in wanted.items()
+        path: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
+        for path, (shape, dtype) in manifest.arrays.items()
+        if path.startswith(prefix)
     }
     restored = _read_arrays(root, abstract, as_numpy=True)
     params = nested({path.removeprefix(prefix): leaf for path, leaf in restored.items()})
@@ -382,14 +348,6 @@ class _Best:
         return [checkpoint.step in best for checkpoint in checkpoints]
 
 
-def _score(metrics: Mapping[str, float], name: str | None, mode: BestMode) -> float:
-    """More is better; NaN and absence lose against everything."""
-    value = metrics.get(name, math.nan) if name is not None else math.nan
-    if math.isnan(value):
-        return -math.inf
-    return value if mode == "max" else -value
-
-
 def _steps(directory: epath.Path) -> list[int]:
     """Steps with a committed directory, newest first."""
     if not directory.is_dir():
@@ -397,57 +355,55 @@ def _steps(directory: epath.Path) -> list[int]:
     return sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True)
 
 
-def _locate(directory: epath.Path, step: int | Literal["latest", "best"]) -> epath.Path:
-    """The directory of one checkpoint."""
+def _find(
+    directory: epath.Path, step: int | Literal["latest", "best"]
+) -> tuple[epath.Path, Manifest]:
+    """The directory of one checkpoint and its manifest, verified."""
     if (directory / MANIFEST).is_file():
-        return directory
+        return directory, verify(directory)
     if isinstance(step, int):
         if not (directory / str(step)).is_dir():
             raise FileNotFoundError(
                 f"{directory} has no checkpoint of step {step}; there are "
                 f"{', '.join(map(str, _steps(directory))) or 'none'}"
             )
-        return directory / str(step)
-    chosen, damaged = _choose_best(directory) if step == "best" else _choose_newest(directory)
-    if chosen == _ALL_DAMAGED:
+        return directory / str(step), verify(directory / str(step))
+    steps = _ranked_steps(directory) if step == "best" else _steps(directory)
+    sound, damaged = _first_sound(directory, steps)
+    if sound is not None:
+        return directory / str(sound[0]), sound[1]
+    if damaged:
         raise _all_damaged(directory, damaged)
-    if chosen == _NONE_THERE:
-        raise FileNotFoundError(
-            f"{directory} holds no {'ranked ' if step == 'best' else ''}checkpoint; "
-            "name the folder of checkpoints of a run, or one checkpoint in it"
-        )
-    return directory / str(chosen)
+    raise FileNotFoundError(
+        f"{directory} holds no {'ranked ' if step == 'best' else ''}checkpoint; "
+        "name the folder of checkpoints of a run, or one checkpoint in it"
+    )
 
 
-def _choose_newest(directory: epath.Path) -> tuple[int, list[DamagedCheckpointError]]:
-    """The newest sound step (or a negative code), and what is wrong with those after it."""
-    return _choose(directory, _steps(directory))
-
-
-def _choose_best(directory: epath.Path) -> tuple[int, list[DamagedCheckpointError]]:
-    """The best sound step by the metric it was saved with (or a negative code)."""
+def _ranked_steps(directory: epath.Path) -> list[int]:
+    """Steps that have the metric they were saved to be ranked by, the best one first."""
     scores = {}
     for step in _steps(directory):
         try:
-            scores[step] = _read_manifest(directory / str(step)).score()
+            scores[step] = read_manifest(directory / str(step)).score()
         except DamagedCheckpointError as error:
             logger.warning("%s", error)
     ranked = [step for step in scores if scores[step] > -math.inf]
-    return _choose(directory, sorted(ranked, key=lambda s: (scores[s], s), reverse=True))
+    return sorted(ranked, key=lambda step: (scores[step], step), reverse=True)
 
 
-def _choose(directory: epath.Path, steps: list[int]) -> tuple[int, list[DamagedCheckpointError]]:
-    """The first sound step of the list (or a negative code), and what is wrong before it."""
-    damaged = []
+def _first_sound(
+    directory: epath.Path, steps: Sequence[int]
+) -> tuple[tuple[int, Manifest] | None, list[DamagedCheckpointError]]:
+    """The first sound step of a list with its manifest, and what is wrong with those before."""
+    damaged: list[DamagedCheckpointError] = []
     for step in steps:
         try:
-            _verify(directory / str(step))
+            return (step, verify(directory / str(step))), damaged
         except DamagedCheckpointError as error:
             logger.warning("%s; it is passed over", error)
             damaged.append(error)
-        else:
-            return step, damaged
-    return (_ALL_DAMAGED if damaged else _NONE_THERE), damaged
+    return None, damaged
 
 
 def _all_damaged(
@@ -468,58 +424,10 @@ def _set_aside(path: epath.Path) -> None:
     path.rename(aside)
 
 
-def _size_and_crc(path: epath.Path) -> tuple[int, int]:
-    """Bytes and CRC-32 of a file."""
-    size = crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            size += len(chunk)
-            crc = zlib.crc32(chunk, crc)
-    return size, crc
-
-
-def _read_manifest(root: epath.Path) -> _Manifest:
-    """The manifest of a checkpoint; DamagedCheckpointError if it is absent or no manifest."""
-    try:
-        manifest = _Manifest(**json.loads((root / MANIFEST).read_text()))
-    except FileNotFoundError:
-        raise DamagedCheckpointError(f"checkpoint {root} is incomplete: no {MANIFEST}") from None
-    except (ValueError, TypeError) as error:
-        raise DamagedCheckpointError(
-            f"checkpoint {root} is damaged: {MANIFEST} is not readable ({error})"
-        ) from error
-    if manifest.format != FORMAT:
-        raise CheckpointMismatchError(
-            f"{root} has format {manifest.format}, this version reads {FORMAT}"
-        )
-    return manifest
-
-
-def _verify(root: epath.Path) -> _Manifest:
-    """Compare every file with the manifest; DamagedCheckpointError names the first that differs."""
-    manifest = _read_manifest(root)
-    paths = [root / name for name in manifest.files]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise DamagedCheckpointError(f"checkpoint {root} is damaged: {missing[0]} is missing")
-    with ThreadPoolExecutor() as pool:
-        found = list(pool.map(_size_and_crc, paths))
-    for path, (size, crc), expected in zip(paths, found, manifest.files.values(), strict=True):
-        if size != expected[0]:
-            raise DamagedCheckpointError(
-                f"checkpoint {root} is damaged: {path} has {size} bytes instead of {expected[0]}"
-            )
-        if crc != expected[1]:
-            raise DamagedCheckpointError(
-                f"checkpoint {root} is damaged: the content of {path} has changed"
-            )
-    return manifest
-
-
 def _restore(root: epath.Path, step: int, abstract_state: Any) -> Restored:
     """Restore a verified checkpoint into the structure and onto the devices of a state."""
     arrays = by_path(abstract_state)
-    _check_match(root, _read_manifest(root).arrays, arrays)
+    _check_match(root, read_manifest(root).arrays, arrays)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
         path: jax.ShapeDtypeStruct(

@@ -14,15 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vlp_jax.infra.checkpoint import (
-    CheckpointMismatchError,
-    DamagedCheckpointError,
-    Restored,
-    load_params,
-)
+from vlp_jax.infra.checkpoint import Restored, load_params
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.manifest import DamagedCheckpointError
 from vlp_jax.infra.sharding import by_path, nested
-from vlp_jax.models.pretrained import WEIGHTS_FILE, load_metadata, load_parameters
+from vlp_jax.models.pretrained import is_parameter_file, load_metadata, load_parameters
 
 CHECKPOINT_FOLDER = "checkpoints"
 KEY = "init_from"
@@ -74,7 +70,7 @@ def read_origin(path: str | pathlib.Path, checkpoint: str = "latest") -> Origin:
         FileNotFoundError, ValueError: the checkpoint or file is absent, or the file damaged.
     """
     path = pathlib.Path(path)
-    if path.is_file() or (path / WEIGHTS_FILE).is_file():
+    if is_parameter_file(path):
         metadata = load_metadata(path)
         return Origin(
             str(path),
@@ -106,9 +102,7 @@ def read_origin(path: str | pathlib.Path, checkpoint: str = "latest") -> Origin:
 
 def _restored(folder: pathlib.Path, step: int | Literal["latest", "best"]) -> Restored:
     try:
-        return load_params(folder, step, subtree="extras/ema")
-    except CheckpointMismatchError:  # the run keeps no moving average
-        return load_params(folder, step)
+        return load_params(folder, step, ("extras/ema", "params"))
     except DamagedCheckpointError as error:  # of another run: this one's input is bad
         raise ConfigError(KEY, str(error), "Or name another checkpoint of it") from error
 

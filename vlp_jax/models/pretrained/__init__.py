@@ -1,24 +1,28 @@
 """Weights in and out: public checkpoints into our naming, and our own parameter files.
 
 - ``read_weights``, ``convert_image``, ``convert_text``: CLIP, ViT, MAE, RoBERTa, BERT -> ours.
-- ``save_parameters``, ``load_parameters``, ``load_metadata``, ``check_vocabulary``: our files.
+- ``save_parameters``, ``load_parameters``, ``load_metadata``, ``is_parameter_file``,
+  ``check_vocabulary``: our files.
 - ``merge``: loaded parameters into freshly initialised ones, with a report.
 """
 
-from vlp_jax.models.pretrained.convert import Converted, convert_image, convert_text
+from vlp_jax.models.pretrained.converted import Converted
 from vlp_jax.models.pretrained.files import (
     WEIGHTS_FILE,
     Metadata,
     Weights,
     WeightsError,
     check_vocabulary,
+    is_parameter_file,
     load_metadata,
     load_parameters,
     read_weights,
     save_parameters,
 )
+from vlp_jax.models.pretrained.image_towers import convert_image
 from vlp_jax.models.pretrained.merge import STATUSES, Report, Row, merge
 from vlp_jax.models.pretrained.pixels import PIXELS, Pixels
+from vlp_jax.models.pretrained.text_encoders import convert_text
 
 __all__ = [
     "PIXELS",
@@ -34,6 +38,7 @@ __all__ = [
     "check_vocabulary",
     "convert_image",
     "convert_text",
+    "is_parameter_file",
     "load_metadata",
     "load_parameters",
     "merge",

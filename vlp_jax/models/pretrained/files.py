@@ -123,6 +123,12 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     return Weights(file, arrays, settings)
 
 
+def is_parameter_file(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file, or a folder with ``model.safetensors``, and so no run's workdir."""
+    path = pathlib.Path(path)
+    return path.is_file() or (path / WEIGHTS_FILE).is_file()
+
+
 def load_parameters(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Read the parameters of a file that ``save_parameters`` wrote.
 
