@@ -190,17 +190,14 @@ def missing(
 def choose_rates(
     settings: Settings, grid: Mapping[str, Sequence[float]], rows: Mapping[Wanted, Row]
 ) -> dict[str, float | None]:
-    """Label -> the best rate of its grid; None before all are tried, or where none counts.
-
-    A grid of one rate leaves nothing to try: other cells need not wait for the first.
-    """
+    """Label -> the best rate of its grid; None while that is open, or where none counts."""
     first = settings.fractions[0]
-    chosen: dict[str, float | None] = {}
-    for label, rates in grid.items():
-        tried = [rows.get(Wanted(label, rate, first, 0)) for rate in rates]
-        only = len(rates) == 1 and tried[0] is None
-        chosen[label] = rates[0] if only else best_rate(tried, settings.tune_metric)
-    return chosen
+    return {
+        label: best_rate(
+            {rate: rows.get(Wanted(label, rate, first, 0)) for rate in rates}, settings.tune_metric
+        )
+        for label, rates in grid.items()
+    }
 
 
 def grid_of_rates(rates: Sequence[str], own: float) -> list[float]:
@@ -223,10 +220,17 @@ def grid_of_rates(rates: Sequence[str], own: float) -> list[float]:
     return grid
 
 
-def best_rate(tried: Sequence[Row | None], metric: Metric) -> float | None:
-    """The rate of the best counted row; None before all are there, or where none is counted."""
-    complete = [row for row in tried if row is not None]
-    counted = [row for row in complete if row.status == "counted"]
-    if len(complete) < len(tried) or not counted:
-        return None
-    return max(counted, key=lambda row: metric.sign * row.scores[metric.name]).rate
+def best_rate(tried: Mapping[float, Row | None], metric: Metric) -> float | None:
+    """The rate of the best counted row; None where none is counted, or more than one may still be.
+
+    Args:
+        tried: rate -> its row; None where it is not there yet. A rate without rivals is the best
+            before it is tried, so that nothing waits for it.
+        metric: by which rows are compared.
+    """
+    counted = {rate: row for rate, row in tried.items() if row and row.status == "counted"}
+    if None in tried.values():
+        return next(iter(tried)) if len(tried) == 1 else None
+    return max(
+        counted, key=lambda rate: metric.sign * counted[rate].scores[metric.name], default=None
+    )
