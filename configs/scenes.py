@@ -9,7 +9,7 @@ The argument is OBJECTIVE[,SIZE[,IMAGES]]: a name of configs/__init__.py; a size
 default). Data: `scenes`, level hard, 64 px, made as they are needed or, if their number is given,
 rendered once into memory, or into files that runs share (`data.cache_dir`).
 Hardware: one GPU; `tiny` learns on a CPU within the hour. Scores to expect:
-docs/results/flm_time_to_quality.md.
+docs/results/transfer.md (after fine-tuning).
 """
 
 from ml_collections import ConfigDict
