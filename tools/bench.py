@@ -110,8 +110,8 @@ def bench_step(config: Any) -> dict[str, Any]:
     ]
     keys: list[StepBucket] = [tuple((name, batch.bucket) for name in names) for batch in planned]
     steps: CompiledSteps[StepBucket, Any] = CompiledSteps(limit=MAX_SCHEDULED_BUCKETS)
-    for key in dict.fromkeys(keys):  # before the device is busy: compiling measures kernels on it
-        steps.compile(key, lambda key: program.lower(key).compile())
+    # Before the device is busy: compiling measures kernels on it.
+    steps.compile(dict.fromkeys(keys), lambda key: program.lower(key).compile)
     state = program.init()
 
     rate = program.learning_rate(0)

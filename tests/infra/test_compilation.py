@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -12,33 +13,48 @@ from vlp_jax.infra import compilation
 
 
 def test_each_bucket_is_built_once():
-    built = []
+    traced, told = [], []
 
-    def build(bucket):
-        built.append(bucket)
-        return jax.jit(lambda x: x + bucket).lower(jnp.zeros(())).compile()
+    def lower(bucket):
+        traced.append(bucket)
+        return jax.jit(lambda x: x + bucket).lower(jnp.zeros(())).compile
 
     steps = compilation.CompiledSteps(limit=2)
-    assert steps.compile(1, build)(jnp.zeros(())) == 1
-    assert steps.compile(2, build)(jnp.zeros(())) == 2
+    steps.compile([2, 1], lower, told.append)
     assert steps[1](jnp.zeros(())) == 1
-    assert built == [1, 2]
+    assert steps[2](jnp.zeros(())) == 2
+    assert traced == told == [2, 1]
     assert set(steps.seconds) == {1, 2}
     assert all(seconds > 0 for seconds in steps.seconds.values())
     with pytest.raises(RuntimeError, match="compiled already"):
-        steps.compile(1, build)
+        steps.compile([1], lower)
+    with pytest.raises(RuntimeError, match="compiled already"):
+        compilation.CompiledSteps(limit=2).compile([3, 3], lower)
     with pytest.raises(RuntimeError, match="planned with 2"):
-        steps.compile(3, build)
+        steps.compile([3], lower)
     with pytest.raises(RuntimeError, match="not among those compiled"):
         steps[3]
-    assert built == [1, 2]
+    assert traced == [2, 1]
+
+
+def test_buckets_are_compiled_at_the_same_time():
+    everyone = threading.Barrier(3, timeout=60)
+
+    def lower(bucket):
+        return lambda: (everyone.wait(), bucket)[1]  # returns when all three are being compiled
+
+    steps = compilation.CompiledSteps(limit=3)
+    steps.compile(range(3), lower)
+    assert [steps[bucket] for bucket in range(3)] == [0, 1, 2]
 
 
 def test_a_failed_build_leaves_no_trace():
     steps = compilation.CompiledSteps(limit=1)
-    with pytest.raises(ZeroDivisionError):
-        steps.compile(1, lambda bucket: 1 // 0)
-    assert steps.compile(1, lambda bucket: "step") == "step"
+    for fault in (lambda bucket: 1 // 0, lambda bucket: lambda: 1 // 0):
+        with pytest.raises(ZeroDivisionError):
+            steps.compile([1], fault)
+    steps.compile([1], lambda bucket: lambda: "step")
+    assert steps[1] == "step"
 
 
 @pytest.mark.parametrize(

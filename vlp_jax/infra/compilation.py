@@ -9,7 +9,8 @@ import importlib.util
 import os
 import pathlib
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 import jax
@@ -33,6 +34,7 @@ _NVIDIA_DRIVER = pathlib.Path("/proc/driver/nvidia/version")
 
 Bucket = TypeVar("Bucket", bound=Hashable)
 Step = TypeVar("Step")
+Result = TypeVar("Result")
 
 
 def is_gpu_host() -> bool:
@@ -94,7 +96,8 @@ class CompiledSteps(Generic[Bucket, Step]):
     """The compiled step of every bucket, each compiled once.
 
     Attributes:
-        seconds: bucket -> seconds its compile took (tracing and lowering included).
+        seconds: bucket -> seconds its compile took (tracing and lowering included), with the others
+            beside it; the wait for all of them is shorter than their sum.
     """
 
     def __init__(self, limit: int) -> None:
@@ -117,27 +120,62 @@ class CompiledSteps(Generic[Bucket, Step]):
             raise RuntimeError(f"bucket {bucket} was not among those compiled: {list(self._steps)}")
         return self._steps[bucket]
 
-    def compile(self, bucket: Bucket, build: Callable[[Bucket], Step]) -> Step:
-        """Build the step of a new bucket.
+    def compile(
+        self,
+        buckets: Iterable[Bucket],
+        lower: Callable[[Bucket], Callable[[], Step]],
+        done: Callable[[Bucket], None] = lambda bucket: None,
+    ) -> None:
+        """Build the steps of new buckets, at the same time.
+
+        They are traced one after the other, which is Python's work; meanwhile those that are
+        traced are compiled in threads, which is XLA's.
 
         Args:
-            bucket: the static sizes of the step.
-            build: returns the compiled step, as ``jax.jit(...).lower(...).compile()`` does.
+            buckets: the static sizes of each step.
+            lower: traces the step of a bucket and returns what compiles it, such as
+                ``jax.jit(...).lower(...).compile``.
+            done: told of every bucket once it is compiled, in the given order.
 
         Raises:
-            RuntimeError: the bucket was compiled before, or the limit is reached.
+            RuntimeError: a bucket was compiled before, or there are more than the limit; then none
+                is compiled.
         """
-        if bucket in self._steps:
-            raise RuntimeError(f"bucket {bucket} is compiled already; a second compile is a bug")
-        if len(self._steps) >= self._limit:
+        buckets = list(buckets)
+        self._check(buckets)
+        with ThreadPoolExecutor(self._limit) as pool:
+            started = [(bucket, *self._start(pool, bucket, lower)) for bucket in buckets]
+            for bucket, traced, compiled in started:
+                self._steps[bucket], seconds = compiled.result()
+                self.seconds[bucket] = traced + seconds
+                done(bucket)
+
+    def _check(self, buckets: Sequence[Bucket]) -> None:
+        for index, bucket in enumerate(buckets):
+            if bucket in self._steps or bucket in buckets[:index]:
+                raise RuntimeError(
+                    f"bucket {bucket} is compiled already; a second compile is a bug"
+                )
+        if len(self._steps) + len(buckets) > self._limit:
             raise RuntimeError(
-                f"bucket {bucket} would be compiled program {len(self._steps) + 1} of a run that "
-                f"was planned with {self._limit}; compiled: {list(self._steps)}"
+                f"{buckets} would make {len(self._steps) + len(buckets)} compiled programs of a "
+                f"run that was planned with {self._limit}; compiled: {list(self._steps)}"
             )
-        started = time.perf_counter()
-        self._steps[bucket] = build(bucket)
-        self.seconds[bucket] = time.perf_counter() - started
-        return self._steps[bucket]
+
+    @staticmethod
+    def _start(
+        pool: ThreadPoolExecutor, bucket: Bucket, lower: Callable[[Bucket], Callable[[], Step]]
+    ) -> tuple[float, "Future[tuple[Step, float]]"]:
+        """Trace a step and begin to compile it: seconds of the one, result of the other."""
+        compile_step, seconds = _timed(lambda: lower(bucket))
+        return seconds, pool.submit(_timed, compile_step)
 
     def __len__(self) -> int:
         return len(self._steps)
+
+
+def _timed(call: Callable[[], Result]) -> tuple[Result, float]:
+    """What a call returns, and the seconds it takes."""
+    started = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - started

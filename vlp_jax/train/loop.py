@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -253,15 +253,18 @@ def train(setup: Setup) -> ExitCode:
 def _compile(setup: Setup, primary: bool) -> CompiledSteps[StepBucket, StepFunction]:
     """The compiled update of every bucket the plan can ask for."""
     steps: CompiledSteps[StepBucket, StepFunction] = CompiledSteps(limit=MAX_SCHEDULED_BUCKETS)
-    names = setup.program.batch_names
-    for bucket in setup.plan.buckets():
-        key = tuple((name, bucket) for name in names)
-        if setup.config.debug:
-            steps.compile(key, setup.program.step)
-            continue
-        steps.compile(key, lambda key: setup.program.lower(key).compile())
-        if primary:
+    program, debug = setup.program, setup.config.debug
+
+    def lower(key: StepBucket) -> Callable[[], StepFunction]:
+        return (lambda: program.step(key)) if debug else program.lower(key).compile
+
+    def done(key: StepBucket) -> None:
+        if primary and not debug:
             print(f"compiled bucket {bucket_label(key)} in {steps.seconds[key]:.1f} s", flush=True)
+
+    buckets = setup.plan.buckets()
+    keys = [tuple((name, bucket) for name in program.batch_names) for bucket in buckets]
+    steps.compile(keys, lower, done)
     return steps
 
 
