@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import shutil
 import sys
 
 import pytest
@@ -19,6 +20,7 @@ from tests.tools.compared import (
     silent,
 )
 from tools.compare import __main__ as command
+from tools.compare.archive import pack, unpack
 from tools.compare.comparison import compare, grid_of_rates, missing
 from tools.compare.configs import CommandError, load
 from tools.compare.metrics import Metric
@@ -538,6 +540,58 @@ def test_max_seconds_of_zero_only_writes_the_table(shell):
     assert shell(*flags, "--max_seconds=0") == ExitCode.OK
     assert not shell.trainer.runs
     assert "0 of 4 cells are there" in (shell.out / "compare.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["cells.jsonl", "cells.jsonl.gz"])
+def test_an_archive_carries_finished_cells_to_another_folder(shell, tmp_path, name):
+    archive = tmp_path / "kept" / name
+    flags = [shell.config, "--budget_seconds=8", f"--metric={METRIC}", f"--archive={archive}"]
+    shell.trainer.stop_at = 2
+    assert shell(*flags) == ExitCode.PREEMPTED
+    shell.trainer.stop_at = None
+    shutil.rmtree(shell.out)
+    assert shell(*flags) == ExitCode.OK
+    assert len(shell.trainer.runs) == 5, "the third was cut short, and no other is run twice"
+    assert len(shell.trainer.calibrations) == 1
+    facts, data = json.loads((shell.out / "compare.json").read_text()), archive.read_bytes()
+    shutil.rmtree(shell.out)
+    assert shell(*flags, "--max_seconds=0") == ExitCode.OK
+    assert json.loads((shell.out / "compare.json").read_text())["rows"] == facts["rows"]
+    assert archive.read_bytes() == data
+
+
+def test_an_archive_adds_and_changes_nothing_that_is_there(tmp_path):
+    trainer, what = FakeTrainer(), settings(named("a"))
+    run(tmp_path / "one", trainer, what)
+    pack(tmp_path / "one", tmp_path / "cells.jsonl")
+    changed, missing_one = sorted((tmp_path / "one").glob("cells/*/result.json"))[:2]
+    changed.write_text("{}")
+    text = missing_one.read_text()
+    missing_one.unlink()
+    unpack(tmp_path / "cells.jsonl", tmp_path / "one")
+    assert changed.read_text() == "{}"
+    assert json.loads(missing_one.read_text()) == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"file": "cells/a/result.json"}',
+        '{"file": "cells/../../result.json", "content": {}}',
+        '{"file": "cells/a/log.txt", "content": {}}',
+    ],
+)
+def test_a_damaged_archive_is_told_and_nothing_of_it_is_used(shell, capsys, tmp_path, line):
+    archive = tmp_path / "cells.jsonl"
+    archive.write_text('{"file": "cells/b/result.json", "content": {}}\n' + line + "\n")
+    flags = [shell.config, "--budget_seconds=8", f"--metric={METRIC}", f"--archive={archive}"]
+    assert shell(*flags) == ExitCode.BAD_INPUT
+    assert f"{archive} is damaged or no archive" in capsys.readouterr().err
+    assert not shell.out.exists()
+    archive.with_suffix(".gz").write_bytes(b"no gzip")
+    assert shell(*flags, f"--archive={archive.with_suffix('.gz')}") == ExitCode.BAD_INPUT
 
 
 def test_the_table_of_another_machine_is_not_replaced_by_an_empty_one(shell, capsys):

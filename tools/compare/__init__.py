@@ -4,6 +4,7 @@ configs     what a config becomes for a cell: its length, seed, rate and identit
 records     what is kept of a run: what an update costs, what it trained and scored
 claims      which of several processes trains a cell
 cells       finished cells, kept in a folder, and the one way to get another
+archive     what finished cells came to, in one file that outlives the folder
 measure     calibrates and trains, and reads what came of it
 metrics     the figures to compare by, and where they are found
 rows        what is compared, and a cell as the tables have it

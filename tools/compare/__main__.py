@@ -6,7 +6,8 @@
 
 trains every config with the whole budget and with shares of it, each run with a schedule of its
 own, and writes OUT/compare.md, compare.png and compare.json. Finished cells are kept in OUT: the
-same command with --max_seconds=300 does a few minutes' work at a time, and the table grows.
+same command with --max_seconds=300 does a few minutes' work at a time, and the table grows;
+with --archive=FILE it grows on another machine of the same kind, too.
 With --scratch every --finetune config is trained without pretraining too.
 
 A metric is called as its evaluator calls it; with the label of a --finetune config in front, such
@@ -37,6 +38,7 @@ from typing import Any
 
 from absl import logging
 
+from tools.compare.archive import pack, unpack
 from tools.compare.cells import Cells
 from tools.compare.comparison import DEFAULT_FRACTIONS, calibrate, check_settings, compare
 from tools.compare.configs import CommandError, load_all, parse_value
@@ -108,6 +110,8 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> ExitCode:
     devices = options.devices.split(",") if options.devices else []
     if len(devices) > options.workers:
         raise CommandError(f"--devices={options.devices}: give --workers={len(devices)} or more")
+    if options.archive and not options.role:
+        unpack(options.archive, options.out)
     parent = os.getppid()
     # The trainer has a guard of its own; this one is for signals between two runs.
     with PreemptionGuard() as guard:
@@ -163,6 +167,8 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> ExitCode:
         text = json.dumps(facts, indent=1, allow_nan=False)
         write_text(options.out / f"{name}.json", text + "\n")
         write_pages(options.out)
+        if options.archive:
+            pack(options.out, options.archive)
     return _ended(outcome, cells, guard)
 
 
@@ -395,6 +401,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--halving", type=int, default=3, help="factor between the rungs of a search")
     add("--trials", type=_positive(int), default=9, help="candidates, where a range is searched")
+    add(
+        "--archive",
+        type=Path,
+        metavar="FILE",
+        help="what finished cells came to, such as cells.jsonl.gz: cells that are there are not "
+        "trained, and those finished here are added",
+    )
     add("--report_only", action="store_true", help="write page and plot again from the JSON in OUT")
     return parser
 

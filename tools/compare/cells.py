@@ -30,6 +30,7 @@ from tools.compare.configs import CommandError, NamedConfig, Overrides, cost_dig
 from tools.compare.records import SCRATCH, Calibration, Measurement, Result, Runner, describe
 from vlp_jax.infra.files import write_text
 
+CALIBRATION_FOLDER = "calibration"
 CELLS_FOLDER = "cells"
 RESULT_FILE = "result.json"
 LOG_FILE = "log.txt"
@@ -101,7 +102,7 @@ class Cells:
         again, and with it go all cells of that config.
         """
         config = named.calibration(steps=self._calibration_steps, overrides=overrides)
-        file = self.folder / "calibration" / f"{self._name(cost_digest(config))}.json"
+        file = self.folder / CALIBRATION_FOLDER / f"{self._name(cost_digest(config))}.json"
         if not file.exists():
             if not self._may_calibrate or not self.can_start():
                 return None
