@@ -79,6 +79,20 @@ def test_in_order():
     assert list(in_order(divmod, [(9, 4), (7, 2)], workers=0)) == [(2, 1), (3, 1)]
 
 
+def square_unless_a_helper(number, parent):
+    if number == 3 and os.getpid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number**2
+
+
+@pytest.mark.slow
+def test_a_helper_that_is_killed_loses_nothing(caplog):
+    work = ((number, os.getpid()) for number in range(8))
+    done = list(in_order(square_unless_a_helper, work, workers=2))
+    assert done == [number**2 for number in range(8)]
+    assert "helper processes (data.cache_workers) was killed" in caplog.text
+
+
 @pytest.mark.slow
 def test_in_order_also_with_workers():
     work = ((number, 7) for number in range(20))

@@ -15,7 +15,15 @@ from tests.tools.compared import (
     open_cells,
 )
 from tools.compare.cells import RESULT_FILE
-from tools.compare.configs import CommandError, cost_digest, digest, load, load_all, parse_value
+from tools.compare.configs import (
+    CommandError,
+    cost_digest,
+    digest,
+    load,
+    load_all,
+    parse_value,
+    with_overrides,
+)
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.train.config import check_keys
 from vlp_jax.train.schedule import Budget, learning_rate, to_steps
@@ -109,6 +117,15 @@ def test_an_override_that_does_not_fit_names_the_key():
         run_config(named(), **{"optim.accumulation": "many"})
     with pytest.raises(ConfigError, match=r"config.seed.x: unknown key"):
         run_config(named(), **{"seed.x": 1})
+
+
+def test_an_evaluator_is_dropped_by_none_but_no_key_that_every_config_has():
+    config = named().config
+    assert not with_overrides(config, {"evals.reconstruction": None}).evals
+    assert config.evals.reconstruction, "of a copy"
+    assert with_overrides(config, {"schedule.warmup_percent": None}).schedule.warmup_percent is None
+    with pytest.raises(ConfigError, match=r"evals.reconstructed: unknown key"):
+        with_overrides(config, {"evals.reconstructed": None})
 
 
 def test_what_does_not_change_a_run_does_not_change_its_digest():

@@ -43,7 +43,7 @@ def flat(config: ConfigDict) -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.parametrize("size", ["tiny", "mini", "small", "base"])
 def test_default_config_passes_its_own_check(size: str) -> None:
     check_keys(default_config(size))
 

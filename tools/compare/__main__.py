@@ -353,7 +353,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="key of every CONFIG, or LABEL/KEY of one; repeatable",
+        help="key of every CONFIG, or LABEL/KEY of one; evals.NAME=None drops an evaluator; "
+        "repeatable",
     )
     add(
         "--set_finetune",

@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlp_jax.infra.errors import ConfigError, unknown_key
+from vlp_jax.train.config import OPEN_SECTIONS
 from vlp_jax.train.schedule import UNITS
 
 # Keys that change neither what a run computes nor what its training time is.
@@ -237,6 +238,9 @@ def parse_values(text: str) -> tuple[Any, ...]:
 def with_overrides(config: ConfigDict, overrides: Overrides) -> ConfigDict:
     """A copy of a config with some keys changed.
 
+    A section whose name is the user's, such as ``evals.explain``, is dropped where its value is
+    None.
+
     Raises:
         ConfigError: a key that the config does not have, or a value of another type.
     """
@@ -250,6 +254,10 @@ def with_overrides(config: ConfigDict, overrides: Overrides) -> ConfigDict:
                 raise unknown_key(key, known)
             if name is not last:
                 section = section[name]
+        if value is None and ".".join(sections) in OPEN_SECTIONS:
+            with section.unlocked():
+                del section[last]
+            continue
         try:
             section[last] = value
         except TypeError as error:

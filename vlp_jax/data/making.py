@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from absl import logging
@@ -40,6 +41,9 @@ def in_order(
 ) -> Iterator[T]:
     """``function`` of each tuple of arguments, in their order.
 
+    Where a process is killed, as the kernel does when memory runs out, a warning says so and this
+    process does what is left.
+
     Args:
         function: of a module, so that another process finds it.
         arguments: picklable, if there are workers.
@@ -51,12 +55,21 @@ def in_order(
     # Spawned, since a forked copy of a process that runs JAX may hang.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        jobs = collections.deque(pool.submit(function, *some) for some in arguments)
+        arguments = collections.deque(arguments)
         try:
+            jobs = collections.deque(pool.submit(function, *some) for some in arguments)
             while jobs:
                 yield jobs.popleft().result()  # and let go of, for results may be large
+                arguments.popleft()
+        except BrokenProcessPool:
+            logging.warning(
+                "one of %d helper processes (data.cache_workers) was killed, perhaps for want of "
+                "memory; this process goes on alone, more slowly",
+                workers,
+            )
         finally:
             pool.shutdown(cancel_futures=True)
+    yield from (function(*some) for some in arguments)
 
 
 @contextlib.contextmanager

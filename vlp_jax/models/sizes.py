@@ -32,6 +32,27 @@ _SIZES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "reconstructor": {"depth": 2},
     },
+    # For one GPU and experiments of a minute.
+    "mini": {
+        "image": {
+            "width": 256,
+            "heads": 4,
+            "mlp_width": 1024,
+            "depth": 4,
+            "patch_size": 8,
+            "stem": "conv",
+        },
+        "text": {
+            "width": 256,
+            "heads": 4,
+            "mlp_width": 1024,
+            "lower_depth": 2,
+            "upper_depth": 2,
+            "max_positions": 64,
+            "dropout": 0.1,
+        },
+        "reconstructor": {"depth": 4},
+    },
     # For one GPU and experiments of minutes.
     "small": {
         "image": {
@@ -84,7 +105,7 @@ def model_config(size: str) -> ConfigDict:
     """The explicit geometry of a named size, to be changed key by key.
 
     Args:
-        size: ``tiny``, ``small`` or ``base``.
+        size: ``tiny``, ``mini``, ``small`` or ``base``.
 
     Raises:
         ValueError: the size is none of these.
