@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import fcntl
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -14,6 +15,9 @@ from typing import TypeVar
 from absl import logging
 
 T = TypeVar("T")
+
+# Results a helper process may be ahead of the one that takes them.
+_AHEAD = 4
 
 
 def found_or_made(file: pathlib.Path, find: Callable[[], T | None], make: Callable[[], T]) -> T:
@@ -55,12 +59,19 @@ def in_order(
     # Spawned, since a forked copy of a process that runs JAX may hang.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        arguments = collections.deque(arguments)
+        arguments = iter(arguments)
+        started: collections.deque[tuple[object, ...]] = collections.deque()
+        jobs: collections.deque[concurrent.futures.Future[T]] = collections.deque()
         try:
-            jobs = collections.deque(pool.submit(function, *some) for some in arguments)
-            while jobs:
-                yield jobs.popleft().result()  # and let go of, for results may be large
-                arguments.popleft()
+            while True:
+                # Results may be large: few are made ahead, and each is let go of.
+                for some in itertools.islice(arguments, _AHEAD * workers - len(jobs)):
+                    started.append(some)
+                    jobs.append(pool.submit(function, *some))
+                if not jobs:
+                    break
+                yield jobs.popleft().result()
+                started.popleft()
         except BrokenProcessPool:
             logging.warning(
                 "one of %d helper processes (data.cache_workers) was killed, perhaps for want of "
@@ -69,7 +80,7 @@ def in_order(
             )
         finally:
             pool.shutdown(cancel_futures=True)
-    yield from (function(*some) for some in arguments)
+    yield from (function(*some) for some in itertools.chain(started, arguments))
 
 
 @contextlib.contextmanager
