@@ -1,0 +1,196 @@
+"""A profile as a table: which kernels take the time, and how long the device waits between them.
+
+    python -m vlp_jax.main --config=FILE --config.profile.num_steps=5 --workdir=RUN
+    python -m tools.profile_table RUN/profile
+
+Kernels that differ in a number at their end count as one. ``busy`` is the time in which at least
+one of them runs; what is missing to the whole are gaps, in which the device waits for the host or
+for a launch. The host's table has the calls of the thread that trains, each without those in it.
+"""
+
+import argparse
+import collections
+import dataclasses
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import jax
+
+from vlp_jax.infra.preemption import ExitCode
+
+_STEP = "train"  # annotation of infra.profiling
+_DEVICE = "/device:"
+_KERNELS = ("Stream", "XLA Ops")  # lines of a GPU's and of a TPU's plane
+
+
+class _Event(Protocol):
+    name: str
+    start_ns: float
+    duration_ns: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Where the time of a traced window goes.
+
+    Attributes:
+        title: of what.
+        steps: in the window.
+        whole_ms: from the first event's start to the last one's end.
+        busy_ms: of these, how long at least one event ran.
+        rows: (name, calls, milliseconds), the longest first.
+    """
+
+    title: str
+    steps: int
+    whole_ms: float
+    busy_ms: float
+    rows: Sequence[tuple[str, int, float]]
+
+    def text(self, top: int) -> str:
+        """The table in Markdown, all figures for one step, with its ``top`` longest rows."""
+        steps, total = self.steps, sum(ms for *_, ms in self.rows)
+        calls = sum(count for _, count, _ in self.rows)
+        lines = [
+            f"{self.title}: {self.whole_ms / steps:.2f} ms a step, busy for "
+            f"{self.busy_ms / steps:.2f} ms ({self.busy_ms / self.whole_ms:.0%}), "
+            f"{calls / steps:,.0f} calls a step ({steps} steps)",
+            "",
+            "| name | calls | ms | share |",
+            "| --- | ---: | ---: | ---: |",
+        ]
+        lines += [
+            f"| {name} | {count / steps:,.1f} | {ms / steps:.3f} | {ms / total:.1%} |"
+            for name, count, ms in self.rows[:top]
+        ]
+        return "\n".join(lines)
+
+
+def kernel_table(title: str, events: Iterable[_Event], steps: int) -> Table:
+    """The table of what ran on a device.
+
+    Args:
+        title: of the table.
+        events: at least one.
+        steps: that they belong to.
+    """
+    spans, calls, spent = [], collections.Counter[str](), collections.defaultdict[str, float](float)
+    for event in events:
+        name = re.sub(r"([._]\d+)+$", "", event.name)
+        spans.append((event.start_ns, event.start_ns + event.duration_ns))
+        calls[name] += 1
+        spent[name] += event.duration_ns / 1e6
+    return _table(title, steps, spans, calls, spent)
+
+
+def call_table(title: str, events: Iterable[_Event], steps: int) -> Table:
+    """The table of what a thread of the host did, each call without the calls in it.
+
+    Args:
+        title: of the table.
+        events: of one thread, nested or apart; at least one.
+        steps: that they belong to.
+    """
+    spans, calls, own = [], collections.Counter[str](), collections.defaultdict[str, float](float)
+    open_calls: list[tuple[float, str]] = []  # (end, name), the innermost last
+    for event in sorted(events, key=lambda e: (e.start_ns, -e.duration_ns)):
+        end, ms = event.start_ns + event.duration_ns, event.duration_ns / 1e6
+        while open_calls and open_calls[-1][0] <= event.start_ns:
+            open_calls.pop()
+        if open_calls:
+            own[open_calls[-1][1]] -= ms
+        else:
+            spans.append((event.start_ns, end))
+        calls[event.name] += 1
+        own[event.name] += ms
+        open_calls.append((end, event.name))
+    return _table(title, steps, spans, calls, own)
+
+
+def _table(
+    title: str,
+    steps: int,
+    spans: list[tuple[float, float]],
+    calls: Mapping[str, int],
+    spent: Mapping[str, float],
+) -> Table:
+    spans.sort()
+    busy, reached = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    rows = [(name, calls[name], ms) for name, ms in sorted(spent.items(), key=lambda r: -r[1])]
+    return Table(title, steps, (reached - spans[0][0]) / 1e6, busy / 1e6, rows)
+
+
+def read_tables(file: Path, steps: int | None = None) -> Iterator[Table]:
+    """The tables of a trace: of every device, and of the thread that trains.
+
+    Args:
+        file: an ``.xplane.pb``.
+        steps: in the window; counted by their annotations where None.
+
+    Raises:
+        ValueError: no step is annotated, or nothing of a device was traced.
+    """
+    planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
+    host = [line for plane in planes if plane.name == "/host:CPU" for line in plane.lines]
+    if steps is None:
+        steps = sum(event.name == _STEP for line in host for event in line.events)
+        if not steps:
+            raise ValueError(f"{file} has no step annotated {_STEP!r}; give --steps")
+    devices = {
+        plane.name: [
+            e for line in plane.lines if line.name.startswith(_KERNELS) for e in line.events
+        ]
+        for plane in planes
+        if plane.name.startswith(_DEVICE)
+    }
+    # A CPU has no plane of its own; what XLA runs there names its operation.
+    devices["CPU"] = [
+        event
+        for line in host
+        if line.name.startswith("tf_")
+        for event in line.events
+        if "hlo_op" in dict(event.stats)
+    ]
+    found = {name: events for name, events in devices.items() if events}
+    if not found:
+        raise ValueError(f"{file} has nothing that ran on a device")
+    for name, events in found.items():
+        yield kernel_table(name, events, steps)
+    for line in host:
+        events = list(line.events)
+        if any(event.name == _STEP for event in events):
+            yield call_table("host, the thread that trains", events, steps)
+
+
+def main(arguments: Sequence[str] | None = None) -> ExitCode:
+    """Print the tables of the newest trace in a folder."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.profile_table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("trace", type=Path, help="an .xplane.pb, or a folder with one below it")
+    parser.add_argument("--top", type=int, default=25, help="rows of a table")
+    parser.add_argument("--steps", type=int, help="steps in the window; counted where not given")
+    options = parser.parse_args(arguments)
+    files = [options.trace] if options.trace.is_file() else [*options.trace.rglob("*.xplane.pb")]
+    if not files:
+        print(f"error: no .xplane.pb in {options.trace}", file=sys.stderr)
+        return ExitCode.BAD_INPUT
+    try:
+        tables = list(read_tables(max(files, key=lambda f: f.stat().st_mtime), options.steps))
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.BAD_INPUT
+    print("\n\n".join(table.text(options.top) for table in tables))
+    return ExitCode.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
