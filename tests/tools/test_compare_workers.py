@@ -8,10 +8,12 @@ import time
 
 import pytest
 
-from tests.tools.compared import FakeTrainer, named, open_cells, settings, silent
+from tests.tools.compared import FakeTrainer, finetune, named, open_cells, settings, silent
 from tools.compare import comparison, workers
+from tools.compare.cells import MIN_STEPS
 from tools.compare.claims import Claims
 from tools.compare.comparison import compare
+from tools.compare.prepare import prepare
 from tools.compare.search import Axis, search
 from vlp_jax.infra.preemption import ExitCode
 
@@ -20,6 +22,7 @@ from vlp_jax.infra.preemption import ExitCode
 def impatient(monkeypatch):
     monkeypatch.setattr(comparison, "POLL_SECONDS", 0.01)
     monkeypatch.setattr("tools.compare.search.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("tools.compare.prepare.POLL_SECONDS", 0.01)
     monkeypatch.setattr(workers, "_POLL_SECONDS", 0.01)
 
 
@@ -66,6 +69,35 @@ def test_workers_train_every_cell_once_and_the_table_is_that_of_one_process(tmp_
         key: alone[key] for key in ("rates", "curves", "time_to_score")
     }
     assert not list(tmp_path.glob("shared/cells/*/claim.json"))
+
+
+def test_workers_fill_the_caches_by_short_runs_of_all_that_is_compiled(tmp_path):
+    configs, tunes = [named("a"), named("b", 2.0)], (finetune("vqa"), finetune("nlvr2"))
+    what = settings(*configs, finetunes=tunes, scratch=True)
+    _, trainers = together(lambda trainer: prepare(what, open_cells(tmp_path, trainer)), 4)
+    runs = [run for trainer in trainers for run in trainer.runs]
+    assert len(runs) == 2 + 2 * 2
+    assert {config.total_steps for _, config in runs} == {MIN_STEPS}
+    assert all(config.evals for _, config in runs), "evaluators are compiled, too"
+    started = {config.init_from for _, config in runs}
+    [first] = [str(workdir) for workdir, config in runs if config.name == "a"]
+    assert started == {"", first}
+    assert not list(tmp_path.glob("prepared/*/claim.json"))
+    again = FakeTrainer()
+    prepare(what, open_cells(tmp_path, again))
+    assert not again.runs
+    assert not again.calibrations
+
+
+def test_a_signal_ends_preparing_and_the_next_invocation_goes_on(tmp_path):
+    what, trainer = settings(named("a"), named("b", 2.0), finetunes=(finetune(),)), FakeTrainer()
+    trainer.stop_at = 1
+    cells = open_cells(tmp_path, trainer)
+    prepare(what, cells)
+    assert cells.interrupted
+    trainer.stop_at = None
+    prepare(what, open_cells(tmp_path, trainer))
+    assert [config.name for _, config in trainer.runs] == ["a", "b", "b", "vqa"]
 
 
 def test_workers_share_a_search(tmp_path):
@@ -130,7 +162,7 @@ class Processes:
 
     def __init__(self, monkeypatch, folder):
         self.folder, self.complaints = folder, []
-        self.scripts = {"calibrate": "", "train": ""}
+        self.scripts = {"prepare": "", "calibrate": "", "train": ""}
         monkeypatch.setattr(
             workers, "_start", lambda command, environment: self.start(command, environment)
         )
@@ -171,7 +203,8 @@ def test_workers_see_their_device_and_do_not_take_all_memory(processes, monkeypa
         role: sorted((processes.folder / f"{role}.txt").read_text().splitlines())
         for role in processes.scripts
     }
-    assert lines == {"calibrate": ["4 -"], "train": ["4 false", "4 false", "7 false"]}
+    shared = ["4 false", "4 false", "7 false"]
+    assert lines == {"prepare": shared, "calibrate": ["4 -"], "train": shared}
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
     processes.run(1, devices=("4",))
     assert "4 true" in (processes.folder / "train.txt").read_text()
@@ -192,7 +225,9 @@ def test_a_crash_is_told_and_the_outcome_is_the_worst(processes, script, outcome
     processes.scripts["train"] = "raise AssertionError"
     assert processes.run() is outcome
     assert len(processes.complaints) == (outcome is ExitCode.FAILED)
-    processes.scripts = {"calibrate": "", "train": script}
+    processes.scripts |= {"calibrate": "", "train": script}
+    assert processes.run(1) is outcome
+    processes.scripts |= {"prepare": script, "calibrate": "raise AssertionError"}
     assert processes.run(1) is outcome
 
 

@@ -6,6 +6,7 @@ claims      which of several processes trains a cell
 cells       finished cells, kept in a folder, and the one way to get another
 archive     what finished cells came to, in one file that outlives the folder
 measure     calibrates and trains, and reads what came of it
+prepare     compiles what is compared, several programs at the same time
 metrics     the figures to compare by, and where they are found
 rows        what is compared, and a cell as the tables have it
 comparison  which cells a comparison needs, in which order

@@ -20,8 +20,8 @@ give a figure of the validation split where --metric is one of the test split.
 searches config keys by successive halving and writes OUT/search.md and search.json.
 
 Seconds are updates times the time of an update measured alone, by a short run that has the device
-to itself. So cells may share a device: --workers=4 calibrates first and then trains four cells at a
-time (--devices=0,1: spread over these GPUs).
+to itself. So cells may share a device: --workers=4 compiles programs, four at a time, calibrates
+one config after the other, and trains four cells at a time (--devices=0,1: over these GPUs).
 """
 
 import argparse
@@ -34,7 +34,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from absl import logging
 
@@ -44,6 +44,7 @@ from tools.compare.comparison import DEFAULT_FRACTIONS, calibrate, check_setting
 from tools.compare.configs import CommandError, load_all, parse_value
 from tools.compare.measure import Trainer
 from tools.compare.metrics import Metric
+from tools.compare.prepare import prepare
 from tools.compare.records import Machine, describe
 from tools.compare.rows import Settings
 from tools.compare.search import Axis, calibrate_candidates, search
@@ -142,6 +143,10 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> ExitCode:
             say=_say,
         )
         facts: dict[str, Any]
+        if options.role == "prepare":
+            if not axes:  # a search compiles as many programs as it has candidates, or only one
+                prepare(settings, cells)
+            return _ended(outcome, cells, guard)
         if options.role == "calibrate":
             if axes:
                 calibrate_candidates(settings, axes, options.halving, options.trials, cells)
@@ -372,7 +377,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--devices", default="", help="indices of CUDA devices for the workers, such as 0,1")
     # What a process that --workers has started does; it writes no table.
-    add("--role", choices=("calibrate", "train"), default="", help=argparse.SUPPRESS)
+    add("--role", choices=get_args(Role), default="", help=argparse.SUPPRESS)
     add(
         "--max_seconds",
         type=float,

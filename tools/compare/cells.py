@@ -10,6 +10,7 @@ were left out. Layout::
     OUT/cells/NAME/claim.json        who is training it now, see ``claims``
     OUT/cells/NAME/result.json       what it cost and scored; there only when it has finished
     OUT/compile_cache/               compiled programs, shared by all
+    OUT/prepared/NAME/               workdir of a short run that has filled the caches
 
 A cell's seconds are its updates times the calibrated seconds of one: see ``records.Calibration``.
 """
@@ -32,8 +33,10 @@ from vlp_jax.infra.files import write_text
 
 CALIBRATION_FOLDER = "calibration"
 CELLS_FOLDER = "cells"
+PREPARED_FOLDER = "prepared"
 RESULT_FILE = "result.json"
 LOG_FILE = "log.txt"
+_DONE_FILE = "done"
 CHECKPOINT_FOLDER = "checkpoints"
 SAVE_SECONDS = 120.0
 # With fewer updates a schedule has no shape, and rounding to whole ones shows in the seconds.
@@ -94,6 +97,40 @@ class Cells:
     def can_start(self) -> bool:
         """Whether another cell may be started: there is time, and no signal has come."""
         return not self.interrupted and self._may_start()
+
+    def prepare(
+        self, label: str, config: ConfigDict, parent: ConfigDict | None = None
+    ) -> Path | None:
+        """Run a config for the sake of the caches that it fills, once.
+
+        Args:
+            label: of the config.
+            config: of a short run.
+            parent: config of the run that it starts from.
+
+        Returns:
+            The workdir, with a checkpoint; None where the run is not finished: there is no time
+            for it, or another process is at it.
+        """
+        identity = digest(config, "" if parent is None else digest(parent))
+        workdir = self.folder / PREPARED_FOLDER / self._name(identity)
+        if (workdir / _DONE_FILE).exists():
+            return workdir
+        if not self.can_start():
+            return None
+        with self._claimed(workdir) as claimed:
+            if not claimed:
+                return None
+            if not (workdir / _DONE_FILE).exists():
+                self._share_compile_cache(config)
+                log = workdir / LOG_FILE
+                self._claims.note(workdir, run=f"{label}, to fill the caches", log=str(log))
+                self._say(f"{label}: compiling, log in {log}")
+                if self.runner.run(config, workdir) is None:
+                    self.interrupted = True
+                    return None
+                (workdir / _DONE_FILE).touch()
+        return workdir
 
     def calibration(self, named: NamedConfig, overrides: Overrides) -> Calibration | None:
         """The cost of an update, measured once and then kept; None: not measured, and no time to.

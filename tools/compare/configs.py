@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import json
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +268,15 @@ def with_overrides(config: ConfigDict, overrides: Overrides) -> ConfigDict:
     return changed
 
 
+def shortened(config: ConfigDict, steps: int) -> ConfigDict:
+    """A copy of a run of so many steps, evaluated and saved at its end alone."""
+    short = ConfigDict(config).copy_and_resolve_references()
+    _set_duration(short, "total", steps)
+    _set_duration(short.checkpoint, "every", None)
+    _evaluated_last(short)
+    return short
+
+
 def check_annealed(config: ConfigDict) -> None:
     """Refuse a schedule that does not come to its end within the budget.
 
@@ -330,11 +339,9 @@ def _measured_only(config: ConfigDict, save_steps: int) -> None:
         config: changed in place.
         save_steps: steps between two checkpoints; 0: only at the end.
     """
+    _evaluated_last(config, but=_teachers(config))
     with config.unlocked():
-        for name, section in config.evals.items():
-            for key in [f"every_{unit}" for unit in UNITS]:
-                if key in section and name not in _teachers(config):
-                    del section[key]
+        for section in config.evals.values():
             if "on" in section:  # the last state is judged, that of the completed schedule
                 del section["on"]
     _set_duration(config.checkpoint, "every", save_steps)
@@ -343,6 +350,15 @@ def _measured_only(config: ConfigDict, save_steps: int) -> None:
     _set_duration(config.log, "every", None)
     config.log.every_percent = _LOG_PERCENT
     _quiet(config)
+
+
+def _evaluated_last(config: ConfigDict, but: Collection[str] = ()) -> None:
+    """Leave out evaluations in the middle of a run, of all evaluators but those named."""
+    with config.unlocked():
+        for name, section in config.evals.items():
+            for key in [f"every_{unit}" for unit in UNITS]:
+                if key in section and name not in but:
+                    del section[key]
 
 
 def _quiet(config: ConfigDict) -> None:

@@ -4,15 +4,17 @@ A small model's cell is mostly start-up: tracing, loading compiled programs, eva
 fine-tuning, while the device idles. Since seconds come from calibrations and not from the cells
 themselves (see ``records.Calibration``), cells may overlap:
 
-1. One process has the device to itself and measures what is not calibrated yet.
-2. Workers train cells, each of which one of them claims (see ``claims``), until nothing is left.
-3. The parent, which has touched no device before, writes the table.
+1. Workers compile all programs and fill the caches of data (see ``prepare``).
+2. One process has the device to itself and measures what is not calibrated yet.
+3. Workers train cells, each of which one of them claims (see ``claims``), until nothing is left.
+4. The parent, which has touched no device before, writes the table.
 
 Every worker has ``XLA_PYTHON_CLIENT_PREALLOCATE=false`` unless the environment says otherwise: by
 default JAX takes three quarters of a GPU's memory as it starts, and the second worker would find
 none left.
 """
 
+import itertools
 import os
 import signal
 import subprocess
@@ -22,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from tools.compare.cells import CELLS_FOLDER
+from tools.compare.cells import CELLS_FOLDER, PREPARED_FOLDER
 from tools.compare.claims import read_claims
 from vlp_jax.infra.preemption import ExitCode
 
@@ -33,7 +35,7 @@ _LAST_LINES = 15
 # The worst of several outcomes comes first.
 _BY_WEIGHT = (ExitCode.FAILED, ExitCode.BAD_INPUT, ExitCode.PREEMPTED, ExitCode.OK)
 
-Role = Literal["calibrate", "train"]
+Role = Literal["prepare", "calibrate", "train"]
 Environment = Mapping[str, str]  # what differs from that of this process
 
 
@@ -46,11 +48,11 @@ def run_phases(
     requested: Callable[[], bool],
     complain: Callable[[str], None],
 ) -> ExitCode:
-    """Calibrate in one process, then train in several.
+    """Compile in several processes, calibrate in one, then train in several.
 
     Args:
-        command: the command line of a process that is to do the one or the other.
-        workers: processes that train.
+        command: the command line of a process that is to do one of these.
+        workers: processes that compile and train.
         devices: indices of CUDA devices, over which the workers are spread; calibrations run on
             the first. Without any, every process sees what this one does.
         folder: OUT.
@@ -71,11 +73,14 @@ def run_phases(
         return min(outcomes, key=_BY_WEIGHT.index)
 
     visible = [{VISIBLE_DEVICES: device} for device in devices] or [{}]
-    outcome = run("calibrate", visible[:1])
-    if outcome is not ExitCode.OK or requested():
-        return outcome
     shared = {_PREALLOCATE: os.environ.get(_PREALLOCATE, "false")}
-    return run("train", [shared | visible[n % len(visible)] for n in range(workers)])
+    several = [shared | visible[n % len(visible)] for n in range(workers)]
+    outcome = run("prepare", several)
+    if outcome is ExitCode.OK and not requested():
+        outcome = run("calibrate", visible[:1])
+    if outcome is ExitCode.OK and not requested():
+        outcome = run("train", several)
+    return outcome
 
 
 def crash_report(folder: Path, pid: int, code: int) -> str:
@@ -90,7 +95,8 @@ def crash_report(folder: Path, pid: int, code: int) -> str:
         The cell that it had claimed, and the last lines of its log.
     """
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    for cell, claim in read_claims(folder / CELLS_FOLDER):
+    claims = (read_claims(folder / below) for below in (CELLS_FOLDER, PREPARED_FOLDER))
+    for cell, claim in itertools.chain.from_iterable(claims):
         if claim["pid"] == pid and "log" in claim:
             log = Path(claim["log"])
             lines = log.read_text(errors="replace").splitlines() if log.exists() else []
