@@ -60,7 +60,7 @@ def test_flops_grow_with_the_text() -> None:
 
 
 def test_unknown_size_names_the_known() -> None:
-    with pytest.raises(ValueError, match=r"'huge' is none of \['base', 'small', 'tiny'\]"):
+    with pytest.raises(ValueError, match=r"'huge' is none of \['base', 'mini', 'small', 'tiny'\]"):
         model_config("huge")
 
 
