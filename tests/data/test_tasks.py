@@ -9,9 +9,10 @@ from PIL import Image
 
 from tests.data.fake import MAX_LENGTH, TOKENIZER
 from vlp_jax.data.batch import EXTRA_FIELDS, MAX_ANSWERS
+from vlp_jax.data.cache import ImageCache
 from vlp_jax.data.captions import EncodedCaptions
 from vlp_jax.data.folder import Folder
-from vlp_jax.data.scenes import Scenes
+from vlp_jax.data.scenes import Scenes, ScenesVQA
 from vlp_jax.data.source import BadExample
 from vlp_jax.data.tasks import NLVR2, VQA, VisualEntailment, shared_images
 from vlp_jax.infra.errors import ConfigError
@@ -355,6 +356,17 @@ def test_damaged_pictures_are_bad_examples(nlvr2_root):
 def test_an_unbounded_source_cannot_be_checked(nlvr2_root):
     with pytest.raises(ValueError, match=r"data\.sources\.scenes\.num_records must be set"):
         shared_images(Scenes(), NLVR2(nlvr2_root, "val"))
+
+
+def test_worlds_share_no_picture_and_are_not_listed(monkeypatch):
+    train, val = Scenes("train", num_records=4), Scenes("val", num_records=4)
+    questions = ScenesVQA("train", level="full", num_records=2)
+    assert shared_images(train, questions) == [f"{train.identity}/{n}" for n in (0, 1)]
+    cached = ImageCache(val, 16)
+    monkeypatch.setattr(Scenes, "image_key", None)
+    assert shared_images(train, val) == shared_images(train, cached) == []
+    with pytest.raises(TypeError):
+        shared_images(val, cached)
 
 
 def test_pictures_shared_with_a_folder_of_captions(nlvr2_root):

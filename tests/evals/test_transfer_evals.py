@@ -205,7 +205,7 @@ def test_task_accuracy_is_that_of_the_guesses(transfer, source, objective):
 
 
 def test_a_picture_in_two_splits_is_refused(transfer, monkeypatch):
-    monkeypatch.setattr(Scenes, "image_key", lambda self, record: (f"picture {record}",))
+    monkeypatch.setattr(Scenes, "world", "one for all splits")
     with pytest.raises(ValueError, match=r"evals\.subject\.split: 10 pictures are in the training"):
         run(transfer, type="task", source="colours", objective="colour", num_examples=EXAMPLES)
 

@@ -123,6 +123,16 @@ class Identified(Protocol):
 
 
 @runtime_checkable
+class Generated(Protocol):
+    """A source whose pictures are made by rule, not listed."""
+
+    @property
+    def world(self) -> str:
+        """Whence its pictures are: sources of two worlds share none."""
+        ...
+
+
+@runtime_checkable
 class Worded(Protocol):
     """A source of captions that knows words which texts of its tasks have and captions may lack."""
 

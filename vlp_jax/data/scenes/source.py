@@ -109,9 +109,14 @@ class Scenes(CaptionsOnly):
         """The picture: uint8 [size, size, 3] RGB."""
         return render.render(self.scene(record), _checked_size(size))
 
+    @property
+    def world(self) -> str:
+        """Version, level, split and seed."""
+        return self.identity
+
     def image_key(self, record: int) -> tuple[str, ...]:
         """The world and the record in it."""
-        return (f"{self.identity}/{record}",)
+        return (f"{self.world}/{record}",)
 
     def word_classes(self) -> Mapping[str, str]:
         """Class of every word: colour, shape, size, texture, relation, count or function."""

@@ -115,6 +115,11 @@ class _ScenesTask(abc.ABC):
         """The picture, the first of two: uint8 [size, size, 3] RGB."""
         return self._picture(record, 0, size)
 
+    @property
+    def world(self) -> str:
+        """That of ``Scenes``."""
+        return self._world.world
+
     def image_key(self, record: int) -> tuple[str, ...]:
         """What ``Scenes`` calls the picture or pictures."""
         return tuple(

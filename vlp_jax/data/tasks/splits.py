@@ -1,10 +1,13 @@
 """Whether splits are clean: no picture in two of them."""
 
-from vlp_jax.data.source import Source
+from vlp_jax.data.cache import uncached
+from vlp_jax.data.source import Generated, Source
 
 
 def shared_images(a: Source, b: Source) -> list[str]:
     """Keys of the pictures that both sources have, sorted; empty for clean splits.
+
+    Pictures of different worlds are not listed: to make 20,000 scenes again takes seconds.
 
     Args:
         a: a bounded source.
@@ -13,6 +16,12 @@ def shared_images(a: Source, b: Source) -> list[str]:
     Raises:
         ValueError: a source is unbounded.
     """
+    worlds = [
+        source.world if isinstance(source, Generated) else None
+        for source in (uncached(a), uncached(b))
+    ]
+    if None not in worlds and worlds[0] != worlds[1]:
+        return []
     return sorted(_image_keys(a) & _image_keys(b))
 
 
