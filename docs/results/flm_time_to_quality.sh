@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Which share of MLM's time does FLM need for MLM's score, on hard scenes? One setting; no figures of
+# it are kept yet.
+#
+#   docs/results/flm_time_to_quality.sh SIZE IMAGES OUT [FLAG of tools.compare ...]
+#
+# SIZE: tiny or mini, see vlp_jax/models/sizes.py. IMAGES: 20000, each seen 50 times and more by the
+# whole budget, or 1000000, of which none is seen more than a few times. OUT: folder of cells and
+# tables. Cells that cells/SIZE_IMAGES.jsonl.gz holds are not trained again; on another kind of
+# machine, give another --archive. The command stops after --max_seconds and goes on when it is
+# given again.
+set -euo pipefail
+size=$1 images=$2 out=$(realpath -m "$3")
+shift 3
+cd "$(dirname "$0")/../.."
+
+case $size in  # batches that fill the device: smaller ones take as long
+    tiny) batch=1024 seconds=15 questions=700 ;;
+    mini) batch=512 seconds=30 questions=1000 ;;
+    *) echo "no setting of size '$size'; take tiny or mini" >&2; exit 64 ;;
+esac
+
+configs=() metrics=
+for objective in ${OBJECTIVES:-flm mlm15 mlm40 ar prefix_lm}; do
+    configs+=("configs/scenes.py:$objective,$size,$images")
+done
+for task in vqa nlvr2; do
+    for figure in test/accuracy test/accuracy_text_only test/accuracy_image_shuffled val/accuracy; do
+        metrics+=$task:scenes/$figure,
+    done
+done
+shared=(
+    data.num_edges=2 "data.cache_dir=$out/data" data.cache_workers=$(($(nproc) / 2))
+    "compile_cache=$out/programs"
+)
+
+# Maps of single predictions and figures of FLM alone have no part in a table of all objectives.
+exec "${PYTHON:-python}" -m tools.compare "${configs[@]}" --budget_seconds="${BUDGET:-$seconds}" \
+    --seeds=3 --rates=1e-3,2e-3,4e-3 \
+    --baseline="scenes:mlm15,$size,$images" --baseline="scenes:mlm40,$size,$images" \
+    --finetune=configs/transfer/vqa.py:scenes --finetune=configs/transfer/nlvr2.py:scenes \
+    --tune_metric=vqa:scenes/val/accuracy --metric="${metrics}heldout/gap_loss:min" \
+    "${shared[@]/#/--set=}" --set=data.batch_size=$batch \
+    --set="scenes:flm,$size,$images/evals.reconstruction=None" \
+    "${shared[@]/#/--set_finetune=}" --set_finetune=evals.val.every_percent=100.0 \
+    --set_finetune=checkpoint.every_percent=100.0 \
+    --set_finetune=vqa:scenes/evals.explain=None --set_finetune=vqa:scenes/total_steps=$questions \
+    --set_finetune=nlvr2:scenes/total_steps=2000 \
+    --archive="docs/results/cells/${size}_$images.jsonl.gz" --out="$out" "$@"
