@@ -20,14 +20,13 @@ case $size in  # batches that fill the device: smaller ones take as long
     *) echo "no setting of size '$size'; take tiny or mini" >&2; exit 64 ;;
 esac
 
-configs=() metrics=
+configs=() metrics=heldout/gap_loss:show
 for objective in ${OBJECTIVES:-flm mlm15 mlm40 ar prefix_lm}; do
     configs+=("configs/scenes.py:$objective,$size,$images")
 done
-for task in vqa nlvr2; do
-    for figure in test/accuracy test/accuracy_text_only test/accuracy_image_shuffled val/accuracy; do
-        metrics+=$task:scenes/$figure,
-    done
+for task in vqa:scenes nlvr2:scenes; do
+    metrics+=,$task/test/accuracy,$task/test/accuracy_text_only:show
+    metrics+=,$task/test/accuracy_image_shuffled:show,$task/val/accuracy:show
 done
 shared=(
     data.num_edges=2 "data.cache_dir=$out/data" data.cache_workers=$(($(nproc) / 2))
@@ -39,7 +38,7 @@ exec "${PYTHON:-python}" -m tools.compare "${configs[@]}" --budget_seconds="${BU
     --seeds=3 --rates=1e-3,2e-3,4e-3 \
     --baseline="scenes:mlm15,$size,$images" --baseline="scenes:mlm40,$size,$images" \
     --finetune=configs/transfer/vqa.py:scenes --finetune=configs/transfer/nlvr2.py:scenes \
-    --tune_metric=vqa:scenes/val/accuracy --metric="${metrics}heldout/gap_loss:min" \
+    --tune_metric=vqa:scenes/val/accuracy --metric="$metrics" \
     "${shared[@]/#/--set=}" --set=data.batch_size=$batch \
     --set="scenes:flm,$size,$images/evals.reconstruction=None" \
     "${shared[@]/#/--set_finetune=}" --set_finetune=evals.val.every_percent=100.0 \

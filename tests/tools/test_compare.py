@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import pytest
+from PIL import Image
 
 from tests.tools.compared import (
     BUDGET,
@@ -24,6 +25,7 @@ from tools.compare.archive import pack, unpack
 from tools.compare.comparison import compare, grid_of_rates, missing
 from tools.compare.configs import CommandError, load
 from tools.compare.metrics import Metric
+from tools.compare.plot import draw
 from tools.compare.records import Group
 from tools.compare.table import comparison_page
 from vlp_jax.infra.errors import ConfigError
@@ -358,6 +360,32 @@ def test_what_pretraining_is_worth_is_told_in_deviations(tmp_path):
     # Means are 0.01 apart; the seeds of both differ by 0.001 and so deviate by 0.0007.
     assert "[+14.1] |" in page(facts).split("## What pretraining is worth")[1]
     assert "What pretraining" not in page(run(tmp_path, trainer, settings(named("a", **model))))
+
+
+def test_a_control_is_shown_and_not_compared_by(tmp_path):
+    control = Metric.parse("reconstruction/base/loss:show")
+    what = settings(
+        named("a"), named("b", 2.0), metrics=(Metric(METRIC, 1), control), baselines=("a",)
+    )
+    facts = run(tmp_path, FakeTrainer(), what)
+    assert list(facts["time_to_score"]) == [METRIC]
+    assert facts["settings"]["metrics"] == {METRIC: "max", control.name: "show"}
+    whole = facts["curves"][control.name]["a"][-1]
+    assert whole["mean"] == pytest.approx(1 - facts["curves"][METRIC]["a"][-1]["mean"])
+    text = page(facts)
+    assert f"{control.name} (shown only)" in text
+    assert f"## Score at each budget: {control.name}" in text
+    assert text.count("## Time to the score of") == 1
+    draw(facts, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.width > 2 * picture.height, "one row of axes"
+
+
+@pytest.mark.parametrize("flags", ["--metric=a/b:show", "--metric=a/b --tune_metric=c/d:show"])
+def test_nothing_is_chosen_by_what_is_only_shown(tmp_path, capsys, flags):
+    arguments = ["configs/demo.py", "--budget_seconds=9", f"--out={tmp_path}", *flags.split()]
+    assert command.main(arguments) == ExitCode.BAD_INPUT
+    assert "drop :show" in capsys.readouterr().err
 
 
 def test_scratch_needs_something_to_tune_and_one_geometry(tmp_path):

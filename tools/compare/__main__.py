@@ -233,6 +233,9 @@ def _settings(
         raise CommandError("CONFIG..., --budget_seconds and --metric are needed; see --help")
     configs = load_all(options.configs, overrides)
     metrics = tuple(Metric.parse(text) for text in options.metric.split(","))
+    tune_metric = Metric.parse(options.tune_metric) if options.tune_metric else metrics[0]
+    if not tune_metric.sign or not any(metric.sign for metric in metrics):
+        raise CommandError("--metric: of one that is shown only, none is the best; drop :show")
     labels = [named.label for named in configs]
     baselines = tuple(options.baseline) or (labels[0],)
     for label in baselines:
@@ -245,7 +248,7 @@ def _settings(
         seeds=options.seeds,
         rates=tuple(options.rates.split(",")),
         metrics=metrics,
-        tune_metric=Metric.parse(options.tune_metric) if options.tune_metric else metrics[0],
+        tune_metric=tune_metric,
         finetunes=load_all(options.finetune, tuning_overrides),
         baselines=baselines,
         max_input_wait=options.max_input_wait,
@@ -333,7 +336,11 @@ def _parser() -> argparse.ArgumentParser:
     add("configs", nargs="*", metavar="CONFIG", help="config file, or FILE:ARG")
     add("--out", type=Path, required=True, help="folder of cells and tables; kept and extended")
     add("--budget_seconds", type=_positive(float), help="whole budget in seconds of training")
-    add("--metric", help="figures to compare by, with commas; NAME:min where less is better")
+    add(
+        "--metric",
+        help="figures to compare by, with commas; NAME:min where less is better, NAME:show for one "
+        "that is only shown at each budget, such as a control",
+    )
     add("--tune_metric", help="figure that chooses rates, or ranks a search; the first --metric")
     add("--seeds", type=_positive(int), default=1, help="runs of each, seeds 0 to N-1")
     add("--fractions", default="", help="shares of the budget; by default 1,1/1.5,1/2.5,1/4")

@@ -14,19 +14,21 @@ from vlp_jax.infra.errors import ConfigError
 # are distances from a control, better when they are larger.
 LOWER_IS_BETTER = ("loss", "perplexity")
 WORST_GAP = "worst_gap"
+# What --metric says behind a name, and the sign that makes of it.
+MODES = {"max": 1, "min": -1, "show": 0}
 # Stands for the run itself where a name begins with the label of a run.
 PRETRAINING = "pretraining"
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A figure to compare by.
+    """A figure to compare by, or to show beside those.
 
     Attributes:
         name: as an evaluator of the pretraining run or of a fine-tuning run calls it, such as
             ``vqa/accuracy``; where several runs have it, with the label of the fine-tuning config
             (or ``pretraining``) in front, such as ``nlvr2:scenes/test/accuracy``.
-        sign: 1 where more is better, -1 where less is.
+        sign: 1 where more is better, -1 where less is, 0 where it is only shown, as a control is.
     """
 
     name: str
@@ -34,18 +36,22 @@ class Metric:
 
     @classmethod
     def parse(cls, text: str) -> "Metric":
-        """Read NAME, NAME:max or NAME:min.
+        """Read NAME, NAME:max, NAME:min or NAME:show.
 
-        Without either, losses and worst gaps are to be low, all else high.
+        Without any, losses and worst gaps are to be low, all else high.
         """
         name, colon, mode = text.rpartition(":")
         if not colon or "/" in mode:  # the colon of a label
             name, mode = text, ""
-        if mode not in ("", "max", "min"):
-            raise CommandError(f"--metric: {text!r} ends in neither :max nor :min")
+        if mode and mode not in MODES:
+            raise CommandError(f"--metric: {text!r} ends in none of :max, :min and :show")
         lower = units.unit_word(name) in LOWER_IS_BETTER or WORST_GAP in name.split("/")
-        low = mode == "min" or (not mode and lower)
-        return cls(name, -1 if low else 1)
+        return cls(name, MODES[mode or ("min" if lower else "max")])
+
+    @property
+    def mode(self) -> str:
+        """``max``, ``min`` or ``show``."""
+        return next(mode for mode, sign in MODES.items() if sign == self.sign)
 
 
 def check_metric(

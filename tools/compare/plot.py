@@ -19,11 +19,14 @@ INK, MUTED, RULE = "#1c1e22", "#5f6570", "#e5e2dc"
 def draw(facts: Mapping[str, Any], path: Path) -> None:
     """Draw the curves with a band of one standard deviation, and the baseline's score.
 
+    Metrics that are only shown have no axes.
+
     Args:
         facts: content of ``compare.json``.
         path: of the PNG.
     """
-    metrics = list(facts["curves"])
+    modes = facts["settings"]["metrics"]
+    metrics = [metric for metric in facts["curves"] if modes[metric] != "show"]
     figure = Figure(figsize=(4.4 * len(AXES), 0.5 + 3.3 * len(metrics)), layout="constrained")
     grid = figure.subplots(len(metrics), len(AXES), squeeze=False, sharey="row")
     for axes_row, metric in zip(grid, metrics, strict=True):

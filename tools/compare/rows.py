@@ -81,7 +81,7 @@ class Settings:
             "fractions": list(self.fractions),
             "seeds": self.seeds,
             "rates": list(self.rates),
-            "metrics": {m.name: "max" if m.sign > 0 else "min" for m in self.metrics},
+            "metrics": {m.name: m.mode for m in self.metrics},
             "tune_metric": self.tune_metric.name,
             "tuned_on_test": is_of_test_split(self.tune_metric, self.configs, self.finetunes),
             "baselines": list(self.baselines),

@@ -57,7 +57,7 @@ def summarise(
         }
         candidates = [label for label in settings.baselines if label in whole]
         # With a baseline still to be trained, the best of the others would be a weaker one.
-        if len(candidates) == len(settings.baselines):
+        if metric.sign and len(candidates) == len(settings.baselines):
             baseline = max(candidates, key=lambda label: whole[label])
             times[metric.name] = {
                 "baseline": baseline,

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tools.compare.metrics import MODES
 from tools.compare.records import SCRATCH, describe
 from vlp_jax.infra import units
 
@@ -197,7 +198,8 @@ def _times(metric: str, times: Facts) -> str:
 
 
 def _direction(name: str, mode: str) -> str:
-    return f"{name} ({'more' if mode == 'max' else 'less'} is better)"
+    words = {"max": "more is better", "min": "less is better", "show": "shown only"}
+    return f"{name} ({words[mode]})"
 
 
 def _share(cost: Facts) -> str:
@@ -253,12 +255,17 @@ def _spread(metric: str, value: float) -> str:
 def _scratch(facts: Facts) -> str:
     lines = []
     for metric, scratch in facts["scratch"].items():
-        sign = 1 if facts["settings"]["metrics"][metric] == "max" else -1
+        sign = MODES[facts["settings"]["metrics"][metric]]
         line = [metric, _point(metric, scratch)]
         for points in facts["curves"][metric].values():
             whole = next((point for point in points if point["fraction"] == 1), None)
             text = _point(metric, whole)
-            if whole and whole["deviation"] is not None and scratch["deviation"] is not None:
+            if (
+                sign
+                and whole
+                and whole["deviation"] is not None
+                and scratch["deviation"] is not None
+            ):
                 spread = math.hypot(whole["deviation"], scratch["deviation"]) / math.sqrt(2)
                 gain = sign * (whole["mean"] - scratch["mean"])
                 text += f" [{gain / spread:+.1f}]".replace("-", "−") if spread else ""
