@@ -75,6 +75,31 @@ def test_a_maker_that_is_killed_holds_nobody_up(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_script_without_a_main_guard_is_told_so_and_ends(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import pathlib
+            from vlp_jax.data.making import found_or_made, in_order
+
+            file = pathlib.Path({str(tmp_path / "made")!r})
+
+            def make():
+                return list(in_order(divmod, [(7, 2)], workers=1))
+
+            print(found_or_made(file, lambda: None, make))
+            """
+        )
+    )
+    # Two processes that wait for each other would sit here for ever.
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "[(3, 1)]\n"
+    assert 'put the script\'s own calls under `if __name__ == "__main__":`' in done.stderr
+
+
 def test_in_order():
     assert list(in_order(divmod, [(9, 4), (7, 2)], workers=0)) == [(2, 1), (3, 1)]
 

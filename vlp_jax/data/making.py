@@ -31,6 +31,10 @@ def found_or_made(file: pathlib.Path, find: Callable[[], T | None], make: Callab
         file: what is to be there; its folder is made.
         find: looks for the file; None if it is absent or holds something else.
         make: makes the file and returns what ``find`` would.
+
+    Raises:
+        RuntimeError: this is a helper of the process that makes the file, so that each would wait
+            for the other: a script without a main guard, run again by its helpers.
     """
     found = find()
     if found is not None:
@@ -93,7 +97,14 @@ def _only_maker(file: pathlib.Path) -> Iterator[None]:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 stream.seek(0)
-                logging.info("waiting for process %s, which makes %s", stream.read(), file)
+                maker = stream.read()
+                is_helper = multiprocessing.current_process().name != "MainProcess"
+                if is_helper and maker == str(os.getppid()):
+                    raise RuntimeError(
+                        "a helper process (data.cache_workers) runs the main script again; put the "
+                        'script\'s own calls under `if __name__ == "__main__":`'
+                    ) from None
+                logging.info("waiting for process %s, which makes %s", maker, file)
                 fcntl.flock(stream, fcntl.LOCK_EX)
             if not _is_at(stream.fileno(), lock):
                 continue  # locked what the last maker has removed meanwhile
