@@ -30,8 +30,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.max_text_length = 48
     # Rendering keeps cores busy; pictures that are there are copied, and more threads would only
     # compete with the train loop for the interpreter.
-    config.data.threads = 4 if images else 16
-    config.data.prefetch = 8 if images else 32
+    config.data.threads = 2 if images else 16
+    config.data.prefetch = 4 if images else 32
     config.schedule.peak = 5e-4
     with config.unlocked():
         config.data.sources.scenes = {"type": "scenes", "level": "hard"}

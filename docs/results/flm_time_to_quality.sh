@@ -14,17 +14,22 @@ size=$1 images=$2 out=$(realpath -m "$3")
 shift 3
 cd "$(dirname "$0")/../.."
 
+declare -A updates=([nlvr2:scenes]=2000)
 case $size in  # batches that fill the device: smaller ones take as long
-    tiny) batch=1024 seconds=15 questions=700 ;;
-    mini) batch=512 seconds=30 questions=1000 ;;
+    tiny) batch=1024 seconds=15 updates[vqa:scenes]=700 ;;
+    mini) batch=512 seconds=30 updates[vqa:scenes]=1000 ;;
     *) echo "no setting of size '$size'; take tiny or mini" >&2; exit 64 ;;
 esac
 
-configs=() metrics=heldout/gap_loss:show
+configs=() finetunes=() metrics=heldout/gap_loss:show
 for objective in ${OBJECTIVES:-flm mlm15 mlm40 ar prefix_lm}; do
     configs+=("configs/scenes.py:$objective,$size,$images")
 done
-for task in vqa:scenes nlvr2:scenes; do
+for task in ${TASKS:-vqa nlvr2}; do
+    finetunes+=("--finetune=configs/transfer/$task.py:scenes")
+    task=$task:scenes
+    [[ $task != vqa:* ]] || finetunes+=("--set_finetune=$task/evals.explain=None")
+    finetunes+=("--set_finetune=$task/total_steps=${updates[$task]}")
     metrics+=,$task/test/accuracy,$task/test/accuracy_text_only:show
     metrics+=,$task/test/accuracy_image_shuffled:show,$task/val/accuracy:show
 done
@@ -33,16 +38,13 @@ shared=(
     "compile_cache=$out/programs"
 )
 
-# Maps of single predictions and figures of FLM alone have no part in a table of all objectives.
+# Figures of FLM alone have no part in a table of all objectives, nor have maps of single answers.
 exec "${PYTHON:-python}" -m tools.compare "${configs[@]}" --budget_seconds="${BUDGET:-$seconds}" \
     --seeds=3 --rates=1e-3,2e-3,4e-3 \
     --baseline="scenes:mlm15,$size,$images" --baseline="scenes:mlm40,$size,$images" \
-    --finetune=configs/transfer/vqa.py:scenes --finetune=configs/transfer/nlvr2.py:scenes \
-    --tune_metric=vqa:scenes/val/accuracy --metric="$metrics" \
+    "${finetunes[@]}" --tune_metric=vqa:scenes/val/accuracy --metric="$metrics" \
     "${shared[@]/#/--set=}" --set=data.batch_size=$batch \
     --set="scenes:flm,$size,$images/evals.reconstruction=None" \
     "${shared[@]/#/--set_finetune=}" --set_finetune=evals.val.every_percent=100.0 \
     --set_finetune=checkpoint.every_percent=100.0 \
-    --set_finetune=vqa:scenes/evals.explain=None --set_finetune=vqa:scenes/total_steps=$questions \
-    --set_finetune=nlvr2:scenes/total_steps=2000 \
     --archive="docs/results/cells/${size}_$images.jsonl.gz" --out="$out" "$@"
