@@ -241,6 +241,30 @@ def test_compiling_and_fine_tuning_are_reported_and_not_counted(tmp_path):
     assert "| 7.0 | 1,600 | 0.001 | 10.00 | 1.0 |" in page(facts)
 
 
+def test_rates_that_pretraining_chooses_are_fine_tuned_at_the_best_one_alone(tmp_path):
+    trainer = FakeTrainer()
+    what = settings(
+        named("a"),
+        named("b", skill=0.5),
+        finetunes=(finetune(),),
+        rates=("1e-3", "2e-3", "4e-3"),
+        metrics=(Metric("vqa/base/accuracy", 1),),
+    )
+    facts = run(tmp_path, trainer, what)
+    assert {rates["chosen"] for rates in facts["rates"].values()} == {2e-3}
+    tuning = [row for row in facts["rows"] if row["status"] == "tuning"]
+    assert len(tuning) == 2 * 3
+    assert all(set(row["scores"]) == {METRIC} for row in tuning)
+    tuned = [config for _, config in trainer.runs if "vqa" in config.evals]
+    assert len(tuned) == 2 * 2 * 2
+    # The run that chose the rate is fine-tuned, not trained again.
+    assert len(trainer.runs) == len(tuned) + 2 * (2 * 2 + 2)
+    assert len(facts["rows"]) == facts["planned"]
+    assert [point["seeds"] for point in facts["curves"]["vqa/base/accuracy"]["a"]] == [[0, 1]] * 2
+    assert not list(tmp_path.glob("**/checkpoints"))
+    assert "| a | 0.002 | 20.0 % | used |" in page(facts)
+
+
 def test_a_metric_that_no_run_can_have_is_refused_before_any_run(tmp_path):
     trainer = FakeTrainer()
     for what in (

@@ -12,7 +12,8 @@ With --scratch every --finetune config is trained without pretraining too.
 
 A metric is called as its evaluator calls it; with the label of a --finetune config in front, such
 as vqa/test/accuracy, where several have it. Rates and searched keys are chosen by --tune_metric:
-give a figure of the validation split where --metric is one of the test split.
+give a figure of the validation split where --metric is one of the test split, or one of the
+pretraining run, such as heldout/loss: then only the runs at the best rate are fine-tuned.
 
     python -m tools.compare configs/A.py --budget_seconds=120 --metric=reconstruction/accuracy \\
         --search=optim.b2:0.95,0.98,0.99 --search=schedule.peak:log:1e-4:1e-2 --out=runs/search

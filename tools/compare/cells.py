@@ -174,6 +174,7 @@ class Cells:
         seed: int,
         overrides: Overrides,
         finetunes: Sequence[NamedConfig] = (),
+        keep_checkpoint: bool = False,
     ) -> Result | None:
         """A cell: as it was kept, or trained now.
 
@@ -183,6 +184,7 @@ class Cells:
             seed: of the run.
             overrides: values by dotted key.
             finetunes: each is run from the cell's checkpoint.
+            keep_checkpoint: it may be fine-tuned later.
 
         Returns:
             The result, or None where it is not complete and either no other run may be started, or
@@ -217,7 +219,11 @@ class Cells:
                 return None
             # Another process may have finished it between the look and the claim.
             kept = self._kept(identity, tuning)
-            return kept or self._complete(named.label, config, identity, calibration, tuning)
+            if kept is None:
+                kept = self._complete(named.label, config, identity, calibration, tuning)
+            if kept is not None and not keep_checkpoint:
+                self.remove_checkpoints(workdir.name)
+            return kept
 
     def obtain_scratch(
         self, finetunes: Sequence[NamedConfig], *, seed: int, pretraining: ConfigDict
@@ -249,6 +255,12 @@ class Cells:
             if not claimed or not self._tune(tuning, workdir):
                 return None
         return self._with_tuning(result, tuning)
+
+    def remove_checkpoints(self, name: str) -> None:
+        """Remove the states of a finished run, unless they are to be kept."""
+        if not self._keep_checkpoints:
+            workdir = self.folder / CELLS_FOLDER / name
+            shutil.rmtree(workdir / CHECKPOINT_FOLDER, ignore_errors=True)
 
     def left_out(self) -> list[str]:
         """Finished cells of the folder that nobody asked for, counted by why they do not count."""
@@ -314,7 +326,6 @@ class Cells:
             return result
         if not self._tune(tuning, workdir):
             return None
-        self._remove_checkpoints(workdir)
         return self._kept(identity, tuning)
 
     def _tune(self, tuning: Sequence["_Tuning"], claimed: Path) -> bool:
@@ -323,7 +334,7 @@ class Cells:
             if self._load(tune.identity) is None:
                 if self._train(tune.label, tune.config, tune.identity, None, claimed) is None:
                     return False
-                self._remove_checkpoints(self._workdir(tune.identity))
+                self.remove_checkpoints(self._workdir(tune.identity).name)
         return True
 
     def _train(
@@ -380,10 +391,6 @@ class Cells:
     def _share_compile_cache(self, config: ConfigDict) -> None:
         if not config.compile_cache:
             config.compile_cache = str((self.folder / "compile_cache").resolve())
-
-    def _remove_checkpoints(self, workdir: Path) -> None:
-        if not self._keep_checkpoints:
-            shutil.rmtree(workdir / CHECKPOINT_FOLDER, ignore_errors=True)
 
     def _workdir(self, identity: str) -> Path:
         return self.folder / CELLS_FOLDER / self._name(identity)

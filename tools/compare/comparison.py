@@ -24,20 +24,23 @@ POLL_SECONDS = 1.0
 class Wanted:
     """A cell that a comparison needs: a config at a rate, a share of the budget, and a seed.
 
-    That of ``SCRATCH`` has a share and a rate of 0.
+    That of ``SCRATCH`` has a share and a rate of 0. One that is not ``finetuned`` only helps to
+    choose a rate by what its pretraining scores.
     """
 
     label: str
     rate: float
     fraction: float
     seed: int
+    finetuned: bool = True
 
 
 def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Train what is missing as long as there is time, and put together what there is.
 
     The rates of a config are compared at its smallest budget by seed 0, and the best one is used
-    at all budgets. Small budgets and low seeds come first, so that each invocation leaves every
+    at all budgets; where they are compared by a figure of pretraining, only the runs of the best
+    one are fine-tuned. Small budgets and low seeds come first, so that each invocation leaves every
     config with the same cells or nearly so. A cell that another process is training is left to it;
     what is needed is worked out anew each time a cell is finished.
 
@@ -79,12 +82,21 @@ def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print
                 budget_seconds=cell.fraction * settings.budget_seconds,
                 seed=cell.seed,
                 overrides={"schedule.peak": cell.rate},
-                finetunes=settings.finetunes,
+                finetunes=settings.finetunes if cell.finetuned else (),
+                keep_checkpoint=not cell.finetuned,
             )
         if result is None:
             return False
         results[cell] = result
-        rows[cell] = make_row(settings, cell.label, result, cell.rate, cell.fraction, cell.seed)
+        rows[cell] = make_row(
+            settings,
+            cell.label,
+            result,
+            cell.rate,
+            cell.fraction,
+            cell.seed,
+            finetuned=cell.finetuned,
+        )
         return True
 
     while True:
@@ -102,6 +114,9 @@ def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print
         cells.busy.clear()
         time.sleep(POLL_SECONDS)
 
+    for cell, row in rows.items():
+        if not cell.finetuned and chosen[cell.label] not in (None, cell.rate):
+            cells.remove_checkpoints(row.cell)
     whole: dict[str, list[Result]] = {}
     for cell, row in rows.items():
         if (row.status, cell.fraction, cell.rate) == ("counted", 1.0, chosen.get(cell.label)):
@@ -109,7 +124,8 @@ def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print
     lacking = {cell.label for cell in missing(settings, running, rows)}
     diverged = {label for label in running if chosen[label] is None} - lacking
     scratch = settings.seeds if settings.scratch else 0
-    per_config = len(settings.rates) - 1 + settings.seeds * len(settings.fractions)
+    shared = 0 if settings.tunes_untuned else 1  # a cell that both chooses and is compared
+    per_config = len(settings.rates) - shared + settings.seeds * len(settings.fractions)
     planned = {label: len(settings.rates) if label in diverged else per_config for label in running}
     rejected |= dict.fromkeys(diverged, "no rate of the grid gives a score at the smallest budget")
     return summarise(settings, list(rows.values()), grid, dict.fromkeys(grid) | chosen) | {
@@ -168,10 +184,9 @@ def missing(
         grid: label -> rates to try, of the configs that take part.
         rows: the cells that are there.
     """
-    first = settings.fractions[0]
     chosen = choose_rates(settings, grid, rows)
     tuning = [
-        Wanted(label, rates[index], first, 0)
+        _tuning(settings, label, rates[index])
         for index in range(len(settings.rates))
         for label, rates in grid.items()
     ]
@@ -191,13 +206,18 @@ def choose_rates(
     settings: Settings, grid: Mapping[str, Sequence[float]], rows: Mapping[Wanted, Row]
 ) -> dict[str, float | None]:
     """Label -> the best rate of its grid; None while that is open, or where none counts."""
-    first = settings.fractions[0]
     return {
         label: best_rate(
-            {rate: rows.get(Wanted(label, rate, first, 0)) for rate in rates}, settings.tune_metric
+            {rate: rows.get(_tuning(settings, label, rate)) for rate in rates},
+            settings.tune_metric,
         )
         for label, rates in grid.items()
     }
+
+
+def _tuning(settings: Settings, label: str, rate: float) -> Wanted:
+    """The cell by which a rate is judged."""
+    return Wanted(label, rate, settings.fractions[0], 0, finetuned=not settings.tunes_untuned)
 
 
 def grid_of_rates(rates: Sequence[str], own: float) -> list[float]:
@@ -221,16 +241,16 @@ def grid_of_rates(rates: Sequence[str], own: float) -> list[float]:
 
 
 def best_rate(tried: Mapping[float, Row | None], metric: Metric) -> float | None:
-    """The rate of the best counted row; None where none is counted, or more than one may still be.
+    """The rate of the best row with a score; None without one, or while more than one is open.
 
     Args:
         tried: rate -> its row; None where it is not there yet. A rate without rivals is the best
             before it is tried, so that nothing waits for it.
         metric: by which rows are compared.
     """
-    counted = {rate: row for rate, row in tried.items() if row and row.status == "counted"}
+    scored = {rate: row for rate, row in tried.items() if row and row.status != "stopped"}
     if None in tried.values():
         return next(iter(tried)) if len(tried) == 1 else None
     return max(
-        counted, key=lambda rate: metric.sign * counted[rate].scores[metric.name], default=None
+        scored, key=lambda rate: metric.sign * scored[rate].scores[metric.name], default=None
     )

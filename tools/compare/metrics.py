@@ -91,6 +91,14 @@ def is_of_test_split(
     )
 
 
+def is_of_pretraining(
+    metric: Metric, configs: Sequence[NamedConfig], finetunes: Sequence[NamedConfig]
+) -> bool:
+    """Whether the pretraining run of every config has the metric, so that it needs no other."""
+    runs = {tune.label: tune for tune in finetunes}
+    return all(PRETRAINING in _evaluators(metric, {PRETRAINING: named} | runs) for named in configs)
+
+
 def find_metric(result: Result, name: str) -> float:
     """A figure of a cell: of the run itself, or of one of its fine-tuning runs.
 

@@ -8,11 +8,17 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from tools.compare.configs import CommandError, NamedConfig
-from tools.compare.metrics import Metric, find_metric, has_metric, is_of_test_split
+from tools.compare.metrics import (
+    Metric,
+    find_metric,
+    has_metric,
+    is_of_pretraining,
+    is_of_test_split,
+)
 from tools.compare.records import SCRATCH, Calibration, Result
 from vlp_jax.infra import units
 
-Status = Literal["counted", "stopped"]
+Status = Literal["counted", "stopped", "tuning"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +70,12 @@ class Settings:
                     )
         return first.config
 
+    @property
+    def tunes_untuned(self) -> bool:
+        """Whether rates are chosen by what pretraining scores, before any fine-tuning."""
+        several = len(self.rates) > 1 and bool(self.finetunes)
+        return several and is_of_pretraining(self.tune_metric, self.configs, self.finetunes)
+
     def rejection(self, calibration: Calibration | None) -> str:
         """Why a config takes no part; empty where it does, or where that is not known yet."""
         if calibration is None or calibration.input_wait_fraction <= self.max_input_wait:
@@ -102,8 +114,9 @@ class Row:
         seed: of the run.
         fraction: nominal share of the budget.
         asked_seconds: the share in seconds.
-        status: only a "counted" row enters a mean.
-        reason: why it is not counted.
+        status: only a "counted" row enters a mean; one of "tuning" was not fine-tuned: it helped
+            to choose a rate.
+        reason: why it is not counted, where it should be.
         steps, samples, flops: trained.
         seconds: of training: updates times the calibrated seconds of one.
         wall_seconds: of training as the run itself logged them, for information: they depend on
@@ -138,7 +151,14 @@ class Row:
 
 
 def make_row(
-    settings: Settings, label: str, result: Result, rate: float, fraction: float, seed: int
+    settings: Settings,
+    label: str,
+    result: Result,
+    rate: float,
+    fraction: float,
+    seed: int,
+    *,
+    finetuned: bool = True,
 ) -> Row:
     """What the tables say of a cell; its own label may differ where two configs are the same."""
     measured = result.measurement
@@ -148,7 +168,9 @@ def make_row(
     ]
     scores = {}
     if not reasons:
-        wanted = {metric.name for metric in (*settings.metrics, settings.tune_metric)}
+        wanted = {settings.tune_metric.name}
+        if finetuned:
+            wanted |= {metric.name for metric in settings.metrics}
         if label == SCRATCH:  # what pretraining scores has no part in it
             wanted &= {name for name in wanted if has_metric(result, name)}
         scores = {name: find_metric(result, name) for name in sorted(wanted)}
@@ -162,7 +184,7 @@ def make_row(
         seed=seed,
         fraction=fraction,
         asked_seconds=fraction * settings.budget_seconds,
-        status="stopped" if reasons else "counted",
+        status="stopped" if reasons else "counted" if finetuned else "tuning",
         reason=reasons[0] if reasons else "",
         steps=measured.steps,
         samples=measured.samples,

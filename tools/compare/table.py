@@ -353,7 +353,7 @@ def _rates(facts: Facts) -> str:
 def _rate(label: str, rate: float, rates: Facts, row: Facts | None, metric: str) -> list[str]:
     if row is None:
         score = NONE
-    elif row["status"] == "counted":
+    elif metric in row["scores"]:
         score = units.format_value(metric, row["scores"][metric])
     else:
         score = row["status"]
