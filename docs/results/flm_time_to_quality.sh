@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
-# Which share of MLM's time does FLM need for MLM's score, on hard scenes? One setting; no figures of
-# it are kept yet.
+# Which share of MLM's time does FLM need for MLM's score, on hard scenes? One setting of
+# flm_time_to_quality.md.
 #
 #   docs/results/flm_time_to_quality.sh SIZE IMAGES OUT [FLAG of tools.compare ...]
 #
 # SIZE: tiny or mini, see vlp_jax/models/sizes.py. IMAGES: 20000, each seen 50 times and more by the
-# whole budget, or 1000000, of which none is seen more than a few times. OUT: folder of cells and
-# tables. Cells that cells/SIZE_IMAGES.jsonl.gz holds are not trained again; on another kind of
-# machine, give another --archive. The command stops after --max_seconds and goes on when it is
-# given again.
+# whole budget, or 500000, of which none is seen more than a few times. OUT: folder of the cells and
+# tables of all settings, and of what they share. Cells that cells/SIZE_IMAGES.jsonl.gz holds are not
+# trained again; on another kind of machine, give another --archive. The command stops after
+# --max_seconds and goes on when it is given again.
+#
+# With --workers, models this small share a GPU well only where NVIDIA's multi-process service runs
+# (nvidia-cuda-mps-control -d): without it their kernels take turns. Costs are measured before, by a
+# process alone.
 set -euo pipefail
 size=$1 images=$2 out=$(realpath -m "$3")
 shift 3
@@ -17,8 +21,8 @@ cd "$(dirname "$0")/../.."
 batch=256  # at 1024 every objective needs twice the time for the same VQA score
 declare -A updates=([vqa:scenes]=800 [nlvr2:scenes]=2000)
 case $size in  # seconds for some 4,000 updates of FLM; rates around the best of held-out loss
-    tiny) seconds=24 rates=1e-3,2e-3,4e-3 ;;
-    mini) seconds=40 rates=5e-4,1e-3,2e-3 ;;
+    tiny) seconds=24 rates=1e-3,2e-3,4e-3,8e-3 ;;
+    mini) seconds=46 rates=1e-3,2e-3,4e-3 ;;
     *) echo "no setting of size '$size'; take tiny or mini" >&2; exit 64 ;;
 esac
 
@@ -35,7 +39,7 @@ for task in ${TASKS:-vqa nlvr2}; do
     metrics+=,$task/test/accuracy_image_shuffled:show,$task/val/accuracy:show
 done
 shared=(
-    data.num_edges=2 "data.cache_dir=$out/data" data.cache_workers=$(($(nproc) / 2))
+    data.num_edges=2 "data.cache_dir=$out/data" "data.cache_workers=$(nproc)"
     "compile_cache=$out/programs"
 )
 
@@ -48,4 +52,4 @@ exec "${PYTHON:-python}" -m tools.compare "${configs[@]}" --budget_seconds="${BU
     --set="scenes:flm,$size,$images/evals.reconstruction=None" \
     "${shared[@]/#/--set_finetune=}" --set_finetune=evals.val.every_percent=100.0 \
     --set_finetune=checkpoint.every_percent=100.0 \
-    --archive="docs/results/cells/${size}_$images.jsonl.gz" --out="$out" "$@"
+    --archive="docs/results/cells/${size}_$images.jsonl.gz" --out="$out/${size}_$images" "$@"

@@ -6,6 +6,7 @@ few updates with all its evaluators, which fills the compile cache that all cell
 caches of pictures too.
 """
 
+import itertools
 import time
 
 from tools.compare.cells import MIN_STEPS, Cells
@@ -16,10 +17,11 @@ POLL_SECONDS = 0.5
 
 
 def prepare(settings: Settings, cells: Cells) -> None:
-    """Run every config, and every fine-tuning config, for a few updates.
+    """Run every config, and every fine-tuning config from each of them, for a few updates.
 
-    Several processes may do so on one folder: each run is made by one of them. Runs that start
-    from a checkpoint wait for that of the first config.
+    What a fine-tuning run compiles depends on the run that it starts from: the objective there
+    decides how the model is read. Several processes may prepare one folder: each run is made by
+    one of them, and those that start from a checkpoint wait for it.
 
     Args:
         settings: of the comparison.
@@ -34,17 +36,19 @@ def prepare(settings: Settings, cells: Cells) -> None:
     if settings.scratch:
         for tune in settings.finetunes:
             config = tune.from_scratch(seed=0, pretraining=settings.pretraining)
-            pretraining[f"{tune.label} from scratch"] = shortened(config, MIN_STEPS)
+            cells.prepare(f"{tune.label} from scratch", shortened(config, MIN_STEPS))
     for label, config in pretraining.items():
         cells.prepare(label, config)
-    if not settings.finetunes:
-        return
-    first = next(iter(pretraining))
-    start = cells.prepare(first, pretraining[first])
-    while start is None and cells.can_start():
-        time.sleep(POLL_SECONDS)
-        start = cells.prepare(first, pretraining[first])
-    if start is not None:
-        for tune in settings.finetunes:
-            config = tune.finetuning(seed=0, init_from=start)
-            cells.prepare(tune.label, shortened(config, MIN_STEPS), parent=pretraining[first])
+    pending = list(itertools.product(pretraining, settings.finetunes))
+    while pending and cells.can_start():
+        waiting = []
+        for label, tune in pending:
+            start = cells.prepare(label, pretraining[label])
+            if start is None:  # another process is at it
+                waiting.append((label, tune))
+                continue
+            config = shortened(tune.finetuning(seed=0, init_from=start), MIN_STEPS)
+            cells.prepare(f"{tune.label} from {label}", config, parent=pretraining[label])
+        if waiting == pending:
+            time.sleep(POLL_SECONDS)
+        pending = waiting

@@ -13,6 +13,7 @@ after all records one would use. No picture is in two splits, for its key names 
 
 import abc
 import collections
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ CHANCE_SAMPLE = 4000  # records that chance is measured on
 _PICTURES = 2**63  # of each split; picture numbers are int64
 _SPARE = 2**53  # pictures from here on stand in for those that nothing can be asked about
 _MAX_SPARES = 500
+_EXAMPLES_KEPT = 8192  # two evaluation sets; some 3 KB each
 _FIRST_PURPOSE = 100  # the streams of ``Scenes`` are below
 
 
@@ -89,7 +91,6 @@ class _ScenesTask(abc.ABC):
         purpose = _FIRST_PURPOSE + ("vqa", "nlvr2", "entailment").index(self.kind)
         self._key = stream_key(seed & 0xFFFFFFFF, seed >> 32, SPLITS.index(split), purpose)
         self._class_of = {text: index for index, text in enumerate(self.classes)}
-        self._latest: tuple[int, Example] | None = None
 
     def num_captions(self, records: np.ndarray) -> np.ndarray:
         """One text for each record: int64 [n] -> int64 [n]."""
@@ -172,11 +173,7 @@ class _ScenesTask(abc.ABC):
         return self._world.image(self._example(record).pictures[index], size)
 
     def _example(self, record: int) -> Example:
-        # A loader asks for picture, text and label of one record in turn.
-        latest = self._latest
-        if latest is None or latest[0] != record:
-            latest = self._latest = (record, self.examples(np.array([record], np.int64))[0])
-        return latest[1]
+        return _kept_example(self, record)
 
     def examples(self, records: np.ndarray) -> list[Example]:
         """All there is to know of many records, int64 [n], but for the pixels."""
@@ -281,6 +278,14 @@ class ScenesEntailment(_ScenesTask):
 
     def _write(self, scenes: Sequence[Scene], draw: Draw) -> Text | None:
         return self._writer.hypothesis(scenes[0], draw)
+
+
+@functools.lru_cache(maxsize=_EXAMPLES_KEPT)
+def _kept_example(task: _ScenesTask, record: int) -> Example:
+    """One example, made once: a loader asks for its picture, text and label, each in turn, and an
+    evaluator for template, groups and answers of a whole set.
+    """
+    return task.examples(np.array([record], np.int64))[0]
 
 
 def _picture_numbers(records: np.ndarray, count: int, attempt: int) -> np.ndarray:
