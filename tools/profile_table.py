@@ -168,6 +168,31 @@ def read_tables(file: Path, steps: int | None = None) -> Iterator[Table]:
             yield call_table("host, the thread that trains", events, steps)
 
 
+def device_busy_ms(trace: Path) -> float:
+    """Milliseconds of a traced step in which the device is busy; of several, the busiest.
+
+    Args:
+        trace: a file, or a folder of which the newest counts.
+
+    Raises:
+        ValueError: no trace, or nothing of a device in it.
+    """
+    tables = read_tables(_newest(trace))
+    return max(t.busy_ms / t.steps for t in tables if t.title.startswith(_DEVICE))
+
+
+def _newest(trace: Path) -> Path:
+    """A trace itself, or the newest below a folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    files = [trace] if trace.is_file() else [*trace.rglob("*.xplane.pb")]
+    if not files:
+        raise ValueError(f"no .xplane.pb in {trace}")
+    return max(files, key=lambda f: f.stat().st_mtime)
+
+
 def main(arguments: Sequence[str] | None = None) -> ExitCode:
     """Print the tables of the newest trace in a folder."""
     parser = argparse.ArgumentParser(
@@ -179,12 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> ExitCode:
     parser.add_argument("--top", type=int, default=25, help="rows of a table")
     parser.add_argument("--steps", type=int, help="steps in the window; counted where not given")
     options = parser.parse_args(arguments)
-    files = [options.trace] if options.trace.is_file() else [*options.trace.rglob("*.xplane.pb")]
-    if not files:
-        print(f"error: no .xplane.pb in {options.trace}", file=sys.stderr)
-        return ExitCode.BAD_INPUT
     try:
-        tables = list(read_tables(max(files, key=lambda f: f.stat().st_mtime), options.steps))
+        tables = list(read_tables(_newest(options.trace), options.steps))
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.BAD_INPUT

@@ -1,13 +1,16 @@
 """What is read from a run: its metrics file, and in the slow test real runs of the trainer."""
 
+import dataclasses
 import json
 import signal
 import time
+import types
 
 import pytest
 
-from tests.tools.compared import METRIC, Command
+from tests.tools.compared import METRIC, Command, named
 from tools.compare.measure import (
+    Trainer,
     calibration,
     compile_seconds,
     final_metrics,
@@ -74,6 +77,40 @@ def test_calibration_counts_the_second_half_and_keeps_its_spread():
     assert found.seconds == 0.015
     assert (found.intervals, found.interval_steps, found.compile_seconds) == (3, 32, 12.5)
     assert found.input_wait_fraction == pytest.approx(0.01)
+
+
+def test_the_clock_is_that_of_the_device_where_it_is_known():
+    found = calibration([(32, 32, 0.64, 0.0), (64, 32, 0.64, 0.0)], 64, 1.0)
+    assert found.device_ms is None
+    assert found.seconds == 0.02
+    assert dataclasses.replace(found, device_ms=5.0).seconds == 0.005
+
+
+@pytest.mark.parametrize(("platform", "device_ms"), [("cpu", None), ("gpu", 6.25)])
+def test_accelerators_are_traced_before_what_is_measured(
+    tmp_path, monkeypatch, platform, device_ms
+):
+    config = named().calibration(steps=96, overrides={})
+    interval = config.log.every_steps
+    trainer, trained = Trainer(), []
+    trainer.machine = {"platform": platform}
+
+    def train(config, workdir):
+        trained.append(config)
+        lines = [speed(interval * n, 100.0, 0.0) for n in range(1, 7)]
+        workdir.mkdir()
+        (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        budget = types.SimpleNamespace(batch_size=16)
+        return types.SimpleNamespace(workdir=workdir, budget=budget, total_steps=6 * interval)
+
+    monkeypatch.setattr(trainer, "_train", train)
+    monkeypatch.setattr("tools.compare.measure.device_busy_ms", lambda trace: 6.25)
+    found = trainer.calibrate(config, tmp_path / "run")
+    assert (found.device_ms, found.intervals) == (device_ms, 3)
+    window = trained[0].profile
+    # Whole, over before the second half begins, and not the first use of a bucket.
+    expected = (interval, interval) if device_ms else (config.profile.start_step, 0)
+    assert (window.start_step, window.num_steps) == expected
 
 
 def test_scores_by_group_come_from_the_tables_of_evaluators(tmp_path):

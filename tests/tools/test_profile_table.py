@@ -58,6 +58,16 @@ def test_a_trace_of_this_machine(tmp_path, capsys):
     assert "host, the thread that trains" in text
 
 
+def test_the_busy_time_of_a_step_is_that_of_the_busiest_device(tmp_path, monkeypatch):
+    tables = [
+        profile_table.kernel_table(title, [Event("gemm", 0, ms * 1e6)], steps=4)
+        for title, ms in (("/device:GPU:0", 8), ("/device:GPU:1", 12), ("host", 40))
+    ]
+    monkeypatch.setattr(profile_table, "read_tables", lambda file: iter(tables))
+    (tmp_path / "a.xplane.pb").touch()
+    assert profile_table.device_busy_ms(tmp_path) == 3.0
+
+
 def test_bad_traces(tmp_path, capsys):
     assert profile_table.main([str(tmp_path)]) == ExitCode.BAD_INPUT
     assert "no .xplane.pb" in capsys.readouterr().err

@@ -21,8 +21,9 @@ pretraining run, such as heldout/loss: then only the runs at the best rate are f
 searches config keys by successive halving and writes OUT/search.md and search.json.
 
 Seconds are updates times the time of an update measured alone, by a short run that has the device
-to itself. So cells may share a device: --workers=4 compiles programs, four at a time, calibrates
-one config after the other, and trains four cells at a time (--devices=0,1: over these GPUs).
+to itself; on accelerators the time for which the device is busy. So cells may share a device:
+--workers=4 compiles programs, four at a time, calibrates one config after the other, and trains
+four cells at a time (--devices=0,1: over these GPUs).
 """
 
 import argparse

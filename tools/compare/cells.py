@@ -42,7 +42,7 @@ SAVE_SECONDS = 120.0
 # With fewer updates a schedule has no shape, and rounding to whole ones shows in the seconds.
 MIN_STEPS = 10
 # Of the files; what was written in another is left out like a cell of another machine.
-_FORMAT = 2
+_FORMAT = 3
 
 
 class Cells:
@@ -155,6 +155,7 @@ class Cells:
                 f"{named.label}: an update takes {measured.median_ms:.2f} ms "
                 f"({measured.min_ms:.2f} to {measured.max_ms:.2f}), "
                 f"{measured.input_wait_fraction:.1%} of it waiting for input"
+                + (f"; {measured.device_ms:.2f} ms of the device" if measured.device_ms else "")
             )
             facts = {
                 "label": named.label,
@@ -425,7 +426,7 @@ def steps_for(label: str, budget_seconds: float, calibration: Calibration) -> in
     if steps < MIN_STEPS:
         raise CommandError(
             f"{budget_seconds:.3g} s are {steps} updates of {label}, at "
-            f"{calibration.median_ms:.3g} ms each; give a longer --budget_seconds, or a larger "
+            f"{1e3 * calibration.seconds:.3g} ms each; give a longer --budget_seconds, or a larger "
             "smallest share by --fractions"
         )
     return steps

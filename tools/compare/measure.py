@@ -1,6 +1,7 @@
 """Trains a cell by the trainer itself, and reads what it cost and scored from its metrics."""
 
 import contextlib
+import dataclasses
 import gc
 import math
 import os
@@ -14,12 +15,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tools.compare.cells import LOG_FILE
-from tools.compare.configs import CommandError
+from tools.compare.configs import CommandError, with_overrides
 from tools.compare.records import Calibration, Group, Machine, Measurement
+from tools.profile_table import device_busy_ms
 from vlp_jax.infra.artifacts import ARTIFACTS_FOLDER, Table, load
 from vlp_jax.infra.hardware import device_facts
 from vlp_jax.infra.metrics import read_metrics
 from vlp_jax.infra.preemption import ExitCode
+from vlp_jax.infra.profiling import PROFILE_FOLDER
 from vlp_jax.train.loop import RunStopped, train
 from vlp_jax.train.setup import Setup, prepare
 
@@ -54,7 +57,7 @@ class Trainer:
         """Measure the cost of an update by a run of ``NamedConfig.calibration``.
 
         Its second half counts. The first holds the first use of every bucket, and the clocks of a
-        device at rest.
+        device at rest; of that half, the second interval is traced for what the device does.
 
         Returns:
             The cost, or None where a signal asked to stop.
@@ -62,15 +65,24 @@ class Trainer:
         Raises:
             CommandError: as ``run``.
         """
+        traced = self.machine["platform"] != "cpu"
+        if traced:
+            interval = config.log.every_steps
+            window = {"profile.start_step": interval, "profile.num_steps": interval}
+            config = with_overrides(config, window)
         setup = self._train(config, workdir)
         if setup is None:
             return None
         records = read_metrics(workdir)
-        return calibration(
+        found = calibration(
             training_intervals(records, setup.budget.batch_size),
             setup.total_steps,
             compile_seconds(records),
         )
+        if traced:
+            busy = device_busy_ms(setup.workdir / PROFILE_FOLDER)
+            found = dataclasses.replace(found, device_ms=busy)
+        return found
 
     def run(self, config: ConfigDict, workdir: Path) -> Measurement | None:
         """Train a config to its end, or go on where it was interrupted.

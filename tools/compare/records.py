@@ -22,6 +22,9 @@ class Calibration:
     that they do not depend on what else the device does meanwhile. Every interval holds whole
     windows of the plan and so the same mixture of buckets; they differ by noise alone.
 
+    On an accelerator the clock is the device's own: between two updates of a small model it waits
+    for the host, longer on one host than on another, and that wait says nothing of an objective.
+
     Attributes:
         median_ms: of an update, over the intervals.
         min_ms: in the fastest interval.
@@ -30,6 +33,8 @@ class Calibration:
         interval_steps: updates of each.
         input_wait_fraction: share of the measured time that the updates waited for input.
         compile_seconds: of all buckets, the first time.
+        device_ms: of an update, how long the device was busy with it, by the trace of an interval;
+            None on a CPU.
     """
 
     median_ms: float
@@ -39,11 +44,12 @@ class Calibration:
     interval_steps: int
     input_wait_fraction: float
     compile_seconds: float
+    device_ms: float | None = None
 
     @property
     def seconds(self) -> float:
-        """Of an update: the median."""
-        return self.median_ms / 1e3
+        """Of an update: of the device where that is known, else the median."""
+        return (self.median_ms if self.device_ms is None else self.device_ms) / 1e3
 
 
 @dataclasses.dataclass(frozen=True)

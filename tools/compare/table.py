@@ -16,9 +16,11 @@ NONE = "–"
 _WHOLE = 0.995
 
 _SECONDS_TEXT = (
-    "Seconds are updates times the median time of an update measured alone: a short run that has "
-    "the device to itself measures it over intervals that all hold the same mixture of lengths, "
-    "after as long a warm-up, without compiling, evaluating and saving. How many updates a budget "
+    "Seconds are updates times the time of an update measured alone: a short run that has the "
+    "device to itself measures it over intervals that all hold the same mixture of lengths, after "
+    "as long a warm-up, without compiling, evaluating and saving. Where `of the device` is given "
+    "it is the time: how long the device is busy with an update, by the trace of an interval; what "
+    "is missing to `ms an update`, the median, it waits for the host. How many updates a budget "
     "buys follows from it, and so do the seconds of every cell, whatever else the device does "
     "while the cell is trained. What the cells logged themselves is given for information; it is "
     "larger where several share the device."
@@ -124,7 +126,7 @@ def _conditions(facts: Facts) -> str:
         f"- whole budget: {settings['budget_seconds']:g} s of training, without compiling, "
         "evaluating, saving and fine-tuning; every run has a schedule of its own that comes to "
         "its end",
-        "- clock: updates times the time of an update measured alone",
+        "- clock: updates times the time of an update measured alone, see Cost",
         f"- metrics: {', '.join(_direction(*metric) for metric in settings['metrics'].items())}",
         f"- seeds: {settings['seeds']}",
     ]
@@ -303,6 +305,7 @@ def _cost(facts: Facts) -> str:
                     label,
                     f"{calibration['median_ms']:.2f}",
                     f"{low:.2f} to {high:.2f} ({calibration['intervals']})",
+                    f"{calibration['device_ms']:.2f}" if calibration["device_ms"] else NONE,
                     f"{100 * calibration['input_wait_fraction']:.2f} %",
                     f"{calibration['compile_seconds']:.1f}",
                     *_cost_of_cells(calibration, rows),
@@ -312,6 +315,7 @@ def _cost(facts: Facts) -> str:
         "config",
         "ms an update",
         "min to max (intervals)",
+        "of the device",
         "input wait",
         "compile s (first)",
     ]

@@ -9,6 +9,8 @@ import jax
 
 from vlp_jax.infra.errors import ConfigError
 
+PROFILE_FOLDER = "profile"  # of a run's workdir
+
 
 class ProfilerWindow:
     """Traces steps [start_step, start_step + num_steps) into ``directory``.

@@ -24,7 +24,7 @@ from vlp_jax.infra.hardware import measure_matmul_peak, memory
 from vlp_jax.infra.mesh import global_batch
 from vlp_jax.infra.metrics import MetricWriter, open_writer, read_metrics, results_table, strict
 from vlp_jax.infra.preemption import ExitCode, Interrupted, PreemptionGuard
-from vlp_jax.infra.profiling import ProfilerWindow
+from vlp_jax.infra.profiling import PROFILE_FOLDER, ProfilerWindow
 from vlp_jax.infra.report import write_report
 from vlp_jax.objectives.base import Params
 from vlp_jax.train.facts import facts_table, loaded_table, now, run_facts, write_facts
@@ -130,7 +130,7 @@ def train(setup: Setup) -> ExitCode:
             )
         )
         profiler = stack.enter_context(
-            ProfilerWindow(setup.workdir / "profile", **config.profile.to_dict())
+            ProfilerWindow(setup.workdir / PROFILE_FOLDER, **config.profile.to_dict())
         )
         log_every = to_steps(config.log, "log", "every", setup.budget) or total
         save_every = to_steps(config.checkpoint, "checkpoint", "every", setup.budget) or total
