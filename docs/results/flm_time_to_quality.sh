@@ -26,13 +26,20 @@ case $size in  # seconds for some 4,000 updates of FLM; rates around the best of
     *) echo "no setting of size '$size'; take tiny or mini" >&2; exit 64 ;;
 esac
 
-configs=() finetunes=() metrics=heldout/gap_loss:show
+configs=() own=() finetunes=() metrics=heldout/gap_loss:show
 for objective in ${OBJECTIVES:-flm mlm15 mlm40 ar prefix_lm}; do
     configs+=("configs/scenes.py:$objective,$size,$images")
+    case $objective in
+        mlm*) own+=("--baseline=scenes:$objective,$size,$images") ;;
+        flm_bandit) ;;  # learns from the evaluator that is dropped below
+        # Figures of FLM alone have no part in a table of all objectives.
+        flm*) own+=("--set=scenes:$objective,$size,$images/evals.reconstruction=None") ;;
+    esac
 done
 for task in ${TASKS:-vqa nlvr2}; do
     finetunes+=("--finetune=configs/transfer/$task.py:scenes")
     task=$task:scenes
+    # Nor have maps of single answers.
     [[ $task != vqa:* ]] || finetunes+=("--set_finetune=$task/evals.explain=None")
     finetunes+=("--set_finetune=$task/total_steps=${updates[$task]}")
     metrics+=,$task/test/accuracy,$task/test/accuracy_text_only:show
@@ -43,13 +50,10 @@ shared=(
     "compile_cache=$out/programs"
 )
 
-# Figures of FLM alone have no part in a table of all objectives, nor have maps of single answers.
 exec "${PYTHON:-python}" -m tools.compare "${configs[@]}" --budget_seconds="${BUDGET:-$seconds}" \
-    --seeds=3 --rates=$rates \
-    --baseline="scenes:mlm15,$size,$images" --baseline="scenes:mlm40,$size,$images" \
+    --seeds=3 --rates=$rates "${own[@]}" \
     "${finetunes[@]}" --tune_metric=heldout/loss:min --metric="$metrics" \
     "${shared[@]/#/--set=}" --set=data.batch_size=$batch \
-    --set="scenes:flm,$size,$images/evals.reconstruction=None" \
     "${shared[@]/#/--set_finetune=}" --set_finetune=evals.val.every_percent=100.0 \
     --set_finetune=checkpoint.every_percent=100.0 \
     --archive="docs/results/cells/${size}_$images.jsonl.gz" --out="$out/${size}_$images" "$@"
