@@ -213,7 +213,9 @@ def test_seconds_are_updates_times_the_calibrated_cost_whatever_the_cells_log(tm
     assert facts["curves"][METRIC]["a"][-1]["seconds"] == pytest.approx(BUDGET)
     text = page(facts)
     assert "Seconds are updates times the time of an update measured alone" in text
-    assert "| a | 10.00 | 9.00 to 12.00 (3) | – | 0.00 % | 7.0 | 1,600 | 0.001 | 37.00 | 0.0 |" in text
+    assert (
+        "| a | 10.00 | 9.00 to 12.00 (3) | – | 0.00 % | 7.0 | 1,600 | 0.001 | 37.00 | 0.0 |" in text
+    )
 
 
 def test_a_budget_of_hardly_any_update_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlp_jax.models.layers import BlockConfig, Dense, Noise, drop, norm
+from vlp_jax.models.layers import ACTIVATIONS, BlockConfig, Dense, Noise, drop, norm
 
 MAX_SCALE = 100.0  # of the contrastive logits, after CLIP
 
@@ -83,7 +83,7 @@ class ClassificationHead(nn.Module):
         x = jnp.tanh(Dense(c.width, dtype=c.dtype, name="pooler")(x))
         x = drop(self, "pooled", x, c.dropout, noise)
         x = Dense(2 * c.width, dtype=c.dtype, name="hidden")(x)
-        x = jax.nn.gelu(norm(c, "norm")(x), approximate=False)
+        x = ACTIVATIONS["gelu"](norm(c, "norm")(x))
         small = nn.initializers.normal(0.02)  # so that a fresh head prefers no class
         classifier = Dense(
             self.num_classes,

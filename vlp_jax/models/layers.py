@@ -28,10 +28,12 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+# Computed again for the gradient: a few operations, while to keep what they come to would write two
+# more arrays as wide as the widest of a block, and read them later (docs/perf.md).
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "quick_gelu": quick_gelu,
+    "gelu": jax.checkpoint(lambda x: jax.nn.gelu(x, approximate=False)),
+    "gelu_tanh": jax.checkpoint(lambda x: jax.nn.gelu(x, approximate=True)),
+    "quick_gelu": jax.checkpoint(quick_gelu),
 }
 
 

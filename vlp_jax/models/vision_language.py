@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlp_jax.models.layers import Block, BlockConfig, Dense, Noise, drop, norm
+from vlp_jax.models.layers import ACTIVATIONS, Block, BlockConfig, Dense, Noise, drop, norm
 from vlp_jax.models.vit import ViT, ViTConfig
 
 VOCABULARY_MULTIPLE = 128  # odd vocabularies compile for minutes and run slowly
@@ -140,7 +140,7 @@ class VocabularyHead(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """What the decoder multiplies: [..., D] -> [..., D]."""
-        return self.norm(jax.nn.gelu(self.dense(x), approximate=False))
+        return self.norm(ACTIVATIONS["gelu"](self.dense(x)))
 
     def decoder(self) -> tuple[jax.Array, jax.Array]:
         """Kernel [D, V] and bias [V], float32, V padded."""
