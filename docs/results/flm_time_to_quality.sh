@@ -18,11 +18,11 @@ size=$1 images=$2 out=$(realpath -m "$3")
 shift 3
 cd "$(dirname "$0")/../.."
 
-batch=256  # at 1024 every objective needs twice the time for the same VQA score
+batch=256
 declare -A updates=([vqa:scenes]=800 [nlvr2:scenes]=2000)
 case $size in  # seconds for some 4,000 updates of FLM; rates around the best of held-out loss
-    tiny) seconds=24 rates=1e-3,2e-3,4e-3,8e-3 ;;
-    mini) seconds=46 rates=1e-3,2e-3,4e-3 ;;
+    tiny) seconds=20 rates=1e-3,2e-3,4e-3 ;;
+    mini) seconds=42 rates=5e-4,1e-3,2e-3 ;;
     *) echo "no setting of size '$size'; take tiny or mini" >&2; exit 64 ;;
 esac
 
@@ -53,7 +53,7 @@ shared=(
 exec "${PYTHON:-python}" -m tools.compare "${configs[@]}" --budget_seconds="${BUDGET:-$seconds}" \
     --seeds=3 --rates=$rates "${own[@]}" \
     "${finetunes[@]}" --tune_metric=heldout/loss:min --metric="$metrics" \
-    "${shared[@]/#/--set=}" --set=data.batch_size=$batch \
+    "${shared[@]/#/--set=}" --set=data.batch_size=$batch --set=data.window_batches=64 \
     "${shared[@]/#/--set_finetune=}" --set_finetune=evals.val.every_percent=100.0 \
     --set_finetune=checkpoint.every_percent=100.0 \
     --archive="docs/results/cells/${size}_$images.jsonl.gz" --out="$out/${size}_$images" "$@"
