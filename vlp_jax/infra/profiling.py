@@ -55,7 +55,11 @@ class ProfilerWindow:
             self.stop()
             return contextlib.nullcontext()
         if not self._tracing:
-            jax.profiler.start_trace(str(self._directory))
+            options = jax.profiler.ProfileOptions()
+            # The calls of XLA and of JAX's own loop are traced; every line of Python beside them
+            # would make a traced step several times as long as it is.
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(str(self._directory), profiler_options=options)
             self._tracing = True
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
