@@ -1,6 +1,9 @@
 """Several workers on one folder: with trainers that pretend, and the processes that start them."""
 
+import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -99,6 +102,23 @@ def test_a_signal_ends_preparing_and_the_next_invocation_goes_on(tmp_path):
     trainer.stop_at = None
     prepare(what, open_cells(tmp_path, trainer))
     assert [config.name for _, config in trainer.runs] == ["a", "b", "b", "vqa", "vqa"]
+
+
+def test_what_has_brought_a_worker_down_is_not_waited_for(tmp_path):
+    what = settings(named("a"), named("b", 2.0), finetunes=(finetune(),))
+    trainer = FakeTrainer()
+    prepare(what, open_cells(tmp_path, trainer))
+    first = trainer.runs[0][0]
+    shutil.rmtree(first.parent)
+    first.mkdir(parents=True)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    claim = {"host": socket.gethostname(), "pid": dead.pid, "started": 0.0, "group": 7}
+    (first / "claim.json").write_text(json.dumps(claim))
+    trainer = FakeTrainer()
+    prepare(what, open_cells(tmp_path, trainer, group=7))
+    assert [config.name for _, config in trainer.runs] == ["b", "vqa"]
+    assert trainer.runs[1][1].init_from == str(trainer.runs[0][0])
 
 
 def test_workers_share_a_search(tmp_path):

@@ -42,13 +42,16 @@ def prepare(settings: Settings, cells: Cells) -> None:
     pending = list(itertools.product(pretraining, settings.finetunes))
     while pending and cells.can_start():
         waiting = []
+        cells.busy.clear()
         for label, tune in pending:
             start = cells.prepare(label, pretraining[label])
-            if start is None:  # another process is at it
+            if start is None:
                 waiting.append((label, tune))
                 continue
             config = shortened(tune.finetuning(seed=0, init_from=start), MIN_STEPS)
             cells.prepare(f"{tune.label} from {label}", config, parent=pretraining[label])
         if waiting == pending:
+            if not cells.busy:  # nobody is at it: it has brought a worker down
+                return
             time.sleep(POLL_SECONDS)
         pending = waiting
