@@ -50,6 +50,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.objectives.language = language_objective(name, f"configs/flm_base.py:{arg}")
         if name == "flm":
             config.objectives.language.corruption_rate = 0.0
+        if name.startswith("flm"):
             config.evals.reconstruction = {
                 "source": "coco",
                 "objective": "language",

@@ -110,6 +110,17 @@ def test_calibration_reads_no_evaluator_and_all_but_keeps_the_parameters():
     assert not run.evals
 
 
+def test_calibration_asks_what_training_learns_from_only_at_its_end():
+    config = named()
+    with config.config.unlocked():
+        config.config.objectives.flm.rule = {"metric": "reconstruction/0.3/loss"}
+        config.config.evals.other = {"type": "reconstruction", "every_steps": 1}
+    run = config.calibration(steps=64, overrides={})
+    assert list(run.evals) == ["reconstruction"]
+    assert run.evals.reconstruction.every_steps == run.total_steps
+    assert config.config.evals.reconstruction.every_steps == 40, "the original is not touched"
+
+
 def test_an_override_that_does_not_fit_names_the_key():
     with pytest.raises(ConfigError, match=r"optim.weightdecay: unknown key. Perhaps you mean"):
         run_config(named(), **{"optim.weightdecay": 0.9})

@@ -76,6 +76,12 @@ def edit_captions(root: pathlib.Path, edit) -> None:
         ("data.sources.photographs.rot", "x", r"config\.data\.sources\.photographs\.rot: unknown"),
         ("data.sources.photographs.type", "zip", r"sources\.photographs\.type: 'zip' is no source"),
         ("objectives.flm.rate", 0.5, r"config\.objectives\.flm\.rate: unknown key"),
+        (
+            "objectives.flm.corruption_rate",
+            {"kind": "bandit", "metric": "reconstruction/0.3/loss"},
+            r"objectives\.flm: learns from 'reconstruction/0\.3/loss', which no evaluator reports "
+            r"while .* Add evals\.reconstruction with every_steps",
+        ),
         ("objectives.flm.corruption_rate", 1.5, r"1\.5 is no corruption rate"),
         ("data.batch_size", 20, r"config\.data\.batch_size: 20 rows cannot be shared equally"),
         ("mesh.fsdp", 3, r"config\.mesh\.fsdp: .* does not fit 8 devices"),

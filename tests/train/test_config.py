@@ -15,6 +15,8 @@ from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import batch_spec
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.train.config import check_keys, default_config
+from vlp_jax.train.schedule import Budget, to_steps
+from vlp_jax.train.setup import with_durations
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "configs"
 SHIPPED = sorted(
@@ -106,6 +108,19 @@ def test_shipped_config_names_its_command(name: str) -> None:
     assert text is not None
     assert f"configs/{name.replace('.', '/')}.py" in text
     assert "Hardware" in text
+
+
+@pytest.mark.parametrize("name", ["scenes:flm_bandit", "flm_base:flm_bandit"])
+def test_a_bandit_decides_many_times(name: str) -> None:
+    """With fewer decisions than some for each rate it would only ever try them."""
+    module, argument = name.split(":")
+    config = importlib.import_module(f"configs.{module}").get_config(argument)
+    rule = config.objectives.language.corruption_rate
+    section = with_durations(config.evals[rule.metric.partition("/")[0]])
+    total = config.total_steps
+    every = to_steps(section, "evals", "every", Budget(config.data.batch_size, None, total))
+    assert every is not None
+    assert total / every >= 6 * len(rule.arms)
 
 
 def shrunk(config: ConfigDict) -> ConfigDict:

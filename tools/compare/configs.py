@@ -112,8 +112,12 @@ class NamedConfig:
         config.schedule.update({"decay": "constant", "peak": 1e-2 * config.schedule.peak})
         _measured_only(config, save_steps=0)
         _set_duration(config.log, "every", interval)
+        # What an objective learns from must be there; it would only disturb the measurement.
+        teachers = {name: config.evals[name] for name in _teachers(config)}
         with config.unlocked():
-            config.evals = {}
+            config.evals = teachers
+            for section in config.evals.values():
+                _set_duration(section, "every", CALIBRATION_INTERVALS * interval)
         return config
 
     def finetuning(self, *, seed: int, init_from: Path) -> ConfigDict:

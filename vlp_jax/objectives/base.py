@@ -59,6 +59,8 @@ class Objective(Protocol):
         image_encoder: the model by which its loss encodes the batch's ``image``, through
             ``image_tokens`` alone; several objectives of one batch then share one pass. None: it
             encodes no image, or in a way of its own.
+        learns_from: figures of evaluators that ``observe`` waits for, such as
+            ``reconstruction/0.3/loss``.
     """
 
     @property
@@ -71,6 +73,8 @@ class Objective(Protocol):
     def extra_fields(self) -> tuple[str, ...]: ...  # noqa: D102
     @property
     def image_encoder(self) -> VisionLanguageModel | None: ...  # noqa: D102
+    @property
+    def learns_from(self) -> tuple[str, ...]: ...  # noqa: D102
 
     def init(
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
@@ -109,6 +113,11 @@ class Defaults:
     def image_encoder(self) -> VisionLanguageModel | None:
         """No image is shared."""
         return None
+
+    @property
+    def learns_from(self) -> tuple[str, ...]:
+        """No figure of an evaluator."""
+        return ()
 
     def observe(self, extras: Extras, values: Mapping[str, float]) -> Extras:
         """Learn nothing from evaluators."""

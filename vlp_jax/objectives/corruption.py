@@ -47,8 +47,27 @@ class Corruption(Protocol):
         """Of the whole run, as far as it is known."""
         ...
 
+    @property
+    def learns_from(self) -> tuple[str, ...]:
+        """Figures of evaluators that it cannot do without."""
+        ...
 
-class _Forgetful:
+
+class _Deaf:
+    """Learns nothing from evaluations."""
+
+    def observe(self, memory: Memory, values: Mapping[str, float]) -> dict[str, Any]:
+        """Nothing changes."""
+        del values
+        return dict(memory)
+
+    @property
+    def learns_from(self) -> tuple[str, ...]:
+        """No figure."""
+        return ()
+
+
+class _Forgetful(_Deaf):
     """Remembers nothing."""
 
     def init(self) -> dict[str, jax.Array]:
@@ -56,10 +75,6 @@ class _Forgetful:
 
     def trained(self, memory: Memory, examples: int) -> dict[str, jax.Array]:
         del examples
-        return dict(memory)
-
-    def observe(self, memory: Memory, values: Mapping[str, float]) -> dict[str, Any]:
-        del values
         return dict(memory)
 
 
@@ -113,7 +128,7 @@ class Range(_Forgetful):
 
 
 @dataclasses.dataclass(frozen=True)
-class Scheduled:
+class Scheduled(_Deaf):
     """A rate that changes over the run, linear between the points and constant outside them.
 
     Remembers ``examples`` float32 [], trained on so far.
@@ -152,11 +167,6 @@ class Scheduled:
     def trained(self, memory: Memory, examples: int) -> dict[str, jax.Array]:
         """Count them."""
         return {"examples": memory["examples"] + examples}
-
-    def observe(self, memory: Memory, values: Mapping[str, float]) -> dict[str, Any]:
-        """Learn nothing."""
-        del values
-        return dict(memory)
 
     @property
     def mean_rate(self) -> float:
@@ -258,6 +268,11 @@ class Bandit:
     def mean_rate(self) -> float:
         """Of the arms."""
         return float(np.mean(self.arms))
+
+    @property
+    def learns_from(self) -> tuple[str, ...]:
+        """The held-out loss."""
+        return (self.metric,)
 
 
 _KINDS: Mapping[str, Callable[..., Corruption]] = {

@@ -187,6 +187,11 @@ class FLM(Defaults):
 
         return nn.init(forward, self.model)(rng)["params"], self.rule.init()
 
+    @property
+    def learns_from(self) -> tuple[str, ...]:
+        """What the rule of corruption learns from."""
+        return self.rule.learns_from
+
     def observe(self, extras: Extras, values: Mapping[str, float]) -> Extras:
         """Let the rule of corruption learn from an evaluation."""
         return self.rule.observe(extras, values)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,11 +32,12 @@ from vlp_jax.infra.mesh import make_mesh
 from vlp_jax.infra.sharding import by_path
 from vlp_jax.models.pretrained import Metadata, Report, check_vocabulary, merge
 from vlp_jax.models.pretrained.merge import fit
+from vlp_jax.objectives.base import Objective
 from vlp_jax.objectives.readout import READOUT_OF
 from vlp_jax.train.config import check_keys
 from vlp_jax.train.initial import CHECKPOINT_FOLDER, Origin, read_origin
 from vlp_jax.train.program import Program
-from vlp_jax.train.schedule import Budget, to_steps
+from vlp_jax.train.schedule import UNITS, Budget, to_steps
 from vlp_jax.train.state import TrainState
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -168,8 +170,9 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         name: to_steps(with_durations(config.evals[name]), f"evals.{name}", "every", budget)
         for name in evaluators
     }
-    best = config.checkpoint.best_metric
     on_best = _on_best(config)
+    _check_teachers(config.evals, program.objectives)
+    best = config.checkpoint.best_metric
     if best and best.partition("/")[0] not in set(evaluators) - on_best:
         raise ConfigError(
             "checkpoint.best_metric",
@@ -193,6 +196,21 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         dropped,
         missing_images(sources),
     )
+
+
+def _check_teachers(evals: ConfigDict, objectives: Sequence[Objective]) -> None:
+    """Refuse an objective that would wait in vain for a figure that it learns from."""
+    for objective in objectives:
+        for metric in objective.learns_from:
+            evaluator = metric.partition("/")[0]
+            section = evals.get(evaluator, {})
+            repeated = any(section.get(f"every_{unit}") for unit in UNITS)
+            if not repeated or section.get("on", "last") == "best":
+                raise ConfigError(
+                    f"objectives.{objective.name}",
+                    f"learns from {metric!r}, which no evaluator reports while the run trains",
+                    f"Add evals.{evaluator} with every_steps or the like, or name another metric",
+                )
 
 
 def _on_best(config: ConfigDict) -> frozenset[str]:
