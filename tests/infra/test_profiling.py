@@ -43,7 +43,7 @@ def test_a_trace_is_written(tmp_path):
     planes = jax.profiler.ProfileData.from_file(str(file)).planes
     names = {event.name for plane in planes for line in plane.lines for event in line.events}
     assert "train" in names, "the annotation of the step"
-    # The tracer of Python marks its calls so; one of them costs as much as a small kernel.
+    # The tracer of Python marks its calls so.
     assert not [name for name in names if name.startswith("$")]
 
 

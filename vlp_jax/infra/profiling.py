@@ -56,8 +56,8 @@ class ProfilerWindow:
             return contextlib.nullcontext()
         if not self._tracing:
             options = jax.profiler.ProfileOptions()
-            # The calls of XLA and of JAX's own loop are traced; every line of Python beside them
-            # would make a traced step several times as long as it is.
+            # The calls of XLA and JAX are traced; those of Python beside them would lengthen the
+            # steps that are looked at.
             options.python_tracer_level = 0
             jax.profiler.start_trace(str(self._directory), profiler_options=options)
             self._tracing = True
