@@ -11,11 +11,12 @@ for a launch. The host's table has the calls of the thread that trains, each wit
 import argparse
 import collections
 import dataclasses
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
@@ -77,13 +78,13 @@ def kernel_table(title: str, events: Iterable[_Event], steps: int) -> Table:
         events: at least one.
         steps: that they belong to.
     """
-    spans, calls, spent = [], collections.Counter[str](), collections.defaultdict[str, float](float)
+    calls, spent = collections.Counter[str](), collections.defaultdict[str, float](float)
+    events = list(events)
     for event in events:
         name = re.sub(r"([._]\d+)+$", "", event.name)
-        spans.append((event.start_ns, event.start_ns + event.duration_ns))
         calls[name] += 1
         spent[name] += event.duration_ns / 1e6
-    return _table(title, steps, spans, calls, spent)
+    return _table(title, steps, _spans(events), calls, spent)
 
 
 def call_table(title: str, events: Iterable[_Event], steps: int) -> Table:
@@ -117,13 +118,64 @@ def _table(
     calls: Mapping[str, int],
     spent: Mapping[str, float],
 ) -> Table:
-    spans.sort()
-    busy, reached = 0.0, spans[0][0]
-    for start, end in spans:
+    whole = max(end for _, end in spans) - min(start for start, _ in spans)
+    rows = [(name, calls[name], ms) for name, ms in sorted(spent.items(), key=lambda r: -r[1])]
+    return Table(title, steps, whole / 1e6, _busy_ms(spans), rows)
+
+
+def _spans(events: Iterable[_Event]) -> list[tuple[float, float]]:
+    """Start and end of each, in nanoseconds."""
+    return [(event.start_ns, event.start_ns + event.duration_ns) for event in events]
+
+
+def _busy_ms(spans: Iterable[tuple[float, float]]) -> float:
+    """How long at least one of some spans lasts: nanoseconds -> milliseconds."""
+    busy, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)
-    rows = [(name, calls[name], ms) for name, ms in sorted(spent.items(), key=lambda r: -r[1])]
-    return Table(title, steps, (reached - spans[0][0]) / 1e6, busy / 1e6, rows)
+    return busy / 1e6
+
+
+def _planes(file: Path) -> list[Any]:
+    return list(jax.profiler.ProfileData.from_file(str(file)).planes)
+
+
+def _host(planes: Iterable[Any]) -> list[Any]:
+    """The threads of the host."""
+    return [line for plane in planes if plane.name == "/host:CPU" for line in plane.lines]
+
+
+def _count_steps(file: Path, planes: Iterable[Any]) -> int:
+    """Annotated steps.
+
+    Raises:
+        ValueError: there is none.
+    """
+    steps = sum(event.name == _STEP for line in _host(planes) for event in line.events)
+    if not steps:
+        raise ValueError(f"{file} has no step annotated {_STEP!r}; give --steps")
+    return steps
+
+
+def _devices(planes: Iterable[Any]) -> dict[str, list[_Event]]:
+    """What ran, by device."""
+    devices = {
+        plane.name: [
+            e for line in plane.lines if line.name.startswith(_KERNELS) for e in line.events
+        ]
+        for plane in planes
+        if plane.name.startswith(_DEVICE)
+    }
+    # A CPU has no plane of its own; what XLA runs there names its operation.
+    devices["CPU"] = [
+        event
+        for line in _host(planes)
+        if line.name.startswith("tf_")
+        for event in line.events
+        if "hlo_op" in dict(event.stats)
+    ]
+    return devices
 
 
 def read_tables(file: Path, steps: int | None = None) -> Iterator[Table]:
@@ -136,33 +188,16 @@ def read_tables(file: Path, steps: int | None = None) -> Iterator[Table]:
     Raises:
         ValueError: no step is annotated, or nothing of a device was traced.
     """
-    planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
-    host = [line for plane in planes if plane.name == "/host:CPU" for line in plane.lines]
+    planes = _planes(file)
     if steps is None:
-        steps = sum(event.name == _STEP for line in host for event in line.events)
-        if not steps:
-            raise ValueError(f"{file} has no step annotated {_STEP!r}; give --steps")
-    devices = {
-        plane.name: [
-            e for line in plane.lines if line.name.startswith(_KERNELS) for e in line.events
-        ]
-        for plane in planes
-        if plane.name.startswith(_DEVICE)
-    }
-    # A CPU has no plane of its own; what XLA runs there names its operation.
-    devices["CPU"] = [
-        event
-        for line in host
-        if line.name.startswith("tf_")
-        for event in line.events
-        if "hlo_op" in dict(event.stats)
-    ]
+        steps = _count_steps(file, planes)
+    devices = _devices(planes)
     found = {name: events for name, events in devices.items() if events}
     if not found:
         raise ValueError(f"{file} has nothing that ran on a device")
     for name, events in found.items():
         yield kernel_table(name, events, steps)
-    for line in host:
+    for line in _host(planes):
         events = list(line.events)
         if any(event.name == _STEP for event in events):
             yield call_table("host, the thread that trains", events, steps)
@@ -175,10 +210,15 @@ def device_busy_ms(trace: Path) -> float:
         trace: a file, or a folder of which the newest counts.
 
     Raises:
-        ValueError: no trace, or nothing of a device in it.
+        ValueError: no trace, no step in it, or nothing of an accelerator.
     """
-    tables = read_tables(_newest(trace))
-    return max(t.busy_ms / t.steps for t in tables if t.title.startswith(_DEVICE))
+    file = _newest(trace)
+    planes = _planes(file)
+    found = [e for name, e in _devices(planes).items() if e and name.startswith(_DEVICE)]
+    if not found:
+        raise ValueError(f"{file} has nothing that ran on an accelerator")
+    steps = _count_steps(file, planes)
+    return max(_busy_ms(_spans(events)) for events in found) / steps
 
 
 def _newest(trace: Path) -> Path:

@@ -92,11 +92,14 @@ def test_nothing_but_training_is_left_in_the_middle_of_a_run():
     assert config.config.evals.reconstruction.every_steps == 40, "the original is not touched"
 
 
+BANDIT = {"kind": "bandit", "metric": "reconstruction/0.3/loss"}
+
+
 def test_an_evaluator_that_training_learns_from_stays():
     config = named()
     assert config.teachers == ()
-    with config.config.unlocked():
-        config.config.objectives.flm.rule = {"metric": "reconstruction/0.3/loss"}
+    with config.config.unlocked(), config.config.ignore_type():
+        config.config.objectives.flm.corruption_rate = BANDIT
     assert config.teachers == ("reconstruction",)
     assert run_config(config).evals.reconstruction.every_steps == 40
 
@@ -112,8 +115,8 @@ def test_calibration_reads_no_evaluator_and_all_but_keeps_the_parameters():
 
 def test_calibration_asks_what_training_learns_from_only_at_its_end():
     config = named()
-    with config.config.unlocked():
-        config.config.objectives.flm.rule = {"metric": "reconstruction/0.3/loss"}
+    with config.config.unlocked(), config.config.ignore_type():
+        config.config.objectives.flm.corruption_rate = BANDIT
         config.config.evals.other = {"type": "reconstruction", "every_steps": 1}
     run = config.calibration(steps=64, overrides={})
     assert list(run.evals) == ["reconstruction"]

@@ -58,14 +58,35 @@ def test_a_trace_of_this_machine(tmp_path, capsys):
     assert "host, the thread that trains" in text
 
 
+class Line(NamedTuple):
+    name: str
+    events: list[Event]
+
+
+class Plane(NamedTuple):
+    name: str
+    lines: list[Line]
+
+
 def test_the_busy_time_of_a_step_is_that_of_the_busiest_device(tmp_path, monkeypatch):
-    tables = [
-        profile_table.kernel_table(title, [Event("gemm", 0, ms * 1e6)], steps=4)
-        for title, ms in (("/device:GPU:0", 8), ("/device:GPU:1", 12), ("host", 40))
+    steps = Line("python", [Event("train", n * 1e6, 1e6) for n in range(4)])
+    planes = [
+        Plane("/device:GPU:0", [Line("Stream #1", [Event("gemm", 0, 8e6)])]),
+        Plane(  # two streams at once
+            "/device:GPU:1",
+            [
+                Line("Stream #1", [Event("gemm", 0, 9e6)]),
+                Line("Stream #2", [Event("add", 6e6, 6e6)]),
+            ],
+        ),
+        Plane("/host:CPU", [steps]),
     ]
-    monkeypatch.setattr(profile_table, "read_tables", lambda file: iter(tables))
     (tmp_path / "a.xplane.pb").touch()
+    monkeypatch.setattr(profile_table, "_planes", lambda file: planes)
     assert profile_table.device_busy_ms(tmp_path) == 3.0
+    monkeypatch.setattr(profile_table, "_planes", lambda file: planes[2:])
+    with pytest.raises(ValueError, match="nothing that ran on an accelerator"):
+        profile_table.device_busy_ms(tmp_path)
 
 
 def test_bad_traces(tmp_path, capsys):

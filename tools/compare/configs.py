@@ -5,15 +5,17 @@ import dataclasses
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from vlp_jax.infra.errors import ConfigError, unknown_key
+from vlp_jax.objectives import learns_from
 from vlp_jax.train.config import OPEN_SECTIONS
 from vlp_jax.train.schedule import UNITS
 
@@ -372,17 +374,9 @@ def _quiet(config: ConfigDict) -> None:
 
 
 def _teachers(config: ConfigDict) -> tuple[str, ...]:
-    """Evaluators of which a figure is named somewhere in the objectives."""
-
-    def texts(value: Any) -> Iterator[str]:
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, Mapping):
-            for inner in value.values():
-                yield from texts(inner)
-
-    named = {text.partition("/")[0] for text in texts(config.objectives.to_dict()) if "/" in text}
-    return tuple(sorted(named & set(config.evals)))
+    """Evaluators that objectives learn from."""
+    metrics = itertools.chain.from_iterable(learns_from(config.objectives).values())
+    return tuple(sorted({metric.partition("/")[0] for metric in metrics} & set(config.evals)))
 
 
 def _set_duration(section: ConfigDict, name: str, steps: int | None) -> None:

@@ -15,7 +15,7 @@ from vlp_jax.objectives.contrastive import ITC, ITM
 from vlp_jax.objectives.flm import FLM
 from vlp_jax.objectives.single_stream import AR, MLM, PrefixLM
 
-OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
+OBJECTIVES: Mapping[str, type[Any]] = {  # each an ``Objective``
     "flm": FLM,
     "mlm": MLM,
     "ar": AR,
@@ -62,7 +62,19 @@ def build_objectives(
     return tuple(built[name] for name in sorted(built))
 
 
-def _type(name: str, section: ConfigDict) -> Callable[..., Objective]:
+def learns_from(config: ConfigDict) -> dict[str, tuple[str, ...]]:
+    """What each objective of ``config.objectives`` learns from; see ``Objective.learns_from``.
+
+    Raises:
+        ConfigError: an objective is unknown, or its section cannot work.
+    """
+    return {
+        name: _type(name, section).learns_from(section.to_dict())
+        for name, section in config.items()
+    }
+
+
+def _type(name: str, section: ConfigDict) -> type[Any]:
     kind = section.get("type", name)
     if kind not in OBJECTIVES:
         raise ConfigError(

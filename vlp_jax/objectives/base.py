@@ -59,8 +59,6 @@ class Objective(Protocol):
         image_encoder: the model by which its loss encodes the batch's ``image``, through
             ``image_tokens`` alone; several objectives of one batch then share one pass. None: it
             encodes no image, or in a way of its own.
-        learns_from: figures of evaluators that ``observe`` waits for, such as
-            ``reconstruction/0.3/loss``.
     """
 
     @property
@@ -73,8 +71,14 @@ class Objective(Protocol):
     def extra_fields(self) -> tuple[str, ...]: ...  # noqa: D102
     @property
     def image_encoder(self) -> VisionLanguageModel | None: ...  # noqa: D102
-    @property
-    def learns_from(self) -> tuple[str, ...]: ...  # noqa: D102
+    @classmethod
+    def learns_from(cls, section: Mapping[str, Any]) -> tuple[str, ...]:
+        """Figures of evaluators that ``observe`` waits for, such as ``reconstruction/0.3/loss``.
+
+        Args:
+            section: of the objective in the config.
+        """
+        ...
 
     def init(
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
@@ -114,9 +118,10 @@ class Defaults:
         """No image is shared."""
         return None
 
-    @property
-    def learns_from(self) -> tuple[str, ...]:
+    @classmethod
+    def learns_from(cls, section: Mapping[str, Any]) -> tuple[str, ...]:
         """No figure of an evaluator."""
+        del section
         return ()
 
     def observe(self, extras: Extras, values: Mapping[str, float]) -> Extras:

@@ -187,10 +187,11 @@ class FLM(Defaults):
 
         return nn.init(forward, self.model)(rng)["params"], self.rule.init()
 
-    @property
-    def learns_from(self) -> tuple[str, ...]:
+    @classmethod
+    def learns_from(cls, section: Mapping[str, Any]) -> tuple[str, ...]:
         """What the rule of corruption learns from."""
-        return self.rule.learns_from
+        rate = section.get("corruption_rate", cls.corruption_rate)
+        return build_corruption(rate, "objectives.flm.corruption_rate", 1).learns_from
 
     def observe(self, extras: Extras, values: Mapping[str, float]) -> Extras:
         """Let the rule of corruption learn from an evaluation."""

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,7 +31,7 @@ from vlp_jax.infra.mesh import make_mesh
 from vlp_jax.infra.sharding import by_path
 from vlp_jax.models.pretrained import Metadata, Report, check_vocabulary, merge
 from vlp_jax.models.pretrained.merge import fit
-from vlp_jax.objectives.base import Objective
+from vlp_jax.objectives import learns_from
 from vlp_jax.objectives.readout import READOUT_OF
 from vlp_jax.train.config import check_keys
 from vlp_jax.train.initial import CHECKPOINT_FOLDER, Origin, read_origin
@@ -171,7 +170,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         for name in evaluators
     }
     on_best = _on_best(config)
-    _check_teachers(config.evals, program.objectives)
+    _check_teachers(config)
     best = config.checkpoint.best_metric
     if best and best.partition("/")[0] not in set(evaluators) - on_best:
         raise ConfigError(
@@ -198,16 +197,16 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     )
 
 
-def _check_teachers(evals: ConfigDict, objectives: Sequence[Objective]) -> None:
+def _check_teachers(config: ConfigDict) -> None:
     """Refuse an objective that would wait in vain for a figure that it learns from."""
-    for objective in objectives:
-        for metric in objective.learns_from:
+    for name, metrics in learns_from(config.objectives).items():
+        for metric in metrics:
             evaluator = metric.partition("/")[0]
-            section = evals.get(evaluator, {})
+            section = config.evals.get(evaluator, {})
             repeated = any(section.get(f"every_{unit}") for unit in UNITS)
             if not repeated or section.get("on", "last") == "best":
                 raise ConfigError(
-                    f"objectives.{objective.name}",
+                    f"objectives.{name}",
                     f"learns from {metric!r}, which no evaluator reports while the run trains",
                     f"Add evals.{evaluator} with every_steps or the like, or name another metric",
                 )

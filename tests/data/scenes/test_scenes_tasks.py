@@ -388,3 +388,17 @@ def test_texts_are_cheap_enough_to_plan_from(make):
         source.captions(records + start, np.zeros_like(records))
         rates.append(1000 / (time.perf_counter() - begin))
     assert max(rates) >= 2000
+
+
+def test_an_example_is_made_once(monkeypatch):
+    made, source = [], ScenesVQA(level="hard")
+    examples = source.examples
+    monkeypatch.setattr(
+        source, "examples", lambda records: made.extend(records) or examples(records)
+    )
+    for _ in range(2):  # as an evaluator reads a set, and then again by groups
+        for record in (5, 6, 7):
+            assert source.caption(record, 0)
+            assert source.answers_of(record)
+            assert source.template(record)
+    assert made == [5, 6, 7]
