@@ -110,6 +110,7 @@ def settings(*configs: NamedConfig, **changes: Any) -> Settings:
         "configs": configs,
         "budget_seconds": BUDGET,
         "fractions": (0.01, 1.0),
+        "tune_fraction": 1.0,
         "seeds": 2,
         "rates": ("x1",),
         "metrics": (Metric(METRIC, 1),),

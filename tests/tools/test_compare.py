@@ -84,20 +84,23 @@ def test_less_is_better_for_a_loss(tmp_path):
     assert times["configs"]["fast"]["seconds"]["share"] == pytest.approx(0.5)
 
 
-def test_the_best_rate_of_a_small_equal_grid_is_used_at_all_budgets(tmp_path):
+@pytest.mark.parametrize("fraction", [0.01, 1.0])
+def test_the_best_rate_of_a_small_equal_grid_is_used_at_all_budgets(tmp_path, fraction):
     trainer = FakeTrainer()
     own = {"a": 1e-3, "b": 4e-3}
     configs = [named(label, ord(label), **{"schedule.peak": own[label]}) for label in own]
-    facts = run(tmp_path, trainer, settings(*configs, rates=("x0.5", "x1", "x2")))
+    what = settings(*configs, rates=("x0.5", "x1", "x2"), tune_fraction=fraction)
+    facts = run(tmp_path, trainer, what)
     assert {label: rates["chosen"] for label, rates in facts["rates"].items()} == {
         **{"a": 2e-3, "b": 2e-3}
     }
     tuning = trainer.runs[:6]
-    assert {config.total_steps for _, config in tuning} == {10}
+    assert {config.total_steps for _, config in tuning} == {1000 * fraction}
     assert {config.seed for _, config in tuning} == {0}
     assert all(config.schedule.peak == 2e-3 for _, config in trainer.runs[6:])
     assert len(facts["rows"]) == facts["planned"] == len(trainer.runs) == 2 * (2 + 4)
     text = page(facts)
+    assert f"by seed 0 at {fraction:g} of the budget" in text
     assert text.count("used; at the edge of the grid") == 2
     assert "cells are there" not in text
 
@@ -264,7 +267,31 @@ def test_rates_that_pretraining_chooses_are_fine_tuned_at_the_best_one_alone(tmp
     assert len(facts["rows"]) == facts["planned"]
     assert [point["seeds"] for point in facts["curves"]["vqa/base/accuracy"]["a"]] == [[0, 1]] * 2
     assert not list(tmp_path.glob("**/checkpoints"))
-    assert "| a | 0.002 | 20.0 % | used |" in page(facts)
+    assert "| a | 0.002 | 60.0 % | used |" in page(facts)
+
+
+def test_rates_that_one_task_chooses_are_fine_tuned_for_no_other_but_at_the_best(tmp_path):
+    trainer = FakeTrainer()
+    what = settings(
+        named("a"),
+        finetunes=(finetune("vqa"), finetune("nlvr2")),
+        rates=("1e-3", "2e-3", "4e-3"),
+        metrics=(Metric("vqa/base/accuracy", 1), Metric("nlvr2/base/accuracy", 1)),
+        tune_metric=Metric("vqa/base/accuracy", 1),
+    )
+    for runs in (4, 3, 20):  # the choice is made in the second invocation, and its end is nlvr2
+        facts = run(tmp_path, trainer, what, runs=runs)
+    of = {
+        task: [config for _, config in trainer.runs if task in config.evals]
+        for task in ("reconstruction", "vqa", "nlvr2")
+    }
+    assert {task: len(runs) for task, runs in of.items()} == {
+        **{"reconstruction": 3 + 3, "vqa": 3 + 3, "nlvr2": 4}
+    }
+    tuning = [row for row in facts["rows"] if row["status"] == "tuning"]
+    assert [list(row["scores"]) for row in tuning] == [["vqa/base/accuracy"]] * 3
+    assert len(facts["rows"]) == facts["planned"] == 3 + 4
+    assert not list(tmp_path.glob("**/checkpoints"))
 
 
 def test_a_metric_that_no_run_can_have_is_refused_before_any_run(tmp_path):

@@ -13,7 +13,8 @@ With --scratch every --finetune config is trained without pretraining too.
 A metric is called as its evaluator calls it; with the label of a --finetune config in front, such
 as vqa/test/accuracy, where several have it. Rates and searched keys are chosen by --tune_metric:
 give a figure of the validation split where --metric is one of the test split, or one of the
-pretraining run, such as heldout/loss: then only the runs at the best rate are fine-tuned.
+pretraining run. Rates are compared at the whole budget (--tune_fraction: at a share of it) and
+fine-tuned only as far as --tune_metric takes it; the best one is used at all budgets.
 
     python -m tools.compare configs/A.py --budget_seconds=120 --metric=reconstruction/accuracy \\
         --search=optim.b2:0.95,0.98,0.99 --search=schedule.peak:log:1e-4:1e-2 --out=runs/search
@@ -243,10 +244,17 @@ def _settings(
     for label in baselines:
         if label not in labels:
             raise CommandError(f"--baseline={label} is no config; use one of {labels}")
+    fractions = _fractions(options.fractions)
+    if options.tune_fraction not in fractions:
+        raise CommandError(
+            f"--tune_fraction={options.tune_fraction:.4g} is none of the budgets; use one of "
+            f"{', '.join(f'{fraction:.4g}' for fraction in fractions)}"
+        )
     return Settings(
         configs=configs,
         budget_seconds=options.budget_seconds,
-        fractions=_fractions(options.fractions),
+        fractions=fractions,
+        tune_fraction=options.tune_fraction,
         seeds=options.seeds,
         rates=tuple(options.rates.split(",")),
         metrics=metrics,
@@ -267,13 +275,25 @@ def _fractions(text: str) -> tuple[float, ...]:
     if not text:
         return DEFAULT_FRACTIONS
     try:
-        parts = [part.partition("/") for part in text.split(",")]
-        fractions = sorted({float(above) / float(below or 1) for above, _, below in parts})
-    except (ValueError, ZeroDivisionError):
-        raise CommandError(f"--fractions={text}: give such as 1,1/2,0.25") from None
+        fractions = sorted({_fraction(part) for part in text.split(",")})
+    except argparse.ArgumentTypeError as error:
+        raise CommandError(f"--fractions={text}: {error}") from None
     if not fractions[0] > 0 or fractions[-1] != 1:
         raise CommandError(f"--fractions={text}: give shares above 0, the largest of them 1")
     return tuple(fractions)
+
+
+def _fraction(text: str) -> float:
+    """0.4 from "1/2.5".
+
+    Raises:
+        ArgumentTypeError: it is no number.
+    """
+    above, _, below = text.partition("/")
+    try:
+        return float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; give such as 1/2.5") from None
 
 
 def _assignments(options: argparse.Namespace, flag: str) -> dict[str, Any]:
@@ -347,6 +367,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=_positive(int), default=1, help="runs of each, seeds 0 to N-1")
     add("--fractions", default="", help="shares of the budget; by default 1,1/1.5,1/2.5,1/4")
     add("--rates", default="x1", help="grid of peak rates for every config: 1e-3, or x0.5 of own")
+    add(
+        "--tune_fraction",
+        type=_fraction,
+        default=1.0,
+        help="the share of the budget, one of --fractions, at which rates are compared; the whole",
+    )
     add(
         "--finetune",
         action="append",

@@ -24,23 +24,23 @@ POLL_SECONDS = 1.0
 class Wanted:
     """A cell that a comparison needs: a config at a rate, a share of the budget, and a seed.
 
-    That of ``SCRATCH`` has a share and a rate of 0. One that is not ``finetuned`` only helps to
-    choose a rate by what its pretraining scores.
+    That of ``SCRATCH`` has a share and a rate of 0. One that is not ``complete`` only helps to
+    choose a rate, and has no fine-tuning runs but those that this takes.
     """
 
     label: str
     rate: float
     fraction: float
     seed: int
-    finetuned: bool = True
+    complete: bool = True
 
 
 def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Train what is missing as long as there is time, and put together what there is.
 
-    The rates of a config are compared at its smallest budget by seed 0, and the best one is used
-    at all budgets; where they are compared by a figure of pretraining, only the runs of the best
-    one are fine-tuned. Small budgets and low seeds come first, so that each invocation leaves every
+    The rates of a config are compared at one budget (``tune_fraction``) by seed 0, and the best one
+    is used at all budgets; the runs of the others are fine-tuned only as far as the choice takes
+    it. Then small budgets and low seeds come first, so that each invocation leaves every
     config with the same cells or nearly so. A cell that another process is training is left to it;
     what is needed is worked out anew each time a cell is finished.
 
@@ -82,8 +82,8 @@ def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print
                 budget_seconds=cell.fraction * settings.budget_seconds,
                 seed=cell.seed,
                 overrides={"schedule.peak": cell.rate},
-                finetunes=settings.finetunes if cell.finetuned else (),
-                keep_checkpoint=not cell.finetuned,
+                finetunes=settings.finetunes if cell.complete else settings.tuning_finetunes,
+                keep_checkpoint=not cell.complete,
             )
         if result is None:
             return False
@@ -95,7 +95,7 @@ def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print
             cell.rate,
             cell.fraction,
             cell.seed,
-            finetuned=cell.finetuned,
+            complete=cell.complete,
         )
         return True
 
@@ -115,7 +115,7 @@ def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print
         time.sleep(POLL_SECONDS)
 
     for cell, row in rows.items():
-        if not cell.finetuned and chosen[cell.label] not in (None, cell.rate):
+        if not cell.complete and chosen[cell.label] not in (None, cell.rate):
             cells.remove_checkpoints(row.cell)
     whole: dict[str, list[Result]] = {}
     for cell, row in rows.items():
@@ -124,10 +124,11 @@ def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print
     lacking = {cell.label for cell in missing(settings, running, rows)}
     diverged = {label for label in running if chosen[label] is None} - lacking
     scratch = settings.seeds if settings.scratch else 0
-    shared = 0 if settings.tunes_untuned else 1  # a cell that both chooses and is compared
+    # A complete cell both chooses and is compared.
+    shared = int(_tuning_is_complete(settings))
     per_config = len(settings.rates) - shared + settings.seeds * len(settings.fractions)
     planned = {label: len(settings.rates) if label in diverged else per_config for label in running}
-    rejected |= dict.fromkeys(diverged, "no rate of the grid gives a score at the smallest budget")
+    rejected |= dict.fromkeys(diverged, "no rate of the grid gives a score")
     return summarise(settings, list(rows.values()), grid, dict.fromkeys(grid) | chosen) | {
         "calibrations": {
             label: calibration and dataclasses.asdict(calibration)
@@ -189,16 +190,23 @@ def missing(
         _tuning(settings, label, rates[index])
         for index in range(len(settings.rates))
         for label, rates in grid.items()
+        if len(rates) > 1
+    ]
+    best = {label: rate for label, rate in chosen.items() if rate is not None}
+    # Those that have chosen a rate come first: their checkpoints are kept until they are complete.
+    started = [
+        Wanted(label, rate, settings.tune_fraction, 0)
+        for label, rate in best.items()
+        if len(settings.rates) > 1
     ]
     others = [
         Wanted(label, rate, fraction, seed)
         for seed in range(settings.seeds)
         for fraction in settings.fractions
-        for label, rate in chosen.items()
-        if rate is not None
+        for label, rate in best.items()
     ]
     scratch = [Wanted(SCRATCH, 0.0, 0.0, seed) for seed in range(settings.seeds)]
-    wanted = [*tuning, *others, *(scratch if settings.scratch else [])]
+    wanted = [*tuning, *started, *others, *(scratch if settings.scratch else [])]
     return [cell for cell in dict.fromkeys(wanted) if cell not in rows]
 
 
@@ -217,7 +225,12 @@ def choose_rates(
 
 def _tuning(settings: Settings, label: str, rate: float) -> Wanted:
     """The cell by which a rate is judged."""
-    return Wanted(label, rate, settings.fractions[0], 0, finetuned=not settings.tunes_untuned)
+    return Wanted(label, rate, settings.tune_fraction, 0, complete=_tuning_is_complete(settings))
+
+
+def _tuning_is_complete(settings: Settings) -> bool:
+    """Whether a choice of rates takes all there is of a cell."""
+    return settings.tuning_finetunes == settings.finetunes
 
 
 def grid_of_rates(rates: Sequence[str], own: float) -> list[float]:

@@ -91,12 +91,15 @@ def is_of_test_split(
     )
 
 
-def is_of_pretraining(
+def finetunes_with(
     metric: Metric, configs: Sequence[NamedConfig], finetunes: Sequence[NamedConfig]
-) -> bool:
-    """Whether the pretraining run of every config has the metric, so that it needs no other."""
+) -> tuple[NamedConfig, ...]:
+    """The fine-tuning runs that have the metric; none where it is one of the pretraining runs."""
     runs = {tune.label: tune for tune in finetunes}
-    return all(PRETRAINING in _evaluators(metric, {PRETRAINING: named} | runs) for named in configs)
+    having = {
+        label for named in configs for label in _evaluators(metric, {PRETRAINING: named} | runs)
+    }
+    return tuple(tune for tune in finetunes if tune.label in having)
 
 
 def find_metric(result: Result, name: str) -> float:

@@ -13,6 +13,8 @@ from vlp_jax.infra import units
 AXES = {"seconds": "seconds of training", "samples": "samples", "flops": "model FLOPs"}
 # The colours of the report, c0 to c7 of vlp_jax/infra/report/page.css.
 PALETTE = ("#2a62a6", "#c4621b", "#2c8158", "#8b4fa3", "#b23b4e", "#6d7178", "#0f8390", "#94730d")
+# Inches: the line before an entry of the legend with its gaps, and a wide character of the entry.
+_KEY, _CHARACTER = 0.7, 0.085
 INK, MUTED, RULE = "#1c1e22", "#5f6570", "#e5e2dc"
 
 
@@ -27,7 +29,8 @@ def draw(facts: Mapping[str, Any], path: Path) -> None:
     """
     modes = facts["settings"]["metrics"]
     metrics = [metric for metric in facts["curves"] if modes[metric] != "show"]
-    figure = Figure(figsize=(4.4 * len(AXES), 0.5 + 3.3 * len(metrics)), layout="constrained")
+    width = 4.4 * len(AXES)
+    figure = Figure(figsize=(width, 0.5 + 3.3 * len(metrics)), layout="constrained")
     grid = figure.subplots(len(metrics), len(AXES), squeeze=False, sharey="row")
     for axes_row, metric in zip(grid, metrics, strict=True):
         times = facts["time_to_score"].get(metric)
@@ -47,9 +50,9 @@ def draw(facts: Mapping[str, Any], path: Path) -> None:
         axes_row[0].set_ylabel(metric, color=INK)
     handles, labels = grid[0][0].get_legend_handles_labels()
     if handles:
-        figure.legend(
-            handles, labels, loc="outside upper center", ncols=min(6, len(labels)), frameon=False
-        )
+        fitting = int(width / (_KEY + _CHARACTER * max(map(len, labels))))
+        columns = max(1, min(fitting, len(labels)))
+        figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=160)
 
 

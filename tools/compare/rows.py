@@ -11,8 +11,8 @@ from tools.compare.configs import CommandError, NamedConfig
 from tools.compare.metrics import (
     Metric,
     find_metric,
+    finetunes_with,
     has_metric,
-    is_of_pretraining,
     is_of_test_split,
 )
 from tools.compare.records import SCRATCH, Calibration, Result
@@ -29,6 +29,7 @@ class Settings:
         configs: the methods.
         budget_seconds: the whole budget, of training.
         fractions: of it, increasing, the last is 1.
+        tune_fraction: one of them, at which rates are compared.
         seeds: runs of every config at every budget, seeds 0 and up.
         rates: grid of learning rates: numbers, or factors of a config's own such as "x0.5"; the
             same for every config.
@@ -44,6 +45,7 @@ class Settings:
     configs: tuple[NamedConfig, ...]
     budget_seconds: float
     fractions: tuple[float, ...]
+    tune_fraction: float
     seeds: int
     rates: tuple[str, ...]
     metrics: tuple[Metric, ...]
@@ -71,10 +73,11 @@ class Settings:
         return first.config
 
     @property
-    def tunes_untuned(self) -> bool:
-        """Whether rates are chosen by what pretraining scores, before any fine-tuning."""
-        several = len(self.rates) > 1 and bool(self.finetunes)
-        return several and is_of_pretraining(self.tune_metric, self.configs, self.finetunes)
+    def tuning_finetunes(self) -> tuple[NamedConfig, ...]:
+        """The fine-tuning runs by which rates are chosen; all of them where there is no choice."""
+        if len(self.rates) == 1:
+            return self.finetunes
+        return finetunes_with(self.tune_metric, self.configs, self.finetunes)
 
     def rejection(self, calibration: Calibration | None) -> str:
         """Why a config takes no part; empty where it does, or where that is not known yet."""
@@ -91,6 +94,7 @@ class Settings:
             "finetunes": {named.label: named.source for named in self.finetunes},
             "budget_seconds": self.budget_seconds,
             "fractions": list(self.fractions),
+            "tune_fraction": self.tune_fraction,
             "seeds": self.seeds,
             "rates": list(self.rates),
             "metrics": {m.name: m.mode for m in self.metrics},
@@ -114,8 +118,8 @@ class Row:
         seed: of the run.
         fraction: nominal share of the budget.
         asked_seconds: the share in seconds.
-        status: only a "counted" row enters a mean; one of "tuning" was not fine-tuned: it helped
-            to choose a rate.
+        status: only a "counted" row enters a mean; one of "tuning" helped to choose a rate, and
+            has the scores for that alone.
         reason: why it is not counted, where it should be.
         steps, samples, flops: trained.
         seconds: of training: updates times the calibrated seconds of one.
@@ -158,9 +162,12 @@ def make_row(
     fraction: float,
     seed: int,
     *,
-    finetuned: bool = True,
+    complete: bool = True,
 ) -> Row:
-    """What the tables say of a cell; its own label may differ where two configs are the same."""
+    """What the tables say of a cell; its own label may differ where two configs are the same.
+
+    One that is not ``complete`` only helps to choose a rate.
+    """
     measured = result.measurement
     assert result.seconds is not None  # only a fine-tuning run has no calibration
     reasons = [
@@ -169,7 +176,7 @@ def make_row(
     scores = {}
     if not reasons:
         wanted = {settings.tune_metric.name}
-        if finetuned:
+        if complete:
             wanted |= {metric.name for metric in settings.metrics}
         if label == SCRATCH:  # what pretraining scores has no part in it
             wanted &= {name for name in wanted if has_metric(result, name)}
@@ -184,7 +191,7 @@ def make_row(
         seed=seed,
         fraction=fraction,
         asked_seconds=fraction * settings.budget_seconds,
-        status="stopped" if reasons else "counted" if finetuned else "tuning",
+        status="stopped" if reasons else "counted" if complete else "tuning",
         reason=reasons[0] if reasons else "",
         steps=measured.steps,
         samples=measured.samples,

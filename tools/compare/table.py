@@ -338,7 +338,7 @@ def _cost_of_cells(calibration: Facts, rows: Sequence[Facts]) -> list[str]:
 
 def _rates(facts: Facts) -> str:
     settings = facts["settings"]
-    fraction, metric = settings["fractions"][0], settings["tune_metric"]
+    fraction, metric = settings["tune_fraction"], settings["tune_metric"]
     lines = []
     for label, rates in facts["rates"].items():
         tried = {
