@@ -14,8 +14,8 @@
 # (nvidia-cuda-mps-control -d): without it their kernels take turns. Costs are measured before, by a
 # process alone.
 #
-# Rates are compared by the validation accuracy of VQA at the whole budget. By the loss of a quarter
-# of it MLM 40 % got twice its rate, and 40 % of the answers where it gets 63 %.
+# Rates are compared by the validation accuracy of the first of TASKS at the whole budget: see
+# flm_time_to_quality.md for what the loss of a quarter of it chose.
 set -euo pipefail
 size=$1 images=$2 out=$(realpath -m "$3")
 shift 3
@@ -29,6 +29,8 @@ case $size in  # seconds for some 4,000 updates of FLM; rates around the best of
     *) echo "no setting of size '$size'; take tiny or mini" >&2; exit 64 ;;
 esac
 
+tasks=${TASKS:-vqa nlvr2}
+tune_metric=${tasks%% *}:scenes/val/accuracy
 configs=() own=() finetunes=() metrics=heldout/gap_loss:show
 for objective in ${OBJECTIVES:-flm mlm15 mlm40 ar prefix_lm}; do
     configs+=("configs/scenes.py:$objective,$size,$images")
@@ -39,7 +41,7 @@ for objective in ${OBJECTIVES:-flm mlm15 mlm40 ar prefix_lm}; do
         flm*) own+=("--set=scenes:$objective,$size,$images/evals.reconstruction=None") ;;
     esac
 done
-for task in ${TASKS:-vqa nlvr2}; do
+for task in $tasks; do
     finetunes+=("--finetune=configs/transfer/$task.py:scenes")
     task=$task:scenes
     # Nor have maps of single answers.
@@ -55,7 +57,7 @@ shared=(
 
 exec "${PYTHON:-python}" -m tools.compare "${configs[@]}" --budget_seconds="${BUDGET:-$seconds}" \
     --seeds=3 --rates=$rates "${own[@]}" \
-    "${finetunes[@]}" --tune_metric=vqa:scenes/val/accuracy --metric="$metrics" \
+    "${finetunes[@]}" --tune_metric="$tune_metric" --metric="$metrics" \
     "${shared[@]/#/--set=}" --set=data.batch_size=$batch --set=data.window_batches=64 \
     "${shared[@]/#/--set_finetune=}" --set_finetune=evals.val.every_percent=100.0 \
     --set_finetune=checkpoint.every_percent=100.0 \

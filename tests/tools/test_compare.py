@@ -54,7 +54,7 @@ def test_a_config_that_learns_twice_as_fast_needs_half_of_everything(tmp_path):
         assert times["configs"]["slow"][cost]["share"] == pytest.approx(1.0)
         assert times["configs"]["fast"][cost]["share"] == pytest.approx(0.5)
     text = page(facts)
-    assert "| fast | 50 % |" in text
+    assert "| fast | 2 | 50 % |" in text
     assert "2.00 ×" in text
 
 
@@ -476,10 +476,58 @@ def test_a_saturated_baseline_is_told_and_the_smallest_budget_is_an_upper_bound(
     facts = run(tmp_path, trainer, settings(named("flat"), named("b", 2.0)))
     text = page(facts)
     assert "**flat itself reaches this score in ≤ 1 % of its time" in text
-    assert "| flat | ≤ 1 % | ≤ 1 % | 100 % |" in text
+    assert "| flat | 2 | ≤ 1 % | ≤ 1 % | 100 % |" in text
     rising = page(run(tmp_path / "rising", FakeTrainer(), settings(named("a"))))
     assert "itself reaches" not in rising
-    assert "| a | 100 % | 100 % | 100 % |" in rising
+    assert "| a | 2 | 100 % | 100 % | 100 % |" in rising
+
+
+def test_what_larger_budgets_may_still_reach_is_not_called_out_of_reach(tmp_path):
+    what = settings(named("a"), named("b", 1.5), fractions=(0.01, 1.0), seeds=1)
+    trainer = FakeTrainer()
+    text = page(run(tmp_path, trainer, what, runs=3))
+    assert "| b | 1 | not yet |" in text
+    slow = settings(named("a"), named("b", 0.5), fractions=(0.01, 1.0), seeds=1)
+    assert "| b | 1 | not reached |" in page(run(tmp_path / "slow", trainer, slow))
+
+
+def test_a_baseline_that_diverges_leaves_the_comparison_to_the_others(tmp_path):
+    trainer = FakeTrainer()
+    trainer.alter = lambda config, facts: (
+        facts | {"status": "stopped", "reason": "diverged"}
+        if config.optim.weight_decay == 4.0
+        else facts
+    )
+    what = settings(named("a"), named("bad", 4.0), named("c", 2.0), baselines=("a", "bad"))
+    facts = run(tmp_path, trainer, what)
+    assert facts["time_to_score"][METRIC]["baseline"] == "a"
+    assert "bad is rejected, none of its cells counts, and it is no baseline" in page(facts)
+
+
+def test_a_control_that_is_not_finite_costs_a_run_nothing_else(tmp_path):
+    trainer, control = FakeTrainer(), Metric.parse("reconstruction/base/ctl:show")
+    trainer.alter = lambda config, facts: (
+        facts | {"metrics": facts["metrics"] | {control.name: 0.1 if config.seed else math.nan}}
+    )
+    facts = run(tmp_path, trainer, settings(named("a"), metrics=(Metric(METRIC, 1), control)))
+    assert {row["status"] for row in facts["rows"]} == {"counted"}
+    assert [point["seeds"] for point in facts["curves"][control.name]["a"]] == [[1], [1]]
+    page(facts)
+
+
+def test_cells_that_another_host_claims_are_told_with_the_remedy(tmp_path):
+    trainer, what, said = FakeTrainer(), settings(named("a")), []
+    run(tmp_path, trainer, what)
+    (cell, *_) = sorted((tmp_path / "cells").iterdir())
+    (cell / "result.json").unlink()
+    claim = {"host": "job-17", "pid": 5, "started": 0.0, "group": 5}
+    (cell / "claim.json").write_text(json.dumps(claim))
+    cells = open_cells(tmp_path, trainer)
+    cells._say = said.append
+    assert len(compare(what, cells, silent)["rows"]) == 3
+    (text,) = said
+    assert "is left to process 5 of job-17; if that has died, delete" in text
+    assert text.endswith(str(cell / "claim.json"))
 
 
 def test_choosing_by_a_test_split_is_told(tmp_path):
@@ -654,6 +702,15 @@ def test_an_archive_adds_and_changes_nothing_that_is_there(tmp_path):
     assert json.loads(missing_one.read_text()) == json.loads(text)
 
 
+def test_an_archive_keeps_what_another_folder_has_added(tmp_path):
+    archive, trainer = tmp_path / "cells.jsonl.gz", FakeTrainer()
+    for label, skill in (("one", 1.0), ("two", 2.0), ("one", 1.0)):
+        run(tmp_path / label, trainer, settings(named("a", skill)))
+        pack(tmp_path / label, archive)
+    unpack(archive, tmp_path / "all")
+    assert len(trainer.runs) == len(list((tmp_path / "all").glob("cells/*/result.json"))) == 8
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -662,6 +719,8 @@ def test_an_archive_adds_and_changes_nothing_that_is_there(tmp_path):
         '{"file": "cells/a/result.json"}',
         '{"file": "cells/../../result.json", "content": {}}',
         '{"file": "cells/a/log.txt", "content": {}}',
+        '{"file": "/tmp/cells/a/result.json", "content": {}}',
+        '{"file": "a/cells/b/result.json", "content": {}}',
     ],
 )
 def test_a_damaged_archive_is_told_and_nothing_of_it_is_used(shell, capsys, tmp_path, line):
@@ -683,8 +742,56 @@ def test_the_table_of_another_machine_is_not_replaced_by_an_empty_one(shell, cap
     assert shell(*flags, "--max_seconds=0") == ExitCode.BAD_INPUT
     assert "is of another machine" in capsys.readouterr().err
     assert (shell.out / "compare.json").read_text() == text
+    scratch = [f"--finetune={shell.tune}", "--scratch", f"--metric=tune/{METRIC}"]
+    assert shell(*flags, *scratch, "--max_seconds=0") == ExitCode.BAD_INPUT
+    shell.trainer.stop_at = len(shell.trainer.runs)  # in its first cell there
+    assert shell(*flags) == ExitCode.BAD_INPUT
+    assert (shell.out / "compare.json").read_text() == text
+    shell.trainer.stop_at = None
     assert shell(*flags) == ExitCode.OK
     assert json.loads((shell.out / "compare.json").read_text())["left_out"]
+
+
+def test_a_page_of_another_version_is_not_written_in_part(shell, capsys):
+    shell.out.mkdir()
+    (shell.out / "compare.json").write_text('{"settings": {}}')
+    assert shell("--report_only") == ExitCode.BAD_INPUT
+    assert "repeat the command that wrote it, with --max_seconds=0" in capsys.readouterr().err
+
+
+def test_which_way_a_figure_is_better_is_said_once(shell):
+    flags = [shell.config, "--budget_seconds=8", f"--metric={METRIC}:min", "--fractions=1"]
+    flags += [f"--tune_metric={METRIC}", "--rates=5e-4,2e-3"]
+    assert shell(*flags) == ExitCode.OK
+    facts = json.loads((shell.out / "compare.json").read_text())
+    assert next(iter(facts["rates"].values()))["chosen"] == 5e-4, "the lower score"
+    assert (
+        f"the best by {METRIC} (less is better) is used" in (shell.out / "compare.md").read_text()
+    )
+
+
+def test_a_run_that_fails_costs_no_other_its_place_in_the_table(shell, capsys):
+    flags = [shell.config, "--budget_seconds=8", f"--metric={METRIC}", "--seeds=2"]
+
+    def fail(config, facts):
+        if (config.total_steps, config.seed) == (320, 0):
+            raise RuntimeError("RESOURCE_EXHAUSTED")
+        return facts
+
+    shell.trainer.alter = fail
+    assert shell(*flags) == ExitCode.FAILED
+    assert "RESOURCE_EXHAUSTED" in (error := capsys.readouterr().err)
+    assert "tiny, seed 0) is left out" in error
+    assert "7 of 8 cells are there" in (shell.out / "compare.md").read_text()
+    (failed,) = [
+        path.parent
+        for path in shell.out.glob("cells/*/checkpoints")
+        if not (path.parent / "result.json").exists()
+    ]
+    shutil.rmtree(failed)
+    shell.trainer.alter = lambda _, facts: facts
+    assert shell(*flags) == ExitCode.OK
+    assert len(shell.trainer.runs) == 9
 
 
 def test_a_signal_still_leaves_a_table_and_its_exit_code(shell):
@@ -707,6 +814,12 @@ def test_a_signal_still_leaves_a_table_and_its_exit_code(shell):
         (["--metric=a/y", "--budget_seconds=8", "--devices=0,1"], "give --workers=2 or more"),
         (["--metric=a/y", "--budget_seconds=8", "--set=optim.b3=1"], "config.optim.b3: unknown"),
         (["--metric=a/y", "--budget_seconds=8", "--search=optim.b2"], "KEY:log:LOW:HIGH"),
+        (["--metric=a/y", "--budget_seconds=8", "--tune_fraction=0.3"], "use one of 0.25, 0.4"),
+        (["--metric=a/y:min", "--budget_seconds=8", "--tune_metric=a/y:max"], "says min of it"),
+        (
+            ["--metric=a/y", "--budget_seconds=8", "--search=optim.b2:0.9,0.95", "--rates=x1,x2"],
+            "--search=schedule.peak:... searches rates",
+        ),
         (["--report_only"], "neither compare.json nor search.json"),
     ],
 )

@@ -231,6 +231,20 @@ def test_fine_tuning_goes_on_where_the_invocation_before_ended(tmp_path):
     assert len(trainer.runs) == 5
 
 
+def test_a_result_stays_until_its_run_is_made_again(tmp_path):
+    trainer = FakeTrainer()
+    first = obtain(open_cells(tmp_path, trainer), named())
+    trainer.stop_at = len(trainer.runs)
+    assert obtain(open_cells(tmp_path, trainer), named(), finetunes=[finetune()]) is None
+    assert obtain(open_cells(tmp_path, trainer, runs=0), named()) == first
+    # The signal had it saved in the middle, from where nothing may be fine-tuned.
+    (tmp_path / "cells" / first.name / "checkpoints" / "7").mkdir(parents=True)
+    trainer.stop_at = None
+    made = len(trainer.runs)
+    assert obtain(open_cells(tmp_path, trainer), named(), finetunes=[finetune()]) is not None
+    assert [config.total_steps for _, config in trainer.runs[made:]] == [1000, 100]
+
+
 def test_fine_tuning_depends_on_the_cell_but_not_on_where_it_lies(tmp_path):
     trainer = FakeTrainer()
     obtain(open_cells(tmp_path / "old", trainer), named(), finetunes=[finetune()])

@@ -8,7 +8,10 @@ import types
 
 import pytest
 
+from tests.tiny_config import get_config
 from tests.tools.compared import METRIC, Command, named
+from tools.compare import measure
+from tools.compare.configs import CommandError
 from tools.compare.measure import (
     Trainer,
     calibration,
@@ -20,6 +23,7 @@ from tools.compare.measure import (
 from tools.compare.records import Group
 from vlp_jax.infra.artifacts import Gallery, Table
 from vlp_jax.infra.preemption import ExitCode
+from vlp_jax.train.loop import RunStopped
 
 
 def speed(step: int, rate: float, wait: float) -> dict[str, float]:
@@ -111,6 +115,21 @@ def test_accelerators_are_traced_before_what_is_measured(
     # Whole, over before the second half begins, and not the first use of a bucket.
     expected = (interval, interval) if device_ms else (config.profile.start_step, 0)
     assert (window.start_step, window.num_steps) == expected
+
+
+def test_damaged_data_is_a_fault_to_mend_and_no_score(tmp_path, monkeypatch):
+    def stopped(code):
+        def train(setup):
+            raise RunStopped(code, "the run stopped")
+
+        return train
+
+    monkeypatch.setattr(measure, "train", stopped(ExitCode.TOO_MANY_BAD_EXAMPLES))
+    with pytest.raises(CommandError, match="the run stopped"):
+        Trainer().run(get_config(), tmp_path / "damaged")
+    monkeypatch.setattr(measure, "train", stopped(ExitCode.TOO_MANY_BAD_UPDATES))
+    monkeypatch.setattr(measure, "read_metrics", lambda workdir: [])
+    assert Trainer().run(get_config(), tmp_path / "diverged").status == "stopped"
 
 
 def test_scores_by_group_come_from_the_tables_of_evaluators(tmp_path):

@@ -81,6 +81,30 @@ def test_the_best_third_goes_on_at_three_times_the_budget():
     assert rungs[0].trials[-1].candidate == {"x": 3}, "a failure comes last"
 
 
+def test_a_candidate_that_diverges_for_a_seed_loses_to_one_that_does_not(tmp_path):
+    trainer = FakeTrainer()
+    trainer.alter = lambda config, facts: (
+        facts | {"status": "stopped", "reason": "diverged", "metrics": {}}
+        if config.schedule.peak == 2e-3 and config.seed
+        else facts
+    )
+    axes = [Axis.parse("schedule.peak:2e-3,1.9e-3")]
+    what = settings(named("a"), seeds=3)
+    found = search(what, axes, 2, 9, open_cells(tmp_path, trainer), silent)
+    assert found["a"]["best"] == {"schedule.peak": 1.9e-3}
+
+
+def test_no_candidate_is_tried_twice(tmp_path):
+    few = candidates([Axis.parse("optim.accumulation:int:1:3")], trials=9)
+    assert few == [{"optim.accumulation": n} for n in (1, 2, 3)]
+    many = candidates([Axis.parse("n:int:1:12"), Axis.parse("x:a,b")], trials=11)
+    assert len(many) == len({tuple(candidate.items()) for candidate in many}) <= 11
+    trainer, axes = FakeTrainer(), [Axis.parse("total_steps:100,200")]
+    with pytest.raises(CommandError, match=r"'total_steps': 100.*give a the same run"):
+        search(settings(named("a")), axes, 3, 9, open_cells(tmp_path, trainer), silent)
+    assert not trainer.calibrations
+
+
 def test_failures_never_go_on_even_if_that_leaves_fewer():
     def trial(candidate, fraction):
         return Trial(candidate, 1.0 if candidate["x"] == 0 else None, ())

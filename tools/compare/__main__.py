@@ -58,6 +58,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
 from vlp_jax.infra.preemption import ExitCode, PreemptionGuard
 
+_OWN_RATE = "x1"
 COMPARISON, SEARCH, PICTURE = "compare", "search", "compare.png"
 
 
@@ -89,11 +90,22 @@ def write_pages(folder: Path) -> None:
     """Write the pages, and the plot if matplotlib is there, from the JSON in a folder.
 
     Raises:
-        CommandError: the folder has neither ``compare.json`` nor ``search.json``.
+        CommandError: the folder has neither ``compare.json`` nor ``search.json``, or one of another
+            version of this command.
     """
     files = {name: folder / f"{name}.json" for name in (COMPARISON, SEARCH)}
     if not any(file.exists() for file in files.values()):
         raise CommandError(f"neither compare.json nor search.json in {folder}")
+    try:
+        _write_pages(folder, files)
+    except KeyError as error:
+        raise CommandError(
+            f"{folder} holds what another version of this command has written, without {error}; "
+            "repeat the command that wrote it, with --max_seconds=0"
+        ) from error
+
+
+def _write_pages(folder: Path, files: Mapping[str, Path]) -> None:
     if files[SEARCH].exists():
         _write(folder / f"{SEARCH}.md", search_page(json.loads(files[SEARCH].read_text())))
     if files[COMPARISON].exists():
@@ -111,6 +123,11 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> ExitCode:
     )
     settings = _settings(options, overrides, tuning_overrides)
     axes = [Axis.parse(text) for text in options.search]
+    if axes and (options.fractions or options.rates != _OWN_RATE):
+        raise CommandError(
+            "--search takes neither --fractions nor --rates: --halving sets the budgets, and "
+            "--search=schedule.peak:... searches rates"
+        )
     devices = options.devices.split(",") if options.devices else []
     if len(devices) > options.workers:
         raise CommandError(f"--devices={options.devices}: give --workers={len(devices)} or more")
@@ -224,6 +241,8 @@ def _ended(outcome: ExitCode, cells: Cells, guard: PreemptionGuard) -> ExitCode:
     """The exit code: that of the workers where it is no success."""
     if outcome is not ExitCode.OK:
         return outcome
+    if cells.crashed:
+        return ExitCode.FAILED
     return ExitCode.PREEMPTED if cells.interrupted or guard.requested else ExitCode.OK
 
 
@@ -236,7 +255,7 @@ def _settings(
         raise CommandError("CONFIG..., --budget_seconds and --metric are needed; see --help")
     configs = load_all(options.configs, overrides)
     metrics = tuple(Metric.parse(text) for text in options.metric.split(","))
-    tune_metric = Metric.parse(options.tune_metric) if options.tune_metric else metrics[0]
+    tune_metric = _tune_metric(options.tune_metric, metrics)
     if not tune_metric.sign or not any(metric.sign for metric in metrics):
         raise CommandError("--metric: of one that is shown only, none is the best; drop :show")
     labels = [named.label for named in configs]
@@ -264,6 +283,23 @@ def _settings(
         max_input_wait=options.max_input_wait,
         scratch=options.scratch,
     )
+
+
+def _tune_metric(text: str | None, metrics: Sequence[Metric]) -> Metric:
+    """What --tune_metric names; which way it is better, --metric may say alone.
+
+    Raises:
+        CommandError: the two contradict each other.
+    """
+    if not text:
+        return metrics[0]
+    asked = Metric.parse(text)
+    for metric in metrics:
+        if metric.name == asked.name and metric.sign not in (0, asked.sign):
+            if text != asked.name:
+                raise CommandError(f"--tune_metric={text}: --metric says {metric.mode} of it")
+            return metric
+    return asked
 
 
 def _fractions(text: str) -> tuple[float, ...]:
@@ -366,7 +402,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--tune_metric", help="figure that chooses rates, or ranks a search; the first --metric")
     add("--seeds", type=_positive(int), default=1, help="runs of each, seeds 0 to N-1")
     add("--fractions", default="", help="shares of the budget; by default 1,1/1.5,1/2.5,1/4")
-    add("--rates", default="x1", help="grid of peak rates for every config: 1e-3, or x0.5 of own")
+    add(
+        "--rates",
+        default=_OWN_RATE,
+        help="grid of peak rates for every config: 1e-3, or x0.5 of own",
+    )
     add(
         "--tune_fraction",
         type=_fraction,

@@ -6,10 +6,13 @@ made the table makes it again with ``--max_seconds=0``. Each line is a JSON obje
 a file of OUT and its content; lines are sorted by path. A name that ends in ``.gz`` is compressed.
 """
 
+import contextlib
+import fcntl
 import gzip
 import json
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tools.compare.cells import CALIBRATION_FOLDER, CELLS_FOLDER, RESULT_FILE
@@ -29,17 +32,7 @@ def unpack(archive: Path, folder: Path) -> None:
     Raises:
         CommandError: the archive is damaged, or no archive.
     """
-    if not archive.exists():
-        return
-    try:
-        lines = _decode(archive).splitlines()
-        kept = dict(_entry(json.loads(line)) for line in lines)
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise CommandError(
-            f"{archive} is damaged or no archive of finished cells ({error}); mend it, or move it "
-            "away to begin a new one"
-        ) from error
-    for name, content in kept.items():
+    for name, content in _read(archive).items():
         file = folder / name
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -47,25 +40,58 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """Write the finished cells and the calibrations of OUT into an archive, in its place.
+    """Add the finished cells and the calibrations of OUT to an archive.
+
+    What another folder has added meanwhile stays.
 
     Args:
         folder: OUT.
-        archive: to be written; its folder is made when needed.
+        archive: its folder is made when needed.
+
+    Raises:
+        CommandError: the archive is damaged, or no archive.
     """
-    files = sorted(file for pattern in _KEPT for file in folder.glob(pattern))
-    lines = [
-        json.dumps({"file": file.relative_to(folder).as_posix(), **_content(file)}) + "\n"
-        for file in files
-    ]
-    data = "".join(lines).encode()
     archive.parent.mkdir(parents=True, exist_ok=True)
-    # Without a time of writing the same cells are the same bytes.
-    write_bytes(archive, gzip.compress(data, mtime=0) if _is_compressed(archive) else data)
+    with _locked(archive.parent):
+        kept = _read(archive)
+        for file in (file for pattern in _KEPT for file in folder.glob(pattern)):
+            name = file.relative_to(folder).as_posix()
+            kept[name] = json.loads(file.read_text(encoding="utf-8"))
+        lines = [
+            json.dumps({"file": name, "content": content}) + "\n"
+            for name, content in sorted(kept.items())
+        ]
+        data = "".join(lines).encode()
+        # Without a time of writing the same cells are the same bytes.
+        write_bytes(archive, gzip.compress(data, mtime=0) if _is_compressed(archive) else data)
 
 
-def _content(file: Path) -> dict[str, Any]:
-    return {"content": json.loads(file.read_text(encoding="utf-8"))}
+def _read(archive: Path) -> dict[str, dict[str, Any]]:
+    """Path -> content; empty where there is no archive.
+
+    Raises:
+        CommandError: the archive is damaged, or no archive.
+    """
+    if not archive.exists():
+        return {}
+    try:
+        return dict(_entry(json.loads(line)) for line in _decode(archive).splitlines())
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise CommandError(
+            f"{archive} is damaged or no archive of finished cells ({error}); mend it, or move it "
+            "away to begin a new one"
+        ) from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time change the archives of a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _entry(line: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -75,7 +101,10 @@ def _entry(line: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         ValueError: the path leads elsewhere.
     """
     name, content = line["file"], line["content"]
-    if not any(Path(name).match(pattern) for pattern in _KEPT) or ".." in Path(name).parts:
+    path = PurePosixPath(name)
+    # A pattern matches the end of a path; as many parts make it the whole.
+    fits = any(path.match(p) and len(path.parts) == len(PurePosixPath(p).parts) for p in _KEPT)
+    if path.is_absolute() or ".." in path.parts or not fits:
         raise ValueError(f"{name} is no file of finished cells")
     return name, content
 

@@ -19,6 +19,9 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import socket
+import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,9 +29,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from tools.compare.claims import Claims, Outcome
+from tools.compare.claims import CLAIM_FILE, Claims, Outcome, read_claim
 from tools.compare.configs import CommandError, NamedConfig, Overrides, cost_digest, digest
 from tools.compare.records import SCRATCH, Calibration, Measurement, Result, Runner, describe
+from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
 
 CALIBRATION_FOLDER = "calibration"
@@ -37,6 +41,8 @@ PREPARED_FOLDER = "prepared"
 RESULT_FILE = "result.json"
 LOG_FILE = "log.txt"
 _DONE_FILE = "done"
+# Beside a result whose run is made again, for the sake of its checkpoint.
+_AGAIN_FILE = "again"
 CHECKPOINT_FOLDER = "checkpoints"
 SAVE_SECONDS = 120.0
 # With fewer updates a schedule has no shape, and rounding to whole ones shows in the seconds.
@@ -54,6 +60,7 @@ class Cells:
         interrupted: the process was asked to stop; no cell is started any more.
         trained: names of the cells that this process has trained.
         busy: names of the cells that other processes were training when last asked for.
+        crashed: names of the cells that have brought this process an error.
         used: names of the finished runs that were asked for.
     """
 
@@ -77,7 +84,8 @@ class Cells:
             may_start: whether there is time to start another cell.
             calibration_steps: least length of the runs that measure the cost of an update.
             may_calibrate: False where other processes use the device at the same time.
-            group: of the claims, see ``Claims``.
+            group: of the claims, see ``Claims``. Without one, an error of a run is told and the
+                cell left out; a worker ends with it, since others go on.
             keep_checkpoints: keep the final states of finished cells.
             say: takes a line about what is being done.
         """
@@ -86,10 +94,13 @@ class Cells:
         self.interrupted = False
         self.trained: set[str] = set()
         self.busy: set[str] = set()
+        self.crashed: set[str] = set()
         self.used: set[str] = set()
         self._may_start = may_start
         self._may_calibrate = may_calibrate
         self._claims = Claims(group)
+        self._is_worker = group is not None
+        self._told: set[str] = set()
         self._calibration_steps = calibration_steps
         self._keep_checkpoints = keep_checkpoints
         self._say = say
@@ -213,7 +224,7 @@ class Cells:
         ]
         self.busy.discard(workdir.name)
         kept = self._kept(identity, tuning)
-        if kept is not None or not self.can_start():
+        if kept is not None or workdir.name in self.crashed or not self.can_start():
             return kept
         with self._claimed(workdir) as claimed:
             if not claimed:
@@ -225,6 +236,7 @@ class Cells:
             if kept is not None and not keep_checkpoint:
                 self.remove_checkpoints(workdir.name)
             return kept
+        return None  # an error has ended it
 
     def obtain_scratch(
         self, finetunes: Sequence[NamedConfig], *, seed: int, pretraining: ConfigDict
@@ -250,7 +262,7 @@ class Cells:
         self.busy.discard(workdir.name)
         result = self._scratch(identity)
         kept = self._with_tuning(result, tuning)
-        if kept is not None or not self.can_start():
+        if kept is not None or workdir.name in self.crashed or not self.can_start():
             return kept
         with self._claimed(workdir) as claimed:
             if not claimed or not self._tune(tuning, workdir):
@@ -262,6 +274,17 @@ class Cells:
         if not self._keep_checkpoints:
             workdir = self.folder / CELLS_FOLDER / name
             shutil.rmtree(workdir / CHECKPOINT_FOLDER, ignore_errors=True)
+
+    def tell_foreign_claims(self) -> None:
+        """Say which cells wait for processes of other hosts, of which nothing can be known."""
+        for name in sorted(self.busy - self._told):
+            claim = read_claim(self.folder / CELLS_FOLDER / name)
+            if claim is not None and claim["host"] != socket.gethostname():
+                self._told.add(name)
+                self._say(
+                    f"cell {name} is left to process {claim['pid']} of {claim['host']}; if that "
+                    f"has died, delete {self.folder / CELLS_FOLDER / name / CLAIM_FILE}"
+                )
 
     def left_out(self) -> list[str]:
         """Finished cells of the folder that nobody asked for, counted by why they do not count."""
@@ -319,9 +342,8 @@ class Cells:
         result = self._load(identity)
         if result is not None and not _has_checkpoint(workdir):
             self._say(f"{label}: to be fine-tuned and its checkpoint is gone, trained again")
-            (workdir / RESULT_FILE).unlink()
-            result = None
-        if result is None:
+            (workdir / _AGAIN_FILE).touch()  # until the end, the result that is there counts
+        if result is None or (workdir / _AGAIN_FILE).exists():
             result = self._train(label, config, identity, calibration, workdir)
         if result is None or result.measurement.status != "finished":
             return result
@@ -371,23 +393,40 @@ class Cells:
         )
         text = json.dumps(result.to_json(), indent=2, allow_nan=False)
         write_text(workdir / RESULT_FILE, text + "\n")
+        (workdir / _AGAIN_FILE).unlink(missing_ok=True)
         self.trained.add(claimed.name)
         return result
 
     @contextmanager
     def _claimed(self, workdir: Path) -> Iterator[bool]:
-        """Hold the claim of a cell; after an error it stays, and names the cell that brought it."""
+        """Hold the claim of a cell; a worker's stays after an error, and tells what has brought it.
+
+        Without workers there is nobody else to go on, and the error of a cell is no reason to lose
+        the others: it is told, and the cell left out.
+        """
         outcome = self._claims.take(workdir)
         if outcome is Outcome.BUSY:
             self.busy.add(workdir.name)
-        yield outcome is Outcome.TAKEN
+        try:
+            yield outcome is Outcome.TAKEN
+        except (CommandError, ConfigError):  # a fault of what was asked for
+            raise
+        except Exception:
+            if self._is_worker:
+                raise
+            self.crashed.add(workdir.name)
+            run = (read_claim(workdir) or {}).get("run", "")
+            print(f"error: cell {workdir.name} ({run}) is left out:", file=sys.stderr)
+            traceback.print_exc()
         if outcome is Outcome.TAKEN:
             self._claims.release(workdir)
 
     def _load(self, identity: str) -> Result | None:
         file = self._workdir(identity) / RESULT_FILE
+        if not file.exists():
+            return None
         self.used.add(file.parent.name)
-        return Result.from_json(json.loads(file.read_text())) if file.exists() else None
+        return Result.from_json(json.loads(file.read_text()))
 
     def _share_compile_cache(self, config: ConfigDict) -> None:
         if not config.compile_cache:

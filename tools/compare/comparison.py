@@ -109,6 +109,7 @@ def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print
         chosen = choose_rates(settings, running, rows)
         if found:
             continue
+        cells.tell_foreign_claims()
         if None not in chosen.values() or not cells.busy or not cells.can_start():
             break
         cells.busy.clear()
@@ -129,7 +130,10 @@ def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print
     per_config = len(settings.rates) - shared + settings.seeds * len(settings.fractions)
     planned = {label: len(settings.rates) if label in diverged else per_config for label in running}
     rejected |= dict.fromkeys(diverged, "no rate of the grid gives a score")
-    return summarise(settings, list(rows.values()), grid, dict.fromkeys(grid) | chosen) | {
+    summary = summarise(
+        settings, list(rows.values()), grid, dict.fromkeys(grid) | chosen, rejected=set(rejected)
+    )
+    return summary | {
         "calibrations": {
             label: calibration and dataclasses.asdict(calibration)
             for label, calibration in calibrations.items()

@@ -95,12 +95,15 @@ class Trainer:
             What it cost and scored, or None where a signal asked to stop.
 
         Raises:
-            CommandError: a fault of the config or the data, as ``train.setup.prepare`` tells it.
+            CommandError: a fault of the config or the data, as ``train.setup.prepare`` tells it, or
+                too many damaged examples.
         """
         reason = ""
         try:
             setup = self._train(config, workdir)
         except RunStopped as error:
+            if error.code is not ExitCode.TOO_MANY_BAD_UPDATES:  # the data can be mended
+                raise CommandError(f"{config.name}: {error}") from error
             reason = str(error)
             setup = prepare(config, workdir)
         if setup is None:

@@ -99,6 +99,7 @@ class Settings:
             "rates": list(self.rates),
             "metrics": {m.name: m.mode for m in self.metrics},
             "tune_metric": self.tune_metric.name,
+            "tune_mode": self.tune_metric.mode,
             "tuned_on_test": is_of_test_split(self.tune_metric, self.configs, self.finetunes),
             "baselines": list(self.baselines),
             "max_input_wait": self.max_input_wait,
@@ -181,7 +182,10 @@ def make_row(
         if label == SCRATCH:  # what pretraining scores has no part in it
             wanted &= {name for name in wanted if has_metric(result, name)}
         scores = {name: find_metric(result, name) for name in sorted(wanted)}
-        strange = [name for name, value in scores.items() if not math.isfinite(value)]
+        shown = {metric.name for metric in settings.metrics if not metric.sign}
+        bad = [name for name, value in scores.items() if not math.isfinite(value)]
+        strange = [name for name in bad if name not in shown]
+        scores = {name: value for name, value in scores.items() if name not in bad or strange}
         if strange:
             reasons, scores = [f"{', '.join(strange)} not finite"], {}
     return Row(

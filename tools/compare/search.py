@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from tools.compare.cells import Cells, steps_for
+from tools.compare.cells import MIN_STEPS, Cells, steps_for
 from tools.compare.comparison import POLL_SECONDS, check_settings
-from tools.compare.configs import CommandError, NamedConfig, parse_values
+from tools.compare.configs import CommandError, NamedConfig, digest, parse_values
 from tools.compare.rows import Row, Settings, line, make_row
 from vlp_jax.infra.errors import ConfigError
 
@@ -70,6 +70,12 @@ class Axis:
             raise ConfigError(key, f"{rest!r} is no range", remedy)
         return cls(key, (), scale, low, high)
 
+    def listed(self, trials: int) -> "Axis":
+        """With its values, if it is a range of no more than ``trials`` whole numbers."""
+        if self.scale != "int" or self.high - self.low >= trials:
+            return self
+        return Axis(self.key, tuple(range(math.ceil(self.low), math.floor(self.high) + 1)))
+
     def draw(self, share: float) -> Any:
         """The value at ``share`` in [0, 1) of the way."""
         if self.values:
@@ -108,26 +114,29 @@ class Rung:
 
 
 def candidates(axes: Sequence[Axis], trials: int) -> list[Candidate]:
-    """The full grid where all axes list values, else ``trials`` draws with a fixed seed.
+    """The full grid where all axes list values, else up to ``trials`` draws with a fixed seed.
 
     Draws are stratified: each axis is cut into as many equal parts as there are trials, each of
-    which is used once (a Latin hypercube), so that few trials still span every axis.
+    which is used once (a Latin hypercube), so that few trials still span every axis. Of equal
+    draws one is kept, and a whole number with no more values than trials lists them.
 
     Args:
         axes: at least one.
         trials: how many, if an axis is a range.
     """
     keys = [axis.key for axis in axes]
+    axes = [axis.listed(trials) for axis in axes]
     if all(axis.values for axis in axes):
         grid = itertools.product(*(axis.values for axis in axes))
         return [dict(zip(keys, values, strict=True)) for values in grid]
     rng = np.random.default_rng(0)
     parts = np.stack([rng.permutation(trials) for _ in axes], 1)
     shares = (parts + rng.random(parts.shape)) / trials
-    return [
+    drawn = [
         {axis.key: axis.draw(float(share)) for axis, share in zip(axes, row, strict=True)}
         for row in shares
     ]
+    return [candidate for index, candidate in enumerate(drawn) if candidate not in drawn[:index]]
 
 
 def rung_sizes(count: int, halving: int) -> list[int]:
@@ -153,7 +162,8 @@ def halve(
 
     Args:
         named: the candidates.
-        halving: factor by which each rung has fewer candidates and a larger budget.
+        halving: factor by which each rung has fewer candidates and a larger budget. One of which
+            a seed was stopped stands behind all that are whole.
         trial: trains a candidate with a fraction of the budget; None: there is no time.
 
     Returns:
@@ -167,12 +177,19 @@ def halve(
         done = [item for item in tried if item is not None]
         if len(done) < len(tried):
             break
-        done.sort(key=lambda item: -math.inf if item.score is None else item.score, reverse=True)
+        done.sort(key=_standing, reverse=True)
         rungs.append(Rung(fraction, tuple(done)))
         left = [item.candidate for item in done if item.score is not None]
         if not left:
             break
     return rungs
+
+
+def _standing(trial: Trial) -> tuple[bool, int, float]:
+    """What trials are ordered by, the best last."""
+    counted = sum(row.status == "counted" for row in trial.rows)
+    whole = trial.score is not None and counted == len(trial.rows)
+    return whole, counted, -math.inf if trial.score is None else trial.score
 
 
 def search(
@@ -218,6 +235,7 @@ def search(
             named.label: _search_one(settings, named, axes, halving, trials, cells, say_once)
             for named in settings.configs
         }
+        cells.tell_foreign_claims()
         if not cells.busy or not cells.can_start():
             return found
         cells.busy.clear()
@@ -230,9 +248,11 @@ def calibrate_candidates(
     """Measure the cost of an update of every candidate whose keys change it.
 
     Raises:
-        CommandError: the smallest budget buys hardly any update.
+        CommandError: the smallest budget buys hardly any update, or two candidates are one cell.
     """
     named_candidates = candidates(axes, trials)
+    for named in settings.configs:
+        _check_apart(named, named_candidates)
     rungs = len(rung_sizes(len(named_candidates), halving))
     smallest = settings.budget_seconds * float(halving) ** (1 - rungs)
     for named in settings.configs:
@@ -240,6 +260,26 @@ def calibrate_candidates(
             calibration = cells.calibration(named, candidate)
             if calibration is not None:
                 steps_for(named.label, smallest, calibration)
+
+
+def _check_apart(named: NamedConfig, named_candidates: Sequence[Candidate]) -> None:
+    """Refuse keys of which cells take no notice, such as ``total_steps``, which the budget sets.
+
+    Raises:
+        CommandError: two candidates are one cell.
+    """
+    cells: dict[str, Candidate] = {}
+    for candidate in named_candidates:
+        config = named.run(
+            steps=MIN_STEPS, seed=0, step_seconds=1.0, save_seconds=MIN_STEPS, overrides=candidate
+        )
+        other = cells.setdefault(digest(config), candidate)
+        if other is not candidate:
+            raise CommandError(
+                f"--search: {dict(other)} and {dict(candidate)} give {named.label} the same run, "
+                "since the command itself sets the length, the seed and what is saved; search "
+                "other keys"
+            )
 
 
 def _search_one(

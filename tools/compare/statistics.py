@@ -63,6 +63,7 @@ class TimeToScore:
             because no budget has two seeds.
         high: upper end, likewise.
         reached: share of the bootstrap draws in which it is reached; None without spread.
+        is_whole: the config's whole budget is there; else what is not reached may be yet.
     """
 
     target: float
@@ -72,6 +73,7 @@ class TimeToScore:
     low: float | None
     high: float | None
     reached: float | None
+    is_whole: bool
 
 
 def crossing(costs: Sequence[float], scores: Sequence[float], target: float) -> Crossing:
@@ -126,7 +128,10 @@ def time_to_score(curve: Curve, baseline: Curve, *, draws: int = DRAWS) -> TimeT
         low, high = (_finite(float(end)) for end in ends)
         reached = float(np.isfinite(drawn).mean())
     smallest = costs[0] / whole.cost
-    return TimeToScore(whole.mean, _finite(share), found.at_most, smallest, low, high, reached)
+    is_whole = curve[-1].fraction >= whole.fraction
+    return TimeToScore(
+        whole.mean, _finite(share), found.at_most, smallest, low, high, reached, is_whole
+    )
 
 
 def deviation(values: Sequence[float]) -> float | None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tools.compare.metrics import Metric
@@ -18,6 +18,7 @@ def summarise(
     rows: Sequence[Row],
     grid: Mapping[str, Sequence[float]],
     chosen: Mapping[str, float | None],
+    rejected: Collection[str] = (),
 ) -> dict[str, Any]:
     """Means, spreads and times to score of counted rows.
 
@@ -26,6 +27,7 @@ def summarise(
         rows: all cells that there are.
         grid: label -> rates tried.
         chosen: label -> the best of them, None where it is not known yet.
+        rejected: labels of configs that take no part and are no baseline.
 
     Returns:
         ``rows``; ``rates`` (label -> grid and choice); ``curves`` (metric -> label -> a dict for
@@ -38,12 +40,13 @@ def summarise(
     times: dict[str, Any] = {}
     labels = [named.label for named in settings.configs]
     scratch = _counted(rows, SCRATCH, 0.0, 0.0)
+    baselines = [label for label in settings.baselines if label not in rejected]
     for metric in settings.metrics:
         budgets = {
             label: [
                 group
                 for fraction in settings.fractions
-                if (group := _counted(rows, label, fraction, chosen[label]))
+                if (group := _counted(rows, label, fraction, chosen[label], metric.name))
             ]
             for label in labels
         }
@@ -55,10 +58,9 @@ def summarise(
             for label, groups in budgets.items()
             if groups and groups[-1][0].fraction == settings.fractions[-1]
         }
-        candidates = [label for label in settings.baselines if label in whole]
         # With a baseline still to be trained, the best of the others would be a weaker one.
-        if metric.sign and len(candidates) == len(settings.baselines):
-            baseline = max(candidates, key=lambda label: whole[label])
+        if metric.sign and baselines and all(label in whole for label in baselines):
+            baseline = max(baselines, key=lambda label: whole[label])
             times[metric.name] = {
                 "baseline": baseline,
                 "score": metric.sign * whole[baseline],
@@ -78,12 +80,18 @@ def summarise(
     }
 
 
-def _counted(rows: Sequence[Row], label: str, fraction: float, rate: float | None) -> list[Row]:
-    """The rows of a config at one budget that count, at the chosen rate."""
+def _counted(
+    rows: Sequence[Row], label: str, fraction: float, rate: float | None, metric: str = ""
+) -> list[Row]:
+    """The rows of a config at one budget that count, at the chosen rate; with a metric, if given.
+
+    A figure that is only shown and not finite is missing in a row that counts.
+    """
     return [
         row
         for row in rows
         if (row.config, row.fraction, row.rate, row.status) == (label, fraction, rate, "counted")
+        and (not metric or metric in row.scores)
     ]
 
 
@@ -100,6 +108,7 @@ def _times(budgets: Mapping[str, list[list[Row]]], baseline: str, metric: Metric
             if curve:
                 share = dataclasses.asdict(time_to_score(curve, whole))
                 share["target"] *= metric.sign
+                share["seeds"] = len(curve[-1].scores)
                 times.setdefault(label, {})[cost] = share
     return times
 

@@ -82,7 +82,8 @@ def search_page(facts: Facts) -> str:
         facts: content of ``search.json``.
     """
     metric = facts["settings"]["tune_metric"]
-    parts = [f"# Search by successive halving: {metric}", _conditions(facts), _problems(facts)]
+    title = _direction(metric, facts["settings"]["tune_mode"])
+    parts = [f"# Search by successive halving: {title}", _conditions(facts), _problems(facts)]
     for label, found in facts["search"].items():
         parts.append(f"## {label}")
         if found["best"] is not None:
@@ -148,7 +149,8 @@ def _problems(facts: Facts) -> str:
             f"{len(rows)} of {facts['planned']} cells are there; run the command again for more"
         )
     for label, reason in facts.get("rejected", {}).items():
-        lines.append(f"{label} is rejected, none of its cells counts: {reason}")
+        part = ", and it is no baseline" if label in facts["settings"]["baselines"] else ""
+        lines.append(f"{label} is rejected, none of its cells counts{part}: {reason}")
     stopped = sum(row["status"] == "stopped" for row in rows)
     if stopped:
         lines.append(f"{stopped} cells are stopped and enter no mean, see the list of cells")
@@ -171,6 +173,7 @@ def _times(metric: str, times: Facts) -> str:
         rows.append(
             [
                 label,
+                str(seconds["seeds"]),
                 _share(seconds),
                 _interval(seconds),
                 NONE if seconds["reached"] is None else f"{100 * seconds['reached']:.0f} %",
@@ -179,7 +182,7 @@ def _times(metric: str, times: Facts) -> str:
                 _share(by_cost["flops"]),
             ]
         )
-    columns = ["config", "share of seconds", "90 % interval", "reached in", "faster"]
+    columns = ["config", "seeds", "share of seconds", "90 % interval", "reached in", "faster"]
     own = times["configs"][times["baseline"]]["seconds"]
     saturated = (
         f"**{times['baseline']} itself reaches this score in {_share(own)} of its time: with a "
@@ -191,9 +194,10 @@ def _times(metric: str, times: Facts) -> str:
         f"{units.format_value(metric, times['score'])} in the mean of its seeds. Between budgets "
         "the mean score is interpolated, linear in the logarithm of the cost, and the first time "
         "it reaches that score counts; beyond the budgets nothing is assumed, and ≤ is the "
-        "smallest of them. Share: of what the whole budget of the baseline costs; faster: its "
-        "inverse for seconds. The interval is from a bootstrap over the seeds of both, too narrow "
-        "where they are few; reached in: this share of its draws.\n\n"
+        "smallest of them. Seeds: that count at the largest budget. Share: of what the whole "
+        "budget of the baseline costs; faster: its inverse for seconds. The interval is from a "
+        "bootstrap over the seeds of both, too narrow where they are few; reached in: this share "
+        "of its draws.\n\n"
         + (saturated if own["share"] < _WHOLE else "")
         + markdown_table([*columns, "share of samples", "share of FLOPs"], rows)
     )
@@ -206,7 +210,7 @@ def _direction(name: str, mode: str) -> str:
 
 def _share(cost: Facts) -> str:
     if cost["share"] is None:
-        return "not reached"
+        return "not reached" if cost["is_whole"] else "not yet"
     return f"{'≤ ' if cost['at_most'] else ''}{100 * cost['share']:.0f} %"
 
 
@@ -215,7 +219,8 @@ def _interval(cost: Facts) -> str:
         return f"{NONE} (one seed)"
     smallest = cost["smallest"]
     ends = [
-        _share({"share": cost[end], "at_most": cost[end] == smallest}) for end in ("low", "high")
+        _share({**cost, "share": cost[end], "at_most": cost[end] == smallest})
+        for end in ("low", "high")
     ]
     return f"{ends[0]} to {ends[1]}" if ends[0] != ends[1] else ends[0]
 
@@ -339,6 +344,7 @@ def _cost_of_cells(calibration: Facts, rows: Sequence[Facts]) -> list[str]:
 def _rates(facts: Facts) -> str:
     settings = facts["settings"]
     fraction, metric = settings["tune_fraction"], settings["tune_metric"]
+    best = _direction(metric, settings["tune_mode"])
     lines = []
     for label, rates in facts["rates"].items():
         tried = {
@@ -349,8 +355,10 @@ def _rates(facts: Facts) -> str:
         lines += [_rate(label, rate, rates, tried.get(rate), metric) for rate in rates["grid"]]
     return (
         f"The same grid ({', '.join(settings['rates'])}; x: times the config's own) for each "
-        f"config, by seed 0 at {fraction:.3g} of the budget; the best by {metric} is used at all "
-        "budgets.\n\n" + markdown_table(["config", "rate", metric, ""], lines)
+        f"config, by seed 0 at {fraction:.3g} of the budget; the best by {best} is used at all "
+        "budgets. The run that was chosen is one of the mean at that budget, which it lifts a "
+        "little, the more the larger the grid and the spread; at other budgets another rate may "
+        "be the best.\n\n" + markdown_table(["config", "rate", metric, ""], lines)
     )
 
 
