@@ -20,6 +20,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from vlp_jax.data.decode import decode_image, resize_centre
+from vlp_jax.data.files import text_fault
 from vlp_jax.data.source import BadExample
 from vlp_jax.data.tokenizer import Tokenizer, normalise_caption
 from vlp_jax.infra.errors import ConfigError
@@ -193,9 +194,10 @@ class Predictor:
     def _tokens(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Padded ids int32 [n, N] and lengths int32 [n]; warns of what the model cannot read."""
         _check_several(texts, "texts")
+        for text in texts:
+            if fault := text_fault(text, "text"):
+                raise ValueError(f"{text!r}: {fault}; give one or more words")
         texts = [normalise_caption(text) for text in texts]
-        if not all(texts):
-            raise ValueError("an empty text has no meaning to a model; give one or more words")
         most = self.config.data.max_text_length
         whole = self.tokenizer.encode(texts, max_length=max(map(len, texts)) * 4 + 3)
         for text, ids in zip(texts, whole, strict=True):

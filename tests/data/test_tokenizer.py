@@ -47,6 +47,17 @@ def test_rows_are_framed_and_read_back(tokenizer):
     assert ids.max() < tokenizer.vocab_size
 
 
+def test_padding_ends_where_the_longest_text_may(tokenizer):
+    """A model has no position beyond, and would read one that is not there as NaN."""
+    long = CORPUS[0] * 3
+    for most in (5, 8, 30):
+        ids, lengths = tokenizer.padded([long, "a"], most)
+        assert ids.shape == (2, most)
+        assert lengths[0] == most
+    ids, lengths = tokenizer.padded(["a red square"], 30)
+    assert ids.shape[1] == -(-lengths[0] // 4) * 4
+
+
 def test_truncation_keeps_the_end_token(tokenizer):
     whole, cut = (tokenizer.encode([CORPUS[0]], length)[0] for length in (64, 5))
     assert len(cut) == 5

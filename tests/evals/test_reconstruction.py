@@ -11,7 +11,7 @@ from vlp_jax.data.source import BadExample
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.evals import build_evaluators
 from vlp_jax.evals import fixed_set as module
-from vlp_jax.evals.fixed_set import shuffle_images
+from vlp_jax.evals.fixed_set import donor_rows
 from vlp_jax.evals.reconstruction import all_captions, unigram_entropy
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import make_mesh, replicated
@@ -117,19 +117,33 @@ def test_an_unbounded_training_source_has_no_entropy(context, with_evals):
 def test_shuffled_rows_never_keep_their_image_nor_get_one_of_padding():
     rng = np.random.default_rng(0)
     for valid_rows in range(2, 9):
-        images = np.arange(8, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
         valid = np.zeros(8, np.bool_)
         valid[rng.permutation(8)[:valid_rows]] = True
-        shuffled = shuffle_images(images, valid, None)[:, 0, 0, 0]
-        assert sorted(shuffled[valid]) == sorted(np.flatnonzero(valid))
-        assert (shuffled[valid] != np.flatnonzero(valid)).all()
+        donors = donor_rows([(str(row),) for row in range(8)], valid)
+        assert sorted(donors[valid]) == sorted(np.flatnonzero(valid))
+        assert (donors != np.arange(8))[valid].all()
 
 
-def test_a_lone_row_gets_the_image_of_another_batch():
-    images, valid = np.zeros((4, 2, 2, 3), np.uint8), np.arange(4) == 2
-    donor = np.full((2, 2, 3), 9, np.uint8)
-    np.testing.assert_array_equal(shuffle_images(images, valid, donor)[2], donor)
-    assert shuffle_images(images, valid, None) is None
+def test_texts_of_one_picture_are_not_shown_it_as_anothers():
+    keys = [("a",), ("a",), ("a",), ("b", "c"), ("c",), ("a",)]
+    donors = donor_rows(keys, np.ones(6, np.bool_))
+    assert donors.tolist() == [4, 4, 4, 2, 2, 4]
+    assert donor_rows([("a",), ("a",), ("b",)], np.array([True, True, False])).tolist() == [
+        -1,
+        -1,
+        2,
+    ]
+
+
+def test_a_batch_of_one_picture_gets_that_of_another_batch(with_evals, monkeypatch):
+    monkeypatch.setattr(Scenes, "image_key", lambda self, record: ("one" if record < 8 else "two",))
+    first, last = build(with_evals({"reconstruction": SECTION})).host_batches()
+    for batch, other in ((first, last), (last, first)):
+        for row in np.flatnonzero(batch["valid"]):
+            np.testing.assert_array_equal(batch["image_shuffled"][row], other["image"][0])
+    monkeypatch.setattr(Scenes, "image_key", lambda self, record: ("one",))
+    with pytest.raises(ValueError, match="only one picture of the evaluation set"):
+        list(build(with_evals({"reconstruction": SECTION})).host_batches())
 
 
 def test_damaged_pictures_do_not_count_and_stand_in_for_no_other(with_evals, monkeypatch):
@@ -150,7 +164,7 @@ def test_damaged_pictures_do_not_count_and_stand_in_for_no_other(with_evals, mon
         assert (batch["token_class"][batch["valid"], 1] >= 0).all()
         assert batch["image_shuffled"][batch["valid"]].any(axis=(1, 2, 3)).all()  # none is black
     np.testing.assert_array_equal(first["image_shuffled"][4], first["image"][2])
-    np.testing.assert_array_equal(last["image_shuffled"][1], first["image"][7])
+    np.testing.assert_array_equal(last["image_shuffled"][1], first["image"][0])
 
 
 def test_a_set_too_large_to_keep_is_read_anew(with_evals, monkeypatch):

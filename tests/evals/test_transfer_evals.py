@@ -10,6 +10,7 @@ from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import MAX_ANSWERS, batch_spec
 from vlp_jax.data.build import SOURCES, build_source
 from vlp_jax.data.scenes import Scenes
+from vlp_jax.data.source import BadExample
 from vlp_jax.evals import build_evaluators
 from vlp_jax.evals.attention_maps import attention_rollout
 from vlp_jax.evals.task import Task
@@ -210,6 +211,21 @@ def test_a_picture_in_two_splits_is_refused(transfer, monkeypatch):
         run(transfer, type="task", source="colours", objective="colour", num_examples=EXAMPLES)
 
 
+def test_the_majority_does_without_damaged_training_examples(transfer, monkeypatch):
+    whole, _ = run(transfer, type="task", source="colours", objective="colour", num_examples=8)
+    extras = Colours.extras
+
+    def damaged(self, record, size):
+        if self.split == "train" and record < 5:
+            raise BadExample("torn picture", f"record {record}")
+        return extras(self, record, size)
+
+    monkeypatch.setattr(Colours, "extras", damaged)
+    metrics, _ = run(transfer, type="task", source="colours", objective="colour", num_examples=8)
+    assert metrics.keys() == whole.keys()
+    assert metrics["accuracy"] == whole["accuracy"]
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
@@ -220,6 +236,12 @@ def test_a_picture_in_two_splits_is_refused(transfer, monkeypatch):
         ({"type": "captioning", "objective": "itc"}, r"'itc' is no objective .* forward stream"),
         ({"type": "task", "objective": "flm"}, r"'flm' is no objective of type Classification"),
         ({"type": "captioning", "objective": "flm", "beams": 0}, r"evals\.subject: beams=0"),
+        (
+            {"type": "captioning", "objective": "flm", "max_length": 1000},
+            r"evals\.subject\.max_length: 1000 tokens, but the model has",
+        ),
+        ({"type": "retrieval", "max_captions": 0}, r"evals\.subject\.max_captions: 0"),
+        ({"type": "retrieval", "shortlist": 0}, r"evals\.subject\.shortlist: 0"),
     ],
 )
 def test_errors_name_the_key(transfer, section, message):

@@ -2,19 +2,22 @@
 
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import tiny_model
 from tiny_config import get_config
 
 from vlp_jax.infra.checkpoint import load_params
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.pretrained import Metadata, save_parameters
+from vlp_jax.objectives.classification import Classification
 from vlp_jax.predict import Predictor
 from vlp_jax.train.initial import read_origin
-from vlp_jax.train.setup import prepare
+from vlp_jax.train.setup import _check_classes, prepare
 
 
 def save(config, workdir):
@@ -106,6 +109,39 @@ def test_misfits_are_found_before_any_device_time(origin, tmp_path, changes, mes
         prepare(config, tmp_path)
 
 
+def test_a_fine_tuned_run_hands_its_readout_on(origin, tmp_path, caplog):
+    """Pretrained by MLM, fine-tuned, and fine-tuned again: still read as MLM has trained it."""
+    first = save(downstream(origin), tmp_path / "first")
+    again = prepare(downstream(first), tmp_path / "again")
+    assert again.config.objectives.answers.readout == "bidirectional"
+    itc = save(small_config({"itc": {"embedding_dim": 8}}), tmp_path / "itc")
+    silent = prepare(downstream(itc), tmp_path / "silent")
+    assert silent.config.objectives.answers.readout == "query"
+    assert "does not say which readout it has trained" in caplog.text
+
+
+def test_a_choice_where_there_is_one_checkpoint_is_refused(origin, tmp_path):
+    read_origin(origin.workdir / "checkpoints" / "0")
+    for path in (origin.workdir / "checkpoints" / "0", tmp_path / "exported.safetensors"):
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            path.touch()
+        with pytest.raises(ConfigError, match=r"init_checkpoint: '5' of .* is a single one"):
+            read_origin(path, "5")
+
+
+def test_labels_mean_the_same_in_all_sources_and_fit_the_head():
+    def source(*classes):
+        return types.SimpleNamespace(classes=classes)
+
+    objective = Classification(tiny_model(), "answers", 3)
+    _check_classes({"a": source("no", "yes"), "b": source(), "c": source("no", "yes")}, [objective])
+    with pytest.raises(ConfigError, match=r"data.sources.c: its 2 classes .* data.sources.a"):
+        _check_classes({"a": source("no", "yes"), "c": source("yes", "no")}, [objective])
+    with pytest.raises(ConfigError, match=r"objectives.answers.num_classes: 3 .* has 4"):
+        _check_classes({"a": source(*"abcd")}, [objective])
+
+
 def test_another_vocabulary_is_refused(origin, tmp_path):
     other = json.loads(origin.tokenizer.to_json())
     vocabulary = other["model"]["vocab"]
@@ -164,8 +200,10 @@ def test_captions_are_ordered_by_probability(predictor, pictures):
 def test_what_a_checkpoint_cannot_do_is_said(predictor, pictures, tmp_path):
     with pytest.raises(ValueError, match="needs vqa or entailment: fine-tune it"):
         predictor.answer(pictures[0], "what?")
-    with pytest.raises(ValueError, match="an empty text"):
+    with pytest.raises(ValueError, match="empty text; give one or more words"):
         predictor.embed_texts([" . "])
+    with pytest.raises(ValueError, match="text is not valid UTF-8"):
+        predictor.embed_texts(["caf\udce9"])
     with pytest.raises(OSError, match="absent"):
         predictor.embed_images([tmp_path / "absent.jpg"])
 

@@ -195,7 +195,7 @@ class Tokenizer:
         return [self._framed(encoding.ids, max_length) for encoding in encodings]
 
     def padded(self, texts: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Texts as one array, as wide as the longest, rounded up to a multiple of 4.
+        """Texts as one array, as wide as the longest, rounded up to a multiple of 4 if that fits.
 
         Args:
             texts: n captions, at least one.
@@ -206,7 +206,9 @@ class Tokenizer:
         """
         rows = self.encode(texts, max_length)
         lengths = np.array([len(row) for row in rows], np.int32)
-        ids = np.full((len(rows), -(-int(lengths.max()) // 4) * 4), self.pad_id, np.int32)
+        # A model has no position beyond the longest text that it may be given.
+        width = min(-(-int(lengths.max()) // 4) * 4, max_length)
+        ids = np.full((len(rows), width), self.pad_id, np.int32)
         for row, tokens in zip(ids, rows, strict=True):
             row[: len(tokens)] = tokens
         return ids, lengths

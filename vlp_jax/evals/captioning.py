@@ -65,6 +65,13 @@ class Captioning:
         """
         self._context, self._name, self._controls = context, name, controls
         self._model = self._forward_model(objective)
+        positions = self._model.config.max_positions
+        if max_length > positions:
+            raise ConfigError(
+                f"evals.{name}.max_length",
+                f"{max_length} tokens, but the model has {positions} positions",
+                "Use no more than model.text.max_positions",
+            )
         self._set = FixedSet(context, name, source, split, num_examples, batch_size)
         try:
             self._search = caption_search(

@@ -1,6 +1,7 @@
 """A fixed set of records, read once or kept: what evaluators over a source share."""
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 from typing import Self
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 
 from vlp_jax.data.batch import HostBatch
 from vlp_jax.data.plan import PlannedBatch
-from vlp_jax.data.source import Source
+from vlp_jax.data.source import BadExample, Source
 from vlp_jax.data.tasks import shared_images
 from vlp_jax.evals.base import EvalContext, fixed_plan, read
 from vlp_jax.infra.errors import ConfigError
@@ -88,7 +89,7 @@ class FixedSet:
         """This process's rows of every batch.
 
         Each holds, beside the fields of ``vlp_jax.data.batch``, ``image_shuffled`` (and
-        ``second_image_shuffled``): the pictures of another row, see ``shuffle_images``.
+        ``second_image_shuffled``): the pictures of another row, see ``donor_rows``.
         """
         if self._kept is not None:
             yield from self._kept
@@ -112,20 +113,35 @@ class FixedSet:
         return (self.plan.batch(t) for t in range(self.plan.num_batches))
 
     def _read(self) -> Iterator[HostBatch]:
-        donors: dict[str, np.ndarray] = {}
-        for batch in read(self.context.config, self.plan, self.rows, self._extra_fields):
+        batches = read(self.context.config, self.plan, self.rows, self._extra_fields)
+        for planned, batch in zip(self.planned(), batches, strict=True):
+            keys = [frozenset(self.source.image_key(r)) for r in planned.record[self.rows].tolist()]
+            donors = donor_rows(keys, batch["valid"])
             for name in (name for name in _IMAGES if name in batch):
-                shuffled = shuffle_images(batch[name], batch["valid"], donors.get(name))
-                if shuffled is None:
-                    raise ValueError(
-                        f"data.sources.{self.source.name}: only one picture of the evaluation set "
-                        "could be read, and there is no other to shuffle it with; check the files "
-                        "or raise num_examples"
-                    )
+                shuffled = batch[name][np.maximum(donors, 0)]
+                for row in np.flatnonzero(donors < 0):
+                    shuffled[row] = self._picture_of_another_batch(name, keys[row])
                 batch[f"{name}_shuffled"] = shuffled
-                if batch["valid"].any():
-                    donors[name] = batch[name][np.flatnonzero(batch["valid"])[-1]]
             yield batch
+
+    def _picture_of_another_batch(self, name: str, keys: frozenset[str]) -> np.ndarray:
+        """``name`` of the first record of the set that can be read and shows none of these.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for planned in self.planned():
+            size = planned.bucket.image_size
+            for record in planned.record[planned.valid].tolist():
+                if keys.isdisjoint(self.source.image_key(record)):
+                    with contextlib.suppress(BadExample):
+                        if name == "image":
+                            return self.source.image(record, size)
+                        return self.source.extras(record, size)[name]
+        raise ValueError(
+            f"data.sources.{self.source.name}: only one picture of the evaluation set could be "
+            "read, and there is no other to shuffle it with; check the files or raise num_examples"
+        )
 
 
 def _check_clean(key: str, train: Source, held_out: Source) -> None:
@@ -140,28 +156,24 @@ def _check_clean(key: str, train: Source, held_out: Source) -> None:
         )
 
 
-def shuffle_images(
-    images: np.ndarray, valid: np.ndarray, donor: np.ndarray | None
-) -> np.ndarray | None:
-    """Give each valid row the image of the valid row before it, the first that of the last.
+def donor_rows(keys: Sequence[Collection[str]], valid: np.ndarray) -> np.ndarray:
+    """Whose pictures each row is shown in place of its own.
 
-    No row keeps its own image, and images of rows that are not valid are given to none.
+    Of a list with several texts to a picture, the rows beside a row mostly hold the same picture:
+    the donor is the nearest valid row before it, going round, that shares no picture with it.
 
     Args:
-        images: uint8 [B, H, W, 3].
-        valid: bool [B].
-        donor: uint8 [H, W, 3], an image of another batch, for a row that is the only valid one.
+        keys: of the pictures of each row, see ``Source.image_key``.
+        valid: bool [B]; rows that are not valid give their pictures to none.
 
     Returns:
-        uint8 [B, H, W, 3], rows that are not valid left as they are; None where a lone row finds
-        no donor.
+        int64 [B]: a row; the row itself where it is not valid, and -1 where no row has another
+        picture.
     """
-    rows = np.flatnonzero(valid)
-    shuffled = images.copy()
-    if len(rows) == 1:
-        if donor is None:
-            return None
-        shuffled[rows] = donor
-    else:
-        shuffled[rows] = images[np.roll(rows, 1)]
-    return shuffled
+    donors = np.arange(len(keys))
+    rows = np.flatnonzero(valid).tolist()
+    for place, row in enumerate(rows):
+        own = set(keys[row])
+        others = (rows[place - back] for back in range(1, len(rows)))
+        donors[row] = next((other for other in others if own.isdisjoint(keys[other])), -1)
+    return donors

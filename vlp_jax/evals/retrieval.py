@@ -12,6 +12,7 @@ from vlp_jax.evals.base import EvalContext
 from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.evals.scores.retrieval import retrieval_ranks, retrieval_scores
 from vlp_jax.infra.artifacts import Table
+from vlp_jax.infra.errors import ConfigError
 from vlp_jax.objectives.base import Params
 from vlp_jax.objectives.contrastive import ITC, ITM
 from vlp_jax.transfer.ranking import Ranker
@@ -56,6 +57,9 @@ class Retrieval:
             ConfigError: an argument does not fit; the message names its key.
         """
         self._context, self._name = context, name
+        for key, value in (("max_captions", max_captions), ("shortlist", shortlist)):
+            if value < 1:
+                raise ConfigError(f"evals.{name}.{key}", f"{value} of them", "Use 1 or more")
         self._set = FixedSet(context, name, source, split, num_examples, batch_size)
         itm = context.objective(name, matching, ITM) if matching else None
         itc = context.objective(name, objective, ITC)

@@ -15,13 +15,12 @@ import numpy as np
 
 from vlp_jax.data.batch import Batch
 from vlp_jax.data.cache import uncached
-from vlp_jax.data.source import Answered, Grouped, Templated
+from vlp_jax.data.source import Answered, BadExample, Grouped, Templated
 from vlp_jax.evals.base import EvalContext
 from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.evals.pictures import enlarge
 from vlp_jax.evals.scores.vqa import vqa_accuracy
 from vlp_jax.infra.artifacts import Card, Gallery, Picture, Span, Table
-from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch, replicated
 from vlp_jax.objectives.base import Params
 from vlp_jax.objectives.classification import Classification
@@ -66,8 +65,7 @@ class Task:
             min_group: examples below which a group is left out.
 
         Raises:
-            ConfigError: an argument does not fit, or the source has more classes than the
-                objective; the message names the key.
+            ConfigError: an argument does not fit; the message names the key.
         """
         self._context, self._name = context, name
         self._controls, self._min_group = controls, min_group
@@ -76,13 +74,6 @@ class Task:
         self._set = FixedSet(context, name, source, split, num_examples, batch_size, fields)
         self._source = uncached(self._set.source)
         self._train = context.sources[source]
-        if len(self._source.classes) > self._objective.num_classes:
-            raise ConfigError(
-                f"objectives.{objective}.num_classes",
-                f"{self._objective.num_classes} classes, but data.sources.{source} has "
-                f"{len(self._source.classes)}",
-                "Use at least as many",
-            )
         self._predict = jax.jit(self._best_class, out_shardings=replicated(context.mesh))
 
     def run(self, params: Params, step: int = 0) -> Iterator[tuple[str, float]]:
@@ -163,7 +154,10 @@ class Task:
         train, size = self._train, self._context.config.data.image_size
         total = np.zeros(len(self._source.classes))
         for record in range(min(train.num_records or MAJORITY_SAMPLE, MAJORITY_SAMPLE)):
-            fields = train.extras(record, size)
+            try:
+                fields = train.extras(record, size)
+            except BadExample:  # training does without it as well
+                continue
             if "answer" in fields:
                 kept = fields["answer"] >= 0
                 np.add.at(total, fields["answer"][kept], fields["answer_score"][kept])

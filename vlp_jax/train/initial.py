@@ -65,11 +65,18 @@ def read_origin(path: str | pathlib.Path, checkpoint: str = "latest") -> Origin:
         checkpoint: of a workdir: ``latest``, ``best`` or a step.
 
     Raises:
-        ConfigError: nothing there holds parameters, ``checkpoint`` is none of these, or what is
-            there is damaged.
+        ConfigError: nothing there holds parameters, ``checkpoint`` is none of these or chooses
+            where there is no choice, or what is there is damaged.
         FileNotFoundError, ValueError: the checkpoint or file is absent, or the file damaged.
     """
     path = pathlib.Path(path)
+    folder = path / CHECKPOINT_FOLDER
+    if checkpoint != "latest" and path.exists() and not folder.is_dir():
+        raise ConfigError(
+            "init_checkpoint",
+            f"{checkpoint!r} of {path}, which is a single one",
+            "Leave it out, or give the run's workdir",
+        )
     if is_parameter_file(path):
         metadata = load_metadata(path)
         return Origin(
@@ -80,7 +87,6 @@ def read_origin(path: str | pathlib.Path, checkpoint: str = "latest") -> Origin:
             metadata.tokenizer,
             tuple(metadata.config.get("classes", ())),
         )
-    folder = path / CHECKPOINT_FOLDER
     if not path.is_dir() or not (folder.is_dir() or path.parent.name == CHECKPOINT_FOLDER):
         raise ConfigError(
             KEY,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +33,8 @@ from vlp_jax.infra.sharding import by_path
 from vlp_jax.models.pretrained import Metadata, Report, check_vocabulary, merge
 from vlp_jax.models.pretrained.merge import fit
 from vlp_jax.objectives import learns_from
+from vlp_jax.objectives.base import Objective
+from vlp_jax.objectives.classification import Classification
 from vlp_jax.objectives.readout import READOUT_OF
 from vlp_jax.train.config import check_keys
 from vlp_jax.train.initial import CHECKPOINT_FOLDER, Origin, read_origin
@@ -160,6 +163,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         )
     budget = dataclasses.replace(budget, total_steps=total)
     program = Program(config, tokenizer.vocabulary, mesh, budget)
+    _check_classes(sources, program.objectives)
     if origin is not None:  # a misfit shows here, before any device time is spent
         fit(_shapes(program.state_spec.params), origin.arrays, origin.where)
     evaluators = build_evaluators(
@@ -210,6 +214,28 @@ def _check_teachers(config: ConfigDict) -> None:
                     f"learns from {metric!r}, which no evaluator reports while the run trains",
                     f"Add evals.{evaluator} with every_steps or the like, or name another metric",
                 )
+
+
+def _check_classes(sources: Mapping[str, Source], objectives: Sequence[Objective]) -> None:
+    """Refuse labels that mean different things in two sources, or more than an objective knows."""
+    having = {name: source.classes for name, source in sources.items() if source.classes}
+    first, *others = having or [""]
+    for name in others:
+        if having[name] != having[first]:
+            raise ConfigError(
+                f"data.sources.{name}",
+                f"its {len(having[name])} classes are not the {len(having[first])} of "
+                f"data.sources.{first}, so that one label would mean two things",
+                "Give both the same list, for VQA by `answers`, or train on one of them",
+            )
+    for objective in objectives:
+        needed = len(having.get(first, ()))
+        if isinstance(objective, Classification) and needed > objective.num_classes:
+            raise ConfigError(
+                f"objectives.{objective.name}.num_classes",
+                f"{objective.num_classes} classes, but data.sources.{first} has {needed}",
+                "Use at least as many",
+            )
 
 
 def _on_best(config: ConfigDict) -> frozenset[str]:
@@ -271,8 +297,8 @@ def _tokenizer(
 def _adopt(config: ConfigDict, workdir: pathlib.Path, origin: Origin | None) -> None:
     """Fill in what the config leaves to the origin: the geometry, and ``readout="auto"``.
 
-    A readout is what the pretraining objective has trained. A run that was begun keeps what its
-    config.json says.
+    A readout is what the pretraining objective has trained. A run that was itself fine-tuned hands
+    on the readout it was given. A run that was begun keeps what its config.json says.
     """
     file = workdir / CONFIG_FILE
     kept = json.loads(file.read_text()) if origin is None and file.exists() else {}
@@ -282,11 +308,20 @@ def _adopt(config: ConfigDict, workdir: pathlib.Path, origin: Origin | None) -> 
             config.model[part].update(model.get(part, {}))
     kinds = [section.get("type", name) for name, section in config.objectives.items()]
     kinds += origin.objectives if origin else ()
-    trained = [kind for kind in kinds if kind in READOUT_OF]
+    trained = [READOUT_OF[kind] for kind in kinds if kind in READOUT_OF]
+    earlier = origin.config.get("objectives", {}) if origin else {}
+    trained += [section["readout"] for section in earlier.values() if section.get("readout")]
     for name, section in config.objectives.items():
         if section.get("readout", "") == "auto":
             settled = kept.get("objectives", {}).get(name, {}).get("readout")
-            section.readout = settled or (READOUT_OF[trained[0]] if trained else "query")
+            if origin and not trained:
+                logging.warning(
+                    "config.objectives.%s.readout: %s does not say which readout it has trained; "
+                    "'query' is used, which is that of FLM",
+                    name,
+                    origin.where,
+                )
+            section.readout = settled or (trained[0] if trained else "query")
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
