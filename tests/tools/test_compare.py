@@ -513,6 +513,11 @@ def test_a_control_that_is_not_finite_costs_a_run_nothing_else(tmp_path):
     assert {row["status"] for row in facts["rows"]} == {"counted"}
     assert [point["seeds"] for point in facts["curves"][control.name]["a"]] == [[1], [1]]
     page(facts)
+    chooses = settings(
+        named("a"), metrics=(Metric(METRIC, 1), control), tune_metric=Metric(control.name, 1)
+    )
+    facts = run(tmp_path / "chooses", trainer, chooses)
+    assert {row["status"] for row in facts["rows"] if not row["seed"]} == {"stopped"}
 
 
 def test_cells_that_another_host_claims_are_told_with_the_remedy(tmp_path):

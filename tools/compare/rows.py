@@ -183,6 +183,7 @@ def make_row(
             wanted &= {name for name in wanted if has_metric(result, name)}
         scores = {name: find_metric(result, name) for name in sorted(wanted)}
         shown = {metric.name for metric in settings.metrics if not metric.sign}
+        shown.discard(settings.tune_metric.name)
         bad = [name for name, value in scores.items() if not math.isfinite(value)]
         strange = [name for name in bad if name not in shown]
         scores = {name: value for name, value in scores.items() if name not in bad or strange}
