@@ -7,7 +7,7 @@
 
 Data: `scenes`, level hard; `pack`, the 3,502 training pairs of ../shared/data (a smoke test);
 `snli_ve`, the official files with the images of Flickr30k. Hardware: one GPU; `pack` runs on a CPU
-in minutes. Scores to expect: docs/results/transfer.md.
+in minutes. Scores to expect: docs/results/transfer.md. Scores are told by label as well.
 """
 
 from ml_collections import ConfigDict
@@ -25,6 +25,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             config.data.sources.hypotheses = {
                 "type": "visual_entailment",
                 "root": config.data.get_oneway_ref("root"),
+                "groups": {"pack": ("label",), "snli_ve": ("gold_label",)}[which],
             }
         config.objectives.entailment = {"num_classes": 3, "readout": "auto"}
     evaluate(config, "accuracy", type="task", source="hypotheses", objective="entailment")

@@ -8,7 +8,8 @@
 Data: `scenes`, level hard; `pack`, the photographs of ../shared/data (a smoke test of 1,231
 questions); `vqa_v2`, the official files with the images of COCO. Answers are 3,129 classes with
 soft targets (fact sheet of FLM, section 5). Hardware: one GPU; `pack` runs on a CPU in minutes.
-Scores to expect: docs/results/transfer.md.
+Scores to expect: docs/results/transfer.md. Scores are told by type of answer and of question
+(`vqa_v2`), or by the set that a question is from (`pack`), as well.
 """
 
 from ml_collections import ConfigDict
@@ -29,6 +30,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "type": "vqa",
                 "root": config.data.get_oneway_ref("root"),
                 "num_answers": classes,
+                "groups": {"pack": ("source",), "vqa_v2": ("answer_type", "question_type")}[which],
             }
         config.objectives.vqa = {"num_classes": classes, "readout": "auto"}
     if which == "vqa_v2":

@@ -1,3 +1,4 @@
+import importlib
 import inspect
 import json
 import pickle
@@ -7,13 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import vlp_jax.data.tasks.columns as columns_module
 from tests.data.fake import MAX_LENGTH, TOKENIZER
 from vlp_jax.data.batch import EXTRA_FIELDS, MAX_ANSWERS
+from vlp_jax.data.build import build_source
 from vlp_jax.data.cache import ImageCache
 from vlp_jax.data.captions import EncodedCaptions
 from vlp_jax.data.folder import Folder
 from vlp_jax.data.scenes import Scenes, ScenesVQA
-from vlp_jax.data.source import BadExample
+from vlp_jax.data.source import BadExample, Grouped
 from vlp_jax.data.tasks import NLVR2, VQA, VisualEntailment, shared_images
 from vlp_jax.infra.errors import ConfigError
 
@@ -52,7 +55,7 @@ def write_vqa(root, part, images, answers):
                  for n, text in enumerate(given, 1)]  # fmt: skip
         annotations.append({
             **about, "answers": texts, "multiple_choice_answer": given[0],
-            "answer_type": "other", "question_type": "what is",
+            "answer_type": "number" if image % 2 else "other", "question_type": "what is",
         })  # fmt: skip
         save_image(root / part / f"COCO_{part}_{image:012d}.jpg", shade=image % 256)
     # In another order: annotations go by the number of the question.
@@ -376,6 +379,80 @@ def test_pictures_shared_with_a_folder_of_captions(nlvr2_root):
     assert shared == [str(nlvr2_root / image)]
 
 
+def test_vqa_groups_are_columns_of_questions_and_annotations(vqa_root):
+    columns = ("answer_type", "question_type", "image_id")
+    for split, images in (("train", KEPT), ("test", [5001, 5002])):
+        source = VQA(vqa_root, split, groups=columns)
+        assert isinstance(source, Grouped)
+        assert [source.group(record) for record in range(len(images))] == [
+            {
+                "answer_type": "number" if image % 2 else "other",
+                "question_type": "what is",
+                "image_id": str(image),
+            }
+            for image in images
+        ]
+    assert VQA(vqa_root, "test").group(0) == {}
+    skipping = vqa_root / f"train2014/COCO_train2014_{KEPT[0]:012d}.jpg"
+    skipping.unlink()
+    source = VQA(vqa_root, "train", groups=("image_id",), missing_images="skip")
+    assert source.group(0) == {"image_id": str(KEPT[1])}
+
+
+def test_groups_of_published_lines(nlvr2_root, snli_ve_root):
+    file = nlvr2_root / "data/dev.json"
+    write(file, [nlvr2_line("850-0-0", "True", synset="dog", writer=7, note=None),
+                 nlvr2_line("850-1-0", "False", synset="cat", writer=7, note="")])  # fmt: skip
+    val = NLVR2(nlvr2_root, "val", groups=("synset", "writer", "label"))
+    assert [val.group(record) for record in (0, 1)] == [
+        {"synset": "dog", "writer": "7", "label": "True"},
+        {"synset": "cat", "writer": "7", "label": "False"},
+    ]
+    with pytest.raises(ConfigError, match=r"dev\.json, split 'val', has no column 'note'"):
+        NLVR2(nlvr2_root, "val", groups=("note",))
+    # Two of four lines are left out: what is left keeps its own.
+    val = VisualEntailment(snli_ve_root, "val", groups=("gold_label",))
+    assert [val.group(r)["gold_label"] for r in range(2)] == ["entailment", "contradiction"]
+
+
+def test_groups_of_a_list_that_has_a_column_in_part(tmp_path):
+    write(tmp_path / "vqa.json", [
+        vqa_entry(tmp_path / "a.png") | {"source": "coco", "tags": ["x"], "indoor": True},
+        vqa_entry(tmp_path / "b.png") | {"source": None},
+        vqa_entry(tmp_path / "c.png", "val") | {"page": 1},
+        vqa_entry(tmp_path / "d.png") | {"source": "\udce9"},
+    ])  # fmt: skip
+    train = VQA(tmp_path, "train", groups=("source", "indoor"))
+    assert [train.group(record) for record in range(3)] == [
+        {"source": "coco", "indoor": "true"},
+        {"source": "(none)", "indoor": "(none)"},
+        {"source": "?", "indoor": "(none)"},
+    ]
+    copy = pickle.loads(pickle.dumps(train))
+    assert copy.group(1) == train.group(1)
+    key = "data.sources.vqa.root"
+    for columns, problem in {
+        ("kind",): r"vqa\.json, split 'train', has no column 'kind'\. Use some of image, indoor, ",
+        ("page",): r"split 'train', has no column 'page'",
+        ("source", "tags"): r"entry 0: column 'tags' holds a list, not a text",
+        "source": r"'source' is no list of columns\. Write it as",
+        ("source", "source"): "names a column twice",
+    }.items():
+        with pytest.raises(ConfigError, match=problem) as error:
+            VQA(tmp_path, "train", groups=columns, key=key)
+        assert error.value.key == "data.sources.vqa.groups"
+
+
+def test_a_column_of_identifiers_is_no_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(columns_module, "MAX_VALUES", 2)
+    entries = [vqa_entry(tmp_path / "a.png") | {"id": number} for number in range(3)]
+    write(tmp_path / "vqa.json", entries[:2])
+    VQA(tmp_path, "train", groups=("id",))
+    write(tmp_path / "vqa.json", entries)
+    with pytest.raises(ConfigError, match=r"column 'id' has 3 values, more than 2"):
+        VQA(tmp_path, "train", groups=("id",))
+
+
 def check_contract(source):
     """What loaders and plans rely on."""
     assert np.array_equal(source.num_captions(np.asarray([0, 0, 1])), [1, 1, 1])
@@ -394,7 +471,7 @@ def check_contract(source):
     assert copy.image_key(0) == source.image_key(0)
     assert all(np.array_equal(copy.extras(0, 16)[name], extras[name]) for name in extras)
     parameters = inspect.signature(type(source)).parameters
-    assert {"root", "split", "name", "key", "missing_images"} <= set(parameters)
+    assert {"root", "split", "groups", "name", "key", "missing_images"} <= set(parameters)
 
 
 def test_the_contract(vqa_root, nlvr2_root, snli_ve_root):
@@ -422,6 +499,29 @@ def test_the_pack(pack, source, options, sizes):
         check_contract(split)
         for other in splits[number + 1 :]:
             assert shared_images(split, other) == []
+
+
+@pytest.mark.pack
+@pytest.mark.parametrize(
+    ("task", "values"),
+    [
+        ("vqa", {"source": {"vqav2", "daquar"}}),
+        ("nlvr2", {"label": {"true", "false"}}),
+        ("entailment", {"label": set(VisualEntailment.classes)}),
+    ],
+)
+def test_groups_of_the_pack(pack, task, values):
+    config = importlib.import_module(f"configs.transfer.{task}").get_config("pack")
+    config.data.root = str(pack)
+    [name] = config.data.sources
+    for split in ("train", "val", "test"):
+        source = build_source(config, name, split)
+        found = [source.group(record) for record in range(source.num_records)]
+        assert {key: {row[key] for row in found} for key in found[0]} == values
+    with config.unlocked():
+        config.data.sources[name].groups = ("colour",)
+    with pytest.raises(ConfigError, match=r"\.json, split 'train', has no column 'colour'.*split"):
+        build_source(config, name)
 
 
 @pytest.mark.pack

@@ -1,10 +1,12 @@
 """Retrieval, captioning and task evaluators on easy scenes."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import MAX_ANSWERS, batch_spec
@@ -203,6 +205,45 @@ def test_task_accuracy_is_that_of_the_guesses(transfer, source, objective):
         "parity",
     ]
     assert isinstance(evaluator, Task)
+
+
+def test_scores_of_a_real_set_by_a_column_of_its_file(transfer, tmp_path):
+    context, params = transfer
+    draw = np.random.default_rng(0)
+    entries = []
+    for number in range(16):
+        Image.fromarray(draw.integers(0, 255, (32, 32, 3), np.uint8)).save(
+            tmp_path / f"{number}.png"
+        )
+        kind = {"kind": "colour" if number % 3 else "shape"}
+        answer = f"answer {number % 2}"
+        split = "train" if number < 4 else "val"
+        about = {"image": f"{number}.png", "question": f"a red circle {number} ?", "split": split}
+        entries.append({**about, **kind, "answers": [answer]})
+    (tmp_path / "vqa.json").write_text(json.dumps(entries))
+    with context.config.unlocked():
+        context.config.data.sources.asked = {
+            "type": "vqa",
+            "root": str(tmp_path),
+            "groups": ("kind",),
+        }
+    sources = {**context.sources, "asked": build_source(context.config, "asked")}
+    context = dataclasses.replace(context, sources=sources)
+    section = {"type": "task", "source": "asked", "objective": "vqa", "min_group": 2}
+    metrics, evaluator = run((context, params), num_examples=12, controls=False, **section)
+    records, labels, classes = evaluator._predictions(params)
+    right = evaluator._scores(records, labels, classes[""])
+    assert 0 < right.sum() < 12
+    shape = np.array([entries[4 + record]["kind"] == "shape" for record in records])
+    means = {"shape": right[shape].mean(), "colour": right[~shape].mean()}
+    gap = abs(means["shape"] - means["colour"])
+    assert metrics["worst_gap/kind"] == pytest.approx(100 * gap)
+    rows = load_all(context.workdir)["subject_groups"].rows
+    assert [(*row[:3], pytest.approx(row[3])) for row in rows] == [
+        ("all", "", 12, right.mean()),
+        ("kind", "colour", 8, means["colour"]),
+        ("kind", "shape", 4, means["shape"]),
+    ]
 
 
 def test_a_picture_in_two_splits_is_refused(transfer, monkeypatch):

@@ -23,6 +23,7 @@ from vlp_jax.data.files import (
     read_json_lines,
     text_fault,
 )
+from vlp_jax.data.tasks.columns import Columns
 
 SPLIT = "{split}"
 
@@ -35,12 +36,14 @@ class Example(NamedTuple):
         split: that it belongs to.
         text: question, sentence or hypothesis.
         target: what is right about it, as the task needs it; None: its annotators disagree.
+        groups: its value of each metadata column that is kept.
     """
 
     images: tuple[tuple[str, ...], ...]
     split: str
     text: Any
     target: Any
+    groups: tuple[str, ...] = ()
 
 
 def find_examples(
@@ -109,6 +112,7 @@ class AnnotatedImages:
         name: str,
         what: str,
         missing_images: str,
+        columns: Columns,
         max_side: int = MAX_SIDE,
         max_pixels: int = MAX_PIXELS,
     ):
@@ -123,10 +127,12 @@ class AnnotatedImages:
             what: the text of an example is called, for counts.
             missing_images: ``error`` to refuse annotations whose images are missing, ``skip`` to
                 count them and go on without their examples.
+            columns: that the ``groups`` of the examples are of.
             max_side: longest side of an image, in pixels, that is decoded.
             max_pixels: largest width x height that is decoded.
 
         Raises:
+            ConfigError: the split has no such column.
             FileNotFoundError: an image is missing.
             ValueError: the split is empty.
         """
@@ -134,6 +140,7 @@ class AnnotatedImages:
         self.bad_captions: collections.Counter[str] = collections.Counter()
         self._root = root
         self._limits = {"max_side": max_side, "max_pixels": max_pixels}
+        self._columns = columns.names
 
         mine = [example for example in examples if example.split == split]
         if not mine:
@@ -141,6 +148,7 @@ class AnnotatedImages:
             raise ValueError(
                 f"{file}: split {split!r} is empty; present: {', '.join(present) or 'none'}"
             )
+        columns.check([example.groups for example in mine], f"{file}, split {split!r},")
         wanted = dict.fromkeys(image for example in mine for image in example.images)
         found = {image: self._find(image) for image in wanted}
         missing = [image for image, path in found.items() if path is None]
@@ -150,12 +158,14 @@ class AnnotatedImages:
         self._pictures: list[tuple[str, ...]] = []
         self._texts: list[str] = []
         self._targets: list[Any] = []
+        self._groups: list[tuple[str, ...]] = []
         for example in mine:
             pictures = tuple(path for image in example.images if (path := found[image]))
             if len(pictures) == len(example.images) and self._is_good(example, what):
                 self._pictures.append(pictures)
                 self._texts.append(example.text)
                 self._targets.append(example.target)
+                self._groups.append(example.groups)
         self.num_records: int = len(self._texts)
         if not self.num_records:
             raise ValueError(
@@ -184,6 +194,10 @@ class AnnotatedImages:
     def image_key(self, record: int) -> tuple[str, ...]:
         """The paths of the image files."""
         return tuple(_real_path(os.path.join(self._root, path)) for path in self._pictures[record])
+
+    def group(self, record: int) -> dict[str, str]:
+        """The record's value of each metadata column that is kept."""
+        return dict(zip(self._columns, self._groups[record], strict=True))
 
     def word_classes(self) -> Mapping[str, str]:
         """Empty: nobody classed the words of people's sentences."""
@@ -227,6 +241,7 @@ class LabelledSentences(AnnotatedImages, abc.ABC):
         split: str,
         annotations: str = "",
         *,
+        groups: Sequence[str] = (),
         name: str = "",
         key: str = "data.root",
         missing_images: str = "error",
@@ -241,6 +256,7 @@ class LabelledSentences(AnnotatedImages, abc.ABC):
             annotations: the file, absolute or relative to ``root``: a list, or published JSON
                 lines with ``{split}`` in place of the split; by default the first of ``files``
                 that exists.
+            groups: metadata columns (keys of an entry) by whose values scores are told.
             name: of the source; by default that of its class.
             key: config key of ``root``, for messages.
             missing_images: ``error`` to refuse annotations whose images are missing, ``skip`` to
@@ -249,17 +265,24 @@ class LabelledSentences(AnnotatedImages, abc.ABC):
             max_pixels: largest width x height that is decoded.
 
         Raises:
+            ConfigError: a column of ``groups`` is not there or tells no groups.
             FileNotFoundError: the root, the annotations or an image is missing.
             ValueError: the annotations are damaged, or the split is empty or unknown.
         """
         folder = pathlib.Path(root)
         names = (annotations,) if annotations else self.files
         file, found = find_examples(folder, split, names, self.published, key)
+        columns = Columns(groups, f"{key.rpartition('.')[0]}.groups")
         if SPLIT in found:
-            lines = read_json_lines(file)
-            examples = [self.published_entry(item, split, where) for where, item in lines]
+            entries = read_json_lines(file)
+            examples = [self.published_entry(item, split, where) for where, item in entries]
         else:
-            examples = [self.own_entry(item, where) for where, item in read_list(file)]
+            entries = read_list(file)
+            examples = [self.own_entry(item, where) for where, item in entries]
+        examples = [
+            example._replace(groups=columns.values(item, where))
+            for example, (where, item) in zip(examples, entries, strict=True)
+        ]
         super().__init__(
             folder,
             examples,
@@ -268,6 +291,7 @@ class LabelledSentences(AnnotatedImages, abc.ABC):
             name=name or type(self).__name__,
             what="sentence",
             missing_images=missing_images,
+            columns=columns,
             max_side=max_side,
             max_pixels=max_pixels,
         )

@@ -18,7 +18,7 @@ import os
 import pathlib
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +40,7 @@ from vlp_jax.data.tasks.answers import (
     normalise_answer,
     read_answers,
 )
+from vlp_jax.data.tasks.columns import Columns
 from vlp_jax.infra.errors import ConfigError
 
 _QUESTIONS = ("vqa.json", "v2_OpenEnded_mscoco_{split}_questions.json")
@@ -74,6 +75,7 @@ class VQA(AnnotatedImages):
         num_answers: int = 3129,
         answers: str = "",
         min_coverage: float = 0.9,
+        groups: Sequence[str] = (),
         name: str = "vqa",
         key: str = "data.root",
         missing_images: str = "error",
@@ -94,6 +96,9 @@ class VQA(AnnotatedImages):
             answers: a JSON list of answers, absolute or relative to ``root``, to use instead.
             min_coverage: share of the train questions of which the answer list must have an
                 accepted answer.
+            groups: metadata columns by whose values scores are told: keys of a list's entries, or
+                of published questions and annotations (VQA v2: ``answer_type``,
+                ``question_type``).
             name: of the source.
             key: config key of ``root``, for messages.
             missing_images: ``error`` to refuse questions whose images are missing, ``skip`` to
@@ -102,7 +107,8 @@ class VQA(AnnotatedImages):
             max_pixels: largest width x height that is decoded.
 
         Raises:
-            ConfigError: the answer list misses answers, or is none.
+            ConfigError: the answer list misses answers, or is none; a column of ``groups`` is not
+                there or tells no groups.
             FileNotFoundError: the root, a file or an image is missing.
             ValueError: a file is damaged, or the split is empty or unknown.
         """
@@ -112,7 +118,8 @@ class VQA(AnnotatedImages):
                 f"{section}.num_answers", f"{num_answers} answers are no list", "Use 1 or more"
             )
         folder = pathlib.Path(root)
-        file, examples = _read_questions(folder, split, questions, annotations, key)
+        columns = Columns(groups, f"{section}.groups")
+        file, examples = _read_questions(folder, split, questions, annotations, key, columns)
         super().__init__(
             folder,
             examples,
@@ -121,6 +128,7 @@ class VQA(AnnotatedImages):
             name=name,
             what="question",
             missing_images=missing_images,
+            columns=columns,
             max_side=max_side,
             max_pixels=max_pixels,
         )
@@ -159,42 +167,46 @@ class VQA(AnnotatedImages):
 
 
 def _read_questions(
-    root: pathlib.Path, split: str, questions: str, annotations: str, key: str
+    root: pathlib.Path, split: str, questions: str, annotations: str, key: str, columns: Columns
 ) -> tuple[pathlib.Path, list[Example]]:
     """The file of the split's questions; the questions of the split, of train, maybe of others."""
     names = (questions,) if questions else _QUESTIONS
     file, name = find_examples(root, split, names, _PARTS, key)
     if SPLIT not in name:
         entries = enumerate(read_list(file))
-        return file, [_own_entry(item, number, where) for number, (where, item) in entries]
+        return file, [_own_entry(item, number, where, columns) for number, (where, item) in entries]
     examples = []
     for part in sorted({_PARTS[split], _PARTS["train"]}):
         [asked, answered] = [
             find_annotations(root, [published.replace(SPLIT, part)], key)
             for published in (name, annotations or _ANNOTATIONS)
         ]
-        examples += _published_part(asked, answered, part)
+        examples += _published_part(asked, answered, part, columns)
     return file, examples
 
 
-def _own_entry(item: Any, number: int, where: str) -> Example:
+def _own_entry(item: Any, number: int, where: str, columns: Columns) -> Example:
     return Example(
         ((inside(field(item, "image", str, where), where),),),
         field(item, "split", str, where),
         field(item, "question", object, where),
         _Target(number, _checked(field(item, "answers", list, where), where)),
+        columns.values(item, where),
     )
 
 
-def _published_part(asked: pathlib.Path, answered: pathlib.Path, part: str) -> list[Example]:
+def _published_part(
+    asked: pathlib.Path, answered: pathlib.Path, part: str, columns: Columns
+) -> list[Example]:
     """The questions about ``train2014`` or ``val2014`` with their answers."""
-    answers = {}
+    answers, metadata = {}, {}
     for number, item in enumerate(field(read_json(answered), "annotations", list, str(answered))):
         where = f"{answered}: annotation {number}"
         given = field(item, "answers", list, where)
-        answers[field(item, "question_id", int, where)] = _checked(
-            [field(one, "answer", object, where) for one in given], where
-        )
+        question = field(item, "question_id", int, where)
+        answers[question] = _checked([field(one, "answer", object, where) for one in given], where)
+        if columns.names:  # else they need not be kept
+            metadata[question] = {name: item[name] for name in item if name != "answers"}
     questions = field(read_json(asked), "questions", list, str(asked))
     examples = []
     pictures: dict[int, tuple[str, ...]] = {}
@@ -208,9 +220,9 @@ def _published_part(asked: pathlib.Path, answered: pathlib.Path, part: str) -> l
             pictures[image] = image_candidates(f"COCO_{part}_{image:012d}.jpg", part)
         split = _split_of(part, image)
         text = field(item, "question", object, where)
-        examples.append(
-            Example((pictures[image],), split, text, _Target(question, answers[question]))
-        )
+        target = _Target(question, answers[question])
+        groups = columns.values({**item, **metadata.get(question, {})}, where)
+        examples.append(Example((pictures[image],), split, text, target, groups))
     return examples
 
 
