@@ -2,7 +2,8 @@
 
 The recipe follows the fact sheet of Free Language Modeling, section 5: AdamW with weight decay
 0.01, 10 % warm-up, linear decay to 0, new heads at a higher rate than the pretrained parts.
-Selection is on the validation split; the test split is scored once, on the best checkpoint.
+Selection is on the validation split, for classification on its first 2,000 examples in the order of
+the file; the test split is scored once, whole, on the best checkpoint.
 """
 
 from collections.abc import Collection
@@ -11,6 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlp_jax.train.config import default_config
+
+NUM_EXAMPLES = 2000  # that select; of a made test split, all that its score is of
 
 
 def base(name: str, arg: str | None, data: Collection[str]) -> tuple[ConfigDict, str]:
@@ -70,18 +73,21 @@ def base(name: str, arg: str | None, data: Collection[str]) -> tuple[ConfigDict,
     return config, which
 
 
-def evaluate(config: ConfigDict, best: str, **section: Any) -> None:
+def evaluate(config: ConfigDict, which: str, best: str, **section: Any) -> None:
     """Add the same evaluator on the validation split, as it goes, and on the test split, at last.
 
     Args:
         config: changed.
+        which: data; the test split of listed data is scored whole, for a part of it in the order
+            of the file is no score to compare with others'.
         best: the metric that selects, such as ``accuracy``.
-        section: of the evaluator; ``num_examples`` holds for both splits.
+        section: of the evaluator; a ``num_examples`` in it holds for both splits.
     """
-    section = {"num_examples": 2000, **section}
+    test = {"num_examples": NUM_EXAMPLES if which == "scenes" else 0, **section}
+    section = {"num_examples": NUM_EXAMPLES, **section}
     with config.unlocked():
         config.evals.val = {**section, "split": "val", "every_percent": 20.0}
-        config.evals.test = {**section, "split": "test", "on": "best"}
+        config.evals.test = {**test, "split": "test", "on": "best"}
     config.checkpoint.best_metric = f"val/{best}"
 
 
@@ -109,5 +115,9 @@ def captions(config: ConfigDict, which: str) -> None:
 
 
 def num_images(which: str) -> int:
-    """Images of a split that are captioned or ranked."""
+    """Images of a split that are captioned or ranked.
+
+    Of listed data these are all that val and test have: 130 each of the pack, 5,000 each of
+    Karpathy's split of COCO, and some 1,000 of Flickr30k's. Scenes are ranked among 1,000.
+    """
     return {"scenes": 1000, "pack": 130, "coco": 5000}[which]

@@ -27,6 +27,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.total_epochs = 20.0
     evaluate(
         config,
+        which,
         "cider",
         type="captioning",
         source="captions",

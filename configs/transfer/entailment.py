@@ -28,6 +28,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "groups": {"pack": ("label",), "snli_ve": ("gold_label",)}[which],
             }
         config.objectives.entailment = {"num_classes": 3, "readout": "auto"}
-    evaluate(config, "accuracy", type="task", source="hypotheses", objective="entailment")
+    evaluate(config, which, "accuracy", type="task", source="hypotheses", objective="entailment")
     explain(config, source="hypotheses", objective="entailment")
     return config

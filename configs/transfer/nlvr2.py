@@ -33,5 +33,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.schedule.peak = 1e-4  # at 3e-4 it stays at chance: docs/results/transfer.md
     if which == "nlvr2":
         config.data.image_size = 288
-    evaluate(config, "accuracy", type="task", source="pairs", objective="nlvr2")
+    evaluate(config, which, "accuracy", type="task", source="pairs", objective="nlvr2")
     return config

@@ -25,6 +25,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.objectives.itm = {"readout": "auto"}
     evaluate(
         config,
+        which,
         "t2i_r1",
         type="retrieval",
         source="captions",

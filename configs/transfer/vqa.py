@@ -38,6 +38,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.data.batch_size = 512
         config.schedule.peak = 5e-6
         config.optim.groups.heads.rate_factor = 50.0
-    evaluate(config, "accuracy", type="task", source="questions", objective="vqa")
+    evaluate(config, which, "accuracy", type="task", source="questions", objective="vqa")
     explain(config, source="questions", objective="vqa")
     return config

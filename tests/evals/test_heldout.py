@@ -118,7 +118,7 @@ def test_a_model_that_knows_its_training_set_has_a_gap(with_objective, host_para
         ({"num_draws": 0}, "num_draws", "0 draws"),
         ({"split": "train"}, "split", "the run trains on 'train'"),
         ({"objective": "mlm"}, "objective", "'mlm' is no objective of this run"),
-        ({"num_examples": 0}, "num_examples", "0 examples"),
+        ({"num_examples": -1}, "num_examples", "-1 examples"),
     ],
 )
 def test_errors_name_the_key(with_evals, section, key, problem):

@@ -198,7 +198,7 @@ def test_the_set_has_one_bucket_even_beyond_the_edges_of_training(with_evals):
         ({"reconstruction": {**SECTION, "rates": (0.1, 1.5)}}, "evals.reconstruction.rates"),
         ({"reconstruction": {**SECTION, "rates": ()}}, "evals.reconstruction.rates"),
         ({"reconstruction": {**SECTION, "batch_size": 9}}, "evals.reconstruction.batch_size"),
-        ({"reconstruction": {**SECTION, "num_examples": 0}}, "evals.reconstruction.num_examples"),
+        ({"reconstruction": {**SECTION, "num_examples": -1}}, "evals.reconstruction.num_examples"),
         ({"cloze": {"source": "scenes", "rate": 2.0}}, "evals.cloze.rate"),
         ({"cloze": {"source": "scenes", "split": "valid"}}, "data.sources.scenes.split"),
     ],

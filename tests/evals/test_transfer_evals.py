@@ -12,11 +12,14 @@ from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import MAX_ANSWERS, batch_spec
 from vlp_jax.data.build import SOURCES, build_source
 from vlp_jax.data.scenes import Scenes
+from vlp_jax.data.scenes.source import EVALUATION_RECORDS
 from vlp_jax.data.source import BadExample
 from vlp_jax.evals import build_evaluators
 from vlp_jax.evals.attention_maps import attention_rollout
+from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.evals.task import Task
 from vlp_jax.infra.artifacts import load_all
+from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives
 from vlp_jax.transfer.ranking import Ranker
@@ -230,7 +233,7 @@ def test_scores_of_a_real_set_by_a_column_of_its_file(transfer, tmp_path):
     sources = {**context.sources, "asked": build_source(context.config, "asked")}
     context = dataclasses.replace(context, sources=sources)
     section = {"type": "task", "source": "asked", "objective": "vqa", "min_group": 2}
-    metrics, evaluator = run((context, params), num_examples=12, controls=False, **section)
+    metrics, evaluator = run((context, params), num_examples=0, controls=False, **section)
     records, labels, classes = evaluator._predictions(params)
     right = evaluator._scores(records, labels, classes[""])
     assert 0 < right.sum() < 12
@@ -244,6 +247,28 @@ def test_scores_of_a_real_set_by_a_column_of_its_file(transfer, tmp_path):
         ("kind", "colour", 8, means["colour"]),
         ("kind", "shape", 4, means["shape"]),
     ]
+
+
+def test_no_number_of_examples_means_all_of_a_split(transfer):
+    context, _ = transfer
+    with context.config.unlocked():
+        context.config.data.sources.endless = {"type": "scenes", "level": "easy"}
+    sources = {**context.sources, "endless": build_source(context.config, "endless")}
+    context = dataclasses.replace(context, sources=sources)
+    sets = {n: FixedSet(context, "subject", "colours", "train", n) for n in (0, 70)}
+    assert {n: found.plan.num_rows for n, found in sets.items()} == {0: 100, 70: 70}
+    # A made split of no stated size has one that is its own.
+    whole = FixedSet(context, "subject", "endless", "val", 0, batch_size=16)
+    assert whole.plan.num_rows == EVALUATION_RECORDS
+    assert whole.plan.batch_size == 16
+    for make, problem in (
+        (lambda: FixedSet(context, "subject", "endless", "train", 0), "which is unbounded"),
+        (lambda: FixedSet(context, "subject", "colours", "val", -1), "-1 examples are no set"),
+        (lambda: FixedSet.one_batch(context, "subject", "colours", "val", 0), "shown at once"),
+    ):
+        with pytest.raises(ConfigError, match=problem) as error:
+            make()
+        assert error.value.key == "evals.subject.num_examples"
 
 
 def test_a_picture_in_two_splits_is_refused(transfer, monkeypatch):

@@ -123,6 +123,18 @@ def test_a_bandit_decides_many_times(name: str) -> None:
     assert total / every >= 6 * len(rule.arms)
 
 
+@pytest.mark.parametrize("task", ["vqa:vqa_v2", "nlvr2:nlvr2", "entailment:snli_ve"])
+def test_official_test_splits_are_scored_whole(task: str) -> None:
+    name, official = task.split(":")
+    module = importlib.import_module(f"configs.transfer.{name}")
+    for which, number in ((official, 0), ("pack", 0), ("scenes", 2000)):
+        evals = module.get_config(which).evals
+        assert evals.test.split == "test"
+        assert evals.test.on == "best"
+        assert evals.test.num_examples == number
+        assert (evals.val.split, evals.val.num_examples) == ("val", 2000)
+
+
 def shrunk(config: ConfigDict) -> ConfigDict:
     """The same run at a size that a test can compile; its kinds of parts stay as they are."""
     for section in config.objectives.values():

@@ -1,13 +1,25 @@
-"""The shipped config for photographs runs on the real pack."""
+"""The shipped configs fit the real pack, and the one for photographs runs on it."""
 
 import json
 
 import pytest
 
 from configs.flm_folder import get_config
+from configs.transfer import captioning, retrieval
+from vlp_jax.data.build import build_source
 from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.train.loop import train
 from vlp_jax.train.setup import prepare
+
+
+@pytest.mark.pack
+@pytest.mark.parametrize("task", [captioning, retrieval])
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_every_image_of_the_pack_is_captioned_and_ranked(pack, task, split):
+    config = task.get_config("pack")
+    config.data.root = str(pack)
+    source = build_source(config, "captions", split)
+    assert source.num_records == config.evals[split].num_examples
 
 
 @pytest.mark.slow

@@ -85,20 +85,29 @@ class EvalContext:
             evaluator: key in ``config.evals``.
             name: key in ``config.data.sources``.
             split: of that source.
-            num_examples: how many records will be read.
+            num_examples: how many records will be read; 0: all of the split.
 
         Raises:
             ConfigError: there is no such source, or nothing to read.
             ValueError: from the source, naming the key or the file.
         """
         self.check_source(f"evals.{evaluator}.source", name)
-        if num_examples < 1:
+        key = f"evals.{evaluator}.num_examples"
+        if num_examples < 0:
             raise ConfigError(
-                f"evals.{evaluator}.num_examples",
+                key,
                 f"{num_examples} examples are no set",
-                "Use 1 or more, or remove the evaluator",
+                "Use 1 or more, 0 for all of the split, or remove the evaluator",
             )
-        return build_source(self.config, name, split=split, num_records=num_examples)
+        source = build_source(self.config, name, split=split, num_records=num_examples or None)
+        if not num_examples and source.num_records is None:
+            raise ConfigError(
+                key,
+                f"0 asks for all examples of split {split!r} of data.sources.{name}, which is "
+                "unbounded",
+                "Use 1 or more, or set num_records there",
+            )
+        return source
 
     def check_source(self, key: str, name: str) -> None:
         """Raise a ConfigError about ``key`` if the run has no source of that name."""

@@ -53,7 +53,7 @@ class Captioning:
             objective: key of an ``ar``, ``prefix_lm`` or ``flm`` in ``config.objectives``: what has
                 trained the forward stream.
             split: of the source.
-            num_examples: images, fewer where the split has fewer.
+            num_examples: images, fewer where the split has fewer; 0: all of them.
             batch_size: rows of a global batch; 0: those of the run's micro-batches.
             beams: captions kept at a time; 1: greedy search.
             max_length: most tokens of a caption with <s> and </s>; 0: ``data.max_text_length``.

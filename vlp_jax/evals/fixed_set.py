@@ -47,7 +47,7 @@ class FixedSet:
             evaluator: key in ``config.evals``, for messages.
             source: key in ``config.data.sources``.
             split: of that source.
-            num_examples: the first records, fewer where the split has fewer.
+            num_examples: the first records, fewer where the split has fewer; 0: all of them.
             batch_size: rows of a global batch; 0: those of the run's micro-batches.
             extra_fields: keys of ``batch.EXTRA_FIELDS`` to read.
 
@@ -58,6 +58,7 @@ class FixedSet:
         config = context.config
         self.context = context
         self.source: Source = context.source(evaluator, source, split, num_examples)
+        num_examples = num_examples or self.source.num_records or 0
         if split != config.data.sources[source].get("split", "train"):
             _check_clean(f"evals.{evaluator}.split", context.sources[source], self.source)
         batch_size = batch_size or config.data.batch_size // config.optim.accumulation
@@ -80,7 +81,13 @@ class FixedSet:
     def one_batch(
         cls, context: EvalContext, evaluator: str, source: str, split: str, num_examples: int
     ) -> Self:
-        """A set that is a single batch; see the constructor."""
+        """A set that is a single batch, and so not all of a split; see the constructor."""
+        if num_examples < 1:
+            raise ConfigError(
+                f"evals.{evaluator}.num_examples",
+                f"{num_examples} examples, which are shown at once",
+                "Use 1 or more, or remove the evaluator",
+            )
         shards = batch_shards(context.mesh)
         batch_size = -(-num_examples // shards) * shards
         return cls(context, evaluator, source, split, num_examples, batch_size)

@@ -60,7 +60,8 @@ class Heldout:
             name: key in ``config.evals``.
             source: key in ``config.data.sources``.
             split: of that source, another than it is trained on.
-            num_examples: the first records of each set, fewer where one has fewer.
+            num_examples: the first records of each set, fewer where one has fewer; 0: as many as
+                the held-out split has.
             objective: key in ``config.objectives``; empty: the only one.
             num_draws: masks, spans or prefixes drawn for each example; 1 where none are (``ar``).
             batch_size: rows of a global batch; 0: those of the run's micro-batches.

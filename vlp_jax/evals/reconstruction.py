@@ -62,7 +62,7 @@ class Reconstruction:
             name: key in ``config.evals``.
             source: key in ``config.data.sources``.
             split: of that source.
-            num_examples: the first records, fewer where the split has fewer.
+            num_examples: the first records, fewer where the split has fewer; 0: all of them.
             batch_size: rows of a global batch; 0: those of the run's micro-batches.
             rates: corruption rates in [0, 1].
             objective: key in ``config.objectives``.

@@ -46,7 +46,7 @@ class Retrieval:
             name: key in ``config.evals``, also the name of the artefact.
             source: key in ``config.data.sources``.
             split: of the source.
-            num_examples: images, fewer where the split has fewer.
+            num_examples: images, fewer where the split has fewer; 0: all of them.
             max_captions: of each image, the first ones.
             objective: key of an ``itc`` in ``config.objectives``.
             matching: key of an ``itm`` there; empty: embeddings alone.

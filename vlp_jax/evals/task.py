@@ -59,7 +59,7 @@ class Task:
             source: key in ``config.data.sources``.
             objective: key in ``config.objectives``.
             split: of the source.
-            num_examples: the first records, fewer where the split has fewer.
+            num_examples: the first records, fewer where the split has fewer; 0: all of them.
             batch_size: rows of a global batch; 0: those of the run's micro-batches.
             controls: whether to score what reads no image as well.
             min_group: examples below which a group is left out.
