@@ -5,7 +5,8 @@
 
 writes ``model.safetensors`` (names are paths in the parameter tree; config, tokenizer, step and
 metrics in its metadata), ``tokenizer.json`` and the card ``README.md``. The moving average is taken
-where the run keeps one: it is what its evaluators saw.
+where the run keeps one: it is what its evaluators saw. The score on a test split is one of the best
+checkpoint and comes with ``--checkpoint=best``.
 """
 
 import argparse
@@ -18,12 +19,25 @@ from vlp_jax.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.files import write_text
 from vlp_jax.infra.manifest import read_manifest
+from vlp_jax.infra.metrics import read_metrics
 from vlp_jax.infra.report import RUN_FILE
 from vlp_jax.models.pretrained import WEIGHTS_FILE, Metadata, is_parameter_file, save_parameters
 from vlp_jax.models.sizes import parameter_table
 from vlp_jax.train.initial import CHECKPOINT_FOLDER, Origin, read_origin
 
 CARD_FILE = "README.md"
+
+_OBJECTIVES = {  # by type
+    "flm": "Free Language Modeling",
+    "mlm": "masked language modeling",
+    "ar": "autoregressive language modeling",
+    "prefix_lm": "prefix language modeling",
+    "itc": "image-text contrast",
+    "itm": "image-text matching",
+    "vqa": "visual question answering",
+    "nlvr2": "statements about two pictures",
+    "entailment": "visual entailment",
+}
 
 
 def export_weights(
@@ -46,7 +60,8 @@ def export_weights(
     Raises:
         FileExistsError: a file is there already; nothing was written.
         ValueError: ``workdir`` is a parameter file already.
-        ConfigError, ValueError, RuntimeError, OSError: no such checkpoint, or a damaged one.
+        ConfigError, ValueError, RuntimeError, OSError: no such checkpoint, or a damaged one, or
+            damaged metrics of the run.
     """
     workdir, out = pathlib.Path(workdir), pathlib.Path(out)
     taken = [name for name in (WEIGHTS_FILE, TOKENIZER_FILE, CARD_FILE) if (out / name).exists()]
@@ -57,7 +72,8 @@ def export_weights(
     if is_parameter_file(workdir):
         raise ValueError(f"{workdir} is a parameter file already; name the run it was made of")
     origin = read_origin(workdir, checkpoint)
-    metrics = _metrics(workdir, origin.step)
+    run = workdir.parent.parent if workdir.parent.name == CHECKPOINT_FOLDER else workdir
+    metrics = _metrics(workdir, origin.step) | _metrics_of_best(run, origin)
     metadata = Metadata(
         config={**origin.config, "classes": list(origin.classes)},
         tokenizer=origin.tokenizer,
@@ -65,7 +81,7 @@ def export_weights(
         metrics=metrics,
         sources={"run": origin.config["name"]},
     )
-    facts_file = workdir / RUN_FILE
+    facts_file = run / RUN_FILE
     facts = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
     card = model_card(origin, metrics, facts)
     save_parameters(out / WEIGHTS_FILE, origin.arrays, metadata)
@@ -87,7 +103,11 @@ def model_card(origin: Origin, metrics: Mapping[str, float], facts: Mapping[str,
     trained: dict[str, Any] = {
         "updates": origin.step,
         "batch size": config["data"]["batch_size"],
-        "objectives": ", ".join(config["objectives"]),
+        "objectives": ", ".join(
+            f"`{name}`: {_objective(name, section)}"
+            for name, section in config["objectives"].items()
+        ),
+        "initial parameters": _initial(config),
         "image size": f"{config['data']['image_size']} pixels",
         "vocabulary": f"{tokens} tokens",
         "parameters": "moving average" if config["optim"]["ema_decay"] else "of the last update",
@@ -98,11 +118,13 @@ def model_card(origin: Origin, metrics: Mapping[str, float], facts: Mapping[str,
         for name, section in config["data"]["sources"].items()
     ]
     sizes = [(f"`{name}`", f"{count:,}") for name, count in parameter_table(origin.params())]
+    trained_for = dict.fromkeys(_objective(*item) for item in config["objectives"].items())
     scores = [(f"`{name}`", f"{value:.4g}") for name, value in sorted(metrics.items())]
     sections = [
         "---\nlibrary_name: vlp_jax\ntags:\n- vision-language\n- jax\n---",
         f"# {config['name']}",
-        "A vision-language model pretrained with `vlp_jax`.",
+        f"A vision-language model trained with `vlp_jax` for {', '.join(trained_for)}; "
+        f"initial parameters: {_initial(config)}.",
         "## Training",
         _table(("", ""), trained.items()),
         "## Data",
@@ -111,6 +133,7 @@ def model_card(origin: Origin, metrics: Mapping[str, float], facts: Mapping[str,
         _table(("metric", "value"), scores)
         if scores
         else "No evaluation was run at this checkpoint.",
+        *_notes_on_best(origin, metrics),
         "## Parameters",
         _table(("module", "count"), sizes),
         "## Use",
@@ -123,7 +146,7 @@ def model_card(origin: Origin, metrics: Mapping[str, float], facts: Mapping[str,
         "tokenizer it was trained with.",
         "## Limits",
         "The model knows what its data shows, with the biases of that data, and the metrics above "
-        "are those of its own validation split. No licence is stated: add the one that the data "
+        "are those of splits of that same data. No licence is stated: add the one that the data "
         "and the initial weights allow before you publish this file.",
     ]
     return "\n\n".join(sections) + "\n"
@@ -134,6 +157,56 @@ def _metrics(workdir: pathlib.Path, step: int | None) -> dict[str, float]:
     folder = workdir / CHECKPOINT_FOLDER / str(step)
     root = folder if folder.is_dir() else workdir
     return read_manifest(root).metrics
+
+
+def _metrics_of_best(run: pathlib.Path, origin: Origin) -> dict[str, float]:
+    """What evaluators with ``on="best"`` wrote of this very checkpoint, at the end of the run."""
+    found: dict[str, float] = {}
+    for record in read_metrics(run):
+        for name in _on_best(origin):
+            if record.get(f"{name}/step") == origin.step:
+                figures = {k: v for k, v in record.items() if k.startswith(f"{name}/")}
+                del figures[f"{name}/step"]
+                found |= figures
+    return found
+
+
+def _on_best(origin: Origin) -> list[str]:
+    sections = origin.config.get("evals", {}).items()
+    return sorted(name for name, section in sections if section.get("on") == "best")
+
+
+def _notes_on_best(origin: Origin, metrics: Mapping[str, float]) -> list[str]:
+    """Which figures judge the checkpoint that others have chosen, or that they are lacking."""
+    evaluators = {
+        name: any(key.startswith(f"{name}/") for key in metrics) for name in _on_best(origin)
+    }
+    chosen_by = origin.config["checkpoint"]["best_metric"]
+    notes = []
+    if there := [f"`{name}/`" for name, found in evaluators.items() if found]:
+        notes.append(
+            f"The figures under {', '.join(there)} were measured once, at the end of the run, on "
+            f"this checkpoint (update {origin.step}), which `{chosen_by}` had chosen."
+        )
+    if lacking := [f"`{name}/`" for name, found in evaluators.items() if not found]:
+        notes.append(
+            f"There are no figures under {', '.join(lacking)} for update {origin.step}: they "
+            f"are measured at the end of the run, on the checkpoint that `{chosen_by}` chooses."
+        )
+    return notes
+
+
+def _objective(name: str, section: Mapping[str, Any]) -> str:
+    kind = section.get("type", name)
+    return _OBJECTIVES.get(kind, kind)
+
+
+def _initial(config: Mapping[str, Any]) -> str:
+    """Where the first parameters came from."""
+    if not config["init_from"]:
+        return "random"
+    checkpoint = config["init_checkpoint"]
+    return f"`{config['init_from']}`" + (f" ({checkpoint})" if checkpoint != "latest" else "")
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -12,6 +12,7 @@ from public_weights import blank, config_for, model_for
 from tools.export_weights import export_weights, main
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.checkpoint import Checkpoints
+from vlp_jax.infra.metrics import JsonlWriter
 from vlp_jax.infra.sharding import by_path
 from vlp_jax.models.pretrained import check_vocabulary, load_metadata, load_parameters, merge
 from vlp_jax.train.setup import plain
@@ -80,6 +81,8 @@ def test_metadata_tokenizer_and_card(tmp_path: pathlib.Path) -> None:
     assert card.startswith("---\nlibrary_name: vlp_jax\n")
     total = sum(array.size for array in load_parameters(out).values())
     for text in (
+        "trained with `vlp_jax` for Free Language Modeling; initial parameters: random.",
+        "| objectives | `flm`: Free Language Modeling |",
         "| updates | 10 |",
         "| parameters | moving average |",
         f"| vocabulary | {kept.vocab_size} tokens |",
@@ -89,6 +92,67 @@ def test_metadata_tokenizer_and_card(tmp_path: pathlib.Path) -> None:
         "| device | cpu |",
     ):
         assert text in card
+
+
+def make_finetuned(workdir: pathlib.Path) -> None:
+    """A run on VQA whose test split was scored on checkpoint 10, and after it went on, on 20."""
+    config = config_for(init_from="runs/flm", init_checkpoint="best")
+    with config.unlocked():
+        config.objectives = {"answers": {"type": "vqa", "num_classes": 2}}
+        config.checkpoint.best_metric = "val/accuracy"
+        config.evals = {
+            "val": {"type": "task", "split": "val"},
+            "test": {"type": "task", "split": "test", "on": "best"},
+        }
+    extra = {"config": plain(config), "tokenizer": TOKENIZER.to_json(), "classes": CLASSES}
+    with Checkpoints(
+        workdir / "checkpoints", keep_latest=3, best_metric="val/accuracy"
+    ) as checkpoints:
+        for step, accuracy in ((10, 0.5), (15, 0.25), (20, 0.75)):
+            state = {"params": params_of(step), "extras": {}}
+            checkpoints.save(step, state, {"val/accuracy": accuracy}, extra)
+    writer = JsonlWriter(workdir / "metrics.jsonl")
+    writer.write(10, {"val/accuracy": 0.5})
+    writer.write(15, {"test/accuracy": 0.4, "test/worst_gap/source": 12.5, "test/step": 10})
+    writer.write(20, {"test/accuracy": 0.7, "test/worst_gap/source": 2.5, "test/step": 20})
+    writer.close()
+    (workdir / "run.json").write_text(json.dumps({"device": "cpu"}))
+
+
+def test_card_of_a_fine_tuned_run_tells_its_task_and_its_own_test_score(
+    tmp_path: pathlib.Path,
+) -> None:
+    make_finetuned(tmp_path / "run")
+    for number, (place, checkpoint, step, scores) in enumerate((
+        ("", "best", 20, (0.75, 0.7, 2.5)),
+        ("", "10", 10, (0.5, 0.4, 12.5)),
+        ("checkpoints/10", "latest", 10, (0.5, 0.4, 12.5)),
+    )):  # fmt: skip
+        out = tmp_path / str(number)
+        file = export_weights(tmp_path / "run" / place, out, checkpoint)
+        names = ("val/accuracy", "test/accuracy", "test/worst_gap/source")
+        assert load_metadata(file).metrics == dict(zip(names, scores, strict=True))
+        card = (out / "README.md").read_text()
+        assert f"| `test/accuracy` | {scores[1]} |" in card
+        assert f"on this checkpoint (update {step}), which `val/accuracy` had chosen" in card
+        for text in (
+            "for visual question answering; initial parameters: `runs/flm` (best).",
+            "| objectives | `answers`: visual question answering |",
+            "| initial parameters | `runs/flm` (best) |",
+            "| device | cpu |",
+        ):
+            assert text in card
+        assert "pretrained with" not in card
+        assert "There are no figures" not in card
+
+
+def test_card_has_no_score_of_another_checkpoint(tmp_path: pathlib.Path) -> None:
+    make_finetuned(tmp_path / "run")
+    file = export_weights(tmp_path / "run", tmp_path / "out", "15")
+    assert load_metadata(file).metrics == {"val/accuracy": 0.25}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "There are no figures under `test/` for update 15" in card
+    assert "had chosen" not in card
 
 
 def test_files_that_are_there_stay(
