@@ -37,16 +37,16 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from absl import logging
 
 from tools.compare.archive import pack, unpack
 from tools.compare.cells import Cells
-from tools.compare.comparison import DEFAULT_FRACTIONS, calibrate, check_settings, compare
-from tools.compare.configs import CommandError, load_all, parse_value
+from tools.compare.command_line import OWN_RATE, assignments, parser, read_settings
+from tools.compare.comparison import calibrate, check_settings, compare
+from tools.compare.configs import CommandError
 from tools.compare.measure import Trainer
-from tools.compare.metrics import Metric
 from tools.compare.prepare import prepare
 from tools.compare.records import Machine, describe
 from tools.compare.rows import Settings
@@ -58,7 +58,6 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
 from vlp_jax.infra.preemption import ExitCode, PreemptionGuard
 
-_OWN_RATE = "x1"
 COMPARISON, SEARCH, PICTURE = "compare", "search", "compare.png"
 
 
@@ -73,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> ExitCode:
         ``FAILED`` where a worker has crashed; the table is written all the same.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser().parse_args(arguments)
+    options = parser(__doc__).parse_args(arguments)
     # Libraries log every file they write; what a user must know is printed, or a warning.
     logging.set_verbosity(logging.WARNING)
     try:
@@ -118,12 +117,12 @@ def _write_pages(folder: Path, files: Mapping[str, Path]) -> None:
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> ExitCode:
     deadline = time.monotonic() + options.max_seconds
     overrides, tuning_overrides = (
-        _assignments(options, "set"),
-        _assignments(options, "set_finetune"),
+        assignments(options, "set"),
+        assignments(options, "set_finetune"),
     )
-    settings = _settings(options, overrides, tuning_overrides)
+    settings = read_settings(options, overrides, tuning_overrides)
     axes = [Axis.parse(text) for text in options.search]
-    if axes and (options.fractions or options.rates != _OWN_RATE):
+    if axes and (options.fractions or options.rates != OWN_RATE):
         raise CommandError(
             "--search takes neither --fractions nor --rates: --halving sets the budgets, and "
             "--search=schedule.peak:... searches rates"
@@ -246,107 +245,6 @@ def _ended(outcome: ExitCode, cells: Cells, guard: PreemptionGuard) -> ExitCode:
     return ExitCode.PREEMPTED if cells.interrupted or guard.requested else ExitCode.OK
 
 
-def _settings(
-    options: argparse.Namespace,
-    overrides: Mapping[str, Any],
-    tuning_overrides: Mapping[str, Any],
-) -> Settings:
-    if not options.configs or options.budget_seconds is None or not options.metric:
-        raise CommandError("CONFIG..., --budget_seconds and --metric are needed; see --help")
-    configs = load_all(options.configs, overrides)
-    metrics = tuple(Metric.parse(text) for text in options.metric.split(","))
-    tune_metric = _tune_metric(options.tune_metric, metrics)
-    if not tune_metric.sign or not any(metric.sign for metric in metrics):
-        raise CommandError("--metric: of one that is shown only, none is the best; drop :show")
-    labels = [named.label for named in configs]
-    baselines = tuple(options.baseline) or (labels[0],)
-    for label in baselines:
-        if label not in labels:
-            raise CommandError(f"--baseline={label} is no config; use one of {labels}")
-    fractions = _fractions(options.fractions)
-    if options.tune_fraction not in fractions:
-        raise CommandError(
-            f"--tune_fraction={options.tune_fraction:.4g} is none of the budgets; use one of "
-            f"{', '.join(f'{fraction:.4g}' for fraction in fractions)}"
-        )
-    return Settings(
-        configs=configs,
-        budget_seconds=options.budget_seconds,
-        fractions=fractions,
-        tune_fraction=options.tune_fraction,
-        seeds=options.seeds,
-        rates=tuple(options.rates.split(",")),
-        metrics=metrics,
-        tune_metric=tune_metric,
-        finetunes=load_all(options.finetune, tuning_overrides),
-        baselines=baselines,
-        max_input_wait=options.max_input_wait,
-        scratch=options.scratch,
-    )
-
-
-def _tune_metric(text: str | None, metrics: Sequence[Metric]) -> Metric:
-    """What --tune_metric names; which way it is better, --metric may say alone.
-
-    Raises:
-        CommandError: the two contradict each other.
-    """
-    if not text:
-        return metrics[0]
-    asked = Metric.parse(text)
-    for metric in metrics:
-        if metric.name == asked.name and metric.sign not in (0, asked.sign):
-            if text != asked.name:
-                raise CommandError(f"--tune_metric={text}: --metric says {metric.mode} of it")
-            return metric
-    return asked
-
-
-def _fractions(text: str) -> tuple[float, ...]:
-    """Increasing shares of the budget from "1,1/1.5,0.4".
-
-    Raises:
-        CommandError: one is no number, not in (0, 1], or 1 is missing.
-    """
-    if not text:
-        return DEFAULT_FRACTIONS
-    try:
-        fractions = sorted({_fraction(part) for part in text.split(",")})
-    except argparse.ArgumentTypeError as error:
-        raise CommandError(f"--fractions={text}: {error}") from None
-    if not fractions[0] > 0 or fractions[-1] != 1:
-        raise CommandError(f"--fractions={text}: give shares above 0, the largest of them 1")
-    return tuple(fractions)
-
-
-def _fraction(text: str) -> float:
-    """0.4 from "1/2.5".
-
-    Raises:
-        ArgumentTypeError: it is no number.
-    """
-    above, _, below = text.partition("/")
-    try:
-        return float(above) / float(below or 1)
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no share; give such as 1/2.5") from None
-
-
-def _assignments(options: argparse.Namespace, flag: str) -> dict[str, Any]:
-    """The values of a repeated KEY=VALUE flag.
-
-    Raises:
-        CommandError: one has no value.
-    """
-    values = {}
-    for text in getattr(options, flag):
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise CommandError(f"--{flag}={text} has no value; write --{flag}=KEY=VALUE")
-        values[key] = parse_value(value)
-    return values
-
-
 def _draw(facts: Mapping[str, Any], path: Path) -> bool:
     """Draw the plot; False, with the remedy, where matplotlib is not installed."""
     try:
@@ -371,126 +269,6 @@ def _write(path: Path, text: str) -> None:
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-def _positive(kind: type[int] | type[float]) -> Any:
-    def convert(text: str) -> int | float:
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-
-    return convert
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("configs", nargs="*", metavar="CONFIG", help="config file, or FILE:ARG")
-    add("--out", type=Path, required=True, help="folder of cells and tables; kept and extended")
-    add("--budget_seconds", type=_positive(float), help="whole budget in seconds of training")
-    add(
-        "--metric",
-        help="figures to compare by, with commas; NAME:min where less is better, NAME:show for one "
-        "that is only shown at each budget, such as a control",
-    )
-    add("--tune_metric", help="figure that chooses rates, or ranks a search; the first --metric")
-    add("--seeds", type=_positive(int), default=1, help="runs of each, seeds 0 to N-1")
-    add("--fractions", default="", help="shares of the budget; by default 1,1/1.5,1/2.5,1/4")
-    add(
-        "--rates",
-        default=_OWN_RATE,
-        help="grid of peak rates for every config: 1e-3, or x0.5 of own",
-    )
-    add(
-        "--tune_fraction",
-        type=_fraction,
-        default=1.0,
-        help="the share of the budget, one of --fractions, at which rates are compared; the whole",
-    )
-    add(
-        "--finetune",
-        action="append",
-        default=[],
-        metavar="CONFIG",
-        help="fine-tune each run by this config (repeatable) and take the metrics from there",
-    )
-    add("--scratch", action="store_true", help="run --finetune without pretraining too")
-    add(
-        "--baseline",
-        action="append",
-        default=[],
-        metavar="LABEL",
-        help="the config to compare with; repeatable: the best of them; by default the first",
-    )
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="key of every CONFIG, or LABEL/KEY of one; evals.NAME=None drops an evaluator; "
-        "repeatable",
-    )
-    add(
-        "--set_finetune",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="key of every --finetune config, such as total_steps=500, or of one, such as "
-        "vqa/total_steps=500; repeatable",
-    )
-    add(
-        "--workers",
-        type=_positive(int),
-        default=1,
-        help="processes that train cells at the same time",
-    )
-    add("--devices", default="", help="indices of CUDA devices for the workers, such as 0,1")
-    # What a process that --workers has started does; it writes no table.
-    add("--role", choices=get_args(Role), default="", help=argparse.SUPPRESS)
-    add(
-        "--max_seconds",
-        type=float,
-        default=math.inf,
-        help="start no run after so many seconds of this invocation; 0: only write the table",
-    )
-    add(
-        "--max_input_wait",
-        type=float,
-        default=0.03,
-        help="reject configs whose update, measured alone, waits for input for a larger share",
-    )
-    add(
-        "--calibration_steps",
-        type=_positive(int),
-        default=256,
-        help="least updates of the run that measures the cost of one; made 6 whole windows "
-        "(data.window_batches), of which the second half counts",
-    )
-    add("--keep_checkpoints", action="store_true", help="keep the final state of every cell")
-    add(
-        "--search",
-        action="append",
-        default=[],
-        metavar="KEY:VALUES",
-        help="search KEY:A,B,C or KEY:log:LOW:HIGH (or lin, int); repeatable",
-    )
-    add("--halving", type=int, default=3, help="factor between the rungs of a search")
-    add("--trials", type=_positive(int), default=9, help="candidates, where a range is searched")
-    add(
-        "--archive",
-        type=Path,
-        metavar="FILE",
-        help="what finished cells came to, such as cells.jsonl.gz: cells that are there are not "
-        "trained, and those finished here are added",
-    )
-    add("--report_only", action="store_true", help="write page and plot again from the JSON in OUT")
-    return parser
 
 
 if __name__ == "__main__":
