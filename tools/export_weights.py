@@ -162,8 +162,9 @@ def _metrics(workdir: pathlib.Path, step: int | None) -> dict[str, float]:
 def _metrics_of_best(run: pathlib.Path, origin: Origin) -> dict[str, float]:
     """What evaluators with ``on="best"`` wrote of this very checkpoint, at the end of the run."""
     found: dict[str, float] = {}
+    names = _on_best(origin)
     for record in read_metrics(run):
-        for name in _on_best(origin):
+        for name in names:
             if record.get(f"{name}/step") == origin.step:
                 figures = {k: v for k, v in record.items() if k.startswith(f"{name}/")}
                 del figures[f"{name}/step"]
@@ -172,6 +173,7 @@ def _metrics_of_best(run: pathlib.Path, origin: Origin) -> dict[str, float]:
 
 
 def _on_best(origin: Origin) -> list[str]:
+    """The evaluators that judge the best checkpoint."""
     sections = origin.config.get("evals", {}).items()
     return sorted(name for name, section in sections if section.get("on") == "best")
 

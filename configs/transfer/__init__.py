@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from vlp_jax.train.config import default_config
 
-NUM_EXAMPLES = 2000  # that select; of a made test split, all that its score is of
+NUM_EXAMPLES = 2000  # of the validation split; of the test split, where that is made and has no end
 
 
 def base(name: str, arg: str | None, data: Collection[str]) -> tuple[ConfigDict, str]:

@@ -11,8 +11,9 @@ import fcntl
 import gzip
 import json
 import os
+import re
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from tools.compare.cells import CALIBRATION_FOLDER, CELLS_FOLDER, RESULT_FILE
@@ -20,6 +21,8 @@ from tools.compare.configs import CommandError
 from vlp_jax.infra.files import write_bytes, write_text
 
 _KEPT = (f"{CALIBRATION_FOLDER}/*.json", f"{CELLS_FOLDER}/*/{RESULT_FILE}")
+# The same of an archive, whose names must not lead out of OUT: the starred part is one plain word.
+_KEPT_NAME = re.compile("|".join(re.escape(p).replace(r"\*", r"\w+") for p in _KEPT))
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -101,10 +104,7 @@ def _entry(line: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         ValueError: the path leads elsewhere.
     """
     name, content = line["file"], line["content"]
-    path = PurePosixPath(name)
-    # A pattern matches the end of a path; as many parts make it the whole.
-    fits = any(path.match(p) and len(path.parts) == len(PurePosixPath(p).parts) for p in _KEPT)
-    if path.is_absolute() or ".." in path.parts or not fits:
+    if not _KEPT_NAME.fullmatch(name):
         raise ValueError(f"{name} is no file of finished cells")
     return name, content
 

@@ -130,9 +130,7 @@ def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print
     per_config = len(settings.rates) - shared + settings.seeds * len(settings.fractions)
     planned = {label: len(settings.rates) if label in diverged else per_config for label in running}
     rejected |= dict.fromkeys(diverged, "no rate of the grid gives a score")
-    summary = summarise(
-        settings, list(rows.values()), grid, dict.fromkeys(grid) | chosen, rejected=set(rejected)
-    )
+    summary = summarise(settings, list(rows.values()), grid, dict.fromkeys(grid) | chosen, rejected)
     return summary | {
         "calibrations": {
             label: calibration and dataclasses.asdict(calibration)
@@ -190,27 +188,24 @@ def missing(
         rows: the cells that are there.
     """
     chosen = choose_rates(settings, grid, rows)
-    tuning = [
-        _tuning(settings, label, rates[index])
-        for index in range(len(settings.rates))
-        for label, rates in grid.items()
-        if len(rates) > 1
-    ]
     best = {label: rate for label, rate in chosen.items() if rate is not None}
-    # Those that have chosen a rate come first: their checkpoints are kept until they are complete.
-    started = [
-        Wanted(label, rate, settings.tune_fraction, 0)
-        for label, rate in best.items()
-        if len(settings.rates) > 1
-    ]
-    others = [
+    wanted = []
+    if len(settings.rates) > 1:
+        wanted += [
+            _tuning(settings, label, rates[index])
+            for index in range(len(settings.rates))
+            for label, rates in grid.items()
+        ]
+        # The cells that have chosen come next: their checkpoints are kept until they are complete.
+        wanted += [Wanted(label, rate, settings.tune_fraction, 0) for label, rate in best.items()]
+    wanted += [
         Wanted(label, rate, fraction, seed)
         for seed in range(settings.seeds)
         for fraction in settings.fractions
         for label, rate in best.items()
     ]
-    scratch = [Wanted(SCRATCH, 0.0, 0.0, seed) for seed in range(settings.seeds)]
-    wanted = [*tuning, *started, *others, *(scratch if settings.scratch else [])]
+    if settings.scratch:
+        wanted += [Wanted(SCRATCH, 0.0, 0.0, seed) for seed in range(settings.seeds)]
     return [cell for cell in dict.fromkeys(wanted) if cell not in rows]
 
 

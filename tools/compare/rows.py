@@ -184,9 +184,9 @@ def make_row(
         scores = {name: find_metric(result, name) for name in sorted(wanted)}
         shown = {metric.name for metric in settings.metrics if not metric.sign}
         shown.discard(settings.tune_metric.name)
-        bad = [name for name, value in scores.items() if not math.isfinite(value)]
-        strange = [name for name in bad if name not in shown]
-        scores = {name: value for name, value in scores.items() if name not in bad or strange}
+        finite = {name: value for name, value in scores.items() if math.isfinite(value)}
+        strange = [name for name in scores if name not in finite and name not in shown]
+        scores = finite
         if strange:
             reasons, scores = [f"{', '.join(strange)} not finite"], {}
     return Row(

@@ -18,7 +18,7 @@ def summarise(
     rows: Sequence[Row],
     grid: Mapping[str, Sequence[float]],
     chosen: Mapping[str, float | None],
-    rejected: Collection[str] = (),
+    rejected: Collection[str],
 ) -> dict[str, Any]:
     """Means, spreads and times to score of counted rows.
 

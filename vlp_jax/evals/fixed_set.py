@@ -126,8 +126,13 @@ class FixedSet:
             donors = donor_rows(keys, batch["valid"])
             for name in (name for name in _IMAGES if name in batch):
                 shuffled = batch[name][np.maximum(donors, 0)]
-                for row in np.flatnonzero(donors < 0):
-                    shuffled[row] = self._picture_of_another_batch(name, keys[row])
+                lone = np.flatnonzero(donors < 0).tolist()
+                others = {
+                    own: self._picture_of_another_batch(name, own)
+                    for own in {keys[row] for row in lone}
+                }
+                for row in lone:
+                    shuffled[row] = others[keys[row]]
                 batch[f"{name}_shuffled"] = shuffled
             yield batch
 
