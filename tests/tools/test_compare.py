@@ -744,17 +744,40 @@ def test_the_table_of_another_machine_is_not_replaced_by_an_empty_one(shell, cap
     assert shell(*flags) == ExitCode.OK
     text = (shell.out / "compare.json").read_text()
     shell.trainer.machine = {**shell.trainer.machine, "device_kind": "other"}
-    assert shell(*flags, "--max_seconds=0") == ExitCode.BAD_INPUT
-    assert "is of another machine" in capsys.readouterr().err
-    assert (shell.out / "compare.json").read_text() == text
-    scratch = [f"--finetune={shell.tune}", "--scratch", f"--metric=tune/{METRIC}"]
-    assert shell(*flags, *scratch, "--max_seconds=0") == ExitCode.BAD_INPUT
     shell.trainer.stop_at = len(shell.trainer.runs)  # in its first cell there
     assert shell(*flags) == ExitCode.BAD_INPUT
+    assert "is of another machine" in capsys.readouterr().err
+    scratch = [f"--finetune={shell.tune}", "--scratch", f"--metric=tune/{METRIC}"]
+    assert shell(*flags, *scratch) == ExitCode.BAD_INPUT
     assert (shell.out / "compare.json").read_text() == text
     shell.trainer.stop_at = None
     assert shell(*flags) == ExitCode.OK
     assert json.loads((shell.out / "compare.json").read_text())["left_out"]
+
+
+def test_the_table_of_another_machine_can_be_written_anywhere(shell, capsys, tmp_path):
+    flags = [shell.config, "--budget_seconds=8", f"--metric=tune/{METRIC}", "--scratch"]
+    flags += [f"--finetune={shell.tune}", f"--archive={tmp_path / 'cells.jsonl'}"]
+    assert shell(*flags) == ExitCode.OK
+    facts = json.loads((shell.out / "compare.json").read_text())
+    trained, measured = len(shell.trainer.runs), dict(shell.trainer.machine)
+    shutil.rmtree(shell.out)
+    shell.trainer.machine = {**measured, "device_kind": "other"}
+    assert shell(*flags, "--max_seconds=0", "--workers=2") == ExitCode.OK
+    again = json.loads((shell.out / "compare.json").read_text())
+    assert (again["rows"], again["machine"]) == (facts["rows"], measured)
+    assert again["left_out"] == []
+    assert len(shell.trainer.runs) == trained
+
+    # Of two machines, this one's cells come first; a third would have to guess.
+    assert shell(*flags) == ExitCode.OK
+    assert shell(*flags, "--max_seconds=0") == ExitCode.OK
+    mixed = json.loads((shell.out / "compare.json").read_text())
+    assert mixed["machine"]["device_kind"] == "other"
+    assert "of another machine (1 × fast chip)" in mixed["left_out"][0]
+    shell.trainer.machine = {**measured, "device_kind": "third"}
+    assert shell(*flags, "--max_seconds=0") == ExitCode.BAD_INPUT
+    assert "are of several machines (1 × fast chip, 1 × other)" in capsys.readouterr().err
 
 
 def test_a_page_of_another_version_is_not_written_in_part(shell, capsys):

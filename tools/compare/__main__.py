@@ -7,7 +7,8 @@
 trains every config with the whole budget and with shares of it, each run with a schedule of its
 own, and writes OUT/compare.md, compare.png and compare.json. Finished cells are kept in OUT: the
 same command with --max_seconds=300 does a few minutes' work at a time, and the table grows;
-with --archive=FILE it grows on another machine of the same kind, too.
+with --archive=FILE it grows on another machine of the same kind, too. --max_seconds=0 only writes
+the table, of whichever machine has measured the cells.
 With --scratch every --finetune config is trained without pretraining too.
 
 A metric is called as its evaluator calls it; with the label of a --finetune config in front, such
@@ -46,9 +47,10 @@ from tools.compare.cells import Cells
 from tools.compare.command_line import OWN_RATE, assignments, parser, read_settings
 from tools.compare.comparison import calibrate, check_settings, compare
 from tools.compare.configs import CommandError
+from tools.compare.elsewhere import measured_by
 from tools.compare.measure import Trainer
 from tools.compare.prepare import prepare
-from tools.compare.records import Machine, describe
+from tools.compare.records import Machine, Runner, describe
 from tools.compare.rows import Settings
 from tools.compare.search import Axis, calibrate_candidates, search
 from tools.compare.table import comparison_page, search_page
@@ -136,7 +138,8 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> ExitCode:
     # The trainer has a guard of its own; this one is for signals between two runs.
     with PreemptionGuard() as guard:
         outcome = ExitCode.OK
-        if options.workers > 1 and not options.role:
+        only_table = options.max_seconds <= 0 and not options.role
+        if options.workers > 1 and not options.role and not only_table:
             outcome = _run_workers(options, settings, devices, arguments, deadline, guard)
             if outcome is ExitCode.BAD_INPUT:
                 return outcome
@@ -144,7 +147,9 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> ExitCode:
         if devices and not options.role:  # workers have been told theirs
             os.environ[VISIBLE_DEVICES] = devices[0]
         set_gpu_flags()
-        trainer = Trainer()
+        trainer: Runner = Trainer()
+        if only_table:
+            trainer = measured_by(options.out, trainer)
 
         def may_start() -> bool:
             # A worker whose parent has died leaves the rest to the next invocation.
@@ -206,8 +211,8 @@ def _check_replaced(file: Path, machine: Machine, cells: Cells) -> None:
     if before != machine and not cells.used:
         raise CommandError(
             f"{file} is of another machine ({describe(before)}), whose cells do not count here, "
-            "and none of this machine is there; write its page again by --report_only, or give "
-            "another --out"
+            "and none of this machine is there; --max_seconds=0 writes it again, or give another "
+            "--out"
         )
 
 

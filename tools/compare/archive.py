@@ -1,9 +1,10 @@
 """What finished cells of a folder came to, in one small file that outlives the folder.
 
 A comparison that takes longer than a machine is lent goes on from it on another machine of the
-same kind; committed beside a table, it holds every figure of every run, and there the command that
-made the table makes it again with ``--max_seconds=0``. Each line is a JSON object with the path of
-a file of OUT and its content; lines are sorted by path. A name that ends in ``.gz`` is compressed.
+same kind; committed beside a table, it holds every figure of every run, and the command that made
+the table makes it again on any machine with ``--max_seconds=0``. Each line is a JSON object with
+the path of a file of OUT and its content; lines are sorted by path. A name that ends in ``.gz`` is
+compressed.
 """
 
 import contextlib

@@ -211,7 +211,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--max_seconds",
         type=float,
         default=math.inf,
-        help="start no run after so many seconds of this invocation; 0: only write the table",
+        help="start no run after so many seconds of this invocation; 0: only write the table, on "
+        "any machine",
     )
     add(
         "--max_input_wait",
