@@ -23,7 +23,8 @@ from ml_collections import config_flags
 
 from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket, bucket_label
 from vlp_jax.data.captions import batch_maxima, fit_edges
-from vlp_jax.data.plan import Plan, PlannedBatch, PlannedSource
+from vlp_jax.data.plan import Plan
+from vlp_jax.data.planned import PlannedBatch, PlannedSource
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.compilation import CompiledSteps, set_gpu_flags
 from vlp_jax.infra.hardware import device_facts, measure_matmul_peak, memory

@@ -3,7 +3,7 @@
 import numpy as np
 
 from vlp_jax.data.captions import EncodedCaptions
-from vlp_jax.data.plan import PlannedSource
+from vlp_jax.data.planned import PlannedSource
 from vlp_jax.data.source import BadExample, CaptionsOnly
 from vlp_jax.data.tokenizer import Tokenizer
 

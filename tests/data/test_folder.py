@@ -9,7 +9,8 @@ from tests.data.fake import MAX_LENGTH, TOKENIZER
 from vlp_jax.data.captions import EncodedCaptions
 from vlp_jax.data.folder import Folder
 from vlp_jax.data.loader import Loader
-from vlp_jax.data.plan import Plan, PlannedSource
+from vlp_jax.data.plan import Plan
+from vlp_jax.data.planned import PlannedSource
 from vlp_jax.data.source import BadExample
 
 

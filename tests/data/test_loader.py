@@ -14,8 +14,9 @@ import pytest
 from tests.data.fake import TOKENIZER, Fake, FakePairs, planned
 from vlp_jax.data.batch import FIELDS, batch_spec
 from vlp_jax.data.cache import ImageCache
+from vlp_jax.data.eval_plan import EvalPlan
 from vlp_jax.data.loader import Loader
-from vlp_jax.data.plan import EvalPlan, Plan
+from vlp_jax.data.plan import Plan
 
 EDGES = (8, 12, 16, 24)
 DAMAGED = (3, 4, 10, 17, 31)

@@ -18,9 +18,11 @@ from vlp_jax.data.captions import (
     every_caption,
     fit_edges,
 )
+from vlp_jax.data.eval_plan import EvalPlan
 from vlp_jax.data.folder import Folder
 from vlp_jax.data.making import found_or_made
-from vlp_jax.data.plan import EvalPlan, Plan, PlannedSource
+from vlp_jax.data.plan import Plan
+from vlp_jax.data.planned import PlannedSource
 from vlp_jax.data.scenes import Scenes, ScenesEntailment, ScenesNLVR2, ScenesVQA
 from vlp_jax.data.source import Source, Worded
 from vlp_jax.data.tasks import NLVR2, VQA, VisualEntailment

@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 
 from vlp_jax.data.batch import FIELDS, HostBatch, batch_spec
-from vlp_jax.data.plan import BatchPlan, PlannedBatch, host_rows
+from vlp_jax.data.planned import BatchPlan, PlannedBatch, host_rows
 from vlp_jax.data.source import BadExample, ManyRows, Source
 from vlp_jax.infra.errors import ConfigError
 

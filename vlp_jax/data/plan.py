@@ -5,7 +5,6 @@
     plan.batch(t)      # PlannedBatch: source, record, caption, length, position, ... int [B]
     plan.bucket(t)     # Bucket(text_length=12, image_size=224)
     plan.buckets()     # all that can occur
-    fixed = EvalPlan(PlannedSource(val, captions), num_records=1000, batch_size=256, ...)
 
 Vectorised NumPy, not a chain of loader transforms: position -> mixture -> a permutation per
 (seed, source, epoch) -> record and caption. Windows of at least 32 batches are sorted by the
@@ -17,15 +16,19 @@ depends on the number of hosts, devices or workers, or on what ran before.
 import collections
 import dataclasses
 import threading
-import zlib
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from vlp_jax.compress.buckets import Bucket
-from vlp_jax.data.captions import EncodedCaptions
-from vlp_jax.data.source import Source
+from vlp_jax.data.planned import (
+    PlannedBatch,
+    PlannedSource,
+    check_batch,
+    host_rows,
+    padded_to,
+)
 
 MIN_WINDOW_BATCHES = 32
 DEFAULT_WINDOW_BATCHES = 64
@@ -38,74 +41,6 @@ MAX_SUBSTITUTES = 64  # where so many records cannot be read, the source is gone
 _MIXTURE, _RECORDS, _CAPTIONS, _BATCHES, _ROWS, _SUBSTITUTES = range(6)
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class PlannedSource:
-    """A source, its encoded captions, and its share of the examples relative to the others'."""
-
-    source: Source
-    captions: EncodedCaptions
-    weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class PlannedBatch:
-    """What is in the rows of one batch; B rows, or those of one host.
-
-    Attributes:
-        source: index into the plan's sources, int64 [B].
-        record: record of that source, int64 [B].
-        caption: caption of that record, int64 [B].
-        length: text length in tokens, special tokens included, int32 [B].
-        position: t * B + row of the global batch, int64 [B].
-        valid: False for a row that only fills up the last batch of a set, bool [B].
-        bucket: the static sizes of the batch.
-    """
-
-    source: np.ndarray
-    record: np.ndarray
-    caption: np.ndarray
-    length: np.ndarray
-    position: np.ndarray
-    valid: np.ndarray
-    bucket: Bucket
-
-    def __len__(self) -> int:
-        return len(self.record)
-
-    def fingerprint(self) -> int:
-        """A 32-bit number that tells this batch from others: what is in its rows, in order."""
-        return zlib.crc32(np.stack([self.source, self.record, self.caption]).tobytes())
-
-    def rows(self, rows: slice) -> "PlannedBatch":
-        """The batch that holds only these rows."""
-        arrays = {
-            field.name: getattr(self, field.name)[rows]
-            for field in dataclasses.fields(self)
-            if field.name != "bucket"
-        }
-        return PlannedBatch(**arrays, bucket=self.bucket)
-
-
-class BatchPlan(Protocol):
-    """What the loader needs of a plan."""
-
-    batch_size: int
-    replaces_damaged: bool  # False: a damaged row is not valid instead
-
-    @property
-    def sources(self) -> Sequence[PlannedSource]:
-        """The mixture."""
-        ...
-
-    def batch(self, t: int) -> PlannedBatch:
-        """Global batch t."""
-        ...
-
-    def substitutes(self, t: int, row: int) -> np.ndarray:
-        """(record, caption) to try in turn if ``row`` is damaged: int64 [n, 2], maybe none."""
-        ...
 
 
 class Plan:
@@ -137,7 +72,7 @@ class Plan:
         Raises:
             ValueError: a number is out of range; the message names its config key.
         """
-        _check_batch(sources, batch_size, edges)
+        check_batch(sources, batch_size, edges)
         if seed < 0:
             raise ValueError(f"seed={seed}: must be at least 0")
         if window_batches < MIN_WINDOW_BATCHES:
@@ -244,7 +179,7 @@ class Plan:
             record=record[batches],
             caption=caption[batches],
             length=length[batches],
-            edge=_padded_to(self.edges, length[batches].max(axis=1)),
+            edge=padded_to(self.edges, length[batches].max(axis=1)),
         )
 
     def _examples(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -311,117 +246,6 @@ class Plan:
         )
 
 
-class EvalPlan:
-    """A fixed set: the first records of a source, each with its first caption, exactly once.
-
-    Rows are grouped by the edge their text is padded to; the last batch of each group is filled
-    up with rows that are not valid. One edge gives a single bucket.
-
-    Attributes:
-        sources: the one source.
-        batch_size: rows B of a global batch.
-        num_batches: batches t in [0, num_batches).
-        num_rows: valid rows in all of them.
-    """
-
-    replaces_damaged = False
-
-    def __init__(
-        self,
-        source: PlannedSource,
-        num_records: int,
-        batch_size: int,
-        edges: Sequence[int],
-        image_size: int,
-    ):
-        """Plans the whole set.
-
-        Args:
-            source: where the records come from; its weight does not matter.
-            num_records: how many of the first records; all, if the source has fewer.
-            batch_size: rows of a global batch.
-            edges: increasing text lengths to pad to.
-            image_size: side of the image in pixels.
-
-        Raises:
-            ValueError: a number is out of range; the message names its config key.
-        """
-        _check_batch([source], batch_size, edges)
-        if num_records < 1:
-            raise ValueError(f"num_examples={num_records}: must be at least 1")
-        self.sources = (source,)
-        self.batch_size = batch_size
-        self.edges = tuple(edges)
-        self.image_size = image_size
-        available = source.source.num_records
-        record = np.arange(num_records if available is None else min(num_records, available))
-        caption = np.zeros_like(record)
-        length = source.captions.lengths(record, caption)
-        edge = _padded_to(self.edges, length)
-        groups = [np.flatnonzero(edge == one) for one in self.edges]
-        self.num_rows = len(record)
-        self._batches = [
-            (group[start : start + batch_size], Bucket(int(one), image_size))
-            for group, one in zip(groups, self.edges, strict=True)
-            for start in range(0, len(group), batch_size)
-        ]
-        self.num_batches = len(self._batches)
-        self._record, self._caption, self._length = record, caption, length
-
-    def batch(self, t: int) -> PlannedBatch:
-        """Batch t of the set.
-
-        Raises:
-            IndexError: the set has no such batch.
-        """
-        if not 0 <= t < self.num_batches:
-            raise IndexError(f"there is no batch {t}: the set has {self.num_batches}")
-        rows, bucket = self._batches[t]
-        filled = np.resize(rows, self.batch_size)  # repeats the rows until the batch is full
-        return PlannedBatch(
-            source=np.zeros(self.batch_size, np.int64),
-            record=self._record[filled],
-            caption=self._caption[filled],
-            length=self._length[filled],
-            position=np.arange(t * self.batch_size, (t + 1) * self.batch_size),
-            valid=np.arange(self.batch_size) < len(rows),
-            bucket=bucket,
-        )
-
-    def substitutes(self, t: int, row: int) -> np.ndarray:
-        """None: every row of a fixed set is seen exactly once."""
-        return np.empty((0, 2), np.int64)
-
-    def rows(self, t: int, host: int, hosts: int) -> PlannedBatch:
-        """Host ``host``'s contiguous rows of batch t."""
-        return self.batch(t).rows(host_rows(self.batch_size, host, hosts))
-
-    def bucket(self, t: int) -> Bucket:
-        """The bucket of batch t."""
-        return self._batches[t][1]
-
-    def buckets(self) -> tuple[Bucket, ...]:
-        """Every bucket of the set, by increasing text length."""
-        return tuple(dict.fromkeys(bucket for _, bucket in self._batches))
-
-
-def host_rows(batch_size: int, host: int, hosts: int) -> slice:
-    """The contiguous rows of a global batch that a host reads.
-
-    Raises:
-        ValueError: the hosts do not divide the batch, or there is no such host.
-    """
-    if not 0 <= host < hosts:
-        raise ValueError(f"there is no host {host} among {hosts}")
-    if batch_size % hosts:
-        raise ValueError(
-            f"data.batch_size={batch_size}: {hosts} hosts do not divide it; "
-            f"take a multiple of {hosts}"
-        )
-    share = batch_size // hosts
-    return slice(host * share, (host + 1) * share)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Window:
     """The batches of a window, in the order they are read: arrays [W, B], and edge [W]."""
@@ -466,30 +290,6 @@ class _Memo(Generic[T]):
         return _Memo, (self._size,)
 
 
-def _check_batch(sources: Sequence[PlannedSource], batch_size: int, edges: Sequence[int]) -> None:
-    """Raises ValueError on what no batch can be made of."""
-    if batch_size < 1:
-        raise ValueError(f"data.batch_size={batch_size}: must be at least 1")
-    if not sources:
-        raise ValueError("data.sources: name at least one source")
-    for planned in sources:
-        if planned.source.num_records == 0:
-            raise ValueError(f"data.sources.{planned.source.name}: the source is empty")
-        if not (np.isfinite(planned.weight) and planned.weight > 0):
-            raise ValueError(
-                f"data.sources.{planned.source.name}.weight={planned.weight}: must be above 0; "
-                "remove the source to leave it out"
-            )
-    if not edges or any(low >= high for low, high in zip([0, *edges], edges, strict=False)):
-        raise ValueError(f"data.text_edges={tuple(edges)}: must be positive and increasing")
-    longest = max(planned.captions.longest for planned in sources)
-    if longest > edges[-1]:
-        raise ValueError(
-            f"data.text_edges={tuple(edges)}: captions have up to {longest} tokens; raise the last "
-            "edge or lower data.max_text_length"
-        )
-
-
 def _block_counts(sources: Sequence[PlannedSource]) -> np.ndarray:
     """Examples of each source in a block: weights in proportion, largest remainder; int64 [S]."""
     weights = np.asarray([planned.weight for planned in sources], np.float64)
@@ -504,11 +304,6 @@ def _block_counts(sources: Sequence[PlannedSource]) -> np.ndarray:
                 f"example in {MIXTURE_BLOCK}; raise it or remove the source"
             )
     return counts
-
-
-def _padded_to(edges: Sequence[int], lengths: np.ndarray) -> np.ndarray:
-    """The first edge that holds each length."""
-    return np.asarray(edges)[np.searchsorted(edges, lengths)]
 
 
 def _buckets(

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from vlp_jax.data.batch import HostBatch
 from vlp_jax.data.build import build_eval_plan, build_source
+from vlp_jax.data.eval_plan import EvalPlan
 from vlp_jax.data.loader import Loader
-from vlp_jax.data.plan import EvalPlan
 from vlp_jax.data.source import Source
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.artifacts import ARTIFACTS_FOLDER, Artifact

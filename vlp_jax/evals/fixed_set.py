@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from vlp_jax.data.batch import HostBatch
-from vlp_jax.data.plan import PlannedBatch
+from vlp_jax.data.planned import PlannedBatch
 from vlp_jax.data.source import BadExample, Source
 from vlp_jax.data.tasks import shared_images
 from vlp_jax.evals.base import EvalContext, fixed_plan, read

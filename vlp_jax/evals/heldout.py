@@ -14,7 +14,7 @@ import numpy as np
 
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import FIELDS, Batch, HostBatch, batch_spec
-from vlp_jax.data.plan import EvalPlan
+from vlp_jax.data.eval_plan import EvalPlan
 from vlp_jax.evals.base import EvalContext, fixed_plan, read
 from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.infra.errors import ConfigError
