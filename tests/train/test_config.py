@@ -11,6 +11,7 @@ from golden import check_golden
 from ml_collections import ConfigDict
 from tiny import BATCH, Run, make_batch, make_program
 
+from configs import language_objective
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import batch_spec
 from vlp_jax.infra.errors import ConfigError
@@ -121,6 +122,16 @@ def test_a_bandit_decides_many_times(name: str) -> None:
     every = to_steps(section, "evals", "every", Budget(config.data.batch_size, None, total))
     assert every is not None
     assert total / every >= 6 * len(rule.arms)
+
+
+def test_a_percentage_behind_a_language_objective_is_its_rate() -> None:
+    assert language_objective("flm0", "c.py") == {"type": "flm", "corruption_rate": 0.0}
+    assert language_objective("flm100", "c.py") == {"type": "flm", "corruption_rate": 1.0}
+    assert language_objective("mlm15", "c.py") == {"type": "mlm", "rate": 0.15}
+    assert language_objective("flm", "c.py") == language_objective("flm30", "c.py")
+    for name in ("ar15", "flm_15", "flm101", "mlm", "flm015"):
+        with pytest.raises(ValueError, match=rf"c.py: '{name}' is none of .*flmPERCENT"):
+            language_objective(name, "c.py")
 
 
 @pytest.mark.parametrize("task", ["vqa:vqa_v2", "nlvr2:nlvr2", "entailment:snli_ve"])
