@@ -26,12 +26,10 @@ from vlp_jax.data.tokenizer import Tokenizer, normalise_caption
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import make_mesh
 from vlp_jax.models.sizes import build_model
-from vlp_jax.objectives import build_objectives
+from vlp_jax.objectives import build_objectives, captioner
 from vlp_jax.objectives.base import Params
 from vlp_jax.objectives.classification import NLVR2, VQA, Classification
 from vlp_jax.objectives.contrastive import ITC, ITM
-from vlp_jax.objectives.flm import FLM
-from vlp_jax.objectives.single_stream import AR, PrefixLM
 from vlp_jax.train.initial import read_origin
 from vlp_jax.transfer.generate import caption_search, generate
 from vlp_jax.transfer.ranking import Ranker
@@ -63,7 +61,13 @@ class Predictor:
         )
         self.objectives = build_objectives(config.objectives, self.model, vocabulary, 1)
         self.params = jax.device_put(params)
-        self._rankers: dict[tuple[bool, int], Ranker] = {}  # each keeps what it has compiled
+        # These keep what they have compiled.
+        self._rankers: dict[tuple[bool, int], Ranker] = {}
+        self._logits = {
+            objective.name: jax.jit(objective.logits)
+            for objective in self.objectives
+            if isinstance(objective, Classification)
+        }
 
     @classmethod
     def load(cls, path: str | pathlib.Path, checkpoint: str = "latest") -> "Predictor":
@@ -117,9 +121,8 @@ class Predictor:
         Raises:
             ValueError, OSError: an image or an argument cannot be used; this holds for all methods.
         """
-        trained = any(isinstance(o, AR | PrefixLM | FLM) for o in self.objectives)
-        if not trained:
-            raise self._missing("ar, prefix_lm or flm")
+        if not any(captioner(objective) for objective in self.objectives):
+            raise self._missing("ar, prefix_lm, or flm with loss_weights.forward")
         search = caption_search(
             self.tokenizer, max_length or self.config.data.max_text_length, beams=beams
         )
@@ -156,6 +159,8 @@ class Predictor:
         Cosines; where the checkpoint has an ``itm``, it re-ranks the best ``shortlist`` of each
         row and column, and only the order within a row or a column means something.
         """
+        if shortlist < 1:
+            raise ValueError(f"shortlist={shortlist}: give 1 or more")
         matching = any(isinstance(o, ITM) for o in self.objectives)
         ranker = self._ranker(max(len(images), len(texts)), matching)
         pixels, tokens = self._pixels(images), self._tokens(texts)
@@ -173,7 +178,7 @@ class Predictor:
         batch: dict[str, Any] = {"image": pixels[:1], "text_ids": ids, "text_length": lengths}
         if len(images) > 1:
             batch["second_image"] = pixels[1:]
-        logits = np.asarray(jax.jit(task.logits)(self.params, batch))[0, : len(self.classes)]
+        logits = np.asarray(self._logits[task.name](self.params, batch))[0, : len(self.classes)]
         if isinstance(task, VQA):
             chances = 1.0 / (1.0 + np.exp(-logits))
         else:

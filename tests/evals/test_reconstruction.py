@@ -11,7 +11,7 @@ from vlp_jax.data.source import BadExample
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.evals import build_evaluators
 from vlp_jax.evals import fixed_set as module
-from vlp_jax.evals.fixed_set import donor_rows
+from vlp_jax.evals.fixed_set import donors
 from vlp_jax.evals.reconstruction import all_captions, unigram_entropy
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import make_mesh, replicated
@@ -114,25 +114,44 @@ def test_an_unbounded_training_source_has_no_entropy(context, with_evals):
     assert build(changed)._unigram_entropy is None
 
 
+def first_donors(keys, valid):
+    return [next(donors(keys, valid, row), None) for row in np.flatnonzero(valid)]
+
+
 def test_shuffled_rows_never_keep_their_image_nor_get_one_of_padding():
     rng = np.random.default_rng(0)
     for valid_rows in range(2, 9):
         valid = np.zeros(8, np.bool_)
         valid[rng.permutation(8)[:valid_rows]] = True
-        donors = donor_rows([(str(row),) for row in range(8)], valid)
-        assert sorted(donors[valid]) == sorted(np.flatnonzero(valid))
-        assert (donors != np.arange(8))[valid].all()
+        found = first_donors([(str(row),) for row in range(8)], valid)
+        assert sorted(found) == sorted(np.flatnonzero(valid))
+        assert (found != np.flatnonzero(valid)).all()
 
 
 def test_texts_of_one_picture_are_not_shown_it_as_anothers():
     keys = [("a",), ("a",), ("a",), ("b", "c"), ("c",), ("a",)]
-    donors = donor_rows(keys, np.ones(6, np.bool_))
-    assert donors.tolist() == [4, 4, 4, 2, 2, 4]
-    assert donor_rows([("a",), ("a",), ("b",)], np.array([True, True, False])).tolist() == [
-        -1,
-        -1,
-        2,
-    ]
+    assert first_donors(keys, np.ones(6, np.bool_)) == [4, 4, 4, 2, 2, 4]
+    assert first_donors([("a",), ("a",), ("b",)], np.array([True, True, False])) == [None, None]
+
+
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+def test_shuffled_pictures_do_not_depend_on_the_number_of_hosts(with_evals, monkeypatch, hosts):
+    render = Scenes.image
+
+    def image(self, record, size):
+        if record in (3, 5):
+            raise BadExample("torn picture", f"record {record}")
+        return render(self, record, size)
+
+    monkeypatch.setattr(Scenes, "image", image)
+    whole = list(build(with_evals({"reconstruction": SECTION})).host_batches())
+    size = len(whole[0]["valid"])
+    for host in range(hosts):
+        evaluator = build(with_evals({"reconstruction": SECTION}))
+        mine = slice(host * size // hosts, (host + 1) * size // hosts)
+        evaluator._set.rows = mine
+        for batch, part in zip(whole, evaluator._set.host_batches(), strict=True):
+            np.testing.assert_array_equal(part["image_shuffled"], batch["image_shuffled"][mine])
 
 
 def test_a_batch_of_one_picture_gets_that_of_another_batch(with_evals, monkeypatch):

@@ -16,12 +16,14 @@ from vlp_jax.data.scenes.source import EVALUATION_RECORDS
 from vlp_jax.data.source import BadExample
 from vlp_jax.evals import build_evaluators
 from vlp_jax.evals.attention_maps import attention_rollout
+from vlp_jax.evals.base import has_figure
 from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.evals.task import Task
 from vlp_jax.infra.artifacts import load_all
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives
+from vlp_jax.objectives.classification import known_only
 from vlp_jax.transfer.ranking import Ranker
 
 EXAMPLES = 10
@@ -108,7 +110,9 @@ def run(transfer, **section):
     with context.config.unlocked():
         context.config.evals = {"subject": section}
     [evaluator] = build_evaluators(context).values()
-    return dict(evaluator.run(params)), evaluator
+    metrics = dict(evaluator.run(params))
+    assert all(has_figure(evaluator, name) for name in metrics), "what it gives, it has announced"
+    return metrics, evaluator
 
 
 def test_retrieval_counts_all_captions(transfer):
@@ -330,7 +334,7 @@ def test_occlusion_is_the_fall_when_a_cell_is_covered(transfer, readout):
     covered[:, 8:16, 24:32] = 128
     given = {k: batch[k] for k in ("text_ids", "text_length")}
     before, after = (
-        jax.nn.log_softmax(changed.logits(params, {**given, "image": image}))
+        jax.nn.log_softmax(known_only(changed.logits(params, {**given, "image": image}), 8))
         for image in (batch["image"], covered)
     )
     rows = np.arange(8)

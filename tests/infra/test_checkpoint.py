@@ -162,12 +162,25 @@ def test_a_checkpoint_may_be_ranked_after_it_was_saved(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"2", "4"}
 
 
-def test_an_absent_best_metric_is_named(tmp_path):
-    with (
-        Checkpoints(tmp_path, best_metric="acc") as checkpoints,
-        pytest.raises(ConfigError, match=r"checkpoint\.best_metric: 'acc'.*loss, recall"),
-    ):
-        checkpoints.save(1, make_state(), {"recall": 0.1, "loss": 2.0})
+def test_a_checkpoint_that_lacks_the_best_metric_is_saved_and_told(tmp_path, caplog):
+    with Checkpoints(tmp_path, best_metric="acc") as checkpoints:
+        assert checkpoints.save(1, make_state(), {"recall": 0.1, "loss": 2.0})
+    assert "best_metric: 'acc' is not among the metrics of step 1 (loss, recall)" in caplog.text
+    assert load_params(tmp_path).step == 1
+    with pytest.raises(FileNotFoundError, match="no ranked checkpoint"):
+        load_params(tmp_path, "best")
+
+
+def test_the_best_is_that_of_the_metric_the_run_ranks_by_now(tmp_path):
+    """Resumed with another metric, a run must not weigh a loss against an accuracy."""
+    scores = {1: {"acc": 0.9, "loss": 1.0}, 2: {"acc": 0.1, "loss": 0.1}, 3: {"acc": 0.2}}
+    with Checkpoints(tmp_path, keep_latest=3, best_metric="loss", best_mode="min") as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, make_state(), scores[step])
+    assert load_params(tmp_path, "best").step == 2
+    with Checkpoints(tmp_path, keep_latest=3, best_metric="acc") as checkpoints:
+        checkpoints.save(3, make_state(), scores[3])
+    assert load_params(tmp_path, "best").step == 1
 
 
 def test_bad_options_are_refused(tmp_path):

@@ -153,6 +153,22 @@ def test_lookup_of_one_row_equals_that_of_many() -> None:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-4), one[0], many[0])
 
 
+def test_reported_scores_are_not_rounded() -> None:
+    """A product of bfloat16 features in float32: ties would change which token is the best."""
+    model = tiny_model(dtype="bfloat16")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 32)), jnp.bfloat16)
+    params = nn.init(lambda module: module.vocabulary_logits(x), model)(jax.random.key(0))["params"]
+
+    def both(module: VisionLanguageModel) -> tuple[jax.Array, ...]:
+        return module.vocabulary_logits(x), *module.predict_vocabulary(x)
+
+    logits, features, kernel, bias = nn.apply(both, model)({"params": params})
+    kernel = kernel.astype(jnp.bfloat16)
+    expected = np.asarray(features, np.float64) @ np.asarray(kernel, np.float64) + np.asarray(bias)
+    assert (features.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_bad_geometry_names_the_key() -> None:
     with pytest.raises(ValueError, match=r"model.reconstructor.depth=4"):
         tiny_model(**{"reconstructor.depth": 4})

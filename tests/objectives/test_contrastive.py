@@ -1,5 +1,6 @@
 """ITC over the global batch and ITM with hard negatives."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,7 +98,8 @@ def test_every_pair_has_two_wrong_ones(itm, params):
     batch = arrays(valid=np.arange(BATCH) != 3)
     image = itm.itc.towers.image_tokens(params, batch["image"])
     drawn = jax.jit(lambda key: itm._negatives(params, batch, image, key))
-    texts, images = zip(*(drawn(jax.random.key(i)) for i in range(50)), strict=True)
+    texts, images, found = zip(*(drawn(jax.random.key(i)) for i in range(50)), strict=True)
+    assert np.all(found)
     for index in (np.stack(texts), np.stack(images)):
         assert (index != np.arange(BATCH)).all()
         assert (index != 3).all()
@@ -123,6 +125,31 @@ def test_hard_negatives_are_drawn_by_similarity(itm, params):
         np.testing.assert_allclose(seen, chances[row], atol=0.05)
 
 
+def test_a_row_with_the_same_text_is_no_wrong_one(itm, params):
+    """Its image may well be described by it, and by similarity it would be drawn first of all."""
+    batch = arrays()
+    twice = {name: batch[name].at[1].set(batch[name][0]) for name in ("text_ids", "text_length")}
+    image = itm.itc.towers.image_tokens(params, batch["image"])
+    drawn = jax.jit(jax.vmap(lambda key: itm._negatives(params, {**batch, **twice}, image, key)))
+    for index in drawn(jax.random.split(KEY, 200))[:2]:
+        assert (np.asarray(index)[:, 0] > 1).all()
+        assert not np.isin(np.asarray(index)[:, 1], (0, 1)).any()
+
+
+@pytest.mark.parametrize("valid", [[], [5], [2, 5]])
+def test_without_a_wrong_one_only_the_pair_counts(itm, params, valid):
+    mask = np.isin(np.arange(BATCH), valid)
+    output = jax.jit(lambda: itm.loss(params, {}, arrays(valid=mask), KEY, SIZES, train=False))()
+    assert float(output.loss.weight) == {0: 0, 1: 1, 2: 6}[len(valid)]
+    assert np.isfinite(float(output.loss.sum))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, 0.001, float("nan"), float("inf")])
+def test_a_temperature_that_cannot_be_learned_is_refused(temperature):
+    with pytest.raises(ConfigError, match=r"objectives.itc.temperature: .* is no temperature"):
+        ITC(tiny_model(), temperature=temperature)
+
+
 @pytest.mark.parametrize("readout", ["query", "bidirectional", "forward"])
 def test_matching_reads_text_and_image(readout):
     itm = ITM(ITC(tiny_model(), embedding_dim=16), readout=readout)
@@ -132,6 +159,22 @@ def test_matching_reads_text_and_image(readout):
     assert float(output.loss.weight) == 3 * BATCH
     assert float(output.loss.sum / output.loss.weight) == pytest.approx(0.65, abs=0.2)
     assert itm.flops(8) > 0
+
+    @jax.jit
+    def match(batch):
+        def encode(model):
+            return itm.reader.encode(model, batch["text_ids"], batch["text_length"], None)
+
+        text = nn.apply(encode, itm.model)({"params": params})
+        return itm.match(params, text, itm.itc.towers.image_tokens(params, batch["image"]))
+
+    plain = np.asarray(match(batch))
+    word = jnp.where(batch["text_ids"][:, 1] == 4, 5, 4)
+    for changed in (
+        {"text_ids": batch["text_ids"].at[:, 1].set(word)},
+        {"image": 255 - batch["image"]},
+    ):
+        assert (np.abs(match({**batch, **changed}) - plain) > 1e-6).all()
 
 
 def build(**sections):

@@ -93,7 +93,11 @@ def test_accumulation_counts_examples_once():
         ({"kind": "range", "low": 0.5, "high": 0.1}, "corruption_rate.low"),
         ({"kind": "range", "hihg": 0.1}, "corruption_rate.hihg"),
         ({"kind": "schedule", "points": ((0.5, 0.1), (0.2, 0.1))}, "corruption_rate.points"),
+        ({"kind": "schedule", "points": (0.1, 0.5)}, "corruption_rate.points"),
+        ({"kind": "schedule", "points": ((0.0, "much"),)}, "corruption_rate.points"),
         ({"kind": "bandit", "arms": (0.1,)}, "corruption_rate.arms"),
+        ({"kind": "bandit", "exploration": float("nan")}, "corruption_rate.exploration"),
+        ("0.3", "corruption_rate"),
     ],
 )
 def test_bad_rules_name_the_key(section, key):

@@ -1,5 +1,6 @@
 """Runs that start from another run's parameters, and the predictor over a checkpoint."""
 
+import functools
 import json
 import shutil
 import types
@@ -7,17 +8,22 @@ import types
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 from tiny import tiny_model
 from tiny_config import get_config
 
+from vlp_jax.compress.buckets import Bucket
+from vlp_jax.data.batch import EXTRA_FIELDS, FIELDS, batch_spec
+from vlp_jax.data.decode import decode_image
 from vlp_jax.infra.checkpoint import load_params
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.pretrained import Metadata, save_parameters
+from vlp_jax.objectives import build_objectives
 from vlp_jax.objectives.classification import Classification
 from vlp_jax.predict import Predictor
 from vlp_jax.train.initial import read_origin
-from vlp_jax.train.setup import _check_classes, prepare
+from vlp_jax.train.setup import _check_classes, plain, prepare
 
 
 def save(config, workdir):
@@ -195,6 +201,67 @@ def test_captions_are_ordered_by_probability(predictor, pictures):
     array = np.asarray(Image.open(pictures[0]))
     [again] = predictor.caption([array], beams=2, max_length=6)
     assert [text for text, _ in again] == [text for text, _ in first]
+
+
+@pytest.fixture(scope="module")
+def answering(origin):
+    """Kind -> a predictor with a fresh head of four classes, of which three have a name."""
+    image, tokenizer = origin.config.data.image_size, origin.tokenizer
+    model = origin.program.objectives[0].model
+    spec = batch_spec(Bucket(8, image), 1, (*FIELDS, *EXTRA_FIELDS))
+
+    def build(kind):
+        config = ConfigDict(plain(origin.config))
+        with config.unlocked():
+            config.objectives = {"task": {"type": kind, "num_classes": 4}}
+        [task] = build_objectives(config.objectives, model, tokenizer.vocabulary, 1)
+        params = jax.jit(lambda key: task.init(key, spec)[0])(jax.random.key(3))
+        params["task_head"]["classifier"]["bias"] = np.array([0.5, -0.5, 0.0, 9.0], np.float32)
+        return Predictor(config, tokenizer, ("no", "maybe", "yes"), params)
+
+    return functools.cache(build)
+
+
+@pytest.mark.parametrize("kind", ["vqa", "entailment", "nlvr2"])
+def test_answers_are_the_named_classes_by_probability(answering, pictures, kind, caplog):
+    predictor = answering(kind)
+    [task] = predictor.objectives
+
+    def ask(text, first=0):
+        if kind == "nlvr2":
+            return predictor.compare(pictures[first], pictures[1], text)
+        return predictor.answer(pictures[first], text, top=2)
+
+    found = ask("is it red?")
+    size = predictor.config.data.image_size
+    shown = np.stack([decode_image(file.read_bytes(), size, "") for file in pictures[:2]])
+    ids, lengths = predictor.tokenizer.padded(["is it red?"], predictor.config.data.max_text_length)
+    batch = {"image": shown[:1], "second_image": shown[1:], "text_ids": ids, "text_length": lengths}
+    logits = np.asarray(task.logits(predictor.params, batch), np.float64)[0, :3]
+    chances = 1 / (1 + np.exp(-logits))
+    if kind != "vqa":
+        chances = np.exp(logits) / np.exp(logits).sum()
+    best = np.argsort(-chances)[:2]
+    assert [answer for answer, _ in found] == [("no", "maybe", "yes")[i] for i in best]
+    np.testing.assert_allclose([chance for _, chance in found], chances[best], rtol=1e-4)
+
+    caplog.clear()
+    with jax.log_compiles():
+        assert ask("is it blue?", first=2) != found
+    messages = [record.getMessage() for record in caplog.records]
+    assert not [text for text in messages if "ompil" in text], "another picture and question"
+
+
+def test_captions_need_a_forward_stream_that_was_trained(origin, pictures):
+    config = ConfigDict(plain(origin.config))
+    weights = {"reconstruction": 1.0, "forward": 0.0, "reverse": 1.0}
+    with config.unlocked():
+        config.objectives = {"flm": {"loss_weights": weights}}
+    predictor = Predictor(config, origin.tokenizer, (), {})
+    with pytest.raises(ValueError, match=r"needs ar, prefix_lm, or flm with loss_weights\.forward"):
+        predictor.caption(pictures)
+    with pytest.raises(ValueError, match="shortlist=0: give 1 or more"):
+        predictor.rank(pictures, ["red"], shortlist=0)
 
 
 def test_what_a_checkpoint_cannot_do_is_said(predictor, pictures, tmp_path):

@@ -23,6 +23,8 @@ TOTAL = 4
 class Scripted:
     """An evaluator whose figures the parameters give, and that a signal may reach half-way."""
 
+    figures = ("0.3/loss", "base/accuracy")
+
     def __init__(self, signal_at: int | None = None) -> None:
         self.signal_at = signal_at
         self.ran: list[int] = []
@@ -32,7 +34,7 @@ class Scripted:
         yield "0.3/loss", float(np.float32(jax.tree.leaves(params)[0].sum()))
         if step == self.signal_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        yield "accuracy", -float(step)  # the first evaluation is the best
+        yield "base/accuracy", -float(step)  # the first evaluation is the best
 
 
 def config(cache: pathlib.Path) -> ConfigDict:
@@ -42,7 +44,7 @@ def config(cache: pathlib.Path) -> ConfigDict:
     config.total_steps = TOTAL
     config.compile_cache = str(cache)
     config.checkpoint.every_steps = 2
-    config.checkpoint.best_metric = "reconstruction/accuracy"
+    config.checkpoint.best_metric = "reconstruction/base/accuracy"
     with config.unlocked():
         rate = {"kind": "bandit", "arms": (0.0, 0.5), "metric": "reconstruction/0.3/loss"}
         config.objectives.flm = {"corruption_rate": rate}
@@ -84,7 +86,7 @@ def test_an_evaluation_cut_short_is_done_again(tmp_path):
         code = run(settings, workdir, regular=regular, last=Scripted())
         assert (code, regular.ran) == (ExitCode.PREEMPTED, expected)
         assert load_params(workdir / "checkpoints").step == step
-        assert (step, "reconstruction/accuracy") not in learned(workdir)
+        assert (step, "reconstruction/base/accuracy") not in learned(workdir)
     regular, last = Scripted(), Scripted(signal_at=2)
     code = run(settings, workdir, regular=regular, last=last)
     assert (code, regular.ran) == (ExitCode.PREEMPTED, [TOTAL])

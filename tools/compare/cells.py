@@ -32,8 +32,10 @@ from ml_collections import ConfigDict
 from tools.compare.claims import CLAIM_FILE, Claims, Outcome, read_claim
 from tools.compare.configs import CommandError, NamedConfig, Overrides, cost_digest, digest
 from tools.compare.records import SCRATCH, Calibration, Measurement, Result, Runner, describe
+from vlp_jax.infra.checkpoint import has_checkpoint
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
+from vlp_jax.train.initial import CHECKPOINT_FOLDER
 
 CALIBRATION_FOLDER = "calibration"
 CELLS_FOLDER = "cells"
@@ -43,7 +45,6 @@ LOG_FILE = "log.txt"
 _DONE_FILE = "done"
 # Beside a result whose run is made again, for the sake of its checkpoint.
 _AGAIN_FILE = "again"
-CHECKPOINT_FOLDER = "checkpoints"
 SAVE_SECONDS = 120.0
 # With fewer updates a schedule has no shape, and rounding to whole ones shows in the seconds.
 MIN_STEPS = 10
@@ -340,7 +341,7 @@ class Cells:
         """Do what a claimed cell is missing; None where that was cut short."""
         workdir = self._workdir(identity)
         result = self._load(identity)
-        if result is not None and not _has_checkpoint(workdir):
+        if result is not None and not has_checkpoint(workdir / CHECKPOINT_FOLDER):
             self._say(f"{label}: to be fine-tuned and its checkpoint is gone, trained again")
             (workdir / _AGAIN_FILE).touch()  # until the end, the result that is there counts
         if result is None or (workdir / _AGAIN_FILE).exists():
@@ -469,7 +470,3 @@ def steps_for(label: str, budget_seconds: float, calibration: Calibration) -> in
             "smallest share by --fractions"
         )
     return steps
-
-
-def _has_checkpoint(workdir: Path) -> bool:
-    return any(path.name.isdecimal() for path in (workdir / CHECKPOINT_FOLDER).glob("*"))

@@ -11,6 +11,8 @@ from vlp_jax.compress.buckets import Bucket
 Batch = Mapping[str, jax.Array]
 HostBatch = dict[str, np.ndarray]
 
+PAIRS = "pairs"  # name of the one batch that all objectives of a run read
+
 
 @dataclasses.dataclass(frozen=True)
 class Field:

@@ -74,7 +74,7 @@ def decode_image(
     """Decodes, resizes the short side to ``size`` and crops the centre.
 
     Grey, palette and CMYK pictures become RGB, transparent pixels white, 16-bit samples 8-bit,
-    and EXIF orientation is obeyed.
+    and the EXIF orientation of a JPEG is obeyed.
 
     Args:
         data: the whole JPEG or PNG file.
@@ -206,7 +206,7 @@ def _decode_with_pillow(data: bytes, header: Header, where: str) -> np.ndarray:
                 raise ValueError("two headers")
             image.load()
             return np.asarray(_to_rgb(image))
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
+    except Exception as error:  # of damaged files, Pillow raises what it happens on
         kind = "truncated image" if "truncated" in str(error).lower() else "unreadable image"
         raise BadExample(kind, f"{where} ({error})") from error
 

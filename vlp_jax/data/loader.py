@@ -29,7 +29,7 @@ from absl import flags
 
 from vlp_jax.data.batch import FIELDS, HostBatch, batch_spec
 from vlp_jax.data.planned import BatchPlan, PlannedBatch, host_rows
-from vlp_jax.data.source import BadExample, ManyRows, Source
+from vlp_jax.data.source import BadExample, ManyRows, NothingReadable, Source
 from vlp_jax.infra.errors import ConfigError
 
 # Kind and place of every damaged record that was met while a batch was read.
@@ -157,7 +157,8 @@ class Loader(Iterator[HostBatch]):
         """The batch of ``step``; with workers its arrays lie in memory shared with them.
 
         Raises:
-            ValueError: the loader is closed, or a batch holds no readable record of a source.
+            NothingReadable: a batch holds no readable record of a source.
+            ValueError: the loader is closed.
         """
         if self._batches is None:
             raise ValueError("the loader is closed")
@@ -262,7 +263,7 @@ class _Reader:
             The record and caption that were read, or planned if nothing may stand in for them.
 
         Raises:
-            ValueError: neither the row nor any substitute can be read.
+            NothingReadable: neither the row nor any substitute can be read.
         """
         source = self._plan.sources[planned.source[row]].source
         tried: set[int] = set()
@@ -282,7 +283,7 @@ class _Reader:
                 batch[name][index] = extras[name]
             return record, caption
         if self._plan.replaces_damaged:
-            raise ValueError(
+            raise NothingReadable(
                 f"data.sources.{source.name}: {len(tried)} records tried for one row of step {t} "
                 f"and none could be read, the last: {met[-1][0]}: {met[-1][1]}; check the files, "
                 "or remove the source"

@@ -20,6 +20,10 @@ class BadExample(Exception):
         self.where = where
 
 
+class NothingReadable(ValueError):
+    """Neither a record nor any that could stand in for it can be read; the message names them."""
+
+
 class Source(Protocol):
     """Records 0 <= r < num_records, each an image with one or more captions.
 

@@ -24,7 +24,14 @@ T = TypeVar("T")
 
 
 class Evaluator(Protocol):
-    """Figures about a set of parameters; all that the train loop knows of an evaluator."""
+    """Figures about a set of parameters; all that the train loop knows of an evaluator.
+
+    Attributes:
+        figures: the names that ``run`` may give, by which a run can rank its checkpoints or from
+            which an objective can learn. One that ends in ``/`` stands for all that begin so.
+    """
+
+    figures: tuple[str, ...]
 
     def run(self, params: Params, step: int = 0) -> Iterator[tuple[str, float]]:
         """Evaluate; artefacts are written beside the metrics by process 0.
@@ -39,6 +46,14 @@ class Evaluator(Protocol):
             (name, value) pairs, the same on every process.
         """
         ...
+
+
+def has_figure(evaluator: Evaluator, figure: str) -> bool:
+    """Whether an evaluator may give a figure of this name."""
+    return any(
+        figure == known or (known.endswith("/") and figure.startswith(known))
+        for known in evaluator.figures
+    )
 
 
 @dataclasses.dataclass(frozen=True)

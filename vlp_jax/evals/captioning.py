@@ -9,14 +9,13 @@ from vlp_jax.data.batch import Batch
 from vlp_jax.evals.base import EvalContext
 from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.evals.pictures import enlarge
-from vlp_jax.evals.scores.captioning import caption_scores
+from vlp_jax.evals.scores.captioning import CAPTION_SCORES, caption_scores
 from vlp_jax.infra.artifacts import Card, Gallery, Picture, Span
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch, replicated
 from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.objectives import captioner
 from vlp_jax.objectives.base import Params
-from vlp_jax.objectives.flm import FLM
-from vlp_jax.objectives.single_stream import AR, PrefixLM
 from vlp_jax.transfer.generate import caption_search, generate
 
 CARDS = 12
@@ -64,6 +63,9 @@ class Captioning:
             ConfigError: an argument does not fit; the message names its key.
         """
         self._context, self._name, self._controls = context, name, controls
+        self.figures: tuple[str, ...] = CAPTION_SCORES
+        if controls:
+            self.figures += tuple(f"shuffled/{key}" for key in CAPTION_SCORES)
         self._model = self._forward_model(objective)
         positions = self._model.config.max_positions
         if max_length > positions:
@@ -99,15 +101,13 @@ class Captioning:
         self._save_gallery(records, captions[""], references, step)
 
     def _forward_model(self, objective: str) -> VisionLanguageModel:
-        for kind in (AR, PrefixLM, FLM):
-            found = [o for o in self._context.objectives if isinstance(o, kind)]
-            for one in found:
-                if one.name == objective:
-                    return one.model
+        for one in self._context.objectives:
+            if one.name == objective and (model := captioner(one)) is not None:
+                return model
         raise ConfigError(
             f"evals.{self._name}.objective",
             f"{objective!r} is no objective of this run that trains the forward stream",
-            "Use an `ar`, `prefix_lm` or `flm` of the run",
+            "Use an `ar`, a `prefix_lm`, or an `flm` with loss_weights.forward, of the run",
         )
 
     def _best_captions(self, params: Params, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -124,9 +124,7 @@ class Captioning:
         with jax.set_mesh(mesh):
             for planned, host in zip(self._set.planned(), self._set.host_batches(), strict=True):
                 batch: Batch = global_batch(host, mesh)
-                valid = np.asarray(
-                    jax.jit(lambda x: x, out_shardings=replicated(mesh))(batch["valid"])
-                )
+                valid = np.asarray(self._set.gather(batch["valid"]))
                 records.append(planned.record[valid])
                 for kind, texts in captions.items():
                     pixels = batch["image_shuffled" if kind else "image"]

@@ -84,16 +84,11 @@ class Cloze:
             raise ConfigError(
                 f"evals.{name}.rate", f"{rate} is no corruption rate", "Give a number in [0, 1]"
             )
+        self.figures: tuple[str, ...] = ()
         self._context = context
         self._name = name
         self._rate = rate
         self._model = context.objective(name, objective, FLM).model
-        if self._model.config.reconstructor_depth == 0:
-            raise ConfigError(
-                "model.reconstructor.depth",
-                f"0 leaves evals.{name} no attention to show",
-                "Use 2 or more, or remove the evaluator",
-            )
         self._set = FixedSet.one_batch(context, name, source, split, num_examples)
         classes = self._set.source.word_classes().values()
         self._classes = tuple(sorted({*classes} - {"function"}))
@@ -155,7 +150,7 @@ class Cloze:
             for name in ("first_hidden", "last_hidden")
         )
 
-        def forward(model: VisionLanguageModel) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def forward(model: VisionLanguageModel) -> jax.Array:
             image = model.encode_image(normalize(batch["image"]))
             mask = two_stream_mask(lengths, tokens)
             states = model.encode_text(ids, mask, image, ("forward", "reverse"))
@@ -164,13 +159,12 @@ class Cloze:
             # The query for position 0 would read everything; it is asked for and left aside.
             queries = model.reconstruct(positions, states, visible)
             hidden = jnp.minimum(first[:, :1] + jnp.arange(span_length)[None], tokens - 1)
-            return model.predict_vocabulary(jnp.take_along_axis(queries, hidden[..., None], axis=1))
+            return model.vocabulary_logits(jnp.take_along_axis(queries, hidden[..., None], axis=1))
 
-        (features, kernel, bias), variables = nn.apply(
-            forward, self._model, mutable=["intermediates"]
-        )({"params": params})
-        logits = jnp.dot(features, kernel.astype(features.dtype)).astype(jnp.float32)
-        logits = (logits + bias[None, None])[..., : self._model.config.vocab_size]
+        logits, variables = nn.apply(forward, self._model, mutable=["intermediates"])(
+            {"params": params}
+        )
+        logits = logits[..., : self._model.config.vocab_size]
         probabilities, guesses = jax.lax.top_k(jax.nn.softmax(logits), GUESSES)
         attention = image_attention(variables["intermediates"])
         query = batch["query"][:, None, None]

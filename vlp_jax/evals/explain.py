@@ -32,7 +32,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch, replicated
 from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import Params
-from vlp_jax.objectives.classification import NLVR2, VQA, Classification
+from vlp_jax.objectives.classification import NLVR2, VQA, Classification, known_only
 
 GREY = 128  # what a covered cell is filled with
 
@@ -84,6 +84,7 @@ class Explain:
         Raises:
             ConfigError: an argument does not fit; the message names its key.
         """
+        self.figures: tuple[str, ...] = ("agreement",)
         self._context, self._name = context, name
         self._objective = context.objective(name, objective, Classification)
         if isinstance(self._objective, NLVR2):
@@ -152,6 +153,7 @@ class Explain:
     def _log_chances(self, params: Params, batch: Batch) -> jax.Array:
         """Log-probabilities as the objective trains them: an answer of VQA stands for itself."""
         logits = self._objective.logits(params, batch)
+        logits = known_only(logits, len(self._set.source.classes))
         if isinstance(self._objective, VQA):
             return jax.nn.log_sigmoid(logits)
         return jax.nn.log_softmax(logits)

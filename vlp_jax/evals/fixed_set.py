@@ -96,7 +96,8 @@ class FixedSet:
         """This process's rows of every batch.
 
         Each holds, beside the fields of ``vlp_jax.data.batch``, ``image_shuffled`` (and
-        ``second_image_shuffled``): the pictures of another row, see ``donor_rows``.
+        ``second_image_shuffled``): the pictures of another row, see ``donors``. They are the same
+        on any number of processes.
         """
         if self._kept is not None:
             yield from self._kept
@@ -122,19 +123,39 @@ class FixedSet:
     def _read(self) -> Iterator[HostBatch]:
         batches = read(self.context.config, self.plan, self.rows, self._extra_fields)
         for planned, batch in zip(self.planned(), batches, strict=True):
-            keys = [frozenset(self.source.image_key(r)) for r in planned.record[self.rows].tolist()]
-            donors = donor_rows(keys, batch["valid"])
-            for name in (name for name in _IMAGES if name in batch):
-                shuffled = batch[name][np.maximum(donors, 0)]
-                lone = np.flatnonzero(donors < 0).tolist()
-                others = {
-                    own: self._picture_of_another_batch(name, own)
-                    for own in {keys[row] for row in lone}
-                }
-                for row in lone:
-                    shuffled[row] = others[keys[row]]
-                batch[f"{name}_shuffled"] = shuffled
-            yield batch
+            keys = [frozenset(self.source.image_key(r)) for r in planned.record.tolist()]
+            names = [name for name in _IMAGES if name in batch]
+            shown = {name: batch[name].copy() for name in names}
+            for row in np.flatnonzero(batch["valid"]).tolist():
+                own = self.rows.start + row
+                pictures = self._other_pictures(planned, batch, keys, own)
+                for name in names:
+                    shown[name][row] = pictures[name]
+            yield batch | {f"{name}_shuffled": pixels for name, pixels in shown.items()}
+
+    def _other_pictures(
+        self, planned: PlannedBatch, batch: HostBatch, keys: Sequence[frozenset[str]], row: int
+    ) -> dict[str, np.ndarray]:
+        """The pictures of the first donor of a row of the global batch that can be read.
+
+        Which one that is does not depend on what this process reads of the batch.
+        """
+        names = [name for name in _IMAGES if name in batch]
+        for donor in donors(keys, planned.valid, row):
+            if self.rows.start <= donor < self.rows.stop:
+                mine = donor - self.rows.start
+                if batch["valid"][mine]:
+                    return {name: batch[name][mine] for name in names}
+            else:
+                with contextlib.suppress(BadExample):
+                    record, size = int(planned.record[donor]), planned.bucket.image_size
+                    return {name: self._picture(name, record, size) for name in names}
+        return {name: self._picture_of_another_batch(name, keys[row]) for name in names}
+
+    def _picture(self, name: str, record: int, size: int) -> np.ndarray:
+        if name == "image":
+            return self.source.image(record, size)
+        return self.source.extras(record, size)[name]
 
     def _picture_of_another_batch(self, name: str, keys: frozenset[str]) -> np.ndarray:
         """``name`` of the first record of the set that can be read and shows none of these.
@@ -147,9 +168,7 @@ class FixedSet:
             for record in planned.record[planned.valid].tolist():
                 if keys.isdisjoint(self.source.image_key(record)):
                     with contextlib.suppress(BadExample):
-                        if name == "image":
-                            return self.source.image(record, size)
-                        return self.source.extras(record, size)[name]
+                        return self._picture(name, record, size)
         raise ValueError(
             f"data.sources.{self.source.name}: only one picture of the evaluation set could be "
             "read, and there is no other to shuffle it with; check the files or raise num_examples"
@@ -168,24 +187,20 @@ def _check_clean(key: str, train: Source, held_out: Source) -> None:
         )
 
 
-def donor_rows(keys: Sequence[Collection[str]], valid: np.ndarray) -> np.ndarray:
-    """Whose pictures each row is shown in place of its own.
+def donors(keys: Sequence[Collection[str]], valid: np.ndarray, row: int) -> Iterator[int]:
+    """Whose pictures a row can be shown in place of its own, the first choice first.
 
     Of a list with several texts to a picture, the rows beside a row mostly hold the same picture:
-    the donor is the nearest valid row before it, going round, that shares no picture with it.
+    donors are the valid rows before it, the nearest first and going round, that share no picture
+    with it.
 
     Args:
         keys: of the pictures of each row, see ``Source.image_key``.
         valid: bool [B]; rows that are not valid give their pictures to none.
-
-    Returns:
-        int64 [B]: a row; the row itself where it is not valid, and -1 where no row has another
-        picture.
+        row: that is to see another picture.
     """
-    donors = np.arange(len(keys))
-    rows = np.flatnonzero(valid).tolist()
-    for place, row in enumerate(rows):
-        own = set(keys[row])
-        others = (rows[place - back] for back in range(1, len(rows)))
-        donors[row] = next((other for other in others if own.isdisjoint(keys[other])), -1)
-    return donors
+    own = set(keys[row])
+    for back in range(1, len(keys)):
+        other = (row - back) % len(keys)
+        if valid[other] and own.isdisjoint(keys[other]):
+            yield other

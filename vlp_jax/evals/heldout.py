@@ -69,6 +69,7 @@ class Heldout:
         Raises:
             ConfigError: an argument does not fit; the message names its key.
         """
+        self.figures: tuple[str, ...] = ("loss", "loss_train", "gap_loss")
         if num_draws < 1:
             raise ConfigError(f"evals.{name}.num_draws", f"{num_draws} draws", "Use 1 or more")
         self._context = context

@@ -88,6 +88,16 @@ class Reconstruction:
         self._rates = {
             _label(rate): jax.device_put(np.float32(rate), whole) for rate in sorted(set(rates))
         }
+        self.figures: tuple[str, ...] = tuple(
+            f"{label}/{kind}{suffix}"
+            for label in self._rates
+            for kind in ("loss", "accuracy")
+            for suffix in ("", "_shuffled")
+        )
+        if "base" in self._rates:
+            self.figures += ("grounding_gap", "grounding_gap/")
+        if context.sources[self._train_source].num_records is not None:
+            self.figures += ("unigram_entropy",)
         self._sums = jax.jit(self._batch_sums, out_shardings=whole)
         self._token_classes: dict[int, np.ndarray] = {}
 

@@ -10,7 +10,11 @@ import numpy as np
 
 from vlp_jax.evals.base import EvalContext
 from vlp_jax.evals.fixed_set import FixedSet
-from vlp_jax.evals.scores.retrieval import retrieval_ranks, retrieval_scores
+from vlp_jax.evals.scores.retrieval import (
+    RETRIEVAL_SCORES,
+    retrieval_ranks,
+    retrieval_scores,
+)
 from vlp_jax.infra.artifacts import Table
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.objectives.base import Params
@@ -65,6 +69,9 @@ class Retrieval:
         itc = context.objective(name, objective, ITC)
         self._ranker = Ranker(itc, itm, context.mesh, self._set.plan.batch_size)
         self._max_captions, self._shortlist = max_captions, shortlist
+        self.figures: tuple[str, ...] = (*RETRIEVAL_SCORES, "chance_r1")
+        if itm is not None:
+            self.figures += tuple(f"reranked/{key}" for key in RETRIEVAL_SCORES)
 
     def run(self, params: Params, step: int = 0) -> Iterator[tuple[str, float]]:
         """Rank the set; see the class for the metrics."""

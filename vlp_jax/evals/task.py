@@ -23,7 +23,7 @@ from vlp_jax.evals.scores.vqa import vqa_accuracy
 from vlp_jax.infra.artifacts import Card, Gallery, Picture, Span, Table
 from vlp_jax.infra.mesh import global_batch, replicated
 from vlp_jax.objectives.base import Params
-from vlp_jax.objectives.classification import Classification
+from vlp_jax.objectives.classification import Classification, known_only
 
 MAJORITY_SAMPLE = 5000  # training examples that the majority answer is counted on
 CARDS = 12
@@ -69,6 +69,10 @@ class Task:
         """
         self._context, self._name = context, name
         self._controls, self._min_group = controls, min_group
+        self.figures: tuple[str, ...] = ("accuracy", "worst_gap/")
+        if controls:
+            kinds = ("text_only", "image_shuffled", "majority")
+            self.figures += tuple(f"accuracy_{kind}" for kind in kinds)
         self._objective = context.objective(name, objective, Classification)
         fields = self._objective.extra_fields
         self._set = FixedSet(context, name, source, split, num_examples, batch_size, fields)
@@ -102,8 +106,7 @@ class Task:
     def _best_class(self, params: Params, batch: Batch) -> jax.Array:
         """int32 [B]; classes that the source does not have are never chosen."""
         logits = self._objective.logits(params, batch)
-        exists = jnp.arange(logits.shape[1]) < len(self._source.classes)
-        return jnp.where(exists[None], logits, -jnp.inf).argmax(axis=1)
+        return known_only(logits, len(self._source.classes)).argmax(axis=1)
 
     def _predictions(self, params: Params) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """Of the examples that could be read: record, label (0 without one), and guesses.

@@ -133,23 +133,21 @@ class Checkpoints:
         Args:
             step: the step of the state.
             state: a pytree of arrays (typed PRNG keys included).
-            metrics: evaluated for this very state. Without any, the checkpoint is no candidate for
-                the best.
+            metrics: evaluated for this very state. Without the one that ranks checkpoints, this one
+                is no candidate for the best; a warning says so where there are others.
             extra: a JSON object stored beside the state.
 
         Returns:
             False if there was already a checkpoint of this step; it is left as it is.
-
-        Raises:
-            ConfigError: ``metrics`` lacks the metric that ranks the checkpoints.
         """
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         if metrics and self._best_metric is not None and self._best_metric not in metrics:
-            raise ConfigError(
-                "checkpoint.best_metric",
-                f"{self._best_metric!r} is not among the metrics of step {step}: "
-                f"{', '.join(sorted(metrics))}",
-                "Name one of them, or None to keep only the latest",
+            logger.warning(
+                "config.checkpoint.best_metric: %r is not among the metrics of step %d (%s), whose "
+                "checkpoint is no candidate for the best",
+                self._best_metric,
+                step,
+                ", ".join(sorted(metrics)),
             )
         self.wait()
         if step in self._manager.all_steps():
@@ -333,6 +331,11 @@ def load_params(
     return Restored(params, manifest.step, _read_extra(root))
 
 
+def has_checkpoint(directory: epath.PathLike) -> bool:
+    """Whether a folder of checkpoints holds one that was written to its end, sound or not."""
+    return bool(_steps(epath.Path(directory)))
+
+
 @dataclasses.dataclass
 class _Best:
     """Preservation policy of Orbax: keep the ``count`` checkpoints of highest score."""
@@ -381,13 +384,20 @@ def _find(
 
 
 def _ranked_steps(directory: epath.Path) -> list[int]:
-    """Steps that have the metric they were saved to be ranked by, the best one first."""
+    """Steps that have the metric by which the newest was to be ranked, the best one first.
+
+    A run may have been resumed with another metric: scores by two of them do not compare.
+    """
     scores = {}
+    newest: Manifest | None = None
     for step in _steps(directory):
         try:
-            scores[step] = read_manifest(directory / str(step)).score()
+            manifest = read_manifest(directory / str(step))
         except DamagedCheckpointError as error:
             logger.warning("%s", error)
+            continue
+        newest = newest or manifest
+        scores[step] = score(manifest.metrics, newest.best_metric, newest.best_mode)
     ranked = [step for step in scores if scores[step] > -math.inf]
     return sorted(ranked, key=lambda step: (scores[step], step), reverse=True)
 

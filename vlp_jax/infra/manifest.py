@@ -51,10 +51,6 @@ class Manifest:
     files: dict[str, tuple[int, int]]
     format: int = FORMAT
 
-    def score(self) -> float:
-        """The ranking metric, negated where less is better; -inf where there is none."""
-        return score(self.metrics, self.best_metric, self.best_mode)
-
 
 def score(metrics: Mapping[str, float], name: str | None, mode: BestMode) -> float:
     """The ranking metric ``name``, so that more is better; -inf for NaN and where it is absent."""

@@ -1,8 +1,8 @@
 """The device mesh, and how a batch of host rows becomes global arrays on it.
 
 Three named axes: ``data`` (replicas), ``fsdp`` (replicas that share one copy of the parameters) and
-``model`` (tensor parallelism). The batch is split over the first two. All axes are of the Auto
-type: the compiler places what the annotations leave open.
+``model`` (tensor parallelism, of which no rule makes use yet). The batch is split over the first
+two. All axes are of the Auto type: the compiler places what the annotations leave open.
 """
 
 import itertools

@@ -5,11 +5,13 @@ of it. Only process 0 writes; `open_writer` gives every other process a `NullWri
 """
 
 import collections
+import importlib.util
 import json
 import math
 import os
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,9 +22,12 @@ import rich.table
 from tensorboardX import SummaryWriter
 
 from vlp_jax.infra import units
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+WANDB_FILE = "wandb_id"
 
 # What the terminal shows beside the progress bar, in this order, with a short name for each.
 HEADLINES: Mapping[str, str] = {
@@ -141,6 +146,20 @@ class TensorBoardWriter:
         self._writer.close()
 
 
+def check_wandb(project: str) -> None:
+    """Refuse `log.wandb` where the package is absent.
+
+    Raises:
+        ConfigError: ``project`` is given and the package `wandb` is not installed.
+    """
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "log.wandb",
+            f"{project!r} needs the package wandb, which is not installed",
+            "Run `pip install vlp_jax[wandb]`, or set it to '' to go without",
+        )
+
+
 class WandbWriter:
     """Weights & Biases; needs the extra ``wandb`` and is asked for by ``log.wandb``."""
 
@@ -152,23 +171,23 @@ class WandbWriter:
         Args:
             workdir: folder of the run; W&B keeps its files there.
             project: W&B project.
-            name: W&B run name and identity; the same name resumes the same run.
+            name: W&B run name. What tells the run from others is a file in its workdir: two of one
+                name are two runs, and a resumed one goes on.
             config: shown beside the curves.
 
         Raises:
-            ImportError: the package `wandb` is not installed.
+            ConfigError: see ``check_wandb``.
         """
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError(
-                f"log.wandb={project!r} needs the package wandb, which is not installed: "
-                "run `pip install vlp_jax[wandb]`, or set log.wandb='' to go without it"
-            ) from error
+        check_wandb(project)
+        import wandb
+
+        identity = workdir / WANDB_FILE
+        if not identity.exists():
+            write_text(identity, uuid.uuid4().hex)
         self._run = wandb.init(
             project=project,
             name=name,
-            id=name,
+            id=identity.read_text(),
             resume="allow",
             dir=str(workdir),
             config=dict(config or {}),
@@ -285,7 +304,7 @@ def open_writer(
         config: the run's config, for W&B.
 
     Raises:
-        ImportError: ``wandb_project`` is given and the package `wandb` is not installed.
+        ConfigError: ``wandb_project`` is given and the package `wandb` is not installed.
         ValueError: `metrics.jsonl` is damaged, see `JsonlWriter`.
     """
     if not primary:

@@ -49,7 +49,7 @@ def attention(
         [..., Q, H, d] in the dtype of ``query``; zeros for a query that sees no key.
 
     Raises:
-        ValueError: ``cudnn`` is asked for with a mask or with dropout.
+        ValueError: dropout without ``dropout_noise``.
     """
     measured_faster = (
         jax.default_backend() == "gpu"

@@ -137,11 +137,7 @@ def decode_token(
             x, past = block.decode(x, position, past, image)
             new.append(past)
         last = module.text_norm(x) if module.config.text.norm == "pre" else x
-        features, kernel, bias = module.predict_vocabulary(last[:, :, 0])
-        products = jnp.dot(
-            features, kernel.astype(features.dtype), preferred_element_type=jnp.float32
-        )
-        return products + bias[None, None], tuple(new)
+        return module.vocabulary_logits(last[:, :, 0]), tuple(new)
 
     return _run(model, params, run)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from vlp_jax.models.layers import ACTIVATIONS, BlockConfig, Dense, Noise, drop, norm
 
-MAX_SCALE = 100.0  # of the contrastive logits, after CLIP
+MAX_SCALE = 100.0  # of the contrastive logits, as in CLIP
 
 
 class ContrastiveHead(nn.Module):
@@ -46,7 +46,7 @@ class ContrastiveHead(nn.Module):
         Returns:
             Unit vectors float32 [B, E] and [B', E], and the scale of their products, float32 [].
         """
-        scale = jnp.minimum(jnp.exp(self.log_scale), MAX_SCALE)
+        scale = jnp.exp(_at_most(math.log(MAX_SCALE), self.log_scale))
         return self.image(image), self.text(text), scale
 
     def image(self, feature: jax.Array) -> jax.Array:
@@ -103,7 +103,29 @@ def apply_head(
     return logits
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _at_most(limit: float, x: jax.Array) -> jax.Array:
+    """The smaller of both; beyond the limit the gradient leads back, and no further out.
+
+    That of a plain minimum would be zero there, and what is once beyond would stay for good.
+    """
+    return jnp.minimum(x, limit)
+
+
+def _at_most_forward(limit: float, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.minimum(x, limit), x
+
+
+def _at_most_backward(limit: float, x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    # An update goes against the gradient: a negative one leads upwards.
+    return (jnp.where((x >= limit) & (gradient < 0), 0.0, gradient),)
+
+
+_at_most.defvjp(_at_most_forward, _at_most_backward)
+
+
 def unit(x: jax.Array) -> jax.Array:
-    """Vectors of length one; a zero vector stays zero, with a zero gradient: [..., E]."""
+    """Vectors of length one; one shorter than 1e-6 becomes zero, with a zero gradient: [..., E]."""
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
+    long = square > 1e-12
+    return jnp.where(long, x * jax.lax.rsqrt(jnp.where(long, square, 1.0)), 0.0)

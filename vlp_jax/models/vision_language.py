@@ -27,10 +27,10 @@ class VisionLanguageConfig:
     Attributes:
         image: the image tower.
         text: what the blocks of the text stack and of the reconstructor share.
-        lower_depth: text blocks without access to the image.
-        upper_depth: text blocks with cross-attention to the image.
-        reconstructor_depth: at most ``lower_depth + upper_depth`` and even; half of the blocks run
-            beside the last blocks of each half of the text stack.
+        lower_depth: text blocks without access to the image, 1 or more.
+        upper_depth: text blocks with cross-attention to the image, 1 or more.
+        reconstructor_depth: even, 2 or more, and at most twice the shorter half of the text stack;
+            half of the blocks run beside the last blocks of each half.
         vocab_size: entries of the tokenizer.
         max_positions: rows of the position table.
         mask_id: token whose embedding starts every reconstruction query.
@@ -46,10 +46,13 @@ class VisionLanguageConfig:
     mask_id: int
 
     def __post_init__(self) -> None:
-        half = self.reconstructor_depth // 2
-        if self.reconstructor_depth % 2 or half > min(self.lower_depth, self.upper_depth):
+        for key in ("lower_depth", "upper_depth"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.text.{key}={getattr(self, key)} must be 1 or more")
+        depth, half = self.reconstructor_depth, self.reconstructor_depth // 2
+        if depth % 2 or not 1 <= half <= min(self.lower_depth, self.upper_depth):
             raise ValueError(
-                f"model.reconstructor.depth={self.reconstructor_depth} must be even and at most "
+                f"model.reconstructor.depth={depth} must be even, 2 or more, and at most "
                 f"twice the shorter half of the text stack "
                 f"({self.lower_depth} + {self.upper_depth} blocks)"
             )
@@ -300,6 +303,16 @@ class VisionLanguageModel(nn.Module):
     def predict_vocabulary(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Features for the decoder, its kernel and its bias: [..., D], [D, V], [V]."""
         return (self.vocabulary_head(x), *self.vocabulary_head.decoder())
+
+    def vocabulary_logits(self, x: jax.Array) -> jax.Array:
+        """Scores of the entries of the padded vocabulary: [..., D] -> float32 [..., V].
+
+        Where scores are reported or compared; losses take ``predict_vocabulary``.
+        """
+        features, kernel, bias = self.predict_vocabulary(x)
+        kernel = kernel.astype(features.dtype)
+        products = jnp.dot(features, kernel, preferred_element_type=jnp.float32)
+        return products + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
     def _type_vector(self, name: str, like: jax.Array) -> jax.Array:
         return self.type_embedding[STREAM_TYPES[name]].astype(like.dtype)

@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vlp_jax.data.batch import PAIRS
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.errors import ConfigError, section_arguments
 from vlp_jax.models.vision_language import VisionLanguageModel
@@ -74,6 +75,15 @@ def learns_from(config: ConfigDict) -> dict[str, tuple[str, ...]]:
     }
 
 
+def captioner(objective: Objective) -> VisionLanguageModel | None:
+    """The model whose forward stream an objective trains, for captions; None: it trains none."""
+    if isinstance(objective, AR | PrefixLM):
+        return objective.model
+    if isinstance(objective, FLM) and objective.loss_weights["forward"]:
+        return objective.model
+    return None
+
+
 def _type(name: str, section: ConfigDict) -> type[Any]:
     kind = section.get("type", name)
     if kind not in OBJECTIVES:
@@ -110,7 +120,11 @@ def _build(
         required = parameter.default is inspect.Parameter.empty and key not in _GIVEN
         if required and key not in arguments:
             raise ConfigError(f"objectives.{name}.{key}", "missing", "Add it")
-    given = {**given, "name": name, "batch_name": section.get("batch", "pairs")}
+    if arguments.get("chunk_rows", 1) < 1:
+        raise ConfigError(
+            f"objectives.{name}.chunk_rows", f"{arguments['chunk_rows']} rows", "Use 1 or more"
+        )
+    given = {**given, "name": name, "batch_name": section.get("batch", PAIRS)}
     return objective(
         **{k: v for k, v in given.items() if k in parameters},
         **{k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in arguments.items()},

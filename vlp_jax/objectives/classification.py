@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.augment import normalize
-from vlp_jax.data.batch import Batch
+from vlp_jax.data.batch import PAIRS, Batch
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.flops import block_flops, vit_flops
 from vlp_jax.models.heads import ClassificationHead, apply_head
@@ -50,7 +50,7 @@ class Classification(Defaults):
     model: VisionLanguageModel
     name: str
     num_classes: int
-    batch_name: str = "pairs"
+    batch_name: str = PAIRS
     readout: Kind = "query"
 
     extra_fields: ClassVar[tuple[str, ...]] = ("label",)
@@ -143,6 +143,11 @@ class Classification(Defaults):
         image = image_tokens(model, batch, noise)
         text = self.reader.encode(model, batch["text_ids"], batch["text_length"], noise)
         return self.reader.read(model, text, image, noise)
+
+
+def known_only(logits: jax.Array, classes: int) -> jax.Array:
+    """Scores [B, C] of which those beyond the first ``classes`` are -inf: nobody has named them."""
+    return jnp.where((jnp.arange(logits.shape[1]) < classes)[None], logits, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)

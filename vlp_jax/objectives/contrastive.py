@@ -5,8 +5,9 @@ cosines (CLIP, arXiv 2103.00020, section 2.3). Negatives of all devices count an
 the similarities are one product of the global batch, which the compiler shards.
 
 ITM: does this text belong to this image? Each pair is joined by two wrong ones, drawn in
-proportion to the contrastive softmax (ALBEF, arXiv 2107.07651, section 3.2): hard negatives. Both
-read the text by the lower half of the stack; only matching runs the upper half.
+proportion to the contrastive softmax (ALBEF, arXiv 2107.07651, section 3.2): hard negatives. A row
+whose text is the same is none: it would be as similar as the pair itself, and drawn most of all.
+Both read the text by the lower half of the stack; only matching runs the upper half.
 """
 
 import dataclasses
@@ -19,9 +20,10 @@ import jax.numpy as jnp
 
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.augment import normalize
-from vlp_jax.data.batch import Batch
+from vlp_jax.data.batch import PAIRS, Batch
+from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.flops import block_flops, image_flops, vit_flops
-from vlp_jax.models.heads import ClassificationHead, ContrastiveHead, apply_head
+from vlp_jax.models.heads import MAX_SCALE, ClassificationHead, ContrastiveHead, apply_head
 from vlp_jax.models.masks import bidirectional_mask
 from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import (
@@ -121,16 +123,24 @@ class ITC(Defaults):
         name: key in ``config.objectives``.
         batch_name: named batch it reads.
         embedding_dim: E, width of the shared space.
-        temperature: the first one; it is learned.
+        temperature: the first one, 0.01 or more; it is learned.
     """
 
     model: VisionLanguageModel
     name: str = "itc"
-    batch_name: str = "pairs"
+    batch_name: str = PAIRS
     embedding_dim: int = 256
     temperature: float = 0.07
 
     splittable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 1.0 / MAX_SCALE <= self.temperature < float("inf"):
+            raise ConfigError(
+                f"objectives.{self.name}.temperature",
+                f"{self.temperature} is no temperature to begin with",
+                f"Use {1.0 / MAX_SCALE:g} or more; 0.07 is usual",
+            )
 
     @property
     def image_encoder(self) -> VisionLanguageModel | None:
@@ -200,7 +210,7 @@ class ITM(Defaults):
 
     itc: ITC
     name: str = "itm"
-    batch_name: str = "pairs"
+    batch_name: str = PAIRS
     readout: Kind = "query"
 
     splittable: ClassVar[bool] = False
@@ -253,11 +263,11 @@ class ITM(Defaults):
         bucket: Bucket,
         train: bool = True,
     ) -> LossOutput:
-        """Cross-entropy of each pair and its two hard negatives."""
+        """Cross-entropy of each pair and its two hard negatives, as far as the batch has any."""
         draw_key, noise_key = jax.random.split(rng)
         noise = batch_noise(noise_key, batch, train)
         image = encode_image(self.model, params, batch, noise)
-        other_text, other_image = self._negatives(params, batch, image, draw_key)
+        other_text, other_image, found = self._negatives(params, batch, image, draw_key)
         own = jnp.arange(len(other_text))
 
         def forward(model: VisionLanguageModel) -> jax.Array:
@@ -270,7 +280,9 @@ class ITM(Defaults):
         features = nn.apply(forward, self.model)({"params": params})
         logits = apply_head(self.head, params[MATCHING_HEAD], features, noise)
         label = jnp.tile(jnp.array([1, 0, 0]), len(own))
-        rows = jnp.repeat(batch["valid"].astype(jnp.float32), 3)
+        valid = batch["valid"]
+        rows = jnp.stack([valid, valid & found, valid & found], axis=1)
+        rows = rows.reshape(-1).astype(jnp.float32)
         nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1)[:, 0]
         correct = 1.0 * (logits.argmax(axis=1) == label)
         metrics = {"accuracy": Mean((correct * rows).sum(), rows.sum())}
@@ -297,18 +309,33 @@ class ITM(Defaults):
 
     def _negatives(
         self, params: Params, batch: Batch, image: jax.Array, rng: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """A wrong text for each image and a wrong image for each text: int32 [B] each."""
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """A wrong text for each image, a wrong image for each text, and whether there are any.
+
+        Returns:
+            int32 [B] twice, and bool [B].
+        """
         frozen = jax.lax.stop_gradient(params)
         towers = self.itc.towers
         text = towers.text_feature(frozen, batch["text_ids"], batch["text_length"])
         images, texts, scale = towers.embed(frozen, jax.lax.stop_gradient(image), text)
         size = len(texts)
-        allowed = batch["valid"][None, :] & ~jnp.eye(size, dtype=jnp.bool_)
+        code = _codes(batch["text_ids"])
+        allowed = batch["valid"][None, :] & (code[:, None] != code[None, :])
         keys = example_keys(rng, batch["position"])
         gumbel = jax.vmap(lambda key: jax.random.gumbel(key, (2, size)))(keys)
 
         def drawn(similarity: jax.Array, noise: jax.Array) -> jax.Array:
             return jnp.where(allowed, scale * similarity + noise, -jnp.inf).argmax(axis=1)
 
-        return drawn(images @ texts.T, gumbel[:, 0]), drawn(texts @ images.T, gumbel[:, 1])
+        other_text = drawn(images @ texts.T, gumbel[:, 0])
+        return other_text, drawn(texts @ images.T, gumbel[:, 1]), allowed.any(axis=1)
+
+
+def _codes(ids: jax.Array) -> jax.Array:
+    """A number for each row, the same for the same ids: int32 [B, N] -> uint32 [B].
+
+    Two rows that differ have the same with a chance of 2^-32, and are then not told apart.
+    """
+    factors = jax.random.bits(jax.random.key(0), (ids.shape[1],), jnp.uint32)
+    return (ids.astype(jnp.uint32) * (factors | 1)[None]).sum(axis=1, dtype=jnp.uint32)

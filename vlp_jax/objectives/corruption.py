@@ -144,7 +144,14 @@ class Scheduled(_Deaf):
     points: Sequence[Sequence[float]] = ((0.0, 0.0), (1.0, 0.5))
 
     def __post_init__(self) -> None:
-        shares = [point[0] for point in self.points]
+        try:
+            shares = [float(share) for share, _ in self.points]
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"{self.key}.points",
+                f"{self.points!r} are no pairs of numbers",
+                "Give (share, rate) pairs, such as ((0.0, 0.5), (1.0, 0.1))",
+            ) from None
         if not shares or sorted(shares) != shares or not 0 <= shares[0] <= shares[-1] <= 1:
             raise ConfigError(
                 f"{self.key}.points",
@@ -209,6 +216,10 @@ class Bandit:
             )
         for rate in self.arms:
             _check_rate(f"{self.key}.arms", rate)
+        if not 0.0 <= self.exploration < math.inf:
+            raise ConfigError(
+                f"{self.key}.exploration", f"{self.exploration} is no factor", "Use 0 or more"
+            )
         if not 0.0 < self.discount <= 1.0:
             raise ConfigError(
                 f"{self.key}.discount", f"{self.discount} is no discount", "Use one in (0, 1]"
@@ -306,7 +317,7 @@ def build_corruption(rate: float | Mapping[str, Any], key: str, total_examples: 
 
 
 def _check_rate(key: str, rate: float) -> None:
-    if not 0.0 <= rate <= 1.0:
+    if isinstance(rate, bool | str) or not 0.0 <= rate <= 1.0:
         raise ConfigError(
-            key, f"{rate} is no corruption rate", "Use one in [0, 1]; 0 hides one token"
+            key, f"{rate!r} is no corruption rate", "Use one in [0, 1]; 0 hides one token"
         )

@@ -132,7 +132,8 @@ def _rows_backward(
     cotangents: tuple[jax.Array, jax.Array, jax.Array],
 ) -> tuple[jax.Array | None, ...]:
     scale = cotangents[0]
-    features, kernel, bias = (g * scale.astype(g.dtype) for g in gradients)
+    # In float32: a rounded factor would shift all of them alike, by up to 0.4 %.
+    features, kernel, bias = ((g.astype(jnp.float32) * scale).astype(g.dtype) for g in gradients)
     return features, kernel, bias, None, None
 
 

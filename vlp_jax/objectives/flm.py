@@ -35,6 +35,7 @@ Where the released code has a quirk (fact sheet, sections 1 and 7), this is what
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,7 +44,8 @@ import jax
 import jax.numpy as jnp
 
 from vlp_jax.compress.buckets import Bucket
-from vlp_jax.data.batch import Batch
+from vlp_jax.data.batch import PAIRS, Batch
+from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.flops import (
     reconstructor_flops,
     text_flops,
@@ -147,7 +149,7 @@ class FLM(Defaults):
     """
 
     model: VisionLanguageModel
-    batch_name: str = "pairs"
+    batch_name: str = PAIRS
     corruption_rate: float | Mapping[str, Any] = 0.0
     total_examples: int = 1
     loss_weights: Mapping[str, float] = dataclasses.field(
@@ -161,6 +163,13 @@ class FLM(Defaults):
         if set(self.loss_weights) != set(LOSSES):
             raise ValueError(
                 f"{key}.loss_weights has {sorted(self.loss_weights)}; give {sorted(LOSSES)}"
+            )
+        weights = [self.loss_weights[name] for name in LOSSES]
+        if not all(0.0 <= weight < math.inf for weight in weights) or not any(weights):
+            raise ConfigError(
+                f"objectives.{self.name}.loss_weights",
+                f"{dict(self.loss_weights)} are no weights",
+                "Give numbers of 0 or more, one of them above 0",
             )
         _ = self.rule  # checks its keys
 

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from vlp_jax.compress.buckets import Bucket
-from vlp_jax.data.batch import Batch
+from vlp_jax.data.batch import PAIRS, Batch
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.flops import text_flops, vit_flops, vocabulary_flops
@@ -78,7 +78,7 @@ class SingleStream(Defaults, abc.ABC):
 
     model: VisionLanguageModel
     name: str
-    batch_name: str = "pairs"
+    batch_name: str = PAIRS
     chunk_rows: int = CHUNK_ROWS
 
     stream_type: ClassVar[str]  # key of ``STREAM_TYPES``

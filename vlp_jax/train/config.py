@@ -5,7 +5,10 @@ is not here is an error that names it, whether it comes from the file or from a 
 
     name            of the run, in logs and reports
     seed            of everything that is drawn
-    total_*         length of the run in steps, examples or epochs (see schedule.duration)
+    total_*         length of the run in steps, examples or epochs (see schedule.duration); an epoch
+                    is as many examples as there are images, and of a run of few epochs some images
+                    are seen less often than others, for data.window_batches batches are shuffled
+                    together
     debug           True: one device, no jit, NaN checks
     init_from       where the first parameters come from: a run's workdir, one of its checkpoints,
                     or a parameter file (train.initial); empty: from scratch
@@ -17,7 +20,8 @@ is not here is an error that names it, whether it comes from the file or from a 
     data            batch_size (global), image_size (pixels), max_text_length (tokens),
                     text_edges (fitted where empty), num_edges and edge_multiple (of the fit),
                     window_batches (sorted by length together), threads, workers, prefetch
-                    (batches), max_bad_fraction (of examples; the run stops above it), root (for
+                    (batches), max_bad_fraction (of examples; the run stops above it, once ten bad
+                    ones are to be expected), root (for
                     configs whose sources share one), sources (name -> type, weight, cache, and what
                     the source takes), cache_dir (where sources with cache=True keep pictures and
                     encoded captions, for all runs; empty: in memory), cache_workers (processes that
@@ -31,11 +35,14 @@ is not here is an error that names it, whether it comes from the file or from a 
                     with on="best" only then, on the best checkpoint by checkpoint.best_metric (for
                     a test split, whose score must choose nothing)
     mesh            data, fsdp, model: sizes of the axes, -1 for the rest
-    checkpoint      every_*, keep_latest, keep_best, best_metric, best_mode
+    checkpoint      every_* (and whenever the evaluator of best_metric has run), keep_latest,
+                    keep_best, best_metric, best_mode
     log             every_* steps written, tensorboard, wandb (project name or empty)
     profile         start_step, num_steps (0: none)
     compile_cache   folder of compiled programs; empty: WORKDIR/compile_cache; "off": none
 """
+
+import math
 
 from ml_collections import ConfigDict
 
@@ -118,13 +125,56 @@ def default_config(size: str = "tiny") -> ConfigDict:
     return config.lock()
 
 
+# Key -> the least value, the largest, and whether that itself is allowed.
+_RANGES: dict[str, tuple[float, float, bool]] = {
+    "seed": (0, 2**32 - 1, True),  # the model's key has 32 bits of it
+    "data.batch_size": (1, math.inf, False),
+    "data.image_size": (1, math.inf, False),
+    "data.max_text_length": (3, math.inf, False),
+    "data.num_edges": (1, math.inf, False),
+    "data.edge_multiple": (1, math.inf, False),
+    "data.threads": (1, math.inf, False),
+    "data.workers": (0, math.inf, False),
+    "data.prefetch": (1, math.inf, False),
+    "data.max_bad_fraction": (0, 1, True),
+    "data.cache_workers": (0, math.inf, False),
+    "optim.b1": (0, 1, False),
+    "optim.b2": (0, 1, False),
+    "optim.eps": (0, math.inf, False),
+    "optim.weight_decay": (0, math.inf, False),
+    "optim.clip_norm": (0, math.inf, False),
+    "optim.ema_decay": (0, 1, False),
+    "optim.accumulation": (1, math.inf, False),
+    "optim.max_skipped": (0, math.inf, False),
+    "schedule.peak": (0, math.inf, False),
+    "schedule.final_factor": (0, math.inf, False),
+    "checkpoint.keep_best": (0, math.inf, False),
+    "profile.start_step": (0, math.inf, False),
+    "profile.num_steps": (0, math.inf, False),
+}
+
+
 def check_keys(config: ConfigDict) -> None:
-    """Refuse keys that ``default_config`` does not have.
+    """Refuse keys that ``default_config`` does not have, and numbers out of their range.
 
     Raises:
-        ConfigError: names the key and the nearest one that exists.
+        ConfigError: names the key and the nearest one that exists, or the range.
     """
     _check_section(config, default_config(), "")
+    for key, (low, high, closed) in _RANGES.items():
+        value = config
+        for part in key.split("."):
+            value = value[part]
+        if not low <= value <= high or (value == high and not closed):
+            upwards = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            end = "" if closed or high == math.inf else f", without {high}"
+            raise ConfigError(key, f"{value} is out of range", f"Use {upwards}{end}")
+    for name, section in config.objectives.items():
+        weight = section.get("weight", 1.0)
+        if not 0.0 <= weight < math.inf:
+            raise ConfigError(
+                f"objectives.{name}.weight", f"{weight} is out of range", "Use 0 or more"
+            )
 
 
 def _check_section(config: ConfigDict, known: ConfigDict, prefix: str) -> None:

@@ -17,9 +17,12 @@ import jax
 import rich
 
 from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket, bucket_label
+from vlp_jax.data.batch import HostBatch
 from vlp_jax.data.loader import Loader
+from vlp_jax.data.source import NothingReadable
 from vlp_jax.infra.checkpoint import Checkpoints, load_params
 from vlp_jax.infra.compilation import CompiledSteps, enable_compile_cache
+from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.hardware import measure_matmul_peak, memory
 from vlp_jax.infra.mesh import global_batch
 from vlp_jax.infra.metrics import MetricWriter, open_writer, read_metrics, results_table, strict
@@ -36,6 +39,10 @@ from vlp_jax.train.step import StepFunction
 
 # Steps that may wait on the device: enough to hide the host, few enough to hold few batches.
 QUEUED_STEPS = 2
+HEALTH_STEPS = 10  # between two looks at the counters of updates that have ended
+_COUNTERS = ("skipped_in_a_row", "replaced")
+# Damaged examples at the limit of ``data.max_bad_fraction`` from which on it is judged.
+MIN_EXPECTED_BAD = 10
 
 # Of a checkpoint: whether what was due at its step was evaluated.
 _EVALUATED = "evaluated"
@@ -116,6 +123,8 @@ def train(setup: Setup) -> ExitCode:
         checkpoints = stack.enter_context(setup.open_checkpoints())
         restored = checkpoints.restore_latest(program.state_spec)
         start = 0 if restored is None else restored.step
+        if restored is not None:
+            setup.check_same_data(restored.extra)
         loader = stack.enter_context(
             Loader(
                 setup.plan,
@@ -185,12 +194,11 @@ def train(setup: Setup) -> ExitCode:
         guarded = "allow" if config.debug else "disallow"
         while step < total and not guard.requested:
             waiting = time.perf_counter()
-            host = next(loader)
+            host, planned = _next(loader), setup.plan.batch(step)
             if step == start:
                 clock = Clock()  # until here reading began: nothing was trained
             else:
                 clock.waited += time.perf_counter() - waiting
-            planned = setup.plan.batch(step)
             batches = {name: global_batch(host, mesh) for name in program.batch_names}
             rate = program.learning_rate(step)
             with profiler.step(step), jax.transfer_guard(guarded):
@@ -200,7 +208,10 @@ def train(setup: Setup) -> ExitCode:
             clock.tokens += int(planned.length.sum())
             queue.append(metrics)
             if len(queue) > QUEUED_STEPS:
-                jax.block_until_ready(queue.popleft())
+                finished = jax.block_until_ready(queue.popleft())
+                if step % HEALTH_STEPS == 0:
+                    counters = jax.device_get({name: finished[name] for name in _COUNTERS})
+                    _check_health(setup, counters, step - QUEUED_STEPS, checkpoints.latest_path)
 
             if step % log_every == 0 or step == total:
                 values = {k: float(v) for k, v in jax.device_get(metrics).items()}
@@ -219,10 +230,12 @@ def train(setup: Setup) -> ExitCode:
                 evaluated = _evaluate(setup, state, step, writer, guard)
                 if evaluated:
                     state = program.observe(state, evaluated)
-                if step % save_every == 0 and step < total and evaluated is not None:
-                    checkpoints.save(
-                        step, state, _ranked(setup, evaluated), setup.checkpoint_extra()
-                    )
+                if evaluated is not None and step < total:
+                    ranked = _ranked(setup, evaluated)
+                    # Periods are rounded each by itself: without a save of its own, what was
+                    # evaluated might never be a candidate for the best.
+                    if ranked or step % save_every == 0:
+                        checkpoints.save(step, state, ranked, setup.checkpoint_extra())
 
         # Save and report. ------------------------------------------------------------------------
         extra = setup.checkpoint_extra() | {_EVALUATED: evaluated is not None}
@@ -248,6 +261,18 @@ def train(setup: Setup) -> ExitCode:
         summary = {"workdir": str(setup.workdir), "report": str(report), "step": step}
         print(json.dumps(summary | {"metrics": strict(latest)}, allow_nan=False), flush=True)
     return ExitCode.PREEMPTED if preempted else ExitCode.OK
+
+
+def _next(loader: Loader) -> HostBatch:
+    """The next batch.
+
+    Raises:
+        RunStopped: nothing of a source can be read.
+    """
+    try:
+        return next(loader)
+    except NothingReadable as error:
+        raise RunStopped(ExitCode.TOO_MANY_BAD_EXAMPLES, str(error)) from error
 
 
 def _compile(setup: Setup, primary: bool) -> CompiledSteps[StepBucket, StepFunction]:
@@ -296,7 +321,15 @@ def _evaluate_best(
     if not setup.on_best:
         return True
     subtree = "extras/ema" if setup.config.optim.ema_decay else "params"
-    best = load_params(checkpoints.directory, "best", subtree)
+    try:
+        best = load_params(checkpoints.directory, "best", subtree)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            "checkpoint.best_metric",
+            f"no evaluation has given {setup.config.checkpoint.best_metric!r}, so that there is no "
+            f"best checkpoint for {', '.join(sorted(setup.on_best))}",
+            "Name another figure of evals and start the run again, which trains nothing anew",
+        ) from error
     params = jax.tree.map(
         lambda leaf, spec: jax.device_put(leaf, spec.sharding),
         best.state,
@@ -335,8 +368,15 @@ def _ranked(setup: Setup, evaluated: Mapping[str, float]) -> Mapping[str, float]
     return evaluated if ranking in ran else {}
 
 
-def _check_health(setup: Setup, values: Mapping[str, float], step: int, last_good: Any) -> None:
-    """Stop a run that has lost its way, and say from where to go on."""
+def _check_health(setup: Setup, values: Mapping[str, Any], step: int, last_good: Any) -> None:
+    """Stop a run that has lost its way, and say from where to go on.
+
+    Args:
+        setup: of the run.
+        values: ``_COUNTERS`` after ``step`` updates.
+        step: updates made.
+        last_good: checkpoint, for the message.
+    """
     last = f"last good checkpoint: {last_good or 'none'}"
     limit = setup.config.optim.max_skipped
     if limit and values["skipped_in_a_row"] >= limit:
@@ -348,7 +388,10 @@ def _check_health(setup: Setup, values: Mapping[str, float], step: int, last_goo
         )
     seen = step * setup.budget.batch_size
     bad_limit = setup.config.data.max_bad_fraction
-    if values["replaced"] > bad_limit * seen:
+    # Of few examples a single damaged one is a large share.
+    expected = seen * bad_limit
+    enough = not bad_limit or step == setup.total_steps or expected >= MIN_EXPECTED_BAD
+    if enough and values["replaced"] > bad_limit * seen:
         raise RunStopped(
             ExitCode.TOO_MANY_BAD_EXAMPLES,
             f"step {step}: {int(values['replaced'])} of {seen} examples were damaged, more than "

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS
+from vlp_jax.data.batch import PAIRS
 from vlp_jax.data.build import (
     bad_captions,
     build_plan,
@@ -25,10 +26,12 @@ from vlp_jax.data.plan import Plan
 from vlp_jax.data.source import Source
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.evals import EvalContext, Evaluator, build_evaluators
-from vlp_jax.infra.checkpoint import Checkpoints
+from vlp_jax.evals.base import has_figure
+from vlp_jax.infra.checkpoint import Checkpoints, has_checkpoint
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
 from vlp_jax.infra.mesh import make_mesh
+from vlp_jax.infra.metrics import check_wandb
 from vlp_jax.infra.sharding import by_path
 from vlp_jax.models.pretrained import Metadata, Report, check_vocabulary, merge
 from vlp_jax.models.pretrained.merge import fit
@@ -68,6 +71,7 @@ class Setup:
         origin: where the first parameters come from; None: from scratch, or the run was begun.
         dropped_captions: captions left out when the annotations were read, by kind.
         missing_images: images that the annotations name and that are not there.
+        source_facts: what a resumed run must find again, by source; see ``_source_facts``.
     """
 
     config: ConfigDict
@@ -84,6 +88,7 @@ class Setup:
     origin: Origin | None
     dropped_captions: dict[str, int]
     missing_images: int
+    source_facts: dict[str, dict[str, Any]]
 
     @property
     def total_steps(self) -> int:
@@ -109,7 +114,38 @@ class Setup:
             "config": plain(self.config),
             "tokenizer": self.tokenizer.to_json(),
             "classes": list(classes[0]) if classes else [],
+            "sources": self.source_facts,
         }
+
+    def check_same_data(self, extra: Mapping[str, Any]) -> None:
+        """Say where the sources are not those of a checkpoint that the run goes on from.
+
+        Args:
+            extra: saved beside the checkpoint's state.
+
+        Raises:
+            ConfigError: labels would mean something else.
+        """
+        for name, before in extra.get("sources", {}).items():
+            now = self.source_facts.get(name)
+            if now is None or now == before:  # what the config has changed is told by itself
+                continue
+            if now["classes"] != before["classes"]:
+                raise ConfigError(
+                    f"data.sources.{name}",
+                    f"its {len(now['classes'])} classes are not the {len(before['classes'])} that "
+                    "the run was begun with, so that one label would mean two things",
+                    "Give it the old list again, or use another workdir",
+                )
+            logging.warning(
+                "data.sources.%s had %s images with %s captions when the run was begun, and has "
+                "%s with %s now: from here on its batches are others",
+                name,
+                before["images"],
+                before["captions"],
+                now["images"],
+                now["captions"],
+            )
 
     def first_state(self) -> tuple[TrainState, Report | None]:
         """A fresh state, with the parameters of ``origin`` where they fit, and their report."""
@@ -131,23 +167,33 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
 
     Args:
         config: complete, see ``train.config``.
-        workdir: made if absent; a tokenizer found there is used again.
+        workdir: made if absent. A run that has a checkpoint there goes on from it, with its
+            tokenizer and geometry; one that was ended before its first begins anew.
 
     Raises:
         ConfigError, ValueError, OSError: the message names the key or the file, and the remedy.
     """
     check_keys(config)
+    check_wandb(config.log.wandb)
     mesh = make_mesh(devices=jax.devices()[:1]) if config.debug else make_mesh(**config.mesh)
+    if mesh.shape["model"] > 1:
+        raise ConfigError(
+            "mesh.model",
+            f"no parameter is cut along this axis yet: {mesh.shape['model']} devices would each "
+            "compute the same",
+            "Use 1, and mesh.fsdp to share parameters",
+        )
     sources = {name: build_source(config, name) for name in sorted(config.data.sources)}
     dropped = bad_captions(sources)
     _check_dropped(config, sources, dropped)
     workdir.mkdir(parents=True, exist_ok=True)
-    begun = (workdir / CHECKPOINT_FOLDER).is_dir()
+    # Its folder alone says nothing: it is there long before the first checkpoint is.
+    begun = has_checkpoint(workdir / CHECKPOINT_FOLDER)
     origin = None
     if config.init_from and not begun:
         origin = read_origin(config.init_from, str(config.init_checkpoint))
-    _adopt(config, workdir, origin)
-    tokenizer = _tokenizer(config, workdir, list(sources.values()), origin)
+    _adopt(config, workdir if begun else None, origin)
+    tokenizer = _tokenizer(config, workdir, begun, list(sources.values()), origin)
     plan = build_plan(config, sources, tokenizer)
     if len(plan.buckets()) > MAX_SCHEDULED_BUCKETS:
         raise ConfigError(
@@ -164,6 +210,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     budget = dataclasses.replace(budget, total_steps=total)
     program = Program(config, tokenizer.vocabulary, mesh, budget)
     _check_classes(sources, program.objectives)
+    _check_batches(program.objectives)
     if origin is not None:  # a misfit shows here, before any device time is spent
         fit(_shapes(program.state_spec.params), origin.arrays, origin.where)
     evaluators = build_evaluators(
@@ -174,7 +221,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         for name in evaluators
     }
     on_best = _on_best(config)
-    _check_teachers(config)
+    _check_teachers(config, evaluators)
     best = config.checkpoint.best_metric
     if best and best.partition("/")[0] not in set(evaluators) - on_best:
         raise ConfigError(
@@ -182,6 +229,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
             f"{best!r} is a figure of no evaluator of this run",
             f"Begin it with one of {sorted(evaluators)}, or leave it empty",
         )
+    if best:
+        _check_figure("checkpoint.best_metric", best, evaluators)
     _write_config(config, workdir)
     return Setup(
         config,
@@ -198,10 +247,32 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         origin,
         dropped,
         missing_images(sources),
+        _source_facts(sources),
     )
 
 
-def _check_teachers(config: ConfigDict) -> None:
+def _source_facts(sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
+    """Images and captions of each source, None where it is unbounded, and its classes."""
+    facts = {}
+    for name, source in sources.items():
+        images = source.num_records
+        captions = None if images is None else int(source.num_captions(np.arange(images)).sum())
+        facts[name] = {"images": images, "captions": captions, "classes": list(source.classes)}
+    return facts
+
+
+def _check_figure(key: str, metric: str, evaluators: Mapping[str, Evaluator]) -> None:
+    """Refuse a figure that its evaluator does not give."""
+    name, _, figure = metric.partition("/")
+    if not has_figure(evaluators[name], figure):
+        raise ConfigError(
+            key,
+            f"{metric!r} is none of the figures of evals.{name}",
+            f"Use one of {', '.join(f'{name}/{known}' for known in evaluators[name].figures)}",
+        )
+
+
+def _check_teachers(config: ConfigDict, evaluators: Mapping[str, Evaluator]) -> None:
     """Refuse an objective that would wait in vain for a figure that it learns from."""
     for name, metrics in learns_from(config.objectives).items():
         for metric in metrics:
@@ -214,6 +285,18 @@ def _check_teachers(config: ConfigDict) -> None:
                     f"learns from {metric!r}, which no evaluator reports while the run trains",
                     f"Add evals.{evaluator} with every_steps or the like, or name another metric",
                 )
+            _check_figure(f"objectives.{name}", metric, evaluators)
+
+
+def _check_batches(objectives: Sequence[Objective]) -> None:
+    """Refuse a named batch that nobody reads."""
+    for objective in objectives:
+        if objective.batch_name != PAIRS:
+            raise ConfigError(
+                f"objectives.{objective.name}.batch",
+                f"{objective.batch_name!r} is no batch of this run, which has one",
+                f"Use {PAIRS!r}, or leave it out",
+            )
 
 
 def _check_classes(sources: Mapping[str, Source], objectives: Sequence[Objective]) -> None:
@@ -268,20 +351,22 @@ def plain(config: ConfigDict) -> dict[str, Any]:
 
 
 def _tokenizer(
-    config: ConfigDict, workdir: pathlib.Path, sources: list[Source], origin: Origin | None
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    begun: bool,
+    sources: list[Source],
+    origin: Origin | None,
 ) -> Tokenizer:
-    """That of the workdir, of ``tokenizer.path``, of the origin, or one trained on the captions."""
+    """That of a run that has begun, of ``tokenizer.path``, of the origin, or one trained here."""
     file, old = workdir / TOKENIZER_FILE, workdir / CONFIG_FILE
-    begun = (workdir / CHECKPOINT_FOLDER).is_dir()
-    if file.exists() and old.exists() and (begun or origin is None):
+    if begun and file.exists() and old.exists():
         if json.loads(old.read_text())["tokenizer"] == plain(config)["tokenizer"]:
             return Tokenizer.load(file)
-        if begun:
-            raise ConfigError(
-                "tokenizer",
-                f"the run in {workdir} was begun with another tokenizer section",
-                "Use the old one (it is in config.json there) or another workdir",
-            )
+        raise ConfigError(
+            "tokenizer",
+            f"the run in {workdir} was begun with another tokenizer section",
+            "Use the old one (it is in config.json there) or another workdir",
+        )
     if origin is not None and origin.tokenizer and not config.tokenizer.path:
         tokenizer = Tokenizer.from_json(origin.tokenizer, origin.where)
     else:
@@ -294,14 +379,15 @@ def _tokenizer(
     return tokenizer
 
 
-def _adopt(config: ConfigDict, workdir: pathlib.Path, origin: Origin | None) -> None:
+def _adopt(config: ConfigDict, begun: pathlib.Path | None, origin: Origin | None) -> None:
     """Fill in what the config leaves to the origin: the geometry, and ``readout="auto"``.
 
     A readout is what the pretraining objective has trained. A run that was itself fine-tuned hands
-    on the readout it was given. A run that was begun keeps what its config.json says.
+    on the readout it was given. A run that has begun keeps what the config.json in its workdir
+    says.
     """
-    file = workdir / CONFIG_FILE
-    kept = json.loads(file.read_text()) if origin is None and file.exists() else {}
+    file = None if begun is None else begun / CONFIG_FILE
+    kept = json.loads(file.read_text()) if file and file.exists() else {}
     model = kept.get("model", {}) if origin is None else origin.config.get("model", {})
     if config.adopt_model:
         for part in ("image", "text", "reconstructor"):

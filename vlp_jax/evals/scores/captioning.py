@@ -52,6 +52,9 @@ def tokenise(caption: str) -> str:
     return " ".join(_BRACKETS.get(token, token) for token in tokens)
 
 
+CAPTION_SCORES = ("bleu1", "bleu2", "bleu3", "bleu4", "cider", "rouge_l")
+
+
 def caption_scores(
     predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, float]:

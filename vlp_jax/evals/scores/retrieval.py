@@ -89,6 +89,11 @@ def retrieval_ranks(similarity: Similarity, image_of_text: np.ndarray, block: in
     return Ranks(image_to_text, text_to_image)
 
 
+RETRIEVAL_SCORES = tuple(
+    f"{way}_{key}" for way in ("i2t", "t2i") for key in ("r1", "r5", "r10", "median_rank")
+)
+
+
 def retrieval_scores(ranks: Ranks) -> dict[str, float]:
     """Recall at 1, 5 and 10 in [0, 1] and the median rank, from 1, both ways.
 

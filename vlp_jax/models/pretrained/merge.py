@@ -162,8 +162,8 @@ def fit(
         raise WeightsError(
             origin,
             f"of another architecture: {len(wrong)} parameters differ in shape: {_listed(wrong)}",
-            "Set config.model (widths, heads, patch_size) and config.tokenizer to those of the "
-            "weights",
+            "Set config.model (widths, heads, patch_size), config.tokenizer and the sizes of heads "
+            "(config.objectives: num_classes, embedding_dim) to those of the weights",
         )
     rows += [Row("unused", path, loaded[path].shape) for path in loaded if path not in shapes]
     return fitted, Report(tuple(rows))

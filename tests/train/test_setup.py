@@ -1,0 +1,183 @@
+"""What is refused before a run begins, and what a run that goes on must find again."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.tiny_config import get_config
+from vlp_jax.data.loader import Loader
+from vlp_jax.data.source import NothingReadable
+from vlp_jax.infra.checkpoint import load_params
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.preemption import ExitCode
+from vlp_jax.train.initial import read_origin
+from vlp_jax.train.loop import RunStopped, _check_health, train
+from vlp_jax.train.setup import prepare
+
+
+def changed(**changes):
+    config = get_config()
+    with config.unlocked(), config.ignore_type():
+        config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    """A checkpoint to start from, after no update at all."""
+    setup = prepare(get_config(), tmp_path_factory.mktemp("origin"))
+    with setup.open_checkpoints() as checkpoints:
+        checkpoints.save(0, setup.first_state()[0], {}, setup.checkpoint_extra())
+    return setup
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optim.clip_norm", -1.0),
+        ("optim.accumulation", 0),
+        ("optim.ema_decay", 1.0),
+        ("optim.ema_decay", -0.5),
+        ("optim.b1", 1.0),
+        ("optim.weight_decay", -0.1),
+        ("optim.max_skipped", -1),
+        ("schedule.peak", -1e-3),
+        ("schedule.peak", float("nan")),
+        ("data.image_size", 0),
+        ("data.max_bad_fraction", 1.5),
+        ("seed", 2**33),
+        ("objectives.flm.weight", float("nan")),
+        ("objectives.flm.weight", -1.0),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path, key, value):
+    with pytest.raises(ConfigError, match=rf"config\.{key}: .* is out of range\. Use"):
+        prepare(changed(**{key: value}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"checkpoint.best_metric": "reconstruction/accuracy"}, r"checkpoint\.best_metric"),
+        (
+            {
+                "objectives.flm.corruption_rate": {
+                    "kind": "bandit",
+                    "metric": "reconstruction/0.25/loss",
+                },
+            },
+            r"objectives\.flm",
+        ),
+    ],
+)
+def test_a_figure_that_no_evaluator_gives_is_refused(tmp_path, changes, key):
+    message = rf"config\.{key}: .* is none of the figures of evals\.reconstruction\. Use one of .*"
+    with pytest.raises(ConfigError, match=message + r"reconstruction/0\.3/loss"):
+        prepare(changed(**changes), tmp_path)
+    prepare(changed(**{"checkpoint.best_metric": "reconstruction/grounding_gap/colour"}), tmp_path)
+
+
+def test_a_logger_that_is_not_installed_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"log\.wandb: 'mine' needs the package wandb"):
+        prepare(changed(**{"log.wandb": "mine"}), tmp_path)
+
+
+def test_a_run_that_was_ended_before_its_first_checkpoint_starts_from_its_origin(origin, tmp_path):
+    """The folder of checkpoints is there from the start on; it says nothing of a checkpoint."""
+    config = changed(**{"init_from": str(origin.workdir), "seed": 1})
+    first = prepare(config, tmp_path)
+    with first.open_checkpoints():
+        pass
+    again = prepare(config, tmp_path)
+    assert again.origin is not None
+    _, report = again.first_state()
+    assert not report.of("new")
+    with again.open_checkpoints() as checkpoints:
+        checkpoints.save(1, again.first_state()[0], {}, again.checkpoint_extra())
+    assert prepare(config, tmp_path).origin is None
+
+
+def test_a_tokenizer_is_kept_of_a_run_that_has_begun_alone(tmp_path):
+    first = prepare(get_config(), tmp_path)
+    other = changed(**{"data.sources.scenes.level": "hard"})
+    assert prepare(other, tmp_path).tokenizer.to_json() != first.tokenizer.to_json()
+
+
+def test_a_resumed_run_tells_that_its_data_have_changed(origin, caplog):
+    extra = read_extra(origin)
+    origin.check_same_data(extra)
+    assert not caplog.records
+    facts = extra["sources"]["scenes"]
+    origin.check_same_data({"sources": {"scenes": {**facts, "images": 511}}})
+    assert "data.sources.scenes had 511 images with" in caplog.text
+    origin.check_same_data({})  # of an earlier version
+    with pytest.raises(ConfigError, match=r"data\.sources\.scenes: its 0 classes are not the 1"):
+        origin.check_same_data({"sources": {"scenes": {**facts, "classes": ["yes"]}}})
+
+
+def read_extra(setup):
+    return load_params(setup.workdir / "checkpoints").extra
+
+
+class Scored:
+    """An evaluator whose figure is known beforehand."""
+
+    figures = ("base/accuracy", "0.3/loss")
+
+    def run(self, params, step=0):
+        yield "base/accuracy", 1.0 / (1 + step)  # the first is the best
+
+
+def test_what_is_evaluated_may_be_the_best_whenever_checkpoints_are_saved(tmp_path):
+    """Evaluated at 3, 6, ... and saved at 2, 4, ...: without a save of its own, never at once."""
+    changes = {"total_steps": 4, "evals.reconstruction.every_steps": 3}
+    config = changed(**changes, **{"checkpoint.every_steps": 2})
+    setup = prepare(config, tmp_path)
+    setup.evaluators["reconstruction"] = Scored()
+    assert train(setup) == ExitCode.OK
+    assert load_params(tmp_path / "checkpoints", "best").step == 3
+    assert read_origin(tmp_path, "best").params() is not None
+
+
+def test_a_set_of_which_nothing_can_be_read_ends_the_run_by_its_own_code(tmp_path, monkeypatch):
+    def fail(self):
+        raise NothingReadable("data.sources.scenes: none could be read")
+
+    monkeypatch.setattr(Loader, "__next__", fail)
+    with pytest.raises(RunStopped, match="none could be read") as stopped:
+        train(prepare(changed(total_steps=1), tmp_path))
+    assert stopped.value.code == ExitCode.TOO_MANY_BAD_EXAMPLES
+
+
+def test_a_share_of_damaged_examples_is_judged_of_enough(origin):
+    """At 1 % of 16 rows an update, ten are to be expected after 63 updates."""
+    one = {"skipped_in_a_row": 0, "replaced": 16}
+    _check_health(origin, one, 62, None)
+    with pytest.raises(RunStopped, match="16 of 1008 examples were damaged"):
+        _check_health(origin, one, 63, None)
+    with pytest.raises(RunStopped, match="17 of 1600 examples"):  # at the end in any case
+        _check_health(origin, {**one, "replaced": 17}, origin.total_steps, None)
+
+
+def test_without_a_best_checkpoint_its_evaluators_say_why(tmp_path, origin):
+    shutil.copytree(origin.workdir, tmp_path / "run")
+    config = changed(**{"total_steps": 1})
+    with config.unlocked():
+        config.evals.last = {**config.evals.reconstruction.to_dict(), "on": "best"}
+        del config.evals.last["every_steps"]
+    setup = prepare(config, tmp_path / "run")
+
+    class Silent(Scored):
+        def run(self, params, step=0):
+            yield "0.3/loss", 1.0
+
+    setup.evaluators.update(reconstruction=Silent(), last=Silent())
+    with pytest.raises(ConfigError, match="no evaluation has given 'reconstruction/base/accuracy'"):
+        train(setup)
+    assert load_params(tmp_path / "run" / "checkpoints").step == 1, (
+        "the state is saved all the same"
+    )
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
