@@ -22,8 +22,9 @@ from vlp_jax.models.pretrained import Metadata, save_parameters
 from vlp_jax.objectives import build_objectives
 from vlp_jax.objectives.classification import Classification
 from vlp_jax.predict import Predictor
+from vlp_jax.train.checks import check_classes
 from vlp_jax.train.initial import read_origin
-from vlp_jax.train.setup import _check_classes, plain, prepare
+from vlp_jax.train.setup import plain, prepare
 
 
 def save(config, workdir):
@@ -141,11 +142,11 @@ def test_labels_mean_the_same_in_all_sources_and_fit_the_head():
         return types.SimpleNamespace(classes=classes)
 
     objective = Classification(tiny_model(), "answers", 3)
-    _check_classes({"a": source("no", "yes"), "b": source(), "c": source("no", "yes")}, [objective])
+    check_classes({"a": source("no", "yes"), "b": source(), "c": source("no", "yes")}, [objective])
     with pytest.raises(ConfigError, match=r"data.sources.c: its 2 classes .* data.sources.a"):
-        _check_classes({"a": source("no", "yes"), "c": source("yes", "no")}, [objective])
+        check_classes({"a": source("no", "yes"), "c": source("yes", "no")}, [objective])
     with pytest.raises(ConfigError, match=r"objectives.answers.num_classes: 3 .* has 4"):
-        _check_classes({"a": source(*"abcd")}, [objective])
+        check_classes({"a": source(*"abcd")}, [objective])
 
 
 def test_another_vocabulary_is_refused(origin, tmp_path):

@@ -118,6 +118,29 @@ def test_a_resumed_run_tells_that_its_data_have_changed(origin, caplog):
         origin.check_same_data({"sources": {"scenes": {**facts, "classes": ["yes"]}}})
 
 
+def test_a_resumed_run_tells_which_keys_change_what_it_computes(tmp_path, caplog):
+    def start(**changes):
+        caplog.clear()
+        prepare(changed(**changes), tmp_path)
+        return caplog.text
+
+    start()
+    free = {
+        "data.threads": 2,
+        "data.prefetch": 3,
+        "log.every_steps": 7,
+        "checkpoint.keep_latest": 5,
+    }
+    assert not start(**free, **{"evals.reconstruction.every_steps": 30})
+    text = start(**{"data.window_batches": 64, "optim.b1": 0.8})
+    assert "the last start in data.window_batches, optim: from here on" in text
+    bandit = {
+        "objectives.flm.corruption_rate": {"kind": "bandit", "metric": "reconstruction/0.3/loss"}
+    }
+    start(**bandit)
+    assert "in evals: from here" in start(**bandit, **{"evals.reconstruction.every_steps": 30})
+
+
 def read_extra(setup):
     return load_params(setup.workdir / "checkpoints").extra
 

@@ -3,18 +3,16 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS
-from vlp_jax.data.batch import PAIRS
 from vlp_jax.data.build import (
     bad_captions,
     build_plan,
@@ -26,7 +24,6 @@ from vlp_jax.data.plan import Plan
 from vlp_jax.data.source import Source
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.evals import EvalContext, Evaluator, build_evaluators
-from vlp_jax.evals.base import has_figure
 from vlp_jax.infra.checkpoint import Checkpoints, has_checkpoint
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
@@ -36,20 +33,25 @@ from vlp_jax.infra.sharding import by_path
 from vlp_jax.models.pretrained import Metadata, Report, check_vocabulary, merge
 from vlp_jax.models.pretrained.merge import fit
 from vlp_jax.objectives import learns_from
-from vlp_jax.objectives.base import Objective
-from vlp_jax.objectives.classification import Classification
 from vlp_jax.objectives.readout import READOUT_OF
+from vlp_jax.train.checks import (
+    changed_keys,
+    check_batches,
+    check_classes,
+    check_dropped,
+    check_figure,
+    check_teachers,
+    judged_on_best,
+    source_facts,
+)
 from vlp_jax.train.config import check_keys
 from vlp_jax.train.initial import CHECKPOINT_FOLDER, Origin, read_origin
 from vlp_jax.train.program import Program
-from vlp_jax.train.schedule import UNITS, Budget, to_steps
+from vlp_jax.train.schedule import Budget, to_steps
 from vlp_jax.train.state import TrainState
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "config.json"
-
-# Keys that may change between two starts of a run without changing what it computes.
-FREE_KEYS = ("name", "debug", "log", "profile", "checkpoint", "evals", "compile_cache", "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Setup:
         origin: where the first parameters come from; None: from scratch, or the run was begun.
         dropped_captions: captions left out when the annotations were read, by kind.
         missing_images: images that the annotations name and that are not there.
-        source_facts: what a resumed run must find again, by source; see ``_source_facts``.
+        source_facts: what a resumed run must find again, by source; see ``source_facts``.
     """
 
     config: ConfigDict
@@ -185,7 +187,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         )
     sources = {name: build_source(config, name) for name in sorted(config.data.sources)}
     dropped = bad_captions(sources)
-    _check_dropped(config, sources, dropped)
+    check_dropped(config, sources, dropped)
     workdir.mkdir(parents=True, exist_ok=True)
     # Its folder alone says nothing: it is there long before the first checkpoint is.
     begun = has_checkpoint(workdir / CHECKPOINT_FOLDER)
@@ -209,8 +211,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         )
     budget = dataclasses.replace(budget, total_steps=total)
     program = Program(config, tokenizer.vocabulary, mesh, budget)
-    _check_classes(sources, program.objectives)
-    _check_batches(program.objectives)
+    check_classes(sources, program.objectives)
+    check_batches(program.objectives)
     if origin is not None:  # a misfit shows here, before any device time is spent
         fit(_shapes(program.state_spec.params), origin.arrays, origin.where)
     evaluators = build_evaluators(
@@ -220,8 +222,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         name: to_steps(with_durations(config.evals[name]), f"evals.{name}", "every", budget)
         for name in evaluators
     }
-    on_best = _on_best(config)
-    _check_teachers(config, evaluators)
+    on_best = judged_on_best(config)
+    check_teachers(config, evaluators)
     best = config.checkpoint.best_metric
     if best and best.partition("/")[0] not in set(evaluators) - on_best:
         raise ConfigError(
@@ -230,7 +232,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
             f"Begin it with one of {sorted(evaluators)}, or leave it empty",
         )
     if best:
-        _check_figure("checkpoint.best_metric", best, evaluators)
+        check_figure("checkpoint.best_metric", best, evaluators)
     _write_config(config, workdir)
     return Setup(
         config,
@@ -247,95 +249,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         origin,
         dropped,
         missing_images(sources),
-        _source_facts(sources),
+        source_facts(sources),
     )
-
-
-def _source_facts(sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
-    """Images and captions of each source, None where it is unbounded, and its classes."""
-    facts = {}
-    for name, source in sources.items():
-        images = source.num_records
-        captions = None if images is None else int(source.num_captions(np.arange(images)).sum())
-        facts[name] = {"images": images, "captions": captions, "classes": list(source.classes)}
-    return facts
-
-
-def _check_figure(key: str, metric: str, evaluators: Mapping[str, Evaluator]) -> None:
-    """Refuse a figure that its evaluator does not give."""
-    name, _, figure = metric.partition("/")
-    if not has_figure(evaluators[name], figure):
-        raise ConfigError(
-            key,
-            f"{metric!r} is none of the figures of evals.{name}",
-            f"Use one of {', '.join(f'{name}/{known}' for known in evaluators[name].figures)}",
-        )
-
-
-def _check_teachers(config: ConfigDict, evaluators: Mapping[str, Evaluator]) -> None:
-    """Refuse an objective that would wait in vain for a figure that it learns from."""
-    for name, metrics in learns_from(config.objectives).items():
-        for metric in metrics:
-            evaluator = metric.partition("/")[0]
-            section = config.evals.get(evaluator, {})
-            repeated = any(section.get(f"every_{unit}") for unit in UNITS)
-            if not repeated or section.get("on", "last") == "best":
-                raise ConfigError(
-                    f"objectives.{name}",
-                    f"learns from {metric!r}, which no evaluator reports while the run trains",
-                    f"Add evals.{evaluator} with every_steps or the like, or name another metric",
-                )
-            _check_figure(f"objectives.{name}", metric, evaluators)
-
-
-def _check_batches(objectives: Sequence[Objective]) -> None:
-    """Refuse a named batch that nobody reads."""
-    for objective in objectives:
-        if objective.batch_name != PAIRS:
-            raise ConfigError(
-                f"objectives.{objective.name}.batch",
-                f"{objective.batch_name!r} is no batch of this run, which has one",
-                f"Use {PAIRS!r}, or leave it out",
-            )
-
-
-def _check_classes(sources: Mapping[str, Source], objectives: Sequence[Objective]) -> None:
-    """Refuse labels that mean different things in two sources, or more than an objective knows."""
-    having = {name: source.classes for name, source in sources.items() if source.classes}
-    first, *others = having or [""]
-    for name in others:
-        if having[name] != having[first]:
-            raise ConfigError(
-                f"data.sources.{name}",
-                f"its {len(having[name])} classes are not the {len(having[first])} of "
-                f"data.sources.{first}, so that one label would mean two things",
-                "Give both the same list, for VQA by `answers`, or train on one of them",
-            )
-    for objective in objectives:
-        needed = len(having.get(first, ()))
-        if isinstance(objective, Classification) and needed > objective.num_classes:
-            raise ConfigError(
-                f"objectives.{objective.name}.num_classes",
-                f"{objective.num_classes} classes, but data.sources.{first} has {needed}",
-                "Use at least as many",
-            )
-
-
-def _on_best(config: ConfigDict) -> frozenset[str]:
-    """The evaluators whose section says ``on="best"``."""
-    names = set()
-    for name, section in config.evals.items():
-        if section.get("on", "last") not in ("last", "best"):
-            raise ConfigError(f"evals.{name}.on", f"{section.on!r}", "Use 'last' or 'best'")
-        if section.get("on", "last") == "best":
-            names.add(name)
-    if names and not config.checkpoint.best_metric:
-        raise ConfigError(
-            f"evals.{min(names)}.on",
-            "'best' by no metric",
-            "Give checkpoint.best_metric, a figure of an evaluator on the validation split",
-        )
-    return frozenset(names)
 
 
 def with_durations(section: ConfigDict) -> ConfigDict:
@@ -414,25 +329,6 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in by_path(params).items()}
 
 
-def _check_dropped(config: ConfigDict, sources: dict[str, Source], dropped: dict[str, int]) -> None:
-    """Stop where annotations are worse than the config allows."""
-    kept = sum(
-        int(source.num_captions(np.arange(source.num_records)).sum())
-        for source in sources.values()
-        if source.num_records is not None
-    )
-    total = sum(dropped.values())
-    if total > config.data.max_bad_fraction * (kept + total):
-        raise ConfigError(
-            "data.max_bad_fraction",
-            f"{total} of {kept + total} captions are bad ({dropped}), more than "
-            f"{config.data.max_bad_fraction:.2%}",
-            "Mend the annotations or raise the limit",
-        )
-    if dropped:
-        logging.warning("captions left out: %s", dropped)
-
-
 def _write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Keep the config in the workdir; say so where it changes what a resumed run computes."""
     if jax.process_index() != 0:
@@ -441,7 +337,7 @@ def _write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     new = plain(config)
     if file.exists():
         old = json.loads(file.read_text())
-        changed = sorted(key for key in new if key not in FREE_KEYS and old.get(key) != new[key])
+        changed = changed_keys(old, new, watched=any(learns_from(config.objectives).values()))
         if changed:
             logging.warning(
                 "the config differs from that of the last start in %s: from here on the run is "

@@ -1,0 +1,144 @@
+"""What a run refuses or tells before it begins, where several sections of its config meet."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from vlp_jax.data.batch import PAIRS
+from vlp_jax.data.source import Source
+from vlp_jax.evals import Evaluator
+from vlp_jax.evals.base import has_figure
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.objectives import learns_from
+from vlp_jax.objectives.base import Objective
+from vlp_jax.objectives.classification import Classification
+from vlp_jax.train.schedule import UNITS
+
+# Keys that may change between two starts of a run without changing what it computes; `evals` unless
+# an objective learns from them.
+FREE_KEYS = ("name", "debug", "log", "profile", "checkpoint", "evals", "compile_cache", "mesh")
+FREE_DATA_KEYS = ("root", "threads", "workers", "prefetch", "cache_dir", "cache_workers")
+
+
+def source_facts(sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
+    """Images and captions of each source, None where it is unbounded, and its classes."""
+    facts = {}
+    for name, source in sources.items():
+        images = source.num_records
+        captions = None if images is None else int(source.num_captions(np.arange(images)).sum())
+        facts[name] = {"images": images, "captions": captions, "classes": list(source.classes)}
+    return facts
+
+
+def check_figure(key: str, metric: str, evaluators: Mapping[str, Evaluator]) -> None:
+    """Refuse a figure that its evaluator does not give."""
+    name, _, figure = metric.partition("/")
+    if not has_figure(evaluators[name], figure):
+        raise ConfigError(
+            key,
+            f"{metric!r} is none of the figures of evals.{name}",
+            f"Use one of {', '.join(f'{name}/{known}' for known in evaluators[name].figures)}",
+        )
+
+
+def check_teachers(config: ConfigDict, evaluators: Mapping[str, Evaluator]) -> None:
+    """Refuse an objective that would wait in vain for a figure that it learns from."""
+    for name, metrics in learns_from(config.objectives).items():
+        for metric in metrics:
+            evaluator = metric.partition("/")[0]
+            section = config.evals.get(evaluator, {})
+            repeated = any(section.get(f"every_{unit}") for unit in UNITS)
+            if not repeated or section.get("on", "last") == "best":
+                raise ConfigError(
+                    f"objectives.{name}",
+                    f"learns from {metric!r}, which no evaluator reports while the run trains",
+                    f"Add evals.{evaluator} with every_steps or the like, or name another metric",
+                )
+            check_figure(f"objectives.{name}", metric, evaluators)
+
+
+def check_batches(objectives: Sequence[Objective]) -> None:
+    """Refuse a named batch that nobody reads."""
+    for objective in objectives:
+        if objective.batch_name != PAIRS:
+            raise ConfigError(
+                f"objectives.{objective.name}.batch",
+                f"{objective.batch_name!r} is no batch of this run, which has one",
+                f"Use {PAIRS!r}, or leave it out",
+            )
+
+
+def check_classes(sources: Mapping[str, Source], objectives: Sequence[Objective]) -> None:
+    """Refuse labels that mean different things in two sources, or more than an objective knows."""
+    having = {name: source.classes for name, source in sources.items() if source.classes}
+    first, *others = having or [""]
+    for name in others:
+        if having[name] != having[first]:
+            raise ConfigError(
+                f"data.sources.{name}",
+                f"its {len(having[name])} classes are not the {len(having[first])} of "
+                f"data.sources.{first}, so that one label would mean two things",
+                "Give both the same list, for VQA by `answers`, or train on one of them",
+            )
+    for objective in objectives:
+        needed = len(having.get(first, ()))
+        if isinstance(objective, Classification) and needed > objective.num_classes:
+            raise ConfigError(
+                f"objectives.{objective.name}.num_classes",
+                f"{objective.num_classes} classes, but data.sources.{first} has {needed}",
+                "Use at least as many",
+            )
+
+
+def judged_on_best(config: ConfigDict) -> frozenset[str]:
+    """The evaluators whose section says ``on="best"``."""
+    names = set()
+    for name, section in config.evals.items():
+        if section.get("on", "last") not in ("last", "best"):
+            raise ConfigError(f"evals.{name}.on", f"{section.on!r}", "Use 'last' or 'best'")
+        if section.get("on", "last") == "best":
+            names.add(name)
+    if names and not config.checkpoint.best_metric:
+        raise ConfigError(
+            f"evals.{min(names)}.on",
+            "'best' by no metric",
+            "Give checkpoint.best_metric, a figure of an evaluator on the validation split",
+        )
+    return frozenset(names)
+
+
+def check_dropped(config: ConfigDict, sources: dict[str, Source], dropped: dict[str, int]) -> None:
+    """Stop where annotations are worse than the config allows."""
+    kept = sum(
+        int(source.num_captions(np.arange(source.num_records)).sum())
+        for source in sources.values()
+        if source.num_records is not None
+    )
+    total = sum(dropped.values())
+    if total > config.data.max_bad_fraction * (kept + total):
+        raise ConfigError(
+            "data.max_bad_fraction",
+            f"{total} of {kept + total} captions are bad ({dropped}), more than "
+            f"{config.data.max_bad_fraction:.2%}",
+            "Mend the annotations or raise the limit",
+        )
+    if dropped:
+        logging.warning("captions left out: %s", dropped)
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], watched: bool) -> list[str]:
+    """Keys by which a resumed run differs in what it computes; those of ``data`` one by one.
+
+    Args:
+        old: config of the last start.
+        new: config of this one.
+        watched: whether an objective learns from evaluators.
+    """
+    free = {*FREE_KEYS} - ({"evals"} if watched else set())
+    keys = [key for key in new if key not in free and old.get(key) != new[key]]
+    before, now = old.get("data", {}), new["data"]
+    inside = [key for key in now if key not in FREE_DATA_KEYS and before.get(key) != now[key]]
+    return sorted({*keys} - {"data"} | {f"data.{key}" for key in inside})
