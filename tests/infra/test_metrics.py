@@ -1,14 +1,18 @@
+import importlib.machinery
 import io
 import json
 import math
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import rich.console
 
 from vlp_jax.infra import metrics
+from vlp_jax.infra.errors import ConfigError
 
 
 def _reject(constant: str) -> float:
@@ -88,8 +92,24 @@ def test_wandb_missing_names_key_and_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=r"log\.wandb='p'.*pip install vlp_jax\[wandb\]"):
+    with pytest.raises(ConfigError, match=r"log\.wandb: 'p' needs .*pip install vlp_jax\[wandb\]"):
         metrics.open_writer(tmp_path, 10, primary=True, wandb_project="p")
+
+
+def test_wandb_runs_are_told_apart_by_their_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[dict[str, Any]] = []
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(fake, "init", lambda **given: begun.append(given), raising=False)
+    for folder in ("a/vqa", "b/vqa", "a/vqa"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        metrics.WandbWriter(tmp_path / folder, "project", "vqa")
+    first, second, again = (given["id"] for given in begun)
+    assert first == again != second
+    assert {given["name"] for given in begun} == {"vqa"}
 
 
 def test_only_the_primary_process_writes(tmp_path: Path) -> None:
