@@ -12,7 +12,7 @@ from vlp_jax.infra.checkpoint import load_params
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.train.initial import read_origin
-from vlp_jax.train.loop import RunStopped, _check_health, train
+from vlp_jax.train.loop import RunStopped, _check_health, is_save_due, train
 from vlp_jax.train.setup import prepare
 
 
@@ -152,6 +152,25 @@ class Scored:
 
     def run(self, params, step=0):
         yield "base/accuracy", 1.0 / (1 + step)  # the first is the best
+
+
+@pytest.mark.parametrize(
+    ("save_every", "ranks_every", "expected"),
+    [
+        (2, None, [2, 4, 6, 8, 10]),
+        (2, 3, [2, 3, 4, 6, 8, 9, 10]),  # rarer: each has its own
+        (3, 2, [4, 6, 10]),  # as frequent or more: those of 3 and 9 wait
+        (4, 4, [4, 8]),
+        (5, 1, [5, 10]),
+    ],
+)
+def test_checkpoints_meet_evaluations(save_every, ranks_every, expected):
+    saved, steps = 0, []
+    for step in range(1, 11):
+        ranked = bool(ranks_every) and step % ranks_every == 0
+        if is_save_due(step, saved, save_every, ranked, ranks_every):
+            steps.append(saved := step)
+    assert steps == expected
 
 
 def test_what_is_evaluated_may_be_the_best_whenever_checkpoints_are_saved(tmp_path):

@@ -35,8 +35,8 @@ is not here is an error that names it, whether it comes from the file or from a 
                     with on="best" only then, on the best checkpoint by checkpoint.best_metric (for
                     a test split, whose score must choose nothing)
     mesh            data, fsdp, model: sizes of the axes, -1 for the rest
-    checkpoint      every_* (and whenever the evaluator of best_metric has run), keep_latest,
-                    keep_best, best_metric, best_mode
+    checkpoint      every_*, keep_latest, keep_best, best_metric, best_mode; written together with a
+                    run of the evaluator of best_metric, so that it can be the best
     log             every_* steps written, tensorboard, wandb (project name or empty)
     profile         start_step, num_steps (0: none)
     compile_cache   folder of compiled programs; empty: WORKDIR/compile_cache; "off": none

@@ -183,7 +183,8 @@ def train(setup: Setup) -> ExitCode:
         # Train. ----------------------------------------------------------------------------------
         guard = stack.enter_context(PreemptionGuard())
         queue: collections.deque[Any] = collections.deque()
-        clock, step = Clock(), start
+        clock, step, saved = Clock(), start, start
+        ranks_every = setup.eval_steps.get(config.checkpoint.best_metric.partition("/")[0])
         evaluated: dict[str, float] | None = {}  # None: a signal came before the end
         if restored is not None and not restored.extra.get(_EVALUATED, True):
             evaluated = _evaluate(setup, state, step, writer, guard)
@@ -232,10 +233,9 @@ def train(setup: Setup) -> ExitCode:
                     state = program.observe(state, evaluated)
                 if evaluated is not None and step < total:
                     ranked = _ranked(setup, evaluated)
-                    # Periods are rounded each by itself: without a save of its own, what was
-                    # evaluated might never be a candidate for the best.
-                    if ranked or step % save_every == 0:
+                    if is_save_due(step, saved, save_every, bool(ranked), ranks_every):
                         checkpoints.save(step, state, ranked, setup.checkpoint_extra())
+                        saved = step
 
         # Save and report. ------------------------------------------------------------------------
         extra = setup.checkpoint_extra() | {_EVALUATED: evaluated is not None}
@@ -261,6 +261,28 @@ def train(setup: Setup) -> ExitCode:
         summary = {"workdir": str(setup.workdir), "report": str(report), "step": step}
         print(json.dumps(summary | {"metrics": strict(latest)}, allow_nan=False), flush=True)
     return ExitCode.PREEMPTED if preempted else ExitCode.OK
+
+
+def is_save_due(
+    step: int, saved: int, save_every: int, ranked: bool, ranks_every: int | None
+) -> bool:
+    """Whether a checkpoint is written after an update.
+
+    Periods are rounded each by itself, and a checkpoint is a candidate for the best only if it was
+    evaluated as it is. So where evaluations are the rarer, each has its checkpoint; where they are
+    as frequent or more, a checkpoint that is due waits for the next of them.
+
+    Args:
+        step: updates made.
+        saved: of the last checkpoint, or of the start.
+        save_every: updates between two checkpoints.
+        ranked: whether the evaluator that ranks checkpoints has just run.
+        ranks_every: updates between two of its runs; None: there is none, or only at the end.
+    """
+    often = ranks_every is not None and ranks_every <= save_every
+    if ranked and often:
+        return step // save_every != saved // save_every
+    return ranked or (step % save_every == 0 and not often)
 
 
 def _next(loader: Loader) -> HostBatch:
