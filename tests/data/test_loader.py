@@ -17,6 +17,7 @@ from vlp_jax.data.cache import ImageCache
 from vlp_jax.data.eval_plan import EvalPlan
 from vlp_jax.data.loader import Loader
 from vlp_jax.data.plan import Plan
+from vlp_jax.data.source import NothingReadable
 
 EDGES = (8, 12, 16, 24)
 DAMAGED = (3, 4, 10, 17, 31)
@@ -178,12 +179,14 @@ def test_a_cache_is_read_at_once(monkeypatch):
     assert replaced < len(read) < 4 * replaced  # damaged rows and what stands in for them
 
 
-def test_nothing_readable_is_an_error_that_names_the_source():
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_readable_is_an_error_that_names_the_source(workers):
+    """One of its own, by which a run ends with its own code; also out of another process."""
     plan = plan_of(planned(Fake(9, "ruin", damaged=range(9))))
     with pytest.raises(
-        ValueError, match=r"data\.sources\.ruin: . records tried .* step 0 .* picture: record"
+        NothingReadable, match=r"data\.sources\.ruin: . records tried .* step 0 .* picture: record"
     ):
-        load(plan)
+        load(plan, workers=workers)
 
 
 def test_a_fixed_set_is_not_replaced():

@@ -1,6 +1,7 @@
 """A tiny run on easy scenes, shared by the tests of the evaluators; compiles are what they cost."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from ml_collections import ConfigDict
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import batch_spec
 from vlp_jax.data.build import build_source, build_tokenizer
-from vlp_jax.evals import EvalContext
+from vlp_jax.evals import EvalContext, Evaluator
+from vlp_jax.evals.base import has_figure
 from vlp_jax.infra.mesh import make_mesh, replicated
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives
@@ -19,6 +21,13 @@ from vlp_jax.train.config import default_config
 
 EXAMPLES = 10  # with batches of 8, the last batch holds 2 rows and 6 that do not count
 RATES = (0.0, 0.5)
+
+
+def announced(evaluator: Evaluator, figures: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """What an evaluator gives, all of which it must have named beforehand."""
+    given = dict(figures)
+    assert all(has_figure(evaluator, name) for name in given)
+    return given
 
 
 def config() -> ConfigDict:

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.evals.conftest import EXAMPLES
+from tests.evals.conftest import EXAMPLES, announced
 from vlp_jax.data.build import build_source
 from vlp_jax.data.tokenizer import Tokenizer, normalise_caption
 from vlp_jax.evals import build_evaluators
@@ -26,7 +26,7 @@ def cloze(with_evals, tmp_path_factory):
 @pytest.fixture(scope="module")
 def outcome(cloze, params):
     with jax.transfer_guard("disallow"):
-        return dict(cloze.run(params, step=7))
+        return announced(cloze, cloze.run(params, step=7))
 
 
 def test_gallery_shows_every_caption_with_its_answers(context, cloze, outcome):

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.evals.conftest import announced
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import batch_spec
 from vlp_jax.data.build import build_source
@@ -29,7 +30,7 @@ def evaluate(context, params):
     """Figures of two runs, which agree bit for bit."""
     [evaluator] = build_evaluators(context).values()
     with jax.transfer_guard("disallow"):
-        first = dict(evaluator.run(params))
+        first = announced(evaluator, evaluator.run(params))
         assert dict(evaluator.run(params)) == first
     return first
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.evals.conftest import EXAMPLES, RATES
+from tests.evals.conftest import EXAMPLES, RATES, announced
 from vlp_jax.data.build import build_source
 from vlp_jax.data.scenes import Scenes
 from vlp_jax.data.source import BadExample
@@ -42,7 +42,7 @@ def metrics(context, with_evals, params):
     fields = {f.name: getattr(flm, f.name) for f in dataclasses.fields(flm)}
     evaluator = build(with_evals({"reconstruction": SECTION}, objectives=(Counted(**fields),)))
     with jax.transfer_guard("disallow"):
-        first = dict(evaluator.run(params))
+        first = announced(evaluator, evaluator.run(params))
         second = dict(evaluator.run(params))
     assert first == second
     return first

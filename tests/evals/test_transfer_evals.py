@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.evals.conftest import announced
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import MAX_ANSWERS, batch_spec
 from vlp_jax.data.build import SOURCES, build_source
@@ -16,7 +17,6 @@ from vlp_jax.data.scenes.source import EVALUATION_RECORDS
 from vlp_jax.data.source import BadExample
 from vlp_jax.evals import build_evaluators
 from vlp_jax.evals.attention_maps import attention_rollout
-from vlp_jax.evals.base import has_figure
 from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.evals.task import Task
 from vlp_jax.infra.artifacts import load_all
@@ -110,9 +110,7 @@ def run(transfer, **section):
     with context.config.unlocked():
         context.config.evals = {"subject": section}
     [evaluator] = build_evaluators(context).values()
-    metrics = dict(evaluator.run(params))
-    assert all(has_figure(evaluator, name) for name in metrics), "what it gives, it has announced"
-    return metrics, evaluator
+    return announced(evaluator, evaluator.run(params)), evaluator
 
 
 def test_retrieval_counts_all_captions(transfer):

@@ -181,6 +181,10 @@ def test_the_best_is_that_of_the_metric_the_run_ranks_by_now(tmp_path):
     with Checkpoints(tmp_path, keep_latest=3, best_metric="acc") as checkpoints:
         checkpoints.save(3, make_state(), scores[3])
     assert load_params(tmp_path, "best").step == 1
+    assert load_params(tmp_path, "best", ranking=("loss", "min")).step == 2
+    with Checkpoints(tmp_path, keep_latest=3, best_metric="loss", best_mode="min") as checkpoints:
+        checkpoints.rank(3, {"acc": 0.2, "loss": 0.5})
+    assert load_params(tmp_path, "best").step == 2, "ranked again by the metric of today"
 
 
 def test_bad_options_are_refused(tmp_path):

@@ -110,6 +110,9 @@ def test_wandb_runs_are_told_apart_by_their_folders(
     first, second, again = (given["id"] for given in begun)
     assert first == again != second
     assert {given["name"] for given in begun} == {"vqa"}
+    (tmp_path / "old").mkdir()
+    metrics.WandbWriter(tmp_path / "old", "project", "vqa", resumed=True)
+    assert begun[-1]["id"] == "vqa", "begun when a run was told by its name"
 
 
 def test_only_the_primary_process_writes(tmp_path: Path) -> None:

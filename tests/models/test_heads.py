@@ -51,6 +51,7 @@ def test_a_scale_that_was_driven_to_its_limit_follows_the_data_again(head):
 def test_unit_vectors_have_length_one_and_no_wild_gradient():
     x = jnp.array([[3.0, 4.0], [0.0, 0.0], [1e-8, 0.0]])
     np.testing.assert_allclose(unit(x), [[0.6, 0.8], [0, 0], [0, 0]], rtol=1e-6)
+    assert np.isnan(unit(jnp.array([[jnp.nan, 1.0]]))).all(), "a fault must show"
     gradient = jax.grad(lambda x: unit(x).sum())(x)
     np.testing.assert_array_equal(gradient[1:], 0.0)
     # d/dx of x / |x| in the first component: (y^2 - x y) / |x|^3

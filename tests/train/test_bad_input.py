@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import types
 
 import cv2
 import jax
@@ -176,7 +177,8 @@ def test_damaged_pictures_are_replaced_counted_and_reported(photographs, tmp_pat
 def test_too_many_skipped_updates_stop_the_run(photographs, tmp_path):
     setup = prepare(folder_config(photographs), tmp_path / "run")
     healthy = {"skipped_in_a_row": 9.0, "replaced": 0.0}
-    _check_health(setup, healthy, 12, None)
+    checkpoints = types.SimpleNamespace(latest_path="DIR/10")
+    _check_health(setup, healthy, 12, checkpoints)
     with pytest.raises(RunStopped, match=r"not finite 10 times.*checkpoint: DIR/10") as stopped:
-        _check_health(setup, healthy | {"skipped_in_a_row": 10.0}, 12, "DIR/10")
+        _check_health(setup, healthy | {"skipped_in_a_row": 10.0}, 12, checkpoints)
     assert stopped.value.code == ExitCode.TOO_MANY_BAD_UPDATES

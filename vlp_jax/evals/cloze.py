@@ -84,7 +84,7 @@ class Cloze:
             raise ConfigError(
                 f"evals.{name}.rate", f"{rate} is no corruption rate", "Give a number in [0, 1]"
             )
-        self.figures: tuple[str, ...] = ()
+        self.figures: tuple[str, ...] = ("accuracy",)
         self._context = context
         self._name = name
         self._rate = rate

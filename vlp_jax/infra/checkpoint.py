@@ -182,7 +182,13 @@ class Checkpoints:
         values = {name: float(value) for name, value in metrics.items()}
         self._scores[step] = score(values, self._best_metric, self._best_mode)
         if jax.process_index() == 0:
-            write_manifest(root, dataclasses.replace(read_manifest(root), metrics=values))
+            manifest = dataclasses.replace(
+                read_manifest(root),
+                metrics=values,
+                best_metric=self._best_metric,
+                best_mode=self._best_mode,
+            )
+            write_manifest(root, manifest)
 
     def restore_latest(self, abstract_state: Any) -> Restored | None:
         """Restore the newest sound checkpoint, on whatever devices the abstract state names.
@@ -293,6 +299,7 @@ def load_params(
     directory: epath.PathLike,
     step: int | Literal["latest", "best"] = "latest",
     subtree: str | Sequence[str] = "params",
+    ranking: tuple[str, BestMode] | None = None,
 ) -> Restored:
     """Read one subtree of a checkpoint, without knowing the type of the state it was saved in.
 
@@ -300,9 +307,11 @@ def load_params(
 
     Args:
         directory: the checkpoints of a run, or one checkpoint (``.../checkpoints/1200``).
-        step: a step, "latest" (the newest sound one), or "best" by the run's ranking metric.
+        step: a step, "latest" (the newest sound one), or "best".
         subtree: path of the subtree, such as ``params`` or ``extras/ema``; of several, the first
             that is there is read.
+        ranking: metric and mode of the best one; by default those that the newest checkpoint was
+            to be ranked by.
 
     Returns:
         The subtree as nested dicts of NumPy arrays in the dtypes saved, its step, and the extra.
@@ -312,7 +321,7 @@ def load_params(
         DamagedCheckpointError: it is damaged (for "latest" and "best": all candidates are).
         CheckpointMismatchError: it has no such subtree.
     """
-    root, manifest = _find(epath.Path(directory).resolve(), step)
+    root, manifest = _find(epath.Path(directory).resolve(), step, ranking)
     asked = [subtree] if isinstance(subtree, str) else subtree
     found = [path for path in asked if any(name.startswith(f"{path}/") for name in manifest.arrays)]
     if not found:
@@ -359,7 +368,9 @@ def _steps(directory: epath.Path) -> list[int]:
 
 
 def _find(
-    directory: epath.Path, step: int | Literal["latest", "best"]
+    directory: epath.Path,
+    step: int | Literal["latest", "best"],
+    ranking: tuple[str, BestMode] | None,
 ) -> tuple[epath.Path, Manifest]:
     """The directory of one checkpoint and its manifest, verified."""
     if (directory / MANIFEST).is_file():
@@ -371,7 +382,7 @@ def _find(
                 f"{', '.join(map(str, _steps(directory))) or 'none'}"
             )
         return directory / str(step), verify(directory / str(step))
-    steps = _ranked_steps(directory) if step == "best" else _steps(directory)
+    steps = _ranked_steps(directory, ranking) if step == "best" else _steps(directory)
     sound, damaged = _first_sound(directory, steps)
     if sound is not None:
         return directory / str(sound[0]), sound[1]
@@ -383,21 +394,22 @@ def _find(
     )
 
 
-def _ranked_steps(directory: epath.Path) -> list[int]:
-    """Steps that have the metric by which the newest was to be ranked, the best one first.
+def _ranked_steps(directory: epath.Path, ranking: tuple[str, BestMode] | None) -> list[int]:
+    """Steps that have the metric of the ranking, the best one first.
 
-    A run may have been resumed with another metric: scores by two of them do not compare.
+    All are ranked by one: a run may have been resumed with another metric than it was begun with,
+    and scores by two of them do not compare.
     """
     scores = {}
-    newest: Manifest | None = None
     for step in _steps(directory):
         try:
             manifest = read_manifest(directory / str(step))
         except DamagedCheckpointError as error:
             logger.warning("%s", error)
             continue
-        newest = newest or manifest
-        scores[step] = score(manifest.metrics, newest.best_metric, newest.best_mode)
+        if ranking is None:  # of the newest
+            ranking = manifest.best_metric or "", manifest.best_mode
+        scores[step] = score(manifest.metrics, *ranking)
     ranked = [step for step in scores if scores[step] > -math.inf]
     return sorted(ranked, key=lambda step: (scores[step], step), reverse=True)
 

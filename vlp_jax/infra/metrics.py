@@ -164,7 +164,12 @@ class WandbWriter:
     """Weights & Biases; needs the extra ``wandb`` and is asked for by ``log.wandb``."""
 
     def __init__(
-        self, workdir: Path, project: str, name: str, config: Mapping[str, Any] | None = None
+        self,
+        workdir: Path,
+        project: str,
+        name: str,
+        config: Mapping[str, Any] | None = None,
+        resumed: bool = False,
     ) -> None:
         """Starts, or resumes, the W&B run of ``workdir``.
 
@@ -174,6 +179,7 @@ class WandbWriter:
             name: W&B run name. What tells the run from others is a file in its workdir: two of one
                 name are two runs, and a resumed one goes on.
             config: shown beside the curves.
+            resumed: whether the run goes on; without that file it is an old one, told by its name.
 
         Raises:
             ConfigError: see ``check_wandb``.
@@ -183,7 +189,7 @@ class WandbWriter:
 
         identity = workdir / WANDB_FILE
         if not identity.exists():
-            write_text(identity, uuid.uuid4().hex)
+            write_text(identity, name if resumed else uuid.uuid4().hex)
         self._run = wandb.init(
             project=project,
             name=name,
@@ -311,7 +317,8 @@ def open_writer(
         return NullWriter()
     writers: list[MetricWriter] = []
     if wandb_project:
-        writers.append(WandbWriter(workdir, wandb_project, workdir.resolve().name, config))
+        resumed = resume_step is not None
+        writers.append(WandbWriter(workdir, wandb_project, workdir.resolve().name, config, resumed))
     writers.append(JsonlWriter(workdir / METRICS_FILE, resume_step))
     if tensorboard:
         writers.append(TensorBoardWriter(workdir / TENSORBOARD_FOLDER, resume_step))

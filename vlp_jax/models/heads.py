@@ -127,5 +127,5 @@ _at_most.defvjp(_at_most_forward, _at_most_backward)
 def unit(x: jax.Array) -> jax.Array:
     """Vectors of length one; one shorter than 1e-6 becomes zero, with a zero gradient: [..., E]."""
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    long = square > 1e-12
+    long = ~(square <= 1e-12)  # NaN stays NaN
     return jnp.where(long, x * jax.lax.rsqrt(jnp.where(long, square, 1.0)), 0.0)

@@ -18,7 +18,7 @@ from vlp_jax.objectives.classification import Classification
 from vlp_jax.train.schedule import UNITS
 
 # Keys that may change between two starts of a run without changing what it computes; `evals` unless
-# an objective learns from them.
+# an objective learns from them. That moved data are the same is looked at by ``source_facts``.
 FREE_KEYS = ("name", "debug", "log", "profile", "checkpoint", "evals", "compile_cache", "mesh")
 FREE_DATA_KEYS = ("root", "threads", "workers", "prefetch", "cache_dir", "cache_workers")
 
@@ -139,6 +139,15 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], watched: bool) 
     """
     free = {*FREE_KEYS} - ({"evals"} if watched else set())
     keys = [key for key in new if key not in free and old.get(key) != new[key]]
-    before, now = old.get("data", {}), new["data"]
+    before, now = _placeless(old.get("data", {})), _placeless(new["data"])
     inside = [key for key in now if key not in FREE_DATA_KEYS and before.get(key) != now[key]]
     return sorted({*keys} - {"data"} | {f"data.{key}" for key in inside})
+
+
+def _placeless(data: Mapping[str, Any]) -> dict[str, Any]:
+    """``config.data`` without the folders that its sources lie in."""
+    sources = {
+        name: {key: value for key, value in section.items() if key != "root"}
+        for name, section in data.get("sources", {}).items()
+    }
+    return {**data, "sources": sources}

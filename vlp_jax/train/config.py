@@ -20,8 +20,8 @@ is not here is an error that names it, whether it comes from the file or from a 
     data            batch_size (global), image_size (pixels), max_text_length (tokens),
                     text_edges (fitted where empty), num_edges and edge_multiple (of the fit),
                     window_batches (sorted by length together), threads, workers, prefetch
-                    (batches), max_bad_fraction (of examples; the run stops above it, once ten bad
-                    ones are to be expected), root (for
+                    (batches), max_bad_fraction (of examples; the run stops above it, though
+                    not of ten damaged ones or fewer before its end), root (for
                     configs whose sources share one), sources (name -> type, weight, cache, and what
                     the source takes), cache_dir (where sources with cache=True keep pictures and
                     encoded captions, for all runs; empty: in memory), cache_workers (processes that
@@ -43,6 +43,7 @@ is not here is an error that names it, whether it comes from the file or from a 
 """
 
 import math
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -133,7 +134,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "data.max_text_length": (3, math.inf, False),
     "data.num_edges": (1, math.inf, False),
     "data.edge_multiple": (1, math.inf, False),
-    "data.threads": (1, math.inf, False),
+    "data.threads": (0, math.inf, False),
     "data.workers": (0, math.inf, False),
     "data.prefetch": (1, math.inf, False),
     "data.max_bad_fraction": (0, 1, True),
@@ -165,16 +166,19 @@ def check_keys(config: ConfigDict) -> None:
         value = config
         for part in key.split("."):
             value = value[part]
-        if not low <= value <= high or (value == high and not closed):
-            upwards = f"{low} or more" if high == math.inf else f"{low} to {high}"
-            end = "" if closed or high == math.inf else f", without {high}"
-            raise ConfigError(key, f"{value} is out of range", f"Use {upwards}{end}")
+        _check_range(key, value, low, high, closed)
     for name, section in config.objectives.items():
-        weight = section.get("weight", 1.0)
-        if not 0.0 <= weight < math.inf:
-            raise ConfigError(
-                f"objectives.{name}.weight", f"{weight} is out of range", "Use 0 or more"
-            )
+        _check_range(f"objectives.{name}.weight", section.get("weight", 1.0), 0, math.inf, False)
+
+
+def _check_range(key: str, value: Any, low: float, high: float, closed: bool) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and low <= value <= high and (value < high or closed):
+        return
+    upwards = f"{low} or more" if high == math.inf else f"{low} to {high}"
+    end = "" if closed or high == math.inf else f", without {high}"
+    problem = "is out of range" if number else "is no number"
+    raise ConfigError(key, f"{value!r} {problem}", f"Use {upwards}{end}")
 
 
 def _check_section(config: ConfigDict, known: ConfigDict, prefix: str) -> None:

@@ -41,8 +41,7 @@ from vlp_jax.train.step import StepFunction
 QUEUED_STEPS = 2
 HEALTH_STEPS = 10  # between two looks at the counters of updates that have ended
 _COUNTERS = ("skipped_in_a_row", "replaced")
-# Damaged examples at the limit of ``data.max_bad_fraction`` from which on it is judged.
-MIN_EXPECTED_BAD = 10
+ALWAYS_ALLOWED = 10  # damaged examples, before their share is judged
 
 # Of a checkpoint: whether what was due at its step was evaluated.
 _EVALUATED = "evaluated"
@@ -184,7 +183,8 @@ def train(setup: Setup) -> ExitCode:
         guard = stack.enter_context(PreemptionGuard())
         queue: collections.deque[Any] = collections.deque()
         clock, step, saved = Clock(), start, start
-        ranks_every = setup.eval_steps.get(config.checkpoint.best_metric.partition("/")[0])
+        ranking = config.checkpoint.best_metric.partition("/")[0]
+        ranks_every = setup.eval_steps.get(ranking) if config.checkpoint.keep_best else None
         evaluated: dict[str, float] | None = {}  # None: a signal came before the end
         if restored is not None and not restored.extra.get(_EVALUATED, True):
             evaluated = _evaluate(setup, state, step, writer, guard)
@@ -212,11 +212,11 @@ def train(setup: Setup) -> ExitCode:
                 finished = jax.block_until_ready(queue.popleft())
                 if step % HEALTH_STEPS == 0:
                     counters = jax.device_get({name: finished[name] for name in _COUNTERS})
-                    _check_health(setup, counters, step - QUEUED_STEPS, checkpoints.latest_path)
+                    _check_health(setup, counters, step - QUEUED_STEPS, checkpoints)
 
             if step % log_every == 0 or step == total:
                 values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-                _check_health(setup, values, step, checkpoints.latest_path)
+                _check_health(setup, values, step, checkpoints)
                 used = memory()
                 writer.write(
                     step,
@@ -282,7 +282,7 @@ def is_save_due(
     often = ranks_every is not None and ranks_every <= save_every
     if ranked and often:
         return step // save_every != saved // save_every
-    return ranked or (step % save_every == 0 and not often)
+    return (ranked and ranks_every is not None) or (step % save_every == 0 and not often)
 
 
 def _next(loader: Loader) -> HostBatch:
@@ -343,8 +343,9 @@ def _evaluate_best(
     if not setup.on_best:
         return True
     subtree = "extras/ema" if setup.config.optim.ema_decay else "params"
+    ranking = setup.config.checkpoint.best_metric, setup.config.checkpoint.best_mode
     try:
-        best = load_params(checkpoints.directory, "best", subtree)
+        best = load_params(checkpoints.directory, "best", subtree, ranking)
     except FileNotFoundError as error:
         raise ConfigError(
             "checkpoint.best_metric",
@@ -390,35 +391,41 @@ def _ranked(setup: Setup, evaluated: Mapping[str, float]) -> Mapping[str, float]
     return evaluated if ranking in ran else {}
 
 
-def _check_health(setup: Setup, values: Mapping[str, Any], step: int, last_good: Any) -> None:
+def _check_health(
+    setup: Setup, values: Mapping[str, Any], step: int, checkpoints: Checkpoints
+) -> None:
     """Stop a run that has lost its way, and say from where to go on.
 
     Args:
         setup: of the run.
         values: ``_COUNTERS`` after ``step`` updates.
         step: updates made.
-        last_good: checkpoint, for the message.
+        checkpoints: of the run, for the message.
     """
-    last = f"last good checkpoint: {last_good or 'none'}"
+
+    def stop(code: ExitCode, problem: str, remedy: str) -> RunStopped:
+        last = f"last good checkpoint: {checkpoints.latest_path or 'none'}"
+        return RunStopped(code, f"step {step}: {problem}; {last}. {remedy}")
+
     limit = setup.config.optim.max_skipped
     if limit and values["skipped_in_a_row"] >= limit:
-        raise RunStopped(
+        raise stop(
             ExitCode.TOO_MANY_BAD_UPDATES,
-            f"step {step}: loss or gradient not finite {int(values['skipped_in_a_row'])} times in "
-            f"a row (config.optim.max_skipped={limit}); {last}. Lower config.schedule.peak or set "
-            "config.debug=True to find the first NaN.",
+            f"loss or gradient not finite {int(values['skipped_in_a_row'])} times in a row "
+            f"(config.optim.max_skipped={limit})",
+            "Lower config.schedule.peak or set config.debug=True to find the first NaN.",
         )
     seen = step * setup.budget.batch_size
     bad_limit = setup.config.data.max_bad_fraction
-    # Of few examples a single damaged one is a large share.
-    expected = seen * bad_limit
-    enough = not bad_limit or step == setup.total_steps or expected >= MIN_EXPECTED_BAD
-    if enough and values["replaced"] > bad_limit * seen:
-        raise RunStopped(
+    allowed = bad_limit * seen
+    if bad_limit and step < setup.total_steps:  # of few examples, one alone is a large share
+        allowed = max(allowed, ALWAYS_ALLOWED)
+    if values["replaced"] > allowed:
+        raise stop(
             ExitCode.TOO_MANY_BAD_EXAMPLES,
-            f"step {step}: {int(values['replaced'])} of {seen} examples were damaged, more than "
-            f"config.data.max_bad_fraction={bad_limit:.2%}; {last}. Mend the data (the first of "
-            "each kind is logged above) or raise the limit.",
+            f"{int(values['replaced'])} of {seen} examples were damaged, more than "
+            f"config.data.max_bad_fraction={bad_limit:.2%}",
+            "Mend the data (the first of each kind is logged above) or raise the limit.",
         )
 
 

@@ -135,12 +135,12 @@ class Setup:
             if now["classes"] != before["classes"]:
                 raise ConfigError(
                     f"data.sources.{name}",
-                    f"its {len(now['classes'])} classes are not the {len(before['classes'])} that "
-                    "the run was begun with, so that one label would mean two things",
+                    f"its {len(now['classes'])} classes are not the {len(before['classes'])} of "
+                    "the last checkpoint, so that one label would mean two things",
                     "Give it the old list again, or use another workdir",
                 )
             logging.warning(
-                "data.sources.%s had %s images with %s captions when the run was begun, and has "
+                "data.sources.%s had %s images with %s captions at the last checkpoint, and has "
                 "%s with %s now: from here on its batches are others",
                 name,
                 before["images"],
@@ -233,7 +233,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         )
     if best:
         check_figure("checkpoint.best_metric", best, evaluators)
-    _write_config(config, workdir)
+    _write_config(config, workdir, begun)
     return Setup(
         config,
         workdir,
@@ -329,13 +329,13 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in by_path(params).items()}
 
 
-def _write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+def _write_config(config: ConfigDict, workdir: pathlib.Path, begun: bool) -> None:
     """Keep the config in the workdir; say so where it changes what a resumed run computes."""
     if jax.process_index() != 0:
         return
     file = workdir / CONFIG_FILE
     new = plain(config)
-    if file.exists():
+    if begun and file.exists():
         old = json.loads(file.read_text())
         changed = changed_keys(old, new, watched=any(learns_from(config.objectives).values()))
         if changed:
