@@ -81,10 +81,10 @@ def evaluate(config: ConfigDict, which: str, best: str, **section: Any) -> None:
         which: data; the test split of listed data is scored whole, for a part of it in the order
             of the file is no score to compare with others'.
         best: the metric that selects, such as ``accuracy``.
-        section: of the evaluator; a ``num_examples`` in it holds for both splits.
+        section: of the evaluator; its ``num_examples`` is ``NUM_EXAMPLES`` by default.
     """
-    test = {"num_examples": NUM_EXAMPLES if which == "scenes" else 0, **section}
     section = {"num_examples": NUM_EXAMPLES, **section}
+    test = section if which == "scenes" else {**section, "num_examples": 0}
     with config.unlocked():
         config.evals.val = {**section, "split": "val", "every_percent": 20.0}
         config.evals.test = {**test, "split": "test", "on": "best"}
@@ -111,13 +111,14 @@ def captions(config: ConfigDict, which: str) -> None:
             config.data.sources.captions = {
                 "type": "folder",
                 "root": config.data.get_oneway_ref("root"),
+                "missing_images": "error",
             }
 
 
 def num_images(which: str) -> int:
-    """Images of a split that are captioned or ranked.
+    """Images of the validation split that are captioned or ranked, at most; of scenes also of test.
 
-    Of listed data these are all that val and test have: 130 each of the pack, 5,000 each of
-    Karpathy's split of COCO, and some 1,000 of Flickr30k's. Scenes are ranked among 1,000.
+    These are all that the pack (130), Karpathy's split of COCO (5,000) and that of Flickr30k (some
+    1,000) have.
     """
     return {"scenes": 1000, "pack": 130, "coco": 5000}[which]

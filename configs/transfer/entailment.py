@@ -25,6 +25,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             config.data.sources.hypotheses = {
                 "type": "visual_entailment",
                 "root": config.data.get_oneway_ref("root"),
+                "missing_images": "error",
                 "groups": {"pack": ("label",), "snli_ve": ("gold_label",)}[which],
             }
         config.objectives.entailment = {"num_classes": 3, "readout": "auto"}

@@ -26,6 +26,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             config.data.sources.pairs = {
                 "type": "nlvr2",
                 "root": config.data.get_oneway_ref("root"),
+                "missing_images": "error",
                 "groups": {"pack": ("label",), "nlvr2": ("label", "synset")}[which],
             }
         config.objectives.nlvr2 = {"readout": "auto"}

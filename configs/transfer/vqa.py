@@ -29,6 +29,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             config.data.sources.questions = {
                 "type": "vqa",
                 "root": config.data.get_oneway_ref("root"),
+                "missing_images": "error",
                 "num_answers": classes,
                 "groups": {"pack": ("source",), "vqa_v2": ("answer_type", "question_type")}[which],
             }

@@ -165,7 +165,7 @@ def test_a_batch_of_one_picture_gets_that_of_another_batch(with_evals, monkeypat
         list(build(with_evals({"reconstruction": SECTION})).host_batches())
 
 
-def test_damaged_pictures_do_not_count_and_stand_in_for_no_other(with_evals, monkeypatch):
+def test_damaged_pictures_do_not_count_and_stand_in_for_no_other(with_evals, monkeypatch, caplog):
     render = Scenes.image
 
     def image(self, record, size):
@@ -176,6 +176,9 @@ def test_damaged_pictures_do_not_count_and_stand_in_for_no_other(with_evals, mon
     monkeypatch.setattr(Scenes, "image", image)
     evaluator = build(with_evals({"reconstruction": SECTION}))
     first, last = evaluator.host_batches()
+    assert (
+        "evals.reconstruction: 2 of 10 examples could not be read, and count in no" in caplog.text
+    )
     assert first["valid"].tolist() == [True] * 3 + [False] + [True] * 4
     assert last["valid"].tolist() == [False, True] + [False] * 6
     for batch in (first, last):

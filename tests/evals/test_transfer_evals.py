@@ -18,6 +18,7 @@ from vlp_jax.data.source import BadExample
 from vlp_jax.evals import build_evaluators
 from vlp_jax.evals.attention_maps import attention_rollout
 from vlp_jax.evals.fixed_set import FixedSet
+from vlp_jax.evals.scores.captioning import caption_scores
 from vlp_jax.evals.task import Task
 from vlp_jax.infra.artifacts import load_all
 from vlp_jax.infra.errors import ConfigError
@@ -60,6 +61,9 @@ class Questions(Colours):
         answer = np.full(MAX_ANSWERS, -1, np.int32)
         answer[0] = label
         return {"answer": answer, "answer_score": (answer >= 0).astype(np.float32)}
+
+    def question_id(self, record):
+        return 100 + record
 
     def answers_of(self, record):
         return (self.classes[int(self.extras(record, 8)["answer"][0])],) * 4 + ("maybe",) * 6
@@ -111,6 +115,11 @@ def run(transfer, **section):
         context.config.evals = {"subject": section}
     [evaluator] = build_evaluators(context).values()
     return announced(evaluator, evaluator.run(params)), evaluator
+
+
+def predictions(transfer):
+    file = transfer[0].workdir / "predictions" / "subject.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_retrieval_counts_all_captions(transfer):
@@ -172,6 +181,9 @@ def test_captioning_scores_captions_and_controls(transfer):
     assert all(np.isfinite(list(metrics.values())))
     gallery = load_all(transfer[0].workdir)["subject"]
     assert len(gallery.cards) == EXAMPLES
+    written = predictions(transfer)
+    given = [row["caption"] for row in written], [row["references"] for row in written]
+    assert caption_scores(*given)["cider"] == metrics["cider"]
 
 
 @pytest.mark.parametrize(("source", "objective"), [("colours", "colour"), ("questions", "vqa")])
@@ -210,6 +222,14 @@ def test_task_accuracy_is_that_of_the_guesses(transfer, source, objective):
         "parity",
     ]
     assert isinstance(evaluator, Task)
+    written = predictions(transfer)
+    assert [row["record"] for row in written] == list(range(EXAMPLES))
+    assert [row["score"] for row in written] == pytest.approx(right[""].tolist())
+    for row in written:
+        assert (row["score"] > 0) == (row["answer"] in row["expected"])
+        assert row["text"] == data.caption(row["record"], 0)
+        assert row["images"] == list(data.image_key(row["record"]))
+        assert row.get("question_id") == (100 + row["record"] if source == "questions" else None)
 
 
 def test_scores_of_a_real_set_by_a_column_of_its_file(transfer, tmp_path):

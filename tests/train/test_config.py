@@ -146,6 +146,22 @@ def test_official_test_splits_are_scored_whole(task: str) -> None:
         assert (evals.val.split, evals.val.num_examples) == ("val", 2000)
 
 
+@pytest.mark.parametrize("name", ["captioning", "retrieval"])
+def test_pictures_of_a_listed_test_split_are_scored_whole(name: str) -> None:
+    module = importlib.import_module(f"configs.transfer.{name}")
+    for which, val, test in (("scenes", 1000, 1000), ("pack", 130, 0), ("coco", 5000, 0)):
+        evals = module.get_config(which).evals
+        assert (evals.val.num_examples, evals.test.num_examples) == (val, test)
+
+
+@pytest.mark.parametrize("task", ["vqa", "nlvr2", "entailment", "captioning", "retrieval"])
+def test_what_a_reader_asks_to_set_is_a_key(task: str) -> None:
+    """Its message says to set missing_images, and only keys that are there can be flags."""
+    config = importlib.import_module(f"configs.transfer.{task}").get_config("pack")
+    [source] = config.data.sources.values()
+    assert source.missing_images == "error"
+
+
 def shrunk(config: ConfigDict) -> ConfigDict:
     """The same run at a size that a test can compile; its kinds of parts stay as they are."""
     for section in config.objectives.values():

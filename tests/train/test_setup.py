@@ -5,16 +5,23 @@ import shutil
 import types
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
+from tiny import tiny_model
 
+from tests.data.fake import Fake
 from tests.tiny_config import get_config
+from vlp_jax.data.captions import EncodedCaptions
 from vlp_jax.data.loader import Loader
+from vlp_jax.data.planned import PlannedSource
 from vlp_jax.data.source import NothingReadable
+from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.checkpoint import load_params
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.preemption import ExitCode
-from vlp_jax.train.checks import changed_keys
-from vlp_jax.train.initial import read_origin
+from vlp_jax.objectives.classification import Classification
+from vlp_jax.train.checks import changed_keys, check_texts, without_foreign_heads
+from vlp_jax.train.initial import Origin, read_origin
 from vlp_jax.train.loop import RunStopped, _check_health, is_save_due, train
 from vlp_jax.train.setup import prepare
 
@@ -161,6 +168,58 @@ def test_a_folder_of_data_may_be_moved():
 
 def read_extra(setup):
     return load_params(setup.workdir / "checkpoints").extra
+
+
+class Captioned(Fake):
+    """One caption a record, of words that a tokenizer of English colours has never seen, or has."""
+
+    def __init__(self, texts):
+        super().__init__(len(texts), "texts")
+        self.texts = texts
+
+    def num_captions(self, records):
+        return np.ones(len(records), np.int64)
+
+    def caption(self, record, index):
+        return self.texts[record]
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_texts_that_the_tokenizer_cannot_spell_are_told_or_refused(caplog, store):
+    """They would be trained as <unk>, which is predicted with ease."""
+    tokenizer = Tokenizer.train(["red green blue"] * 9, vocab_size=60)
+
+    def share(*texts):
+        captions = EncodedCaptions(Captioned(texts), tokenizer, 8, store=store)
+        plan = types.SimpleNamespace(sources=[PlannedSource(captions.source, captions)])
+        return check_texts(plan)["texts"]
+
+    assert share("red green", "blue") == 0.0
+    assert not caplog.records
+    assert share("red \N{SNOWMAN} green green", "blue") == 0.2
+    assert "data.sources.texts: 20.0 % of the tokens are words or signs" in caplog.text
+    share("red " * 20)
+    assert "1 captions are cut to data.max_text_length=8 tokens" in caplog.text
+    with pytest.raises(ConfigError, match=r"config\.tokenizer: 67% of the tokens of data\.sources"):
+        share("\N{SNOWMAN} red \N{SNOWMAN}")
+
+
+def test_a_head_of_other_classes_starts_fresh(caplog):
+    """Where a config gives the number of classes, shapes agree whatever they mean."""
+    objective = Classification(tiny_model(), "answers", 3)
+    arrays = {"answers_head/pooler/kernel": np.zeros(1), "text_norm/scale": np.ones(1)}
+    origin = Origin("run", 1, arrays, {}, "", ("no", "yes"))
+
+    def kept(*classes):
+        sources = {"a": types.SimpleNamespace(classes=classes)}
+        return set(without_foreign_heads(origin, sources, [objective]).arrays)
+
+    assert kept("no", "yes") == kept() == set(arrays)
+    assert not caplog.records
+    assert kept("yes", "no") == {"text_norm/scale"}
+    assert (
+        "the 2 classes of run are not the 2 of this run, whose head is a fresh one" in caplog.text
+    )
 
 
 class Scored:

@@ -161,6 +161,24 @@ class EncodedCaptions:
             lengths = self.lengths(np.repeat(records, counts), _count_up(counts))
         return np.bincount(lengths, minlength=self.max_length + 1).astype(np.int64)
 
+    def unknown_share(self, sample: int = 1024) -> float:
+        """Share of the tokens of words that are <unk>: words or signs never seen in training.
+
+        Args:
+            sample: records to look at, with all their captions, where captions are not stored;
+                stored captions are all counted.
+        """
+        if self._stored:
+            tokens, rows = self._flat, len(self._start) - 1
+        else:
+            records = np.arange(min(sample, self.source.num_records or sample))
+            counts = self.source.num_captions(records)
+            keys = np.repeat(records, counts).tolist(), _count_up(counts).tolist()
+            encoded = self._encode_on_demand(list(zip(*keys, strict=True)))
+            tokens, rows = np.concatenate(list(encoded.values())), len(encoded)
+        words = tokens.size - 2 * rows
+        return float((tokens == self.tokenizer.unk_id).sum() / max(words, 1))
+
     def _encode_on_demand(self, keys: list[tuple[int, int]]) -> dict[tuple[int, int], np.ndarray]:
         unique = list(dict.fromkeys(keys))
         records, indices = np.asarray(unique, np.int64).T

@@ -156,6 +156,15 @@ class Answered(Protocol):
 
 
 @runtime_checkable
+class Questioned(Protocol):
+    """A source whose questions have numbers of their own, by which the official servers go."""
+
+    def question_id(self, record: int) -> int:
+        """The number of the record's question."""
+        ...
+
+
+@runtime_checkable
 class Templated(Protocol):
     """A source whose texts are of known kinds."""
 

@@ -1,9 +1,10 @@
 """The evaluator contract, and what evaluators over a fixed set of records share."""
 
 import dataclasses
+import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -18,7 +19,10 @@ from vlp_jax.data.source import Source
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.artifacts import ARTIFACTS_FOLDER, Artifact
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.files import write_text
 from vlp_jax.objectives.base import Objective, Params
+
+PREDICTIONS_FOLDER = "predictions"
 
 T = TypeVar("T")
 
@@ -132,6 +136,14 @@ class EvalContext:
                 f"{name!r} is no source of this run",
                 f"Use one of {sorted(self.config.data.sources)}",
             )
+
+    def write_predictions(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write ``workdir/predictions/<name>.jsonl``, one JSON object a row, on process 0 alone."""
+        if self.workdir is not None and jax.process_index() == 0:
+            folder = self.workdir / PREDICTIONS_FOLDER
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_text(folder / f"{name}.jsonl", "".join(lines))
 
     def save(self, name: str, artifact: Artifact) -> None:
         """Write an artefact to ``workdir/artifacts/<name>``, on process 0 alone."""

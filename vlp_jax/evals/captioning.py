@@ -26,7 +26,8 @@ class Captioning:
 
     Metrics: ``bleu1`` to ``bleu4``, ``cider`` and ``rouge_l`` against all references of each
     image (see ``scores.captioning``), and with ``controls`` the same under ``shuffled/`` for
-    captions of other pictures. Artefact: a gallery.
+    captions of other pictures. Artefact: a gallery. Every caption is written to
+    ``predictions/<name>.jsonl`` of the workdir, with ``record``, ``images`` and the references.
     """
 
     def __init__(
@@ -98,6 +99,20 @@ class Captioning:
         for kind, texts in captions.items():
             for key, value in caption_scores(texts, references).items():
                 yield f"{kind}{key}", value
+        self._context.write_predictions(
+            self._name,
+            (
+                {
+                    "record": record,
+                    "images": list(source.image_key(record)),
+                    "caption": caption,
+                    "references": given,
+                }
+                for record, caption, given in zip(
+                    records.tolist(), captions[""], references, strict=True
+                )
+            ),
+        )
         self._save_gallery(records, captions[""], references, step)
 
     def _forward_model(self, objective: str) -> VisionLanguageModel:

@@ -6,8 +6,10 @@ from typing import Self
 
 import jax
 import numpy as np
+from absl import logging
 
 from vlp_jax.data.batch import HostBatch
+from vlp_jax.data.build import missing_images
 from vlp_jax.data.planned import PlannedBatch
 from vlp_jax.data.source import BadExample, Source
 from vlp_jax.data.tasks import shared_images
@@ -59,6 +61,15 @@ class FixedSet:
         self.context = context
         self.source: Source = context.source(evaluator, source, split, num_examples)
         num_examples = num_examples or self.source.num_records or 0
+        self._evaluator = evaluator
+        self._lost: int | None = None  # rows of this process that could not be read, once known
+        if absent := missing_images({source: self.source}):
+            logging.warning(
+                "evals.%s: %d pictures of split %r are absent, and count in no score",
+                evaluator,
+                absent,
+                split,
+            )
         if split != config.data.sources[source].get("split", "train"):
             _check_clean(f"evals.{evaluator}.split", context.sources[source], self.source)
         batch_size = batch_size or config.data.batch_size // config.optim.accumulation
@@ -122,7 +133,9 @@ class FixedSet:
 
     def _read(self) -> Iterator[HostBatch]:
         batches = read(self.context.config, self.plan, self.rows, self._extra_fields)
+        lost = 0
         for planned, batch in zip(self.planned(), batches, strict=True):
+            lost += int(planned.valid[self.rows].sum() - batch["valid"].sum())
             keys = [frozenset(self.source.image_key(r)) for r in planned.record.tolist()]
             names = [name for name in _IMAGES if name in batch]
             shown = {name: batch[name].copy() for name in names}
@@ -132,6 +145,14 @@ class FixedSet:
                 for name in names:
                     shown[name][row] = pictures[name]
             yield batch | {f"{name}_shuffled": pixels for name, pixels in shown.items()}
+        if lost and self._lost is None:
+            logging.warning(
+                "evals.%s: %d of %d examples could not be read, and count in no score",
+                self._evaluator,
+                lost,
+                self.plan.num_rows,
+            )
+        self._lost = lost
 
     def _other_pictures(
         self, planned: PlannedBatch, batch: HostBatch, keys: Sequence[frozenset[str]], row: int

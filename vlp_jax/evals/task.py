@@ -8,6 +8,7 @@ best on the training set, given to all (``majority``).
 import collections
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 
 from vlp_jax.data.batch import Batch
 from vlp_jax.data.cache import uncached
-from vlp_jax.data.source import Answered, BadExample, Grouped, Templated
+from vlp_jax.data.source import Answered, BadExample, Grouped, Questioned, Templated
 from vlp_jax.evals.base import EvalContext
 from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.evals.pictures import enlarge
@@ -36,7 +37,10 @@ class Task:
     accuracy); with ``controls`` also ``accuracy_text_only``, ``accuracy_image_shuffled`` and
     ``accuracy_majority``; where the source knows groups of its examples, ``worst_gap/<attribute>``,
     the best group's accuracy minus the worst's in points, over groups of ``min_group`` examples or
-    more. Artefacts: a table by kind of text and by group, and a gallery.
+    more. Artefacts: a table by kind of text and by group, and a gallery. Every answer is written to
+    ``predictions/<name>.jsonl`` of the workdir: ``record``, ``images`` (see ``Source.image_key``),
+    ``text``, ``answer``, ``expected`` (all answers given, or the class), ``score``, and
+    ``question_id`` where questions have one, which makes the rows those of VQA's official results.
     """
 
     def __init__(
@@ -100,8 +104,32 @@ class Task:
             means = [own[rows].mean() for rows in members.values() if len(rows) >= self._min_group]
             if attribute != "text" and len(means) > 1:
                 yield f"worst_gap/{attribute}", float(100 * (max(means) - min(means)))
+        self._write_predictions(records, labels, classes[""], own)
         self._save_table(scores, groups, step)
         self._save_gallery(records, classes[""], own, step)
+
+    def _write_predictions(
+        self, records: np.ndarray, labels: np.ndarray, guesses: np.ndarray, scores: np.ndarray
+    ) -> None:
+        source = self._source
+
+        def row(record: int, label: int, guess: int, score: float) -> dict[str, Any]:
+            facts: dict[str, Any] = {
+                "record": record,
+                "images": list(source.image_key(record)),
+                "text": source.caption(record, 0),
+                "answer": source.classes[guess],
+                "expected": source.classes[label],
+                "score": score,
+            }
+            if isinstance(source, Answered):
+                facts["expected"] = list(source.answers_of(record))
+            if isinstance(source, Questioned):
+                facts["question_id"] = source.question_id(record)
+            return facts
+
+        columns = (column.tolist() for column in (records, labels, guesses, scores))
+        self._context.write_predictions(self._name, map(row, *columns))
 
     def _best_class(self, params: Params, batch: Batch) -> jax.Array:
         """int32 [B]; classes that the source does not have are never chosen."""

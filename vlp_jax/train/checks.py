@@ -1,5 +1,6 @@
 """What a run refuses or tells before it begins, where several sections of its config meet."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from vlp_jax.data.batch import PAIRS
+from vlp_jax.data.plan import Plan
 from vlp_jax.data.source import Source
 from vlp_jax.evals import Evaluator
 from vlp_jax.evals.base import has_figure
@@ -15,12 +17,15 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.objectives import learns_from
 from vlp_jax.objectives.base import Objective
 from vlp_jax.objectives.classification import Classification
+from vlp_jax.train.initial import Origin
 from vlp_jax.train.schedule import UNITS
 
 # Keys that may change between two starts of a run without changing what it computes; `evals` unless
 # an objective learns from them. That moved data are the same is looked at by ``source_facts``.
 FREE_KEYS = ("name", "debug", "log", "profile", "checkpoint", "evals", "compile_cache", "mesh")
 FREE_DATA_KEYS = ("root", "threads", "workers", "prefetch", "cache_dir", "cache_workers")
+# Shares of unknown tokens: from the first on it is told, from the second on refused.
+TELL_UNKNOWN, MAX_UNKNOWN = 0.01, 0.3
 
 
 def source_facts(sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
@@ -108,6 +113,72 @@ def judged_on_best(config: ConfigDict) -> frozenset[str]:
             "Give checkpoint.best_metric, a figure of an evaluator on the validation split",
         )
     return frozenset(names)
+
+
+def check_texts(plan: Plan) -> dict[str, float]:
+    """Refuse sources whose texts the tokenizer cannot spell, and warn of what a model cannot read.
+
+    A text of <unk> alone is predicted with ease, so that scores would not tell.
+
+    Args:
+        plan: of the run.
+
+    Returns:
+        Source -> share of the tokens of its words that are unknown.
+
+    Raises:
+        ConfigError: it is ``MAX_UNKNOWN`` or more.
+    """
+    shares = {}
+    for planned in plan.sources:
+        name, captions = planned.source.name, planned.captions
+        share = shares[name] = captions.unknown_share()
+        if share >= MAX_UNKNOWN:
+            raise ConfigError(
+                "tokenizer",
+                f"{share:.0%} of the tokens of data.sources.{name} are words or signs that the "
+                "tokenizer has never seen",
+                "Give tokenizer.path of one that knows them, or start without init_from",
+            )
+        if share >= TELL_UNKNOWN:
+            logging.warning(
+                "data.sources.%s: %.1f %% of the tokens are words or signs that the tokenizer has "
+                "never seen; the model reads <unk> in their place",
+                name,
+                100 * share,
+            )
+        if captions.num_truncated:
+            logging.warning(
+                "data.sources.%s: %d captions are cut to data.max_text_length=%d tokens",
+                name,
+                captions.num_truncated,
+                captions.max_length,
+            )
+    return shares
+
+
+def without_foreign_heads(
+    origin: Origin, sources: Mapping[str, Source], objectives: Sequence[Objective]
+) -> Origin:
+    """An origin without the heads of classification whose classes meant something else there.
+
+    Their shapes agree all the same where a config gives the number of classes.
+    """
+    having = [source.classes for source in sources.values() if source.classes]
+    if not having or not origin.classes or tuple(origin.classes) == tuple(having[0]):
+        return origin
+    heads = {o.head_name for o in objectives if isinstance(o, Classification)}
+    arrays = {
+        path: array for path, array in origin.arrays.items() if path.split("/")[0] not in heads
+    }
+    if len(arrays) < len(origin.arrays):
+        logging.warning(
+            "init_from: the %d classes of %s are not the %d of this run, whose head is fresh",
+            len(origin.classes),
+            origin.where,
+            len(having[0]),
+        )
+    return dataclasses.replace(origin, arrays=arrays)
 
 
 def check_dropped(config: ConfigDict, sources: dict[str, Source], dropped: dict[str, int]) -> None:

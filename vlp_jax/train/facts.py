@@ -41,6 +41,7 @@ def run_facts(setup: Setup, resumed: pathlib.Path | None) -> dict[str, Any]:
         "padding_waste": round(setup.plan.padding_waste(setup.plan.window_batches), 4),
         "vocabulary": setup.tokenizer.vocab_size,
         "missing_images": setup.missing_images,
+        "unknown_tokens": {name: round(x, 4) for name, x in setup.unknown_tokens.items()},
         "captions_truncated": sum(p.captions.num_truncated for p in setup.plan.sources),
         "bad_examples": setup.dropped_captions,
         "parameters": [

@@ -41,8 +41,10 @@ from vlp_jax.train.checks import (
     check_dropped,
     check_figure,
     check_teachers,
+    check_texts,
     judged_on_best,
     source_facts,
+    without_foreign_heads,
 )
 from vlp_jax.train.config import check_keys
 from vlp_jax.train.initial import CHECKPOINT_FOLDER, Origin, read_origin
@@ -74,6 +76,7 @@ class Setup:
         dropped_captions: captions left out when the annotations were read, by kind.
         missing_images: images that the annotations name and that are not there.
         source_facts: what a resumed run must find again, by source; see ``source_facts``.
+        unknown_tokens: by source, the share of the tokens of words that are <unk>.
     """
 
     config: ConfigDict
@@ -91,6 +94,7 @@ class Setup:
     dropped_captions: dict[str, int]
     missing_images: int
     source_facts: dict[str, dict[str, Any]]
+    unknown_tokens: dict[str, float]
 
     @property
     def total_steps(self) -> int:
@@ -213,7 +217,9 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     program = Program(config, tokenizer.vocabulary, mesh, budget)
     check_classes(sources, program.objectives)
     check_batches(program.objectives)
+    unknown = check_texts(plan)
     if origin is not None:  # a misfit shows here, before any device time is spent
+        origin = without_foreign_heads(origin, sources, program.objectives)
         fit(_shapes(program.state_spec.params), origin.arrays, origin.where)
     evaluators = build_evaluators(
         EvalContext(config, program.objectives, tokenizer, mesh, sources, plan.edges, workdir)
@@ -250,6 +256,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         dropped,
         missing_images(sources),
         source_facts(sources),
+        unknown,
     )
 
 
