@@ -1,5 +1,9 @@
+import gzip
 import json
+import logging
+import os
 import pickle
+import unicodedata
 
 import numpy as np
 import pytest
@@ -62,6 +66,8 @@ def test_own_format(root):
         ("val2014", "images/"),
         ("val2014", ""),
         (None, "flickr30k-images/"),  # flickr30k has no file paths
+        (None, "flickr30k_images/"),
+        (None, "images/flickr30k_images/"),
         (None, "images/flickr30k-images/"),
         (None, "images/"),
         (None, ""),
@@ -81,6 +87,7 @@ def test_karpathy_format(tmp_path, filepath, layout):
     train = Folder(tmp_path, "train")
     assert [train.caption(record, 0) for record in range(2)] == ["text 0", "text 1"]
     assert train.num_records == 2  # restval is train
+    assert Folder(tmp_path, "train", restval=False).num_records == 1
     assert train.image(1, 8).shape == (8, 8, 3)
     assert Folder(tmp_path, "test").caption(0, 0) == "text 3"
 
@@ -101,8 +108,64 @@ def test_missing_root_names_its_key(tmp_path):
 
 
 def test_empty_split_lists_those_present(root):
-    with pytest.raises(ValueError, match=r"split 'test' is empty; present: train, val"):
+    with pytest.raises(
+        ValueError,
+        match=r"split 'test' is empty; present: train, val; put examples of split 'test' into the "
+        r"file, or choose .* data\.sources\.photos\.split .*evals\.NAME\.split",
+    ):
+        Folder(root, "test", name="photos")
+    write(root, [])
+    with pytest.raises(ValueError, match=r"present: none; put examples .* into the file$"):
         Folder(root, "test")
+
+
+def test_entries_of_one_picture_are_one_record(root, caplog):
+    write(root, [
+        entry("images/2.png", captions=["two a"]),
+        entry("images/0.png", captions=["zero a", "zero b"]),
+        entry("images/2.png", captions=["two b"]),
+        entry("images/1.png", "val"),
+        entry("./images//2.png", captions=["two c"]),
+    ])  # fmt: skip
+    with caplog.at_level(logging.INFO, "absl"):
+        folder = Folder(root, "train")
+    assert folder.num_records == 2
+    captions = [
+        [folder.caption(record, n) for n in range(count)]
+        for record, count in enumerate(folder.num_captions(np.arange(2)))
+    ]
+    assert captions == [["two a", "two b", "two c"], ["zero a", "zero b"]]
+    assert folder.path(0) == root / "images/2.png"
+    [record] = caplog.records
+    assert "captions.json: 2 entries joined" in record.getMessage()
+    caplog.clear()
+    write(root, [entry("images/2.png"), entry("images/0.png")])
+    with caplog.at_level(logging.INFO, "absl"):
+        Folder(root, "train")
+    assert not caplog.records
+
+
+def test_a_picture_in_two_splits_is_refused(root):
+    write(root, [entry("images/0.png"), entry("images/1.png"), entry("images/0.png", "val")])
+    with pytest.raises(
+        ValueError,
+        match=r"'images/0\.png' is in two splits, 'train' \(entry 0\) and 'val' \(entry 2\); keep",
+    ):
+        Folder(root, "train")
+
+
+def test_a_caption_file_of_coco_is_recognised(root):
+    content = {
+        "info": {"year": 2014},
+        "images": [{"id": 1, "file_name": "0.png"}],
+        "annotations": [{"id": 2, "image_id": 1, "caption": "a dog"}],
+    }
+    write(root, content)
+    with pytest.raises(ValueError, match=r"captions\.json: COCO's own .*Karpathy's dataset_coco"):
+        Folder(root, "train")
+    item = {"filename": "0.png", "split": "train", "sentences": [{"raw": "a dog"}]}
+    write(root, {**content, "images": [item]})
+    assert Folder(root, "train").num_records == 1
 
 
 def test_missing_images_are_refused_or_counted(root):
@@ -119,6 +182,48 @@ def test_missing_images_are_refused_or_counted(root):
         Folder(root, "train", missing_images="skip")
     with pytest.raises(ValueError, match="missing_images='maybe'"):
         Folder(root, "train", missing_images="maybe")
+
+
+@pytest.mark.parametrize(
+    ("annotated", "there"),
+    [
+        ("images/0.PNG", "images/0.png"),
+        ("images/0.jpg", "images/0.png"),
+        ("images/0", "images/0.png"),
+        ("Images/0.png", "images"),
+        ("images\\0.png", "images/0.png"),
+        ("images\\0.jpg", "images/0.png"),
+        (unicodedata.normalize("NFD", "images/café.png"), "images/café.png"),
+        ("back/slash.png", "back\\slash.png"),
+        ("images/text.png", None),
+        ("images/other.png", None),
+        ("gone/0.png", None),
+        ("images", None),
+    ],
+)
+def test_a_missing_image_is_told_from_one_of_a_similar_name(root, annotated, there, monkeypatch):
+    save_image(root / "images/café.png")
+    save_image(root / "back\\slash.png")
+    (root / "images/text.txt").touch()
+    write(root, [entry("images/1.png"), entry(annotated), entry("images/2.PNG")])
+    looks = []
+    listdir = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: looks.append(path) or listdir(path))
+    with pytest.raises(FileNotFoundError, match=r"2 of 3 images are missing, the first") as error:
+        Folder(root, "train")
+    assert len(looks) <= 1
+    if there is None:
+        assert "there is" not in str(error.value)
+    else:
+        assert f"{root / annotated} (there is {root / there}); add the files" in str(error.value)
+
+
+def test_a_missing_image_is_compared_with_the_first_folder_that_exists(tmp_path):
+    save_image(tmp_path / "images/val2014/0.jpg")
+    item = {"filepath": "val2014", "filename": "0.JPG", "split": "val", "sentences": []}
+    write(tmp_path, {"images": [item]}, "dataset_coco.json")
+    with pytest.raises(FileNotFoundError, match=r"\(there is .*/images/val2014/0\.jpg\); add"):
+        Folder(tmp_path, "val")
 
 
 def test_bad_captions_are_left_out_and_counted(root):
@@ -155,7 +260,41 @@ def test_damaged_annotations_name_file_and_place(root):
     with pytest.raises(ValueError, match=r"captions\.json: entry 1: needs a field 'captions'"):
         Folder(root, "train")
     write(root, ["images/0.png"])
-    with pytest.raises(ValueError, match=r"entry 0: needs a field 'captions'|'image'"):
+    with pytest.raises(
+        ValueError, match=r"entry 0: needs a field 'image' \(text\), but is text, not an object"
+    ):
+        Folder(root, "train")
+    write(root, [{**entry("images/0.png"), "captions": "a dog"}])
+    with pytest.raises(ValueError, match=r"entry 0: field 'captions' is text, not a list"):
+        Folder(root, "train")
+    write(root, [{**entry("images/0.png"), "image": ["images/0.png"]}])
+    with pytest.raises(ValueError, match=r"entry 0: field 'image' is a list, not text"):
+        Folder(root, "train")
+    write(root, {"images": [{"filename": "0.png", "split": "train", "sentences": [{}]}]})
+    with pytest.raises(ValueError, match=r"a sentence: needs a field 'raw' \(text\)"):
+        Folder(root, "train")
+
+
+def test_a_byte_order_mark_is_passed_over(root):
+    text = json.dumps([entry("images/0.png", captions=["a café"])], ensure_ascii=False)
+    write(root, text.encode("utf-8-sig"))
+    assert Folder(root, "train").caption(0, 0) == "a café"
+
+
+@pytest.mark.parametrize(
+    ("encode", "message"),
+    [
+        (lambda text: gzip.compress(text.encode()), r"is compressed \(gzip\); unpack it"),
+        (lambda text: text.encode("utf-16"), "is UTF-16 text; write it again as UTF-8"),
+        (lambda text: text.encode("utf-16-be"), "is UTF-16 text; write it again as UTF-8"),
+        (lambda text: text.encode("utf-16-le"), "is UTF-16 text; write it again as UTF-8"),
+        (lambda text: b"", "is empty; fetch or write it again"),
+        (lambda text: b"\xef\xbb\xbf \n", "is empty; fetch or write it again"),
+    ],
+)
+def test_files_that_are_no_utf8_text_say_so(root, encode, message):
+    write(root, encode(json.dumps([entry("images/0.png")])))
+    with pytest.raises(ValueError, match=rf"captions\.json: {message}"):
         Folder(root, "train")
 
 

@@ -1,3 +1,4 @@
+import gzip
 import importlib
 import inspect
 import json
@@ -18,6 +19,7 @@ from vlp_jax.data.folder import Folder
 from vlp_jax.data.scenes import Scenes, ScenesVQA
 from vlp_jax.data.source import BadExample, Grouped
 from vlp_jax.data.tasks import NLVR2, VQA, VisualEntailment, shared_images
+from vlp_jax.data.tasks.answers import accuracy
 from vlp_jax.infra.errors import ConfigError
 
 
@@ -138,7 +140,10 @@ def test_other_files_in_the_published_format(vqa_root):
         VQA(vqa_root, "test")
     names = ("ok_OpenEnded_mscoco_{split}_questions.json", "ok_mscoco_{split}_annotations.json")
     assert VQA(vqa_root, "test", *names).num_records == 2
-    with pytest.raises(ValueError, match=r"not a list of examples; name .* with \{split\}"):
+    with pytest.raises(
+        ValueError,
+        match=r"not a list of examples; name .* in ok_OpenEnded_mscoco_\{split\}_questions\.json$",
+    ):
         VQA(vqa_root, "test", "ok_OpenEnded_mscoco_val2014_questions.json")
 
 
@@ -152,6 +157,83 @@ def test_questions_without_answers_are_an_error(vqa_root):
     write(file, {"annotations": annotations})
     with pytest.raises(ValueError, match=r"annotation 0: 'answers' must be 1 to 10 texts"):
         VQA(vqa_root, "test")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_pairs_that_do_not_fit_are_refused(vqa_root, split):
+    part = {"train": "train2014", "test": "val2014"}[split]
+    asked = vqa_root / f"v2_OpenEnded_mscoco_{part}_questions.json"
+    answered = vqa_root / f"v2_mscoco_{part}_annotations.json"
+    questions = json.loads(asked.read_text())["questions"]
+    annotations = json.loads(answered.read_text())["annotations"]
+    number, image = questions[0]["question_id"], questions[0]["image_id"]
+
+    write(asked, {"questions": [*questions, questions[0]]})
+    problem = (
+        rf"{part}_questions\.json: question {len(questions)}: question {number} is listed twice"
+    )
+    with pytest.raises(ValueError, match=problem):
+        VQA(vqa_root, split)
+    write(asked, {"questions": questions})
+
+    write(answered, {"annotations": [annotations[-1], *annotations]})
+    problem = (
+        rf"{part}_annotations\.json: annotation {len(annotations)}: question {number} has two "
+        "annotations"
+    )
+    with pytest.raises(ValueError, match=problem):
+        VQA(vqa_root, split)
+
+    write(answered, {"annotations": [*annotations[:-1], {**annotations[-1], "image_id": 7}]})
+    problem = (
+        rf"{part}_questions\.json: question 0: question {number} is about image_id {image}, its "
+        rf"annotation in .*{part}_annotations\.json about 7"
+    )
+    with pytest.raises(ValueError, match=problem):
+        VQA(vqa_root, split)
+
+    del annotations[-1]["image_id"]  # files in the published format may lack it
+    write(answered, {"annotations": annotations})
+    assert VQA(vqa_root, split).question_id(0) == number
+
+
+def test_annotations_without_a_question_are_counted_once(vqa_root, caplog):
+    asked = vqa_root / "v2_OpenEnded_mscoco_train2014_questions.json"
+    questions = json.loads(asked.read_text())["questions"]
+    VQA(vqa_root, "train")
+    assert not caplog.records
+    write(asked, {"questions": questions[:2]})
+    assert VQA(vqa_root, "train").num_records == 2
+    [record] = caplog.records
+    assert "train2014_annotations.json: 2 of 4 annotations have no question" in record.getMessage()
+
+
+def test_questions_of_another_type_are_told(vqa_root, tmp_path):
+    asked = vqa_root / "v2_OpenEnded_mscoco_train2014_questions.json"
+    questions = json.loads(asked.read_text())["questions"]
+    for change, problem in (
+        ({"question_id": "7"}, "field 'question_id' is text, not a whole number"),
+        ({"image_id": None}, "field 'image_id' is null, not a whole number"),
+        ({"image_id": 1.5}, "field 'image_id' is a decimal number, not a whole number"),
+    ):
+        write(asked, {"questions": [{**questions[0], **change}]})
+        with pytest.raises(ValueError, match=rf"train2014_questions\.json: question 0: {problem}"):
+            VQA(vqa_root, "train")
+    del questions[0]["question"]
+    write(asked, {"questions": questions})
+    with pytest.raises(ValueError, match=r"question 0: needs a field 'question' \(text\)"):
+        VQA(vqa_root, "train")
+
+
+def test_answers_of_few_annotators_can_be_right(tmp_path):
+    given = [["cat"] * n for n in (1, 2, 3, 4)] + [["cat", "cat", "dog"], ["cat", "dog"]]
+    write(tmp_path / "vqa.json", [
+        vqa_entry(tmp_path / f"{n}.png", answers=answers) for n, answers in enumerate(given)
+    ])  # fmt: skip
+    train = VQA(tmp_path, "train")
+    scores = [train.extras(record, 16)["answer_score"][0] for record in range(len(given))]
+    assert scores == pytest.approx([1, 1, 1, 1, 2 / 3, 1 / 2])
+    assert scores == pytest.approx([accuracy(row.count("cat"), len(row)) for row in given])
 
 
 def vqa_entry(image, split="train", answers=("cat",)):
@@ -168,8 +250,12 @@ def test_a_list_of_questions(tmp_path):
     assert val.classes == ("cat",)
     assert val.question_id(0) == 1
     assert val.extras(0, 16)["answer_score"][0] == 1
-    with pytest.raises(ValueError, match=r"vqa\.json: split 'test' is empty; present: train, val"):
+    with pytest.raises(
+        ValueError, match=r"vqa\.json: split 'test' is empty; present: train, val; put .*"
+    ):
         VQA(tmp_path, "test")
+    with pytest.raises(ValueError, match=r"another split by data\.sources\.daquar\.split .*evals"):
+        VQA(tmp_path, "test", name="daquar")
     write(tmp_path / "vqa.json", [vqa_entry(tmp_path / "b.png", "val")])
     with pytest.raises(ValueError, match="split 'train' is empty; answer lists"):
         VQA(tmp_path, "val")
@@ -223,8 +309,15 @@ def test_damaged_nlvr2(nlvr2_root):
         NLVR2(nlvr2_root, "val")
     with pytest.raises(ValueError, match=r"unknown split 'dev'; published are train, val, test"):
         NLVR2(nlvr2_root, "dev")
-    with pytest.raises(ValueError, match=r"not a list of examples; name .* with \{split\}"):
+    with pytest.raises(
+        ValueError, match=r"not a list of examples; name .* with \{split\}.* as in \{split\}\.json"
+    ):
         NLVR2(nlvr2_root, "val", annotations="data/train.json")
+    write(file, b"")
+    with pytest.raises(ValueError, match=r"dev\.json: is empty"):
+        NLVR2(nlvr2_root, "val")
+    write(file, b"\xef\xbb\xbf" + json.dumps(nlvr2_line("850-0-0", "True")).encode())
+    assert NLVR2(nlvr2_root, "val").num_records == 1
 
 
 def test_a_list_of_pairs(tmp_path):
@@ -275,6 +368,12 @@ def test_snli_ve_as_published(snli_ve_root):
         VisualEntailment(snli_ve_root, "dev")
 
 
+def test_snli_ve_with_the_other_name_of_its_folder(snli_ve_root):
+    (snli_ve_root / "flickr30k-images").rename(snli_ve_root / "flickr30k_images")
+    [path] = VisualEntailment(snli_ve_root, "val").image_key(0)
+    assert path == str((snli_ve_root / "flickr30k_images/111.jpg").resolve())
+
+
 @pytest.mark.parametrize("image", ["222", "222.jpg"])
 def test_snli_ve_of_the_first_release(snli_ve_root, image):
     line = snli_ve_line(image, "neutral")
@@ -293,7 +392,7 @@ def test_damaged_snli_ve(snli_ve_root):
     with pytest.raises(ValueError, match="is not a path inside the folder"):
         VisualEntailment(snli_ve_root, "val")
     write(file, [{"sentence2": "A dog."}])
-    with pytest.raises(ValueError, match=r"dev\.jsonl:1: needs a field 'Flickr30K_ID' \(str\)"):
+    with pytest.raises(ValueError, match=r"dev\.jsonl:1: needs a field 'Flickr30K_ID' \(text\)$"):
         VisualEntailment(snli_ve_root, "val")
     write(file, [snli_ve_line("111", "-")])
     with pytest.raises(ValueError, match=r"no usable example.*'no gold label': 1"):
@@ -340,8 +439,20 @@ def test_damaged_lists_name_file_and_place(tmp_path, source, file):
     with pytest.raises(ValueError, match=rf"{file}: entry 0: needs a field"):
         source(tmp_path, "train")
     write(tmp_path / file, {"questions": []})
-    with pytest.raises(ValueError, match=rf"{file}: not a list of examples"):
+    with pytest.raises(ValueError, match=rf"{file}: not a list of examples; write it as \["):
         source(tmp_path, "train")
+    write(tmp_path / "train2014.json", b'"a text"')
+    with pytest.raises(ValueError, match=r"train2014\.json: not a list of examples; write it as"):
+        source(tmp_path, "train", "train2014.json")
+    for content, problem in (
+        (b"", "is empty"),
+        (gzip.compress(b"[]"), "is compressed"),
+        ("[]".encode("utf-16"), "is UTF-16 text"),
+        (b"\xef\xbb\xbf[]", "split 'train' is empty; present: none; put .* into the file$"),
+    ):
+        write(tmp_path / file, content)
+        with pytest.raises(ValueError, match=rf"{file}: {problem}"):
+            source(tmp_path, "train")
 
 
 def test_damaged_pictures_are_bad_examples(nlvr2_root):

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -5,6 +6,7 @@ import pytest
 from vlp_jax.data.tasks import normalise_answer
 from vlp_jax.data.tasks.answers import (
     accepted_answers,
+    accuracy,
     check_coverage,
     most_common_answers,
     read_answers,
@@ -63,6 +65,18 @@ def test_soft_scores():
     assert list(accepted.values()) == pytest.approx([1, 0.9, 0.3, 0.3])
     assert accepted_answers(["Garbage bin."]) == {"garbage bin": 1.0}
     assert accepted_answers(["a"]) == {}
+
+
+@pytest.mark.parametrize("annotators", range(2, 11))
+def test_accuracy_is_the_mean_over_the_annotator_left_out(annotators):
+    needed = {2: 1, 3: 2}.get(annotators, 3)
+    for agreeing in range(annotators + 1):
+        given = [True] * agreeing + [False] * (annotators - agreeing)
+        left = itertools.combinations(given, annotators - 1)
+        mean = sum(min(sum(others) / needed, 1) for others in left) / annotators
+        assert accuracy(agreeing, annotators) == pytest.approx(mean)
+    assert accuracy(annotators, annotators) == 1
+    assert accepted_answers(["Yes"] * annotators) == {"yes": 1.0}
 
 
 def test_the_list_holds_the_most_common_majority_answers():

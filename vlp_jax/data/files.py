@@ -3,7 +3,8 @@
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,23 +13,59 @@ from vlp_jax.data.decode import decode_image
 from vlp_jax.data.source import BadExample
 from vlp_jax.data.tokenizer import normalise_caption
 
+FLICKR_FOLDERS = ("flickr30k-images", "flickr30k_images")  # what its pictures are unpacked to
+_IMAGE_ENDS = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_GZIP = b"\x1f\x8b"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_KINDS = {
+    str: "text",
+    object: "text",  # whatever its type: what is no text is counted (``text_fault``)
+    list: "a list",
+    dict: "an object",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a decimal number",
+    type(None): "null",
+}
+
 
 def read_json(file: pathlib.Path) -> Any:
     """The content of a JSON file; bytes that are not UTF-8 come out as lone surrogates.
 
-    So only the texts that hold such bytes are lost (``text_fault`` finds them), not the file.
+    So only the texts that hold such bytes are lost (``text_fault`` finds them), not the file. A
+    byte-order mark before the JSON is passed over.
 
     Raises:
-        ValueError: the file is not JSON; the message names the place.
+        ValueError: the file is empty, compressed, not UTF-8 at all or not JSON; the message names
+            the place.
     """
     return _parse(_read_text(file), file)
+
+
+def read_json_list(file: pathlib.Path, otherwise: str, of_objects: str) -> list[Any]:
+    """The values of a JSON list, read as ``read_json`` does.
+
+    Args:
+        file: that holds it.
+        otherwise: the fault and the remedy, where the file holds no list.
+        of_objects: the same, where it holds an object or several.
+
+    Raises:
+        ValueError: the file holds something else, or cannot be read as JSON.
+    """
+    text = _read_text(file)
+    start = text.lstrip()[:1]
+    if start != "[":
+        raise ValueError(f"{file}: {of_objects if start == '{' else otherwise}")
+    return _parse(text, file)
 
 
 def read_json_lines(file: pathlib.Path) -> list[tuple[str, Any]]:
     """The values of a file that has one JSON value a line, each with its place for messages.
 
     Raises:
-        ValueError: a line is not JSON; the message names it.
+        ValueError: a line is not JSON, and the message names it, or the file is empty, compressed
+            or not UTF-8 at all.
     """
     lines = enumerate(_read_text(file).split("\n"), 1)
     return [(f"{file}:{n}", _parse(line, file, n)) for n, line in lines if line.strip()]
@@ -40,15 +77,19 @@ def field(item: Any, name: str, kind: type, where: str) -> Any:
     Args:
         item: the entry.
         name: of the field.
-        kind: type that its value must have.
+        kind: type that its value must have; ``object`` for a text that is checked later.
         where: names the entry in messages.
 
     Raises:
         ValueError: the entry is no object, or has no such field of that type.
     """
-    if not isinstance(item, dict) or name not in item or not isinstance(item[name], kind):
-        raise ValueError(f"{where}: needs a field {name!r} ({kind.__name__})")
-    return item[name]
+    if isinstance(item, dict) and name in item:
+        if isinstance(item[name], kind):
+            return item[name]
+        found = _KINDS[type(item[name])]
+        raise ValueError(f"{where}: field {name!r} is {found}, not {_KINDS[kind]}")
+    fault = "" if isinstance(item, dict) else f", but is {_KINDS[type(item)]}, not an object"
+    raise ValueError(f"{where}: needs a field {name!r} ({_KINDS[kind]}){fault}")
 
 
 def find_annotations(
@@ -78,17 +119,39 @@ def find_annotations(
     )
 
 
-def image_candidates(filename: str, folder: str) -> tuple[str, ...]:
+def empty_split(file: pathlib.Path, split: str, present: Iterable[str], name: str) -> ValueError:
+    """The error for a split without examples.
+
+    Args:
+        file: the annotations.
+        split: that was asked for.
+        present: the splits of the examples.
+        name: of the source.
+    """
+    others = sorted(set(present))
+    remedy = f"put examples of split {split!r} into the file"
+    if others:
+        remedy += (
+            f", or choose another split by data.sources.{name}.split (for an evaluation: "
+            "evals.NAME.split)"
+        )
+    return ValueError(
+        f"{file}: split {split!r} is empty; present: {', '.join(others) or 'none'}; {remedy}"
+    )
+
+
+def image_candidates(filename: str, *folders: str) -> tuple[str, ...]:
     """Where people keep an image of a published set, most specific place first.
 
     Args:
         filename: of the image.
-        folder: that its publisher put it in; "" for none.
+        folders: that its publisher put it in, by any of these names.
 
     Returns:
-        Paths relative to the root: ``<folder>/``, ``images/<folder>/``, ``images/`` and ``./``.
+        Paths relative to the root: ``<folder>/`` and ``images/<folder>/`` for each folder,
+        ``images/`` and ``./``.
     """
-    places = (folder, os.path.join("images", folder)) if folder else ()
+    places = [place for folder in folders for place in (folder, os.path.join("images", folder))]
     return tuple(
         os.path.normpath(os.path.join(place, filename)) for place in (*places, "images", "")
     )
@@ -150,9 +213,11 @@ def check_missing(
         raise ValueError(f"missing_images={missing_images!r}: must be 'error' or 'skip'")
     if missing and missing_images == "error":
         looked = ", ".join(str(root / path) for path in missing[0])
+        similar = _similar_file(root, missing[0])
         raise FileNotFoundError(
-            f"{file}: {len(missing)} of {total} images are missing, the first: "
-            f'{looked}; add the files, or set missing_images="skip" to go on without them'
+            f"{file}: {len(missing)} of {total} images are missing, the first: {looked}"
+            f"{f' (there is {similar})' if similar else ''}; add the files, or set "
+            'missing_images="skip" to go on without them'
         )
 
 
@@ -171,7 +236,52 @@ def read_image(path: str, size: int, *, max_side: int, max_pixels: int) -> np.nd
 
 
 def _read_text(file: pathlib.Path) -> str:
-    return file.read_bytes().decode("utf-8", "surrogateescape")
+    data = file.read_bytes()
+    if data.startswith(_GZIP):
+        raise ValueError(f"{file}: is compressed (gzip); unpack it first, as by gzip -dc")
+    if data.startswith(_UTF16) or b"\0" in data[:2]:  # a JSON text holds no null
+        raise ValueError(f"{file}: is UTF-16 text; write it again as UTF-8")
+    text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+    if not text or text.isspace():
+        raise ValueError(f"{file}: is empty; fetch or write it again")
+    return text
+
+
+def _similar_file(root: pathlib.Path, candidates: Sequence[str]) -> pathlib.Path | None:
+    """What a missing image is there as, after a look at one folder; None: nothing like it.
+
+    Its name may differ in case, Unicode form, slashes or ending, and that of a folder that it is in
+    likewise, but for the ending. Of the candidates, the first whose folder exists is looked for.
+    """
+    paths = [path.replace("\\", "/") for path in candidates]
+    path = next((path for path in paths if (root / path).parent.is_dir()), paths[0])
+    folder, parts = root, list(pathlib.PurePosixPath(path).parts)
+    while parts and (folder / parts[0]).exists():
+        folder /= parts.pop(0)
+    if not parts:
+        return folder if folder.is_file() else None
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return None
+    is_last = len(parts) == 1
+    wanted = {_same_name(parts[0]), _same_name("/".join(parts))}
+    for name in names:
+        found = folder / name
+        if _same_name(name) in wanted and (found.is_file() or (found.is_dir() and not is_last)):
+            return found
+    stem = _same_name(os.path.splitext(parts[0])[0])
+    for name in names if is_last else ():
+        found = folder / name
+        own, end = os.path.splitext(name)
+        if _same_name(own) == stem and end.lower() in _IMAGE_ENDS and found.is_file():
+            return found
+    return None
+
+
+def _same_name(name: str) -> str:
+    """Equal for names that differ in case, Unicode form or slashes."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/").casefold())
 
 
 def _parse(text: str, file: pathlib.Path, first_line: int = 1) -> Any:

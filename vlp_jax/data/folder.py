@@ -4,10 +4,12 @@
     Folder("/data/coco", split="val")                           # dataset_coco.json (Karpathy)
 
 ``captions.json`` is a list of ``{"image": path, "split": name, "captions": [text, ...]}``, paths
-relative to the folder. Karpathy's ``dataset_coco.json`` and ``dataset_flickr30k.json`` are read as
-published; their ``train`` includes ``restval``, as is usual, and images are looked for under
+relative to the folder; a picture may have several entries, such as one for each caption.
+Karpathy's ``dataset_coco.json`` and ``dataset_flickr30k.json`` are read as published; their
+``train`` includes ``restval``, as is usual (pictures of val2014, which VQA v2 and retrieval on the
+whole val2014 may test on), unless ``restval`` is False, and images are looked for under
 ``<root>/<filepath>/``, ``<root>/images/<filepath>/``, ``<root>/images/`` and ``<root>/``; Flickr30k
-names no ``filepath``, and comes as ``flickr30k-images``.
+names no ``filepath``, and comes as ``flickr30k-images`` or ``flickr30k_images``.
 """
 
 import collections
@@ -17,10 +19,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from vlp_jax.data.decode import MAX_PIXELS, MAX_SIDE
 from vlp_jax.data.files import (
+    FLICKR_FOLDERS,
     check_missing,
+    empty_split,
     field,
     find_annotations,
     image_candidates,
@@ -32,7 +37,6 @@ from vlp_jax.data.files import (
 from vlp_jax.data.source import CaptionsOnly
 
 ANNOTATION_FILES = ("captions.json", "dataset_coco.json", "dataset_flickr30k.json")
-_FLICKR = "flickr30k-images"  # what its pictures are unpacked to
 
 
 class _Entry(NamedTuple):
@@ -65,6 +69,7 @@ class Folder(CaptionsOnly):
         name: str = "folder",
         key: str = "data.root",
         missing_images: str = "error",
+        restval: bool = True,
         max_side: int = MAX_SIDE,
         max_pixels: int = MAX_PIXELS,
     ):
@@ -79,12 +84,14 @@ class Folder(CaptionsOnly):
             key: config key of ``root``, for messages.
             missing_images: ``error`` to refuse annotations whose images are missing, ``skip`` to
                 count them and go on.
+            restval: whether ``restval`` of Karpathy's files belongs to ``train``.
             max_side: longest side of an image, in pixels, that is decoded.
             max_pixels: largest width x height that is decoded.
 
         Raises:
             FileNotFoundError: the root, an annotation file or an image is missing.
-            ValueError: the annotations are damaged, or the split is empty.
+            ValueError: the annotations are damaged, a picture is in two splits, or the split is
+                empty.
         """
         self.name = name
         self.bad_captions: collections.Counter[str] = collections.Counter()
@@ -97,12 +104,10 @@ class Folder(CaptionsOnly):
         names = ANNOTATION_FILES if annotations is None else (annotations,)
         file = find_annotations(self._root, names, key)
         entries = _read_entries(file)
-        mine = [entry for entry in entries if entry.split == split]
+        own = {split, "restval"} if restval and split == "train" else {split}
+        mine = [entry for entry in entries if entry.split in own]
         if not mine:
-            present = sorted({entry.split for entry in entries})
-            raise ValueError(
-                f"{file}: split {split!r} is empty; present: {', '.join(present) or 'none'}"
-            )
+            raise empty_split(file, split, (entry.split for entry in entries), name)
         self._add(mine, file, missing_images)
         self.num_records: int = len(self._images)
         if not self.num_records:
@@ -168,18 +173,56 @@ class Folder(CaptionsOnly):
 
 
 def _read_entries(file: pathlib.Path) -> list[_Entry]:
-    """All entries of an annotation file of either format."""
+    """The images of an annotation file of either format."""
     content = read_json(file)
-    if isinstance(content, dict) and isinstance(content.get("images"), list):
-        items, read = content["images"], _karpathy_entry
-    elif isinstance(content, list):
-        items, read = content, _own_entry
-    else:
+    if isinstance(content, list):
+        return _joined([_own_entry(*placed) for placed in _placed(content, file)], file)
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise ValueError(
             f'{file}: neither a list of {{"image", "split", "captions"}} nor Karpathy\'s '
             '{"images": [...]}'
         )
-    return [read(item, f"{file}: entry {number}") for number, item in enumerate(items)]
+    if "annotations" in content and not any(
+        isinstance(item, dict) and "sentences" in item for item in content["images"]
+    ):
+        raise ValueError(
+            f"{file}: COCO's own caption format, whose captions are apart from the images and "
+            "without splits; put Karpathy's dataset_coco.json in its place"
+        )
+    return [_karpathy_entry(*placed) for placed in _placed(content["images"], file)]
+
+
+def _placed(items: Sequence[Any], file: pathlib.Path) -> list[tuple[Any, str]]:
+    """Each entry with its place for messages."""
+    return [(item, f"{file}: entry {number}") for number, item in enumerate(items)]
+
+
+def _joined(entries: Sequence[_Entry], file: pathlib.Path) -> list[_Entry]:
+    """One entry for each picture, in the order of first appearance, with all its captions."""
+    of_picture: dict[tuple[str, ...], list[tuple[int, _Entry]]] = {}
+    for number, entry in enumerate(entries):
+        picture = tuple(map(os.path.normpath, entry.candidates))
+        of_picture.setdefault(picture, []).append((number, entry))
+    joined = []
+    for own in of_picture.values():
+        first_number, first = own[0]
+        for number, entry in own[1:]:
+            if entry.split != first.split:
+                raise ValueError(
+                    f"{file}: {entry.candidates[0]!r} is in two splits, {first.split!r} (entry "
+                    f"{first_number}) and {entry.split!r} (entry {number}); keep it in one of them"
+                )
+        captions = [text for _, entry in own for text in entry.captions]
+        joined.append(first._replace(captions=captions))
+    if len(joined) < len(entries):
+        logging.info(
+            "%s: %d entries joined with an earlier one of the same picture: %d entries, %d images",
+            file,
+            len(entries) - len(joined),
+            len(entries),
+            len(joined),
+        )
+    return joined
 
 
 def _own_entry(item: Any, where: str) -> _Entry:
@@ -190,13 +233,13 @@ def _own_entry(item: Any, where: str) -> _Entry:
 
 def _karpathy_entry(item: Any, where: str) -> _Entry:
     filename = inside(field(item, "filename", str, where), where)
-    folder = _FLICKR
+    folders: tuple[str, ...] = FLICKR_FOLDERS
     if "filepath" in item:
-        folder = inside(field(item, "filepath", str, where), where)
+        folders = (inside(field(item, "filepath", str, where), where),)
     split = field(item, "split", str, where)
     sentences = field(item, "sentences", list, where)
     return _Entry(
-        image_candidates(filename, folder),
-        "train" if split == "restval" else split,
+        image_candidates(filename, *folders),
+        split,
         [field(sentence, "raw", object, f"{where}: a sentence") for sentence in sentences],
     )

@@ -9,7 +9,7 @@ import collections
 import functools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +17,11 @@ import numpy as np
 from vlp_jax.data.decode import MAX_PIXELS, MAX_SIDE
 from vlp_jax.data.files import (
     check_missing,
+    empty_split,
     find_annotations,
     read_image,
-    read_json,
     read_json_lines,
+    read_json_list,
     text_fault,
 )
 from vlp_jax.data.tasks.columns import Columns
@@ -74,19 +75,24 @@ def find_examples(
     return file, next(name for name, own in zip(names, of_split, strict=True) if root / own == file)
 
 
-def read_list(file: pathlib.Path) -> list[tuple[str, Any]]:
+def read_list(file: pathlib.Path, published: Collection[str]) -> list[tuple[str, Any]]:
     """The entries of a list of our own, each with its place for messages.
+
+    Args:
+        file: the list.
+        published: what publishers call the splits; such a name in the file's is a hint that it is
+            a published one.
 
     Raises:
         ValueError: the file is no list, or not JSON.
     """
-    with file.open("rb") as opened:
-        if not opened.read(64).lstrip().startswith(b"["):
-            raise ValueError(
-                f"{file}: not a list of examples; name a published file with {SPLIT} in place of "
-                "the split"
-            )
-    return [(f"{file}: entry {number}", item) for number, item in enumerate(read_json(file))]
+    fault = "not a list of examples"
+    remedy = f"{fault}; write it as [{{...}}, {{...}}]"
+    part = max((own for own in published if own in file.name), key=len, default="")
+    hint = f"; name a published file with {SPLIT} in place of the split, as in "
+    of_objects = f"{fault}{hint}{file.name.replace(part, SPLIT)}" if part else remedy
+    items = read_json_list(file, remedy, of_objects)
+    return [(f"{file}: entry {number}", item) for number, item in enumerate(items)]
 
 
 class AnnotatedImages:
@@ -144,10 +150,7 @@ class AnnotatedImages:
 
         mine = [example for example in examples if example.split == split]
         if not mine:
-            present = sorted({example.split for example in examples})
-            raise ValueError(
-                f"{file}: split {split!r} is empty; present: {', '.join(present) or 'none'}"
-            )
+            raise empty_split(file, split, (example.split for example in examples), name)
         columns.check([example.groups for example in mine], f"{file}, split {split!r},")
         wanted = dict.fromkeys(image for example in mine for image in example.images)
         found = {image: self._find(image) for image in wanted}
@@ -277,7 +280,7 @@ class LabelledSentences(AnnotatedImages, abc.ABC):
             entries = read_json_lines(file)
             examples = [self.published_entry(item, split, where) for where, item in entries]
         else:
-            entries = read_list(file)
+            entries = read_list(file, self.published.values())
             examples = [self.own_entry(item, where) for where, item in entries]
         examples = [
             example._replace(groups=columns.values(item, where))

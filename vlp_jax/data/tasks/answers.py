@@ -71,7 +71,9 @@ def accuracy(agreeing: int, annotators: int) -> float:
 
     An answer is as right as others gave it: min(n / 3, 1) where n of the other annotators agree,
     averaged over which annotator is left out. Of ten, one makes 0.3, two 0.6, three 0.9, four 1.
-    Where there is one annotator, as in DAQUAR, it is 1 or 0.
+    Where fewer than three others are left, all of them are needed in place of 3, so that what all
+    annotators gave is always 1: of three, one makes 1/3, two 2/3; of two, one 1/2. Where there is
+    one annotator, as in DAQUAR, it is 1 or 0.
 
     Args:
         agreeing: annotators who gave the answer.
@@ -79,8 +81,9 @@ def accuracy(agreeing: int, annotators: int) -> float:
     """
     if annotators == 1:
         return float(agreeing)
-    leaving_one_of_them = min((agreeing - 1) / 3, 1.0)
-    leaving_another = min(agreeing / 3, 1.0)
+    needed = min(3, max(1, annotators - 1))
+    leaving_one_of_them = min((agreeing - 1) / needed, 1.0)
+    leaving_another = min(agreeing / needed, 1.0)
     others = annotators - agreeing
     return (agreeing * leaving_one_of_them + others * leaving_another) / annotators
 
@@ -88,7 +91,8 @@ def accuracy(agreeing: int, annotators: int) -> float:
 def accepted_answers(answers: Sequence[str]) -> dict[str, float]:
     """The normalised answers to a question with their soft scores, most frequent first.
 
-    The soft score is the ``accuracy`` of the answer. Ties are in alphabetical order.
+    The soft score is the ``accuracy`` of the answer, that of few annotators too. Ties are in
+    alphabetical order.
 
     Args:
         answers: as the annotators wrote them.

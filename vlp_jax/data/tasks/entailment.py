@@ -5,15 +5,15 @@
 
 SNLI-VE (Xie et al. 2019) is ``snli_ve_train.jsonl``, ``snli_ve_dev.jsonl`` (``val`` here) and
 ``snli_ve_test.jsonl``; its images are those of Flickr30K, looked for in ``flickr30k-images/``
-with or without ``images/`` before it, in ``images/`` and in the root. The first release spells the
-picture's field ``Flikr30kID`` and may end it in ``.jpg``; both are read. ``ve.json`` is a list of
-``{"image": path, "sentence": text, "label": name, "split": name}``.
+or ``flickr30k_images/`` with or without ``images/`` before it, in ``images/`` and in the root. The
+first release spells the picture's field ``Flikr30kID`` and may end it in ``.jpg``; both are read.
+``ve.json`` is a list of ``{"image": path, "sentence": text, "label": name, "split": name}``.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from vlp_jax.data.files import field, image_candidates, inside
+from vlp_jax.data.files import FLICKR_FOLDERS, field, image_candidates, inside
 from vlp_jax.data.tasks.annotated import Example, LabelledSentences
 
 _OLD_ID = "Flikr30kID"
@@ -46,7 +46,7 @@ class VisualEntailment(LabelledSentences):
         key = _OLD_ID if isinstance(item, dict) and _OLD_ID in item else "Flickr30K_ID"
         image = inside(field(item, key, str, where).removesuffix(".jpg") + ".jpg", where)
         return Example(
-            (image_candidates(image, "flickr30k-images"),),
+            (image_candidates(image, *FLICKR_FOLDERS),),
             split,
             field(item, "sentence2", object, where),
             _label(field(item, "gold_label", str, where), where),

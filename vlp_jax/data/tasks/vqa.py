@@ -5,7 +5,7 @@
     VQA("../shared/data", split="val", questions="easy_vqa.json")
 
 ``vqa.json`` is a list of ``{"image": path, "question": text, "answers": [text, ...],
-"split": name}`` with one answer or those of ten annotators.
+"split": name}`` with one answer or those of up to ten annotators (``answers.accuracy``).
 
 VQA v2 (Goyal et al. 2017) is a file of questions and one of annotations for each of ``train2014``
 and ``val2014``; its own test set has no public answers. That a score may be reported on pictures
@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from vlp_jax.data.batch import MAX_ANSWERS
 from vlp_jax.data.decode import MAX_PIXELS, MAX_SIDE
@@ -173,7 +174,7 @@ def _read_questions(
     names = (questions,) if questions else _QUESTIONS
     file, name = find_examples(root, split, names, _PARTS, key)
     if SPLIT not in name:
-        entries = enumerate(read_list(file))
+        entries = enumerate(read_list(file, _PARTS.values()))
         return file, [_own_entry(item, number, where, columns) for number, (where, item) in entries]
     examples = []
     for part in sorted({_PARTS[split], _PARTS["train"]}):
@@ -198,24 +199,44 @@ def _own_entry(item: Any, number: int, where: str, columns: Columns) -> Example:
 def _published_part(
     asked: pathlib.Path, answered: pathlib.Path, part: str, columns: Columns
 ) -> list[Example]:
-    """The questions about ``train2014`` or ``val2014`` with their answers."""
-    answers, metadata = {}, {}
+    """The questions about ``train2014`` or ``val2014`` with their answers.
+
+    Raises:
+        ValueError: a file is damaged, a question is there twice or without an annotation, or its
+            annotation twice or of another image.
+    """
+    answers: dict[int, tuple[str, ...]] = {}
+    answered_images: dict[int, int] = {}
+    metadata = {}
     for number, item in enumerate(field(read_json(answered), "annotations", list, str(answered))):
         where = f"{answered}: annotation {number}"
         given = field(item, "answers", list, where)
         question = field(item, "question_id", int, where)
+        if question in answers:
+            raise ValueError(f"{where}: question {question} has two annotations; remove one")
+        if "image_id" in item:
+            answered_images[question] = field(item, "image_id", int, where)
         answers[question] = _checked([field(one, "answer", object, where) for one in given], where)
         if columns.names:  # else they need not be kept
             metadata[question] = {name: item[name] for name in item if name != "answers"}
     questions = field(read_json(asked), "questions", list, str(asked))
     examples = []
+    seen: set[int] = set()
     pictures: dict[int, tuple[str, ...]] = {}
     for number, item in enumerate(questions):
         where = f"{asked}: question {number}"
         question = field(item, "question_id", int, where)
         if question not in answers:
             raise ValueError(f"{answered}: no annotation of question {question} ({where})")
+        if question in seen:
+            raise ValueError(f"{where}: question {question} is listed twice; remove one")
+        seen.add(question)
         image = field(item, "image_id", int, where)
+        if (of_annotation := answered_images.get(question, image)) != image:
+            raise ValueError(
+                f"{where}: question {question} is about image_id {image}, its annotation in "
+                f"{answered} about {of_annotation}; take both files of the same release"
+            )
         if image not in pictures:  # shared by the questions about it, five on average
             pictures[image] = image_candidates(f"COCO_{part}_{image:012d}.jpg", part)
         split = _split_of(part, image)
@@ -223,6 +244,14 @@ def _published_part(
         target = _Target(question, answers[question])
         groups = columns.values({**item, **metadata.get(question, {})}, where)
         examples.append(Example((pictures[image],), split, text, target, groups))
+    if unasked := len(answers) - len(seen):
+        logging.warning(
+            "%s: %d of %d annotations have no question in %s and are left out",
+            answered,
+            unasked,
+            len(answers),
+            asked,
+        )
     return examples
 
 
