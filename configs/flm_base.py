@@ -9,9 +9,9 @@ Data: COCO captions in Karpathy's split by default (the recipe pretrains on CC3M
 together: add a source for each). Its `restval` are pictures of val2014, on which
 configs/transfer/vqa.py tests: --config.data.sources.coco.restval=False leaves them out. Recipe
 after the fact sheet of the paper, section 3: batch 4096, 30,000 updates, AdamW (0.9, 0.98), weight
-decay 0.01, rate 8e-5 and five times that for the parts that are new on top of the pretrained towers, 5 %
-warm-up, linear decay to 0, no clipping, base corruption (the query's own token alone). Ours starts
-all parts from scratch, so that all take the higher rate.
+decay 0.01, rate 8e-5 and five times that for the parts that are new on top of the pretrained
+towers, 5 % warm-up, linear decay to 0, no clipping, base corruption (the query's own token alone).
+Ours starts all parts from scratch, so that all take the higher rate.
 
 Hardware: 344M parameters; one H200 holds batch 512 in 34 GB, so that one GPU needs
 --config.optim.accumulation=8. The 122.9M samples of the recipe take about 8.0 GPU-hours at the

@@ -8,9 +8,9 @@
 Data: `scenes`, level hard; `pack`, the photographs of ../shared/data (a smoke test of 1,231
 questions); `vqa_v2`, the official files with the images of COCO. Its test split is val2014, whose
 answers are public: pretrain on captions of COCO without `restval` (configs/flm_base.py). Answers
-are 3,129 classes with soft targets (fact sheet of FLM, section 5). Hardware: one GPU; `pack` runs on a
-CPU in minutes. Scores to expect: docs/results/transfer.md. Scores are told by type of answer and of
-question (`vqa_v2`), or by the set that a question is from (`pack`), as well.
+are 3,129 classes with soft targets (fact sheet of FLM, section 5). Hardware: one GPU; `pack` runs
+on a CPU in minutes. Scores to expect: docs/results/transfer.md. Scores are told by type of answer
+and of question (`vqa_v2`), or by the set that a question is from (`pack`), as well.
 """
 
 from ml_collections import ConfigDict
