@@ -6,12 +6,15 @@ prints one JSON line: samples/s (median and range over repeats), model FLOPs per
 a matmul peak measured in the same run, peak memory, compile seconds by bucket, versions, device.
 
 Batches are planned as in training (windows sorted by length, cut, permuted; edges fitted to the
-lengths) from caption lengths uniform in [min_length, max_length]. Pixels and tokens are random and
-lie on the device, so that the figure is that of the update alone.
+lengths) from caption lengths uniform in [min_length, max_length]. Pixels, tokens and labels are
+random and lie on the device, so that the figure is that of the update alone. ``readout="auto"``
+stands for "query", as in a run that starts from nothing.
 """
 
 import json
+import math
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,24 +25,31 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket, bucket_label
+from vlp_jax.data.batch import batch_spec
 from vlp_jax.data.captions import batch_maxima, fit_edges
 from vlp_jax.data.plan import Plan
 from vlp_jax.data.planned import PlannedBatch, PlannedSource
 from vlp_jax.data.vocabulary import Vocabulary
+from vlp_jax.infra.command import bad_input, check_length, fail, parse_flags
 from vlp_jax.infra.compilation import CompiledSteps, set_gpu_flags
+from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.hardware import device_facts, measure_matmul_peak, memory
 from vlp_jax.infra.mesh import global_batch, make_mesh
+from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import Budget
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration to measure")
-_BATCH = flags.DEFINE_integer("batch", None, "global batch size; the config's own if not given")
+_BATCH = flags.DEFINE_integer(
+    "batch", None, "global batch size; the config's own if not given", lower_bound=1
+)
 _STEPS = flags.DEFINE_integer("steps", 32, "updates timed in one repeat", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "timed repeats", lower_bound=1)
 _MIN_LENGTH = flags.DEFINE_integer("min_length", 8, "shortest caption in tokens", lower_bound=3)
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 20, "longest caption in tokens", lower_bound=3)
 
 MASK_ID = 4  # any id will do: the tokens are random
+_PICTURES = frozenset({"second_image"})  # extra fields that, like images, all batches share
 
 
 class UniformLengths:
@@ -75,8 +85,21 @@ def bench_step(config: Any) -> dict[str, Any]:
 
     Returns:
         The figures, ready for JSON.
+
+    Raises:
+        ConfigError, ValueError: a flag or a key does not fit; the message names it.
+        FloatingPointError: an update's loss or gradients were not finite.
     """
-    data = config.data
+    data, positions = config.data, config.model.text.max_positions
+    if _MIN_LENGTH.value > _MAX_LENGTH.value:
+        raise ValueError(
+            f"--min_length={_MIN_LENGTH.value} is above --max_length={_MAX_LENGTH.value}; "
+            "lower the one or raise the other"
+        )
+    check_length("max_length", _MAX_LENGTH.value, positions)
+    for section in config.objectives.values():
+        if section.get("readout", "") == "auto":
+            section.readout = "query"
     mesh = make_mesh(**config.mesh)
     program = Program(
         config,
@@ -89,6 +112,12 @@ def bench_step(config: Any) -> dict[str, Any]:
     edges = tuple(data.text_edges) or fit_edges(
         maxima, data.num_edges, data.edge_multiple, longest=source.longest
     )
+    if edges[-1] > positions:
+        raise ConfigError(
+            "data.text_edges",
+            f"the last of {edges} is above model.text.max_positions={positions}",
+            "Lower it, or data.edge_multiple where edges are fitted",
+        )
     plan = Plan(
         [PlannedSource(source, source)],  # type: ignore[arg-type]
         data.batch_size,
@@ -101,12 +130,12 @@ def bench_step(config: Any) -> dict[str, Any]:
     planned = [plan.batch(t) for t in range(min(_STEPS.value, plan.window_batches))]
     names = program.batch_names
     rng = np.random.default_rng(config.seed)
-    pixels = rng.integers(
-        0, 256, (data.batch_size, data.image_size, data.image_size, 3), dtype=np.uint8
-    )
-    image = global_batch({"image": pixels}, mesh)["image"]
+    shape = (data.batch_size, data.image_size, data.image_size, 3)
+    names_of_pictures = ("image", *_PICTURES.intersection(program.extra_fields))
+    pixels = {name: rng.integers(0, 256, shape, dtype=np.uint8) for name in names_of_pictures}
+    pictures = global_batch(pixels, mesh)
     batches = [
-        _batch(rng, batch, config.tokenizer.vocab_size, mesh) | {"image": image}
+        _batch(rng, batch, config.tokenizer.vocab_size, mesh, program) | pictures
         for batch in planned
     ]
     keys: list[StepBucket] = [tuple((name, batch.bucket) for name in names) for batch in planned]
@@ -132,6 +161,12 @@ def bench_step(config: Any) -> dict[str, Any]:
         state, metrics = run(state, _STEPS.value)
         jax.block_until_ready(state)
         seconds.append((time.perf_counter() - started) / _STEPS.value)
+    loss, skipped = float(metrics["loss"]), int(metrics["skipped"])
+    if skipped or not math.isfinite(loss):
+        raise FloatingPointError(
+            f"{config.name}: loss or gradients of {skipped} updates were not finite, the last loss "
+            f"is {loss}; nothing is reported of updates that would be skipped: check the config"
+        )
     lengths = np.concatenate([batch.length for batch in planned])
     padded = np.concatenate([np.full(len(b), b.bucket.text_length) for b in planned])
     flops = program.flops(dict.fromkeys(names, float(lengths.mean())))
@@ -152,14 +187,17 @@ def bench_step(config: Any) -> dict[str, Any]:
         "batch": data.batch_size,
         "text_length_mean": round(float(lengths.mean()), 3),
         "text_padding_waste": round(1 - float(lengths.sum() / padded.sum()), 4),
-        "loss": round(float(metrics["loss"]), 4),
-        "skipped": int(metrics["skipped"]),
+        "loss": round(loss, 4),
+        "skipped": skipped,
         "config": config.name,
         **device_facts(),
     }
 
 
-def _batch(rng: np.random.Generator, planned: PlannedBatch, vocab_size: int, mesh: Any) -> Any:
+def _batch(
+    rng: np.random.Generator, planned: PlannedBatch, vocab_size: int, mesh: Any, program: Program
+) -> Any:
+    """All arrays of a batch but the pictures."""
     rows, tokens = len(planned), planned.bucket.text_length
     host = {
         "text_ids": rng.integers(5, vocab_size, (rows, tokens), dtype=np.int32),
@@ -168,7 +206,27 @@ def _batch(rng: np.random.Generator, planned: PlannedBatch, vocab_size: int, mes
         "valid": np.ones(rows, np.bool_),
         "replaced": np.zeros(rows, np.int32),
     }
+    # A label must be a class of every objective that reads it.
+    classes = min(
+        (getattr(o, "num_classes", 1) for o in program.objectives if o.extra_fields), default=1
+    )
+    extra = tuple(name for name in program.extra_fields if name not in _PICTURES)
+    for name, spec in batch_spec(planned.bucket, rows, extra).items():
+        host[name] = _extra(rng, name, spec, classes)
     return global_batch(host, mesh)
+
+
+def _extra(
+    rng: np.random.Generator, name: str, spec: jax.ShapeDtypeStruct, classes: int
+) -> np.ndarray:
+    """A random array of ``batch.EXTRA_FIELDS``."""
+    if name in ("label", "answer"):
+        drawn = rng.integers(0, classes, spec.shape)
+    elif name == "answer_score":
+        drawn = rng.random(spec.shape)
+    else:
+        raise ValueError(f"the objectives read {name}, which this bench cannot draw")
+    return drawn.astype(spec.dtype)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -178,11 +236,16 @@ def main(argv: Sequence[str]) -> None:
     config = _CONFIG.value
     if config is None:
         raise app.UsageError("--config=configs/NAME.py is needed")
-    if _BATCH.value is not None:
-        config.data.batch_size = _BATCH.value
-    print(json.dumps(bench_step(config)))
+    with bad_input():
+        if _BATCH.value is not None:
+            config.data.batch_size = _BATCH.value
+        try:
+            figures = bench_step(config)
+        except FloatingPointError as error:
+            sys.exit(fail(ExitCode.TOO_MANY_BAD_UPDATES, error))
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":
     set_gpu_flags()
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -26,6 +26,7 @@ from PIL import Image
 from vlp_jax.data.decode import decode_image, resize_centre
 from vlp_jax.data.folder import Folder
 from vlp_jax.data.source import BadExample
+from vlp_jax.infra.command import bad_input, parse_flags
 
 ROOT = flags.DEFINE_string("root", "../shared/data", "Folder with images and annotations.")
 SPLIT = flags.DEFINE_string("split", "train", "Split to read.")
@@ -171,20 +172,49 @@ def _table(title: str, files: Sequence[bytes], repeats: int) -> rich.table.Table
     return table
 
 
+def read_files(root: str, split: str, images: int) -> list[bytes]:
+    """The JPEG files among the first images of a split.
+
+    Args:
+        root: folder with images and annotations.
+        split: of it.
+        images: how many to look at.
+
+    Raises:
+        ValueError, OSError: there is none, or one is damaged; the message names it.
+    """
+    try:
+        folder = Folder(root, split, key="--root")
+    except ValueError as error:
+        raise ValueError(f"--root={root}, --split={split}: {error}") from error
+    count = min(images, folder.num_records)
+    paths = [
+        path for path in map(folder.path, range(count)) if path.suffix.lower() in (".jpg", ".jpeg")
+    ]
+    if not paths:
+        raise ValueError(
+            f"--root={root}: none of the first {count} images of split {split!r} is a JPEG file; "
+            "give a folder of photographs, or another --split"
+        )
+    files = [path.read_bytes() for path in paths]
+    for path, data in zip(paths, files, strict=True):
+        try:
+            decode_image(data, SIZES[0], str(path))
+        except BadExample as bad:
+            raise ValueError(f"{bad.kind}: {bad.where}; mend or remove the file") from bad
+    return files
+
+
 def main(argv: Sequence[str]) -> None:
     """Prints the tables."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    folder = Folder(ROOT.value, SPLIT.value, key="--root")
-    files = [
-        path.read_bytes()
-        for path in map(folder.path, range(min(IMAGES.value, folder.num_records)))
-        if path.suffix.lower() in (".jpg", ".jpeg")
-    ]
+    with bad_input():
+        files = read_files(ROOT.value, SPLIT.value, IMAGES.value)
     console = rich.console.Console()
     console.print(_table("Files as they are", files, REPEATS.value))
     console.print(_table("640 x 480 mosaics", mosaics(files, len(files)), REPEATS.value))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

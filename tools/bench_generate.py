@@ -29,6 +29,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from vlp_jax.data.augment import normalize
+from vlp_jax.infra.command import bad_input, check_length, parse_flags
 from vlp_jax.infra.compilation import set_gpu_flags
 from vlp_jax.infra.hardware import device_facts
 from vlp_jax.models.decoding import (
@@ -70,7 +71,11 @@ def bench_generate(
 
     Returns:
         The figures, ready for JSON.
+
+    Raises:
+        ValueError: ``max_length`` is beyond the positions of the model, or a key does not fit.
     """
+    check_length("max_length", max_length, config.model.text.max_positions)
     size = config.data.image_size
     model = build_model(config.model, config.tokenizer.vocab_size, MASK, size)
     pixels = np.random.default_rng(config.seed).integers(
@@ -225,19 +230,17 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     if _CONFIG.value is None:
         raise app.UsageError("--config=configs/NAME.py is needed")
-    print(
-        json.dumps(
-            bench_generate(
-                _CONFIG.value,
-                _BATCH.value,
-                _MAX_LENGTH.value,
-                _PREFIX_MULTIPLE.value,
-                _REPEATS.value,
-            )
+    with bad_input():
+        figures = bench_generate(
+            _CONFIG.value,
+            _BATCH.value,
+            _MAX_LENGTH.value,
+            _PREFIX_MULTIPLE.value,
+            _REPEATS.value,
         )
-    )
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":
     set_gpu_flags()
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

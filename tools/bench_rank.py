@@ -46,6 +46,7 @@ from vlp_jax.data.batch import batch_spec
 from vlp_jax.data.build import build_source
 from vlp_jax.evals.base import EvalContext
 from vlp_jax.evals.retrieval import Retrieval
+from vlp_jax.infra.command import bad_input, check_length, parse_flags
 from vlp_jax.infra.compilation import set_gpu_flags
 from vlp_jax.infra.hardware import device_facts
 from vlp_jax.infra.mesh import make_mesh
@@ -121,7 +122,11 @@ def bench_rank(config: Any, readout: Kind, sizes: Sizes) -> dict[str, Any]:
 
     Returns:
         The figures, ready for JSON.
+
+    Raises:
+        ValueError: a text is beyond the positions of the model, or a key does not fit.
     """
+    check_length("text_length", sizes.text_length, config.model.text.max_positions)
     size = config.data.image_size
     model = build_model(config.model, config.tokenizer.vocab_size, MASK, size)
     itm = ITM(ITC(model), readout=readout)
@@ -362,26 +367,32 @@ def main(argv: Sequence[str]) -> None:
         _MEASURED.value,
         _REPEATS.value,
     )
-    if _WORKDIR.value is None:
-        print(json.dumps(bench_rank(_CONFIG.value, cast(Kind, _READOUT.value), sizes)))
-        return
-    predictor = Predictor.load(pathlib.Path(_WORKDIR.value))
+    with bad_input({"init_from": "--workdir"}):
+        if _WORKDIR.value is None:
+            figures = bench_rank(_CONFIG.value, cast(Kind, _READOUT.value), sizes)
+        else:
+            figures = _bench_run(pathlib.Path(_WORKDIR.value), sizes)
+    print(json.dumps(figures))
+
+
+def _bench_run(workdir: pathlib.Path, sizes: Sizes) -> dict[str, Any]:
+    """The figures at the geometry of a run, and its recall."""
+    predictor = Predictor.load(workdir)
     sources = sorted(predictor.config.data.sources)
-    if not _SOURCE.value and len(sources) > 1:
-        raise app.UsageError(f"--source: the run has several; use one of {', '.join(sources)}")
-    lost = recall(
-        predictor,
-        _SOURCE.value or sources[0],
-        _SPLIT.value,
-        sizes.images,
-        sizes.captions,
-        sizes.shortlist,
-    )
-    [readout] = [o.readout for o in predictor.objectives if isinstance(o, ITM)]
-    figures = bench_rank(predictor.config, readout, sizes)
-    print(json.dumps({**figures, "recall": lost}))
+    source = _SOURCE.value or (sources[0] if len(sources) == 1 else "")
+    if source not in sources:
+        raise ValueError(f"--source={source}: use a source of the run: {', '.join(sources)}")
+    readouts = [o.readout for o in predictor.objectives if isinstance(o, ITM)]
+    if len(readouts) != 1:
+        raise ValueError(
+            f"--workdir={workdir}: needs a run with one objective `itm`, this has {len(readouts)}"
+        )
+    positions = predictor.config.model.text.max_positions
+    check_length("text_length", sizes.text_length, positions)  # recall takes long
+    lost = recall(predictor, source, _SPLIT.value, sizes.images, sizes.captions, sizes.shortlist)
+    return {**bench_rank(predictor.config, readouts[0], sizes), "recall": lost}
 
 
 if __name__ == "__main__":
     set_gpu_flags()
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -17,6 +17,7 @@ from typing import Any
 
 from vlp_jax.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from vlp_jax.data.tokenizer import Tokenizer
+from vlp_jax.infra.command import bad_input
 from vlp_jax.infra.files import write_text
 from vlp_jax.infra.manifest import read_manifest
 from vlp_jax.infra.metrics import read_metrics
@@ -235,10 +236,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     given = parser.parse_args(arguments)
-    try:
+    flag_of = {"init_from": "workdir", "init_checkpoint": "--checkpoint"}
+    with bad_input(flag_of, (ValueError, OSError, RuntimeError)):
         file = export_weights(given.workdir, given.out, given.checkpoint, given.overwrite)
-    except (ValueError, OSError, RuntimeError) as error:
-        parser.error(str(error))
     print(f"wrote {file}, {TOKENIZER_FILE} and {CARD_FILE}")
 
 

@@ -13,7 +13,6 @@ nothing is written unless all fits.
 """
 
 import pathlib
-import sys
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -25,9 +24,9 @@ from ml_collections import ConfigDict, config_flags
 from vlp_jax.data.augment import PIXEL_MEAN, PIXEL_STD
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.data.vocabulary import Vocabulary
+from vlp_jax.infra.command import bad_input, parse_flags
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import make_mesh
-from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.infra.sharding import by_path
 from vlp_jax.models.pretrained import (
     PIXELS,
@@ -159,7 +158,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     values = flags.FLAGS
-    try:
+    with bad_input():
         report = import_weights(
             values.config,
             values.out,
@@ -169,9 +168,6 @@ def main(argv: Sequence[str]) -> None:
             pixels=values.pixels,
             mlm_head=values.mlm_head,
         )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(ExitCode.BAD_INPUT)
     console = rich.console.Console()
     if not console.is_terminal:
         console = rich.console.Console(width=_FILE_WIDTH)
@@ -194,4 +190,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -12,16 +12,14 @@ Python: ``vlp_jax.predict.Predictor``.
 
 import json
 import pathlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
 
+from vlp_jax.infra.command import bad_input, parse_flags
 from vlp_jax.infra.compilation import set_gpu_flags
-from vlp_jax.infra.errors import ConfigError
-from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.predict import Predictor
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir, checkpoint or parameter file")
@@ -113,18 +111,6 @@ def _check_flags(command: str) -> None:
             raise ValueError(f"--image={image}: no such file")
 
 
-def _predictor(checkpoint: str) -> Predictor:
-    """That of a path; errors name the flag, where the library names a key of the config."""
-    flag_of = {"init_from": "checkpoint", "init_checkpoint": "which"}
-    try:
-        return Predictor.load(pathlib.Path(checkpoint), _WHICH.value)
-    except ConfigError as error:
-        if error.key not in flag_of:
-            raise
-        message = f"--{flag_of[error.key]}: {error.problem}. {error.remedy}."
-        raise ValueError(message) from error
-
-
 def _chances(pairs: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
     return [{"answer": text, "probability": round(chance, 4)} for text, chance in pairs]
 
@@ -134,15 +120,12 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) != 2 or argv[1] not in COMMANDS or _CHECKPOINT.value is None:
         raise app.UsageError(f"write one of {', '.join(COMMANDS)} and --checkpoint=WORKDIR")
     logging.set_verbosity(logging.WARNING)  # libraries log every file they read
-    try:
+    with bad_input({"init_from": "--checkpoint", "init_checkpoint": "--which"}):
         _check_flags(argv[1])
-        found = COMMANDS[argv[1]](_predictor(_CHECKPOINT.value))
-        print(json.dumps(found, indent=2, ensure_ascii=False))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(ExitCode.BAD_INPUT)
+        predictor = Predictor.load(pathlib.Path(_CHECKPOINT.value), _WHICH.value)
+        print(json.dumps(COMMANDS[argv[1]](predictor), indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":
     set_gpu_flags()
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import jax
 
+from vlp_jax.infra.command import fail
 from vlp_jax.infra.preemption import ExitCode
 
 _STEP = "train"  # annotation of infra.profiling
@@ -227,6 +228,8 @@ def _newest(trace: Path) -> Path:
     Raises:
         ValueError: there is none.
     """
+    if not trace.exists():
+        raise ValueError(f"{trace}: no such file or folder; give a run's `profile`")
     files = [trace] if trace.is_file() else [*trace.rglob("*.xplane.pb")]
     if not files:
         raise ValueError(f"no .xplane.pb in {trace}")
@@ -245,10 +248,12 @@ def main(arguments: Sequence[str] | None = None) -> ExitCode:
     parser.add_argument("--steps", type=int, help="steps in the window; counted where not given")
     options = parser.parse_args(arguments)
     try:
+        for name in ("steps", "top"):
+            if (count := getattr(options, name)) is not None and count < 1:
+                raise ValueError(f"--{name}={count}: give 1 or more")
         tables = list(read_tables(_newest(options.trace), options.steps))
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.BAD_INPUT
+    except (ValueError, OSError, RuntimeError) as error:
+        return fail(ExitCode.BAD_INPUT, error)
     print("\n\n".join(table.text(options.top) for table in tables))
     return ExitCode.OK
 

@@ -9,6 +9,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from vlp_jax.infra.command import bad_input, fail, parse_flags
 from vlp_jax.infra.compilation import set_gpu_flags
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.manifest import CheckpointMismatchError, DamagedCheckpointError
@@ -19,8 +20,6 @@ from vlp_jax.train.setup import prepare
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "the run's configuration", lock_config=True
 )
-# What ml_collections raises for a key that the config lacks or a value of the wrong type.
-_FLAG_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "folder of the run; an existing run is resumed", required=True
 )
@@ -39,37 +38,19 @@ def main(argv: Sequence[str]) -> None:
         if config.debug:
             jax.config.update("jax_debug_nans", True)
             stack.enter_context(jax.disable_jit())
-        try:
+        with bad_input():
             setup = prepare(config, pathlib.Path(_WORKDIR.value))
-        except (ValueError, OSError) as error:
-            logging.debug("traceback of the error below", exc_info=True)
-            sys.exit(_fail(ExitCode.BAD_INPUT, error))
         try:
             code = train(setup)
         except RunStopped as error:
-            code = _fail(error.code, error)
+            code = fail(error.code, error)
         except (ConfigError, CheckpointMismatchError) as error:
-            code = _fail(ExitCode.BAD_INPUT, error)
+            code = fail(ExitCode.BAD_INPUT, error)
         except DamagedCheckpointError as error:
-            code = _fail(ExitCode.DAMAGED_CHECKPOINTS, error)
+            code = fail(ExitCode.DAMAGED_CHECKPOINTS, error)
     sys.exit(code)
-
-
-def _parse(argv: list[str]) -> list[str]:
-    """Parse the flags; a config key that does not exist is bad input and not a crash."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except _FLAG_ERRORS as error:
-        remedy = "vlp_jax/train/config.py lists the keys; sections of names have those of the file"
-        print(f"error: bad flag: {error} ({remedy})", file=sys.stderr)
-        sys.exit(ExitCode.BAD_INPUT)
-
-
-def _fail(code: ExitCode, error: Exception) -> ExitCode:
-    print(f"error: {error}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":
     set_gpu_flags()
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse_flags)

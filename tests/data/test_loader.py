@@ -2,6 +2,7 @@ import gc
 import logging
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tests.data.fake import TOKENIZER, Fake, FakePairs, planned
 from vlp_jax.data.batch import FIELDS, batch_spec
 from vlp_jax.data.cache import ImageCache
 from vlp_jax.data.eval_plan import EvalPlan
-from vlp_jax.data.loader import Loader
+from vlp_jax.data.loader import MAX_PLACES, BadCounts, Loader
 from vlp_jax.data.plan import Plan
 from vlp_jax.data.source import NothingReadable
 
@@ -112,8 +113,22 @@ def test_a_damaged_record_is_replaced_by_one_of_its_source_that_fits(caplog):
     assert replaced > 5
     assert loader.bad.total == replaced
     assert set(loader.bad.counts) == {"torn picture", "burnt picture"}
+    places = loader.bad.places()  # all of them, each once, however often it was met
+    assert len(set(places)) == len(places) == len(DAMAGED)
+    assert {kind for kind, _ in places} == {"torn picture", "burnt picture"}
     assert len(caplog.records) == 2  # once a kind
     assert "record" in caplog.text
+
+
+def test_places_of_bad_examples_are_kept_up_to_a_limit():
+    bad = BadCounts()
+    for number in range(MAX_PLACES + 5):
+        for _ in range(2):
+            bad.add("torn picture", f"{number}.jpg")
+    assert bad.total == 2 * (MAX_PLACES + 5)
+    assert bad.places() == [("torn picture", f"{number}.jpg") for number in range(MAX_PLACES)]
+    again = pickle.loads(pickle.dumps(bad))
+    assert (again.counts, again.places()) == (bad.counts, bad.places())
 
 
 class OneByOne(ImageCache):

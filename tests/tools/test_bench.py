@@ -1,10 +1,24 @@
 """The bench prints what it promises, from the program that trains."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
 from tests.conftest import REPO
+from vlp_jax.infra.preemption import ExitCode
+
+TASKS = """
+from tests.tiny_config import get_config as tiny
+def get_config():
+    config = tiny()
+    with config.unlocked():
+        config.evals = {}
+        config.objectives = {
+            "vqa": {"num_classes": 5, "readout": "auto"}, "nlvr2": {"readout": "auto"}
+        }
+    return config
+"""
 
 
 def test_bench_step_prints_one_json_line():
@@ -41,3 +55,25 @@ def test_bench_step_prints_one_json_line():
         "device_kind",
     }
     assert expected <= set(figures)
+
+
+def test_bench_step_draws_the_fields_that_objectives_read(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "tasks.py").write_text(TASKS)
+    command = [sys.executable, "-m", "tools.bench", "step", f"--config={tmp_path / 'tasks.py'}"]
+    command += ["--batch=8", "--max_length=14", "--steps=1", "--repeats=1"]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert figures["skipped"] == 0
+    assert 0 < figures["loss"] < 10
+
+
+def test_bench_step_gives_no_figures_of_updates_that_are_not_finite() -> None:
+    command = [sys.executable, "-m", "tools.bench", "step"]
+    command += [f"--config={REPO / 'tests' / 'tiny_config.py'}", "--config.schedule.peak=1e30"]
+    command += ["--max_length=14", "--steps=4", "--repeats=1"]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == ExitCode.TOO_MANY_BAD_UPDATES
+    assert result.stdout == ""
+    assert "not finite" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -8,6 +8,7 @@ import pytest
 from tiny_config import get_config
 
 from tests.conftest import REPO
+from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.models.flops import reconstructor_flops, text_flops, vit_flops
 from vlp_jax.models.sizes import build_model
 from vlp_jax.train.setup import prepare
@@ -73,3 +74,12 @@ def test_bench_rank_prints_one_json_line(workdir) -> None:
     for way, lost in recall["lost"].items():
         assert lost == pytest.approx(recall["all_pairs"][way] - recall["shortlist"][way])
     assert recall["all_pairs"]["t2i_r10"] == 1.0  # of six images
+
+
+def test_bench_rank_names_the_flag_that_does_not_fit_the_run(workdir) -> None:
+    command = [sys.executable, "-m", "tools.bench_rank", f"--workdir={workdir}", "--source=absent"]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == ExitCode.BAD_INPUT
+    complaint = "error: --source=absent: use a source of the run: scenes"
+    assert complaint in result.stderr.splitlines()
+    assert "Traceback" not in result.stderr

@@ -13,6 +13,7 @@ from tools.export_weights import export_weights, main
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.checkpoint import Checkpoints
 from vlp_jax.infra.metrics import JsonlWriter
+from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.infra.sharding import by_path
 from vlp_jax.models.pretrained import check_vocabulary, load_metadata, load_parameters, merge
 from vlp_jax.train.setup import plain
@@ -169,9 +170,16 @@ def test_files_that_are_there_stay(
     assert (out / "README.md").read_text() == "mine"
     main([str(tmp_path / "run"), f"--out={out}", "--overwrite"])
     assert (out / "README.md").read_text() != "mine"
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         main([str(tmp_path / "nowhere"), f"--out={tmp_path / 'other'}"])
-    assert "nowhere" in capsys.readouterr().err
+    assert ended.value.code == ExitCode.BAD_INPUT
+    complaint = capsys.readouterr().err
+    assert complaint.startswith(f"error: workdir: {tmp_path / 'nowhere'} is neither")
+    assert complaint.count("\n") == 1
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path / "run"), f"--out={tmp_path / 'other'}", "--checkpoint=newest"])
+    assert ended.value.code == ExitCode.BAD_INPUT
+    assert capsys.readouterr().err.startswith("error: --checkpoint: 'newest' is no checkpoint")
     assert not (tmp_path / "other").exists()
     for exported in (out, out / "model.safetensors"):
         with pytest.raises(SystemExit):

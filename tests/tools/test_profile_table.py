@@ -96,6 +96,9 @@ def test_bad_traces(tmp_path, capsys):
         jnp.ones(3).block_until_ready()
     assert profile_table.main([str(tmp_path)]) == ExitCode.BAD_INPUT
     assert "give --steps" in capsys.readouterr().err
+    for flag in ("--steps=0", "--steps=-2", "--top=0"):
+        assert profile_table.main([str(tmp_path), flag]) == ExitCode.BAD_INPUT
+        assert capsys.readouterr().err == f"error: {flag}: give 1 or more\n"
 
 
 @pytest.mark.parametrize("content", [b"", b"no trace"])

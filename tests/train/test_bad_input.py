@@ -166,6 +166,10 @@ def test_damaged_pictures_are_replaced_counted_and_reported(photographs, tmp_pat
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert facts["status"] == "finished"
     assert sum(facts["bad_examples"].values()) == summary["metrics"]["train/replaced"]
+    listed = (tmp_path / "run" / "bad_examples.txt").read_text().splitlines()
+    assert len(listed) == 1
+    assert listed[0].startswith("truncated image\t")
+    assert "images/5.jpg" in listed[0]
 
     config = folder_config(photographs, **{"data.max_bad_fraction": 0.0}, **cache)
     with pytest.raises(RunStopped, match=r"data\.max_bad_fraction=0\.00%.*last good") as stopped:

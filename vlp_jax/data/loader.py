@@ -5,6 +5,7 @@
         for batch in loader:          # HostBatch of step loader.step - 1
             ...
     loader.bad.counts                 # {"truncated image": 2}
+    loader.bad.places()               # [("truncated image", "/data/a.jpg: ..."), ...]
 
 Grain does the reading: a map over step numbers, sliced from the first, whose item is one host
 batch. Its only state is the step, so a loader started at t gives what an uninterrupted one gives
@@ -32,25 +33,34 @@ from vlp_jax.data.planned import BatchPlan, PlannedBatch, host_rows
 from vlp_jax.data.source import BadExample, ManyRows, NothingReadable, Source
 from vlp_jax.infra.errors import ConfigError
 
+MAX_PLACES = 1_000  # of bad examples that are kept to be told
+
 # Kind and place of every damaged record that was met while a batch was read.
 _Met = list[tuple[str, str]]
 
 
 class BadCounts:
-    """Bad examples by kind; the first of each kind is logged with its file.
+    """Bad examples by kind, and where the first ones are; the first of each kind is logged.
 
     Attributes:
-        counts: how many of each kind.
+        counts: how many of each kind; an example that is met twice counts twice.
     """
 
     def __init__(self) -> None:
         self.counts: collections.Counter[str] = collections.Counter()
+        self._places: dict[tuple[str, str], None] = {}  # a set that keeps its order
 
     def add(self, kind: str, where: str) -> None:
         """Counts one bad example; logs it if it is the first of its kind."""
         if kind not in self.counts:
             logging.warning("bad example, %s: %s (later ones are counted only)", kind, where)
         self.counts[kind] += 1
+        if len(self._places) < MAX_PLACES:
+            self._places[kind, where] = None
+
+    def places(self) -> list[tuple[str, str]]:
+        """Kind and place of the bad examples in the order met, each once; up to ``MAX_PLACES``."""
+        return list(self._places)
 
     @property
     def total(self) -> int:

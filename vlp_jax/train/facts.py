@@ -6,7 +6,7 @@ import json
 import pathlib
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import rich.table
@@ -18,6 +18,8 @@ from vlp_jax.models.pretrained import Report
 from vlp_jax.models.pretrained.merge import STATUSES
 from vlp_jax.models.sizes import parameter_table
 from vlp_jax.train.setup import Setup
+
+BAD_EXAMPLES_FILE = "bad_examples.txt"
 
 
 def run_facts(setup: Setup, resumed: pathlib.Path | None) -> dict[str, Any]:
@@ -67,6 +69,22 @@ def write_facts(setup: Setup, facts: Mapping[str, Any], primary: bool) -> None:
     """Write ``run.json``, on the first process alone."""
     if primary:
         write_text(setup.workdir / RUN_FILE, json.dumps(dict(facts), indent=2) + "\n")
+
+
+def write_bad_examples(setup: Setup, places: Sequence[tuple[str, str]], primary: bool) -> None:
+    """Add what could not be read to a list in the workdir, on the first process alone.
+
+    Args:
+        setup: of the run.
+        places: kind and place of damaged examples, see ``BadCounts.places``.
+        primary: whether this is the first process.
+    """
+    if not primary or not places:
+        return
+    file = setup.workdir / BAD_EXAMPLES_FILE
+    before = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    lines = dict.fromkeys([*before, *(f"{kind}\t{where}" for kind, where in places)])
+    write_text(file, "\n".join(lines) + "\n")
 
 
 def now() -> str:

@@ -30,7 +30,15 @@ from vlp_jax.infra.preemption import ExitCode, Interrupted, PreemptionGuard
 from vlp_jax.infra.profiling import PROFILE_FOLDER, ProfilerWindow
 from vlp_jax.infra.report import write_report
 from vlp_jax.objectives.base import Params
-from vlp_jax.train.facts import facts_table, loaded_table, now, run_facts, write_facts
+from vlp_jax.train.facts import (
+    BAD_EXAMPLES_FILE,
+    facts_table,
+    loaded_table,
+    now,
+    run_facts,
+    write_bad_examples,
+    write_facts,
+)
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import to_steps
 from vlp_jax.train.setup import Setup, plain
@@ -167,6 +175,7 @@ def train(setup: Setup) -> ExitCode:
         write_facts(setup, facts | {"status": "running", "step": start}, primary)
         facts["status"] = "failed"  # unless the end of this function is reached
         stack.callback(lambda: write_facts(setup, facts, primary))
+        stack.callback(lambda: write_bad_examples(setup, loader.bad.places(), primary))
         writer = open_writer(
             setup.workdir,
             total,
@@ -425,7 +434,7 @@ def _check_health(
             ExitCode.TOO_MANY_BAD_EXAMPLES,
             f"{int(values['replaced'])} of {seen} examples were damaged, more than "
             f"config.data.max_bad_fraction={bad_limit:.2%}",
-            "Mend the data (the first of each kind is logged above) or raise the limit.",
+            f"Mend the data ({setup.workdir / BAD_EXAMPLES_FILE} lists them) or raise the limit.",
         )
 
 
