@@ -217,9 +217,7 @@ def test_a_head_of_other_classes_starts_fresh(caplog):
     assert kept("no", "yes") == kept() == set(arrays)
     assert not caplog.records
     assert kept("yes", "no") == {"text_norm/scale"}
-    assert (
-        "the 2 classes of run are not the 2 of this run, whose head is a fresh one" in caplog.text
-    )
+    assert "the 2 classes of run are not the 2 of this run, whose head is fresh" in caplog.text
 
 
 class Scored:
