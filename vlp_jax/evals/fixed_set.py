@@ -62,7 +62,7 @@ class FixedSet:
         self.source: Source = context.source(evaluator, source, split, num_examples)
         num_examples = num_examples or self.source.num_records or 0
         self._evaluator = evaluator
-        self._lost: int | None = None  # rows of this process that could not be read, once known
+        self._told = False  # what could not be read
         if absent := missing_images({source: self.source}):
             logging.warning(
                 "evals.%s: %d pictures of split %r are absent, and count in no score",
@@ -145,14 +145,14 @@ class FixedSet:
                 for name in names:
                     shown[name][row] = pictures[name]
             yield batch | {f"{name}_shuffled": pixels for name, pixels in shown.items()}
-        if lost and self._lost is None:
+        if lost and not self._told:
             logging.warning(
                 "evals.%s: %d of %d examples could not be read, and count in no score",
                 self._evaluator,
                 lost,
                 self.plan.num_rows,
             )
-        self._lost = lost
+        self._told = True
 
     def _other_pictures(
         self, planned: PlannedBatch, batch: HostBatch, keys: Sequence[frozenset[str]], row: int

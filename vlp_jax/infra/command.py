@@ -1,11 +1,13 @@
 """The command line: bad input ends a program with one line that says what to do, and no traceback.
 
-def main(argv):
-    with bad_input():
-        ...
+    def main(argv):
+        with bad_input():
+            ...
 
-if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    if __name__ == "__main__":
+        app.run(main, flags_parser=parse_flags)
+
+Other outcomes have codes of their own: ``infra.preemption.ExitCode``, by ``fail``.
 """
 
 import contextlib

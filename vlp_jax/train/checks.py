@@ -181,13 +181,20 @@ def without_foreign_heads(
     return dataclasses.replace(origin, arrays=arrays)
 
 
-def check_dropped(config: ConfigDict, sources: dict[str, Source], dropped: dict[str, int]) -> None:
-    """Stop where annotations are worse than the config allows."""
-    kept = sum(
-        int(source.num_captions(np.arange(source.num_records)).sum())
-        for source in sources.values()
-        if source.num_records is not None
-    )
+def check_dropped(
+    config: ConfigDict, facts: Mapping[str, Mapping[str, Any]], dropped: Mapping[str, int]
+) -> None:
+    """Stop where annotations are worse than the config allows.
+
+    Args:
+        config: of the run.
+        facts: of its sources, see ``source_facts``.
+        dropped: captions left out when the annotations were read, by kind.
+
+    Raises:
+        ConfigError: more of them than ``data.max_bad_fraction``.
+    """
+    kept = sum(source["captions"] or 0 for source in facts.values())
     total = sum(dropped.values())
     if total > config.data.max_bad_fraction * (kept + total):
         raise ConfigError(

@@ -42,6 +42,7 @@ is not here is an error that names it, whether it comes from the file or from a 
     compile_cache   folder of compiled programs; empty: WORKDIR/compile_cache; "off": none
 """
 
+import functools
 import math
 from typing import Any
 
@@ -126,33 +127,31 @@ def default_config(size: str = "tiny") -> ConfigDict:
     return config.lock()
 
 
-# Key -> the least value, the largest, and whether that itself is allowed.
-_RANGES: dict[str, tuple[float, float, bool]] = {
-    "seed": (0, 2**32 - 1, True),  # the model's key has 32 bits of it
-    "data.batch_size": (1, math.inf, False),
-    "data.image_size": (1, math.inf, False),
-    "data.max_text_length": (3, math.inf, False),
-    "data.num_edges": (1, math.inf, False),
-    "data.edge_multiple": (1, math.inf, False),
-    "data.threads": (0, math.inf, False),
-    "data.workers": (0, math.inf, False),
-    "data.prefetch": (1, math.inf, False),
-    "data.max_bad_fraction": (0, 1, True),
-    "data.cache_workers": (0, math.inf, False),
-    "optim.b1": (0, 1, False),
-    "optim.b2": (0, 1, False),
-    "optim.eps": (0, math.inf, False),
-    "optim.weight_decay": (0, math.inf, False),
-    "optim.clip_norm": (0, math.inf, False),
-    "optim.ema_decay": (0, 1, False),
-    "optim.accumulation": (1, math.inf, False),
-    "optim.max_skipped": (0, math.inf, False),
-    "schedule.peak": (0, math.inf, False),
-    "schedule.final_factor": (0, math.inf, False),
-    "checkpoint.keep_best": (0, math.inf, False),
-    "profile.start_step": (0, math.inf, False),
-    "profile.num_steps": (0, math.inf, False),
+# Key -> the least value.
+_LEAST: dict[str, float] = {
+    "data.batch_size": 1,
+    "data.image_size": 1,
+    "data.max_text_length": 3,
+    "data.num_edges": 1,
+    "data.edge_multiple": 1,
+    "data.threads": 0,
+    "data.workers": 0,
+    "data.prefetch": 1,
+    "data.cache_workers": 0,
+    "optim.eps": 0,
+    "optim.weight_decay": 0,
+    "optim.clip_norm": 0,
+    "optim.accumulation": 1,
+    "optim.max_skipped": 0,
+    "schedule.peak": 0,
+    "schedule.final_factor": 0,
+    "checkpoint.keep_best": 0,
+    "profile.start_step": 0,
+    "profile.num_steps": 0,
 }
+_UP_TO_ONE = ("data.max_bad_fraction",)
+_BELOW_ONE = ("optim.b1", "optim.b2", "optim.ema_decay")
+_MAX_SEED = 2**32 - 1  # the model's key has 32 bits of it
 
 
 def check_keys(config: ConfigDict) -> None:
@@ -162,21 +161,31 @@ def check_keys(config: ConfigDict) -> None:
         ConfigError: names the key and the nearest one that exists, or the range.
     """
     _check_section(config, default_config(), "")
-    for key, (low, high, closed) in _RANGES.items():
-        value = config
-        for part in key.split("."):
-            value = value[part]
-        _check_range(key, value, low, high, closed)
+    for key, low in _LEAST.items():
+        _check_range(key, _value(config, key), low)
+    for key in _UP_TO_ONE:
+        _check_range(key, _value(config, key), 0, 1)
+    for key in _BELOW_ONE:
+        _check_range(key, _value(config, key), 0, 1, closed=False)
+    _check_range("seed", config.seed, 0, _MAX_SEED)
     for name, section in config.objectives.items():
-        _check_range(f"objectives.{name}.weight", section.get("weight", 1.0), 0, math.inf, False)
+        _check_range(f"objectives.{name}.weight", section.get("weight", 1.0), 0)
 
 
-def _check_range(key: str, value: Any, low: float, high: float, closed: bool) -> None:
+def _value(config: ConfigDict, key: str) -> Any:
+    """The value at a dotted key."""
+    return functools.reduce(lambda section, part: section[part], key.split("."), config)
+
+
+def _check_range(
+    key: str, value: Any, low: float, high: float = math.inf, closed: bool = True
+) -> None:
+    """Refuse what is no finite number from ``low`` to ``high``, that one only if ``closed``."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and low <= value <= high and (value < high or closed):
+    if number and low <= value < math.inf and (value < high or (closed and value == high)):
         return
     upwards = f"{low} or more" if high == math.inf else f"{low} to {high}"
-    end = "" if closed or high == math.inf else f", without {high}"
+    end = "" if closed else f", without {high}"
     problem = "is out of range" if number else "is no number"
     raise ConfigError(key, f"{value!r} {problem}", f"Use {upwards}{end}")
 

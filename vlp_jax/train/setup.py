@@ -75,7 +75,7 @@ class Setup:
         origin: where the first parameters come from; None: from scratch, or the run was begun.
         dropped_captions: captions left out when the annotations were read, by kind.
         missing_images: images that the annotations name and that are not there.
-        source_facts: what a resumed run must find again, by source; see ``source_facts``.
+        source_facts: what a resumed run must find again, by source; see ``checks.source_facts``.
         unknown_tokens: by source, the share of the tokens of words that are <unk>.
     """
 
@@ -191,7 +191,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         )
     sources = {name: build_source(config, name) for name in sorted(config.data.sources)}
     dropped = bad_captions(sources)
-    check_dropped(config, sources, dropped)
+    facts = source_facts(sources)
+    check_dropped(config, facts, dropped)
     workdir.mkdir(parents=True, exist_ok=True)
     # Its folder alone says nothing: it is there long before the first checkpoint is.
     begun = has_checkpoint(workdir / CHECKPOINT_FOLDER)
@@ -255,7 +256,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         origin,
         dropped,
         missing_images(sources),
-        source_facts(sources),
+        facts,
         unknown,
     )
 

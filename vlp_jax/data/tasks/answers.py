@@ -81,7 +81,7 @@ def accuracy(agreeing: int, annotators: int) -> float:
     """
     if annotators == 1:
         return float(agreeing)
-    needed = min(3, max(1, annotators - 1))
+    needed = min(3, annotators - 1)
     leaving_one_of_them = min((agreeing - 1) / needed, 1.0)
     leaving_another = min(agreeing / needed, 1.0)
     others = annotators - agreeing
