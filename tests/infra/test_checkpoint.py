@@ -18,9 +18,10 @@ import numpy as np
 import optax
 import pytest
 
-from vlp_jax.infra import checkpoint, manifest, sharding
+from vlp_jax.infra import checkpoint_reader, manifest, sharding
 from vlp_jax.infra import mesh as mesh_lib
-from vlp_jax.infra.checkpoint import Checkpoints, load_params
+from vlp_jax.infra.checkpoint import Checkpoints
+from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.manifest import CheckpointMismatchError, DamagedCheckpointError
 
@@ -250,7 +251,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
     shutil.copytree(two_checkpoints, directory)
     damage, message = DAMAGE[kind]
     damage(directory / "2")
-    with caplog.at_level(logging.WARNING, checkpoint.__name__):
+    with caplog.at_level(logging.WARNING, checkpoint_reader.__name__):
         assert load_params(directory).step == 1  # reads, and renames nothing
         assert (directory / "2").exists()
         caplog.clear()

@@ -51,6 +51,10 @@ def test_good_flags_leave_the_rest(parse):
     [
         ((TINY, "--config.nokey=1"), "bad flag: --config.nokey: no key 'nokey' (vlp_jax/train/"),
         ((TINY, "--config.data.nokey=1"), "--config.data.nokey: no key 'nokey'"),
+        (  # ml_collections names the last word of a key alone
+            (TINY, "--config.evals.reconstruction.num_examples=8", "--config.num_examples=8"),
+            "--config.evals.reconstruction.num_examples or --config.num_examples: no key",
+        ),
         ((TINY, "--config.dta.threads=1"), "no key 'dta'. Did you mean \"data\""),
         ((TINY, "--config.total_steps=few"), "--config.total_steps=few"),
         (("--config=absent.py",), "No such file or directory: 'absent.py'"),

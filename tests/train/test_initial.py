@@ -16,7 +16,7 @@ from tiny_config import get_config
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import EXTRA_FIELDS, FIELDS, batch_spec
 from vlp_jax.data.decode import decode_image
-from vlp_jax.infra.checkpoint import load_params
+from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.pretrained import Metadata, save_parameters
 from vlp_jax.objectives import build_objectives

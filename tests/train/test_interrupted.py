@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tests.tiny_config import get_config
-from vlp_jax.infra.checkpoint import load_params
+from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.metrics import read_metrics
 from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.objectives.base import Params

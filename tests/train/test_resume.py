@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import REPO
-from vlp_jax.infra.checkpoint import load_params
+from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.preemption import ExitCode
 
 TOTAL = 100

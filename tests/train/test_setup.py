@@ -16,7 +16,7 @@ from vlp_jax.data.loader import Loader
 from vlp_jax.data.planned import PlannedSource
 from vlp_jax.data.source import NothingReadable
 from vlp_jax.data.tokenizer import Tokenizer
-from vlp_jax.infra.checkpoint import load_params
+from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.objectives.classification import Classification

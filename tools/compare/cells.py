@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 from tools.compare.claims import CLAIM_FILE, Claims, Outcome, read_claim
 from tools.compare.configs import CommandError, NamedConfig, Overrides, cost_digest, digest
 from tools.compare.records import SCRATCH, Calibration, Measurement, Result, Runner, describe
-from vlp_jax.infra.checkpoint import has_checkpoint
+from vlp_jax.infra.checkpoint_reader import has_checkpoint
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
 from vlp_jax.train.initial import CHECKPOINT_FOLDER

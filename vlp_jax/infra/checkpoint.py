@@ -8,7 +8,7 @@ Orbax writes and reads the arrays. This module adds what a long run needs on top
   (Orbax alone notices truncated files, but restores flipped bits without a word.)
 - a damaged checkpoint is named in a warning, and the one before it is used;
 - a state that does not fit the checkpoint is refused by the paths and shapes that differ;
-- parameters can be read without knowing the type of the state they were saved in.
+- ``infra/checkpoint_reader.py`` reads parameters without knowing the state they were saved in.
 
 Arrays are stored under their path in the state (``params/text/dense/kernel``), as nested dicts, so
 a checkpoint outlives the Python classes of the state. Layout of a checkpoint directory::
@@ -24,7 +24,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -33,9 +33,16 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
+from vlp_jax.infra.checkpoint_reader import (
+    Restored,
+    all_damaged,
+    first_sound,
+    read_arrays,
+    read_extra,
+    steps_of,
+)
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.manifest import (
-    MANIFEST,
     BestMode,
     CheckpointMismatchError,
     DamagedCheckpointError,
@@ -43,7 +50,6 @@ from vlp_jax.infra.manifest import (
     checksums,
     read_manifest,
     score,
-    verify,
     write_manifest,
 )
 from vlp_jax.infra.sharding import by_path, nested
@@ -52,20 +58,6 @@ _NAMED_DIFFERENCES = 5
 _NONE_THERE, _ALL_DAMAGED = -1, -2
 
 logger = logging.getLogger(__name__)
-
-
-class Restored(NamedTuple):
-    """What a checkpoint held.
-
-    Attributes:
-        state: the state in the structure of the abstract state, or the nested dict of parameters.
-        step: the step it was saved at.
-        extra: the JSON object saved with it.
-    """
-
-    state: Any
-    step: int
-    extra: dict[str, Any]
 
 
 class Checkpoints:
@@ -217,7 +209,7 @@ class Checkpoints:
     @property
     def latest_path(self) -> epath.Path | None:
         """The newest committed checkpoint, for messages; None if there is none."""
-        steps = _steps(self.directory)
+        steps = steps_of(self.directory)
         return self.directory / str(steps[0]) if steps else None
 
     def wait(self) -> None:
@@ -244,8 +236,8 @@ class Checkpoints:
         step = _NONE_THERE
         damaged: list[DamagedCheckpointError] = []
         if jax.process_index() == 0:
-            steps = _steps(self.directory)
-            sound, damaged = _first_sound(self.directory, steps)
+            steps = steps_of(self.directory)
+            sound, damaged = first_sound(self.directory, steps)
             if sound is not None:
                 step = sound[0]
                 for newer in steps[: steps.index(step)]:
@@ -255,13 +247,13 @@ class Checkpoints:
         if jax.process_count() > 1:
             step = int(multihost_utils.broadcast_one_to_all(np.int64(step)))
         if step == _ALL_DAMAGED:
-            raise _all_damaged(self.directory, damaged)
+            raise all_damaged(self.directory, damaged)
         return None if step == _NONE_THERE else step
 
     def _read_scores(self) -> dict[int, float]:
         """Scores of the checkpoints that are there, by the metric this run ranks them with."""
         scores = {}
-        for step in _steps(self.directory):
+        for step in steps_of(self.directory):
             try:
                 manifest = read_manifest(self.directory / str(step))
             except DamagedCheckpointError:
@@ -295,56 +287,6 @@ class Checkpoints:
         write_manifest(root, manifest)
 
 
-def load_params(
-    directory: epath.PathLike,
-    step: int | Literal["latest", "best"] = "latest",
-    subtree: str | Sequence[str] = "params",
-    ranking: tuple[str, BestMode] | None = None,
-) -> Restored:
-    """Read one subtree of a checkpoint, without knowing the type of the state it was saved in.
-
-    Nothing is renamed or deleted, so a run may be writing to the directory meanwhile.
-
-    Args:
-        directory: the checkpoints of a run, or one checkpoint (``.../checkpoints/1200``).
-        step: a step, "latest" (the newest sound one), or "best".
-        subtree: path of the subtree, such as ``params`` or ``extras/ema``; of several, the first
-            that is there is read.
-        ranking: metric and mode of the best one; by default those that the newest checkpoint was
-            to be ranked by.
-
-    Returns:
-        The subtree as nested dicts of NumPy arrays in the dtypes saved, its step, and the extra.
-
-    Raises:
-        FileNotFoundError: there is no such checkpoint.
-        DamagedCheckpointError: it is damaged (for "latest" and "best": all candidates are).
-        CheckpointMismatchError: it has no such subtree.
-    """
-    root, manifest = _find(epath.Path(directory).resolve(), step, ranking)
-    asked = [subtree] if isinstance(subtree, str) else subtree
-    found = [path for path in asked if any(name.startswith(f"{path}/") for name in manifest.arrays)]
-    if not found:
-        there = sorted({path.split("/")[0] for path in manifest.arrays})
-        raise CheckpointMismatchError(
-            f"{root} holds no {' or '.join(map(repr, asked))}; its top level is {', '.join(there)}"
-        )
-    prefix = f"{found[0]}/"
-    abstract = {
-        path: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
-        for path, (shape, dtype) in manifest.arrays.items()
-        if path.startswith(prefix)
-    }
-    restored = _read_arrays(root, abstract, as_numpy=True)
-    params = nested({path.removeprefix(prefix): leaf for path, leaf in restored.items()})
-    return Restored(params, manifest.step, _read_extra(root))
-
-
-def has_checkpoint(directory: epath.PathLike) -> bool:
-    """Whether a folder of checkpoints holds one that was written to its end, sound or not."""
-    return bool(_steps(epath.Path(directory)))
-
-
 @dataclasses.dataclass
 class _Best:
     """Preservation policy of Orbax: keep the ``count`` checkpoints of highest score."""
@@ -358,84 +300,6 @@ class _Best:
         ranked.sort(key=lambda step: (self.scores[step], step), reverse=True)
         best = set(ranked[: self.count])
         return [checkpoint.step in best for checkpoint in checkpoints]
-
-
-def _steps(directory: epath.Path) -> list[int]:
-    """Steps with a committed directory, newest first."""
-    if not directory.is_dir():
-        return []
-    return sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True)
-
-
-def _find(
-    directory: epath.Path,
-    step: int | Literal["latest", "best"],
-    ranking: tuple[str, BestMode] | None,
-) -> tuple[epath.Path, Manifest]:
-    """The directory of one checkpoint and its manifest, verified."""
-    if (directory / MANIFEST).is_file():
-        return directory, verify(directory)
-    if isinstance(step, int):
-        if not (directory / str(step)).is_dir():
-            raise FileNotFoundError(
-                f"{directory} has no checkpoint of step {step}; there are "
-                f"{', '.join(map(str, _steps(directory))) or 'none'}"
-            )
-        return directory / str(step), verify(directory / str(step))
-    steps = _ranked_steps(directory, ranking) if step == "best" else _steps(directory)
-    sound, damaged = _first_sound(directory, steps)
-    if sound is not None:
-        return directory / str(sound[0]), sound[1]
-    if damaged:
-        raise _all_damaged(directory, damaged)
-    raise FileNotFoundError(
-        f"{directory} holds no {'ranked ' if step == 'best' else ''}checkpoint; "
-        "name the folder of checkpoints of a run, or one checkpoint in it"
-    )
-
-
-def _ranked_steps(directory: epath.Path, ranking: tuple[str, BestMode] | None) -> list[int]:
-    """Steps that have the metric of the ranking, the best one first.
-
-    All are ranked by one: a run may have been resumed with another metric than it was begun with,
-    and scores by two of them do not compare.
-    """
-    scores = {}
-    for step in _steps(directory):
-        try:
-            manifest = read_manifest(directory / str(step))
-        except DamagedCheckpointError as error:
-            logger.warning("%s", error)
-            continue
-        if ranking is None:  # of the newest
-            ranking = manifest.best_metric or "", manifest.best_mode
-        scores[step] = score(manifest.metrics, *ranking)
-    ranked = [step for step in scores if scores[step] > -math.inf]
-    return sorted(ranked, key=lambda step: (scores[step], step), reverse=True)
-
-
-def _first_sound(
-    directory: epath.Path, steps: Sequence[int]
-) -> tuple[tuple[int, Manifest] | None, list[DamagedCheckpointError]]:
-    """The first sound step of a list with its manifest, and what is wrong with those before."""
-    damaged: list[DamagedCheckpointError] = []
-    for step in steps:
-        try:
-            return (step, verify(directory / str(step))), damaged
-        except DamagedCheckpointError as error:
-            logger.warning("%s; it is passed over", error)
-            damaged.append(error)
-    return None, damaged
-
-
-def _all_damaged(
-    directory: epath.Path, damaged: Sequence[DamagedCheckpointError]
-) -> DamagedCheckpointError:
-    reasons = "".join(f"\n  {error}" for error in damaged)
-    return DamagedCheckpointError(
-        f"every checkpoint in {directory} is damaged. Restore the directory from a copy, or move "
-        f"it away to start from the beginning.{reasons}"
-    )
 
 
 def _set_aside(path: epath.Path) -> None:
@@ -457,10 +321,10 @@ def _restore(root: epath.Path, step: int, abstract_state: Any) -> Restored:
         )
         for path, leaf in arrays.items()
     }
-    restored = _read_arrays(root, abstract, as_numpy=False)
+    restored = read_arrays(root, abstract, as_numpy=False)
     structure = jax.tree.structure(abstract_state)
     state = jax.tree.unflatten(structure, [restored[path] for path in arrays])
-    return Restored(state, step, _read_extra(root))
+    return Restored(state, step, read_extra(root))
 
 
 def _check_match(
@@ -486,30 +350,3 @@ def _check_match(
         f"checkpoint {root} does not fit this run's state; {len(differing)} arrays differ:{lines}\n"
         "Resume with the config that the run was started with, or choose a new workdir."
     )
-
-
-def _read_arrays(
-    root: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct], as_numpy: bool
-) -> dict[str, Any]:
-    """Read the arrays of the given paths, as NumPy or onto the shardings given."""
-
-    def how(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
-        if as_numpy:
-            return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
-        return ocp.ArrayRestoreArgs(sharding=leaf.sharding)
-
-    tree = nested(abstract)
-    with jax.transfer_guard("allow"), ocp.PyTreeCheckpointer() as reader:
-        restored = reader.restore(
-            root / "state",
-            args=ocp.args.PyTreeRestore(
-                item=tree, restore_args=jax.tree.map(how, tree), partial_restore=True
-            ),
-        )
-    return by_path(restored)
-
-
-def _read_extra(root: epath.Path) -> dict[str, Any]:
-    """The JSON object saved beside the state."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(root / "extra", args=ocp.args.JsonRestore())

@@ -63,9 +63,9 @@ def _key_fault(error: Exception, argv: Sequence[str]) -> str:
     if missing is None:
         return text
     name, hint = missing.groups()
-    names = (arg.partition("=")[0] for arg in argv)
-    flag = next((flag for flag in names if name in flag.split(".")), "--config")
-    return f"{flag}: no key {name!r}{hint and '.'}{hint}"
+    flags_given = (arg.partition("=")[0] for arg in argv)
+    suspects = [flag for flag in flags_given if name in flag.split(".")] or ["--config"]
+    return f"{' or '.join(suspects)}: no key {name!r}{hint and '.'}{hint}"
 
 
 @contextlib.contextmanager

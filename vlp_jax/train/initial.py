@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vlp_jax.infra.checkpoint import Restored, load_params
+from vlp_jax.infra.checkpoint_reader import Restored, load_params
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.manifest import DamagedCheckpointError
 from vlp_jax.infra.sharding import by_path, nested

@@ -20,7 +20,8 @@ from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket, bucket_l
 from vlp_jax.data.batch import HostBatch
 from vlp_jax.data.loader import Loader
 from vlp_jax.data.source import NothingReadable
-from vlp_jax.infra.checkpoint import Checkpoints, load_params
+from vlp_jax.infra.checkpoint import Checkpoints
+from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.compilation import CompiledSteps, enable_compile_cache
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.hardware import measure_matmul_peak, memory

@@ -24,7 +24,8 @@ from vlp_jax.data.plan import Plan
 from vlp_jax.data.source import Source
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.evals import EvalContext, Evaluator, build_evaluators
-from vlp_jax.infra.checkpoint import Checkpoints, has_checkpoint
+from vlp_jax.infra.checkpoint import Checkpoints
+from vlp_jax.infra.checkpoint_reader import has_checkpoint
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
 from vlp_jax.infra.mesh import make_mesh
