@@ -116,9 +116,9 @@ class Run:
     ) -> tuple[TrainState, dict[str, float]]:
         """Apply one update for each batch; the state passed in is donated."""
         for batch in batches:
-            rate = self.program.learning_rate(int(state.step))
+            moment = self.program.moment(int(state.step))
             batches = {"pairs": global_batch(batch, self.program.mesh)}
-            state, metrics = self.step(state, batches, rate)
+            state, metrics = self.step(state, batches, moment)
         return state, {name: float(value) for name, value in metrics.items()}
 
 

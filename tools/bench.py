@@ -5,14 +5,24 @@
 prints one JSON line: samples/s (median and range over repeats), model FLOPs per sample, MFU against
 a matmul peak measured in the same run, peak memory, compile seconds by bucket, versions, device.
 
+    python -m tools.bench buckets --config=CONFIG --config.compression.buckets="('p16@64','whole')"
+
+measures the update of every bucket of ``config.compression`` and of whole images so, one after the
+other in one process, and what share of the speed-up that FLOPs predict each reaches; the JSON line
+has them under ``buckets``. With ``--out=FILE`` it writes the config's schedule with the costs
+measured, for ``config.compression.file``.
+
 Batches are planned as in training (windows sorted by length, cut, permuted; edges fitted to the
 lengths) from caption lengths uniform in [min_length, max_length]. Pixels, tokens and labels are
 random and lie on the device, so that the figure is that of the update alone. ``readout="auto"``
 stands for "query", as in a run that starts from nothing.
 """
 
+import dataclasses
 import json
 import math
+import pathlib
+import shlex
 import statistics
 import sys
 import time
@@ -36,6 +46,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.hardware import device_facts, measure_matmul_peak, memory
 from vlp_jax.infra.mesh import global_batch, make_mesh
 from vlp_jax.infra.preemption import ExitCode
+from vlp_jax.train.bucket_schedule import WHOLE, bucket_text, stages_of
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import Budget
 
@@ -46,6 +57,7 @@ _BATCH = flags.DEFINE_integer(
 _STEPS = flags.DEFINE_integer("steps", 32, "updates timed in one repeat", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "timed repeats", lower_bound=1)
 _MIN_LENGTH = flags.DEFINE_integer("min_length", 8, "shortest caption in tokens", lower_bound=3)
+_OUT = flags.DEFINE_string("out", None, "schedule file to write, with the costs measured")
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 20, "longest caption in tokens", lower_bound=3)
 
 MASK_ID = 4  # any id will do: the tokens are random
@@ -97,16 +109,14 @@ def bench_step(config: Any) -> dict[str, Any]:
             "lower the one or raise the other"
         )
     check_length("max_length", _MAX_LENGTH.value, positions)
-    for section in config.objectives.values():
-        if section.get("readout", "") == "auto":
-            section.readout = "query"
-    mesh = make_mesh(**config.mesh)
-    program = Program(
-        config,
-        Vocabulary.of_words(config.tokenizer.vocab_size, MASK_ID),
-        mesh,
-        Budget(data.batch_size, None, total_steps=config.total_steps or 10_000),
-    )
+    program = _program(config)
+    mesh = program.mesh
+    if len({*program.schedule.index.tolist()}) > 1:
+        raise ConfigError(
+            "compression.schedule",
+            f"{config.compression.schedule!r} uses several buckets, and one is measured",
+            "Take `python -m tools.bench buckets`, which measures each",
+        )
     source = UniformLengths(_MIN_LENGTH.value, _MAX_LENGTH.value)
     maxima = batch_maxima(source.histogram(), data.batch_size, data.window_batches)
     edges = tuple(data.text_edges) or fit_edges(
@@ -138,19 +148,19 @@ def bench_step(config: Any) -> dict[str, Any]:
         _batch(rng, batch, config.tokenizer.vocab_size, mesh, program) | pictures
         for batch in planned
     ]
-    keys: list[StepBucket] = [tuple((name, batch.bucket) for name in names) for batch in planned]
+    keys = [program.bucket(batch.bucket, t) for t, batch in enumerate(planned)]
     steps: CompiledSteps[StepBucket, Any] = CompiledSteps(limit=MAX_SCHEDULED_BUCKETS)
     # Before the device is busy: compiling measures kernels on it.
     steps.compile(dict.fromkeys(keys), lambda key: program.lower(key).compile)
     state = program.init()
 
-    rate = program.learning_rate(0)
+    moment = program.moment(0)
 
     def run(state: Any, count: int) -> Any:
         for t in range(count):
             index = t % len(planned)
             step = steps[keys[index]]
-            state, metrics = step(state, dict.fromkeys(names, batches[index]), rate)
+            state, metrics = step(state, dict.fromkeys(names, batches[index]), moment)
         return state, metrics
 
     state, _ = run(state, len(planned))
@@ -169,7 +179,10 @@ def bench_step(config: Any) -> dict[str, Any]:
         )
     lengths = np.concatenate([batch.length for batch in planned])
     padded = np.concatenate([np.full(len(b), b.bucket.text_length) for b in planned])
-    flops = program.flops(dict.fromkeys(names, float(lengths.mean())))
+    flops = statistics.fmean(
+        program.flops(dict.fromkeys(names, float(batch.length.mean())), key)
+        for batch, key in zip(planned, keys, strict=True)
+    )
     rates = sorted(data.batch_size / s for s in seconds)
     rate = statistics.median(rates)
     return {
@@ -192,6 +205,83 @@ def bench_step(config: Any) -> dict[str, Any]:
         "config": config.name,
         **device_facts(),
     }
+
+
+def bench_buckets(config: Any) -> dict[str, Any]:
+    """Time the update of every bucket of ``config.compression``, and of whole images.
+
+    Args:
+        config: a run's config, see ``bench_step``.
+
+    Returns:
+        What ``bench_step`` gives for whole images, and under ``buckets`` by name: ``step_ms``,
+        ``samples_per_second``, ``mfu``, ``cost`` (share of the time of whole images),
+        ``flops_share`` (the same of the FLOPs) and ``speedup_share`` (how much of the speed-up
+        that FLOPs predict is reached).
+
+    Raises:
+        ConfigError, ValueError, FloatingPointError: see ``bench_step``.
+    """
+    program = _program(config)  # every fault of the section shows here
+    if config.compression.file or not config.compression.schedule:
+        raise ConfigError(
+            "compression.schedule",
+            "says what is to be measured, together with compression.buckets",
+            "Give both, and no compression.file",
+        )
+    if _OUT.value is not None:
+        stages_of(config.compression, program.compression.costs)
+        if not pathlib.Path(_OUT.value).resolve().parent.is_dir():
+            raise ValueError(f"--out={_OUT.value}: its folder does not exist; make it first")
+    names = [bucket_text(views) for views in program.compression.buckets]
+    measured = {}
+    for name in dict.fromkeys((WHOLE, *names)):
+        one = config.copy_and_resolve_references()
+        one.compression.update({"schedule": "constant", "buckets": (name,), "costs": ()})
+        one.compression.update({"shares": (), "tail_percent": 0.0})
+        measured[name] = bench_step(one)
+    whole = measured[WHOLE]
+    found = {}
+    for name, figures in measured.items():
+        cost = figures["step_ms"] / whole["step_ms"]
+        flops = figures["gflops_per_sample"] / whole["gflops_per_sample"]
+        found[name] = {
+            **{key: figures[key] for key in ("step_ms", "samples_per_second", "mfu")},
+            "cost": round(cost, 4),
+            "flops_share": round(flops, 4),
+            "speedup_share": round(flops / cost, 4),
+        }
+    return {**whole, "buckets": found}
+
+
+def _write_schedule(config: Any, figures: dict[str, Any], out: pathlib.Path) -> None:
+    """Write the config's schedule with the costs that ``bench_buckets`` has measured."""
+    program = _program(config)
+    costs = [
+        figures["buckets"][bucket_text(views)]["cost"] for views in program.compression.buckets
+    ]
+    resolved = dataclasses.replace(
+        program.compression, costs=tuple(costs), stages=stages_of(config.compression, costs)
+    )
+    facts = {"command": shlex.join(["python", "-m", "tools.bench", *sys.argv[1:]])}
+    resolved.write(out, program.made_for, facts | device_facts())
+
+
+def _program(config: Any) -> Program:
+    for section in config.objectives.values():
+        if section.get("readout", "") == "auto":
+            section.readout = "query"
+    return Program(
+        config,
+        Vocabulary.of_words(config.tokenizer.vocab_size, MASK_ID),
+        make_mesh(**config.mesh),
+        Budget(
+            config.data.batch_size,
+            None,
+            total_steps=config.total_steps or 10_000,
+            text_length=(_MIN_LENGTH.value + _MAX_LENGTH.value) / 2,
+        ),
+    )
 
 
 def _batch(
@@ -231,19 +321,27 @@ def _extra(
 
 def main(argv: Sequence[str]) -> None:
     """Run the measurement named on the command line."""
-    if list(argv[1:]) != ["step"]:
-        raise app.UsageError("say what to measure: python -m tools.bench step --config=CONFIG")
+    measures = {"step": bench_step, "buckets": bench_buckets}
+    if len(argv) != 2 or argv[1] not in measures:
+        raise app.UsageError(
+            "say what to measure: python -m tools.bench step --config=CONFIG (or buckets)"
+        )
     config = _CONFIG.value
     if config is None:
         raise app.UsageError("--config=configs/NAME.py is needed")
     with bad_input():
+        if _OUT.value is not None and argv[1] != "buckets":
+            raise ValueError("--out is for the costs of buckets: python -m tools.bench buckets")
         if _BATCH.value is not None:
             config.data.batch_size = _BATCH.value
         try:
-            figures = bench_step(config)
+            figures = measures[argv[1]](config)
         except FloatingPointError as error:
             sys.exit(fail(ExitCode.TOO_MANY_BAD_UPDATES, error))
     print(json.dumps(figures))
+    if _OUT.value is not None:
+        with bad_input():
+            _write_schedule(config, figures, pathlib.Path(_OUT.value))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Predictor:
         self.model = build_model(
             config.model, vocabulary.size, vocabulary.mask_id, config.data.image_size
         )
-        self.objectives = build_objectives(config.objectives, self.model, vocabulary, 1)
+        self.objectives = build_objectives(config.objectives, self.model, vocabulary)
         self.params = jax.device_put(params)
         # These keep what they have compiled.
         self._rankers: dict[tuple[bool, int], Ranker] = {}

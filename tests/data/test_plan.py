@@ -44,6 +44,12 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
     assert not np.array_equal(other.record, forwards[3].record)
 
 
+def test_the_mean_length_is_that_of_the_texts_that_are_read():
+    plan = plan_of(planned(Fake()), planned(Fake(), weight=3.0))
+    lengths = stream(plan, 400)["length"]
+    assert plan.mean_text_length == pytest.approx(lengths.mean(), rel=0.03)
+
+
 def test_positions_and_buckets():
     plan = plan_of()
     for t in range(80):

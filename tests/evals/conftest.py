@@ -51,7 +51,7 @@ def context():
     c = config()
     tokenizer = build_tokenizer(c, [build_source(c, "scenes")])
     model = build_model(c.model, tokenizer.vocab_size, tokenizer.mask_id, c.data.image_size)
-    objectives = build_objectives(c.objectives, model, tokenizer.vocabulary, 1000)
+    objectives = build_objectives(c.objectives, model, tokenizer.vocabulary)
     sources = {"scenes": build_source(c, "scenes")}
     return EvalContext(c, objectives, tokenizer, make_mesh(), sources, (12, 16, 20), None)
 

@@ -45,7 +45,7 @@ def with_objective(context, with_evals):
         with c.config.unlocked():
             c.config.objectives = {name: OBJECTIVES[name]}
         vocabulary = context.tokenizer.vocabulary
-        objectives = build_objectives(c.config.objectives, flm.model, vocabulary, 1000)
+        objectives = build_objectives(c.config.objectives, flm.model, vocabulary)
         return dataclasses.replace(c, objectives=objectives)
 
     return change

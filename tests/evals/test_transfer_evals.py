@@ -88,7 +88,7 @@ def transfer(with_evals, monkeypatch_module, tmp_path_factory):
         }
     vocabulary = base.tokenizer.vocabulary
     model = build_model(config.model, vocabulary.size, vocabulary.mask_id, config.data.image_size)
-    objectives = build_objectives(config.objectives, model, vocabulary, 1000)
+    objectives = build_objectives(config.objectives, model, vocabulary)
     fields = ("label", "answer", "answer_score")
     spec = batch_spec(Bucket(8, 32), 1) | batch_spec(Bucket(8, 32), 1, fields)
 

@@ -179,7 +179,7 @@ def test_matching_reads_text_and_image(readout):
 
 def build(**sections):
     config = ConfigDict(sections)
-    return {o.name: o for o in build_objectives(config, tiny_model(), VOCABULARY, 100)}
+    return {o.name: o for o in build_objectives(config, tiny_model(), VOCABULARY)}
 
 
 def test_itm_takes_the_itc_of_the_run():

@@ -11,8 +11,8 @@ from vlp_jax.objectives.corruption import build_corruption
 KEYS = jax.random.split(jax.random.key(0), 2000)
 
 
-def rule(section, total_examples=100):
-    return build_corruption(section, "objectives.flm.corruption_rate", total_examples)
+def rule(section):
+    return build_corruption(section, "objectives.flm.corruption_rate")
 
 
 def test_a_number_is_a_fixed_rate():
@@ -29,11 +29,7 @@ def test_a_range_draws_for_each_text():
 
 def test_a_schedule_follows_its_points():
     subject = rule({"kind": "schedule", "points": ((0.0, 0.1), (0.5, 0.5), (1.0, 0.3))})
-    memory = subject.init()
-    seen = []
-    for _ in range(5):
-        seen.append(float(subject.rates(memory, KEYS)[0]))
-        memory = subject.trained(memory, 25)
+    seen = [float(subject.rates({}, KEYS, share)[0]) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
     np.testing.assert_allclose(seen, [0.1, 0.3, 0.5, 0.4, 0.3], rtol=1e-6)
     assert subject.mean_rate == pytest.approx(0.35, abs=1e-3)
 
@@ -74,15 +70,15 @@ def test_memory_lives_in_the_state():
     assert float(state.extras["objectives"]["flm"]["last"]) == 2.0
 
 
-def test_accumulation_counts_examples_once():
+def test_a_schedule_follows_the_budget_under_accumulation():
     config = tiny_config(**{"optim.accumulation": 2})
     with config.unlocked():
         rate = {"kind": "schedule", "points": ((0, 0), (1, 1))}
         config.objectives = {"flm": {"corruption_rate": rate}}
     run = compile_run(config)
-    state, _ = run(run.init(), make_batch())
-    assert float(state.extras["objectives"]["flm"]["examples"]) == config.data.batch_size
-    assert jnp.isfinite(state.extras["objectives"]["flm"]["examples"])
+    state = run.init().replace(step=jnp.asarray(25, jnp.int32))
+    _, metrics = run(state, make_batch())
+    assert metrics["flm/corruption_rate"] == pytest.approx(25 / config.total_steps)
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def test_build_objectives() -> None:
             "flm": {"loss_weights": {"reconstruction": 1.0, "forward": 0.0, "reverse": 0.0}},
         }
     )
-    first, second = build_objectives(config, model, VOCABULARY, 1000)
+    first, second = build_objectives(config, model, VOCABULARY)
     assert (first.name, first.batch_name) == ("flm", "pairs")
     assert (second.name, second.batch_name) == ("second", "other")
     assert second.corruption_rate == 0.5
@@ -256,4 +256,4 @@ def test_build_objectives() -> None:
 )
 def test_build_objectives_refuses(config: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_objectives(ConfigDict(config), tiny_model(), VOCABULARY, 1000)
+        build_objectives(ConfigDict(config), tiny_model(), VOCABULARY)

@@ -5,8 +5,13 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+from tiny import make_program
+from tiny_config import get_config
+
 from tests.conftest import REPO
 from vlp_jax.infra.preemption import ExitCode
+from vlp_jax.train.bucket_schedule import bucket_text
 
 TASKS = """
 from tests.tiny_config import get_config as tiny
@@ -66,6 +71,31 @@ def test_bench_step_draws_the_fields_that_objectives_read(tmp_path: pathlib.Path
     figures = json.loads(result.stdout.splitlines()[-1])
     assert figures["skipped"] == 0
     assert 0 < figures["loss"] < 10
+
+
+def test_bench_buckets_measures_each_and_writes_what_a_run_reads(tmp_path: pathlib.Path) -> None:
+    tiny, out = f"--config={REPO / 'tests' / 'tiny_config.py'}", tmp_path / "schedule.json"
+    command = [sys.executable, "-m", "tools.bench", "buckets", tiny, f"--out={out}"]
+    command += ["--config.compression.schedule=staged", "--max_length=14"]
+    command += ["--config.compression.buckets=('p16@16','p8@16k2','whole')"]
+    command += ["--steps=2", "--repeats=1"]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])["buckets"]
+    assert list(found) == ["whole", "p16@16", "p8@16k2"]
+    assert found["whole"]["cost"] == found["whole"]["flops_share"] == 1.0
+    assert all(0 < found[name]["flops_share"] < 1 for name in ("p16@16", "p8@16k2"))
+    for figures in found.values():
+        share = figures["flops_share"] / figures["cost"]
+        assert figures["speedup_share"] == pytest.approx(share, abs=2e-3)
+
+    config = get_config()
+    config.compression.file = str(out)
+    compression = make_program(config).compression
+    assert [bucket_text(views) for views in compression.buckets] == ["p16@16", "p8@16k2", "whole"]
+    assert list(compression.costs) == [found[name]["cost"] for name in found if name != "whole"] + [
+        1.0
+    ]
 
 
 def test_bench_step_gives_no_figures_of_updates_that_are_not_finite() -> None:

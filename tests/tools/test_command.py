@@ -14,6 +14,10 @@ from vlp_jax.infra import command
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.preemption import ExitCode
 
+STAGED = (
+    "--config.compression.schedule=staged",
+    "--config.compression.buckets=('p16@16','whole')",
+)
 TINY = f"--config={REPO / 'tests' / 'tiny_config.py'}"
 VQA = f"--config={REPO / 'configs' / 'transfer' / 'vqa.py'}"
 
@@ -113,6 +117,10 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         (("tools.bench", "step", TINY, "--batch=0"), "--batch=0"),
         (("tools.bench", "step", TINY, "--config.data.text_edges=(66,)"), "data.text_edges"),
         (("tools.bench", "step", TINY, "--config.objectives.flm.nokey=1"), "nokey"),
+        (("tools.bench", "step", TINY, "--out=x"), "--out is for the costs of buckets"),
+        (("tools.bench", "buckets", TINY), "config.compression.schedule: says what is to be"),
+        (("tools.bench", "step", TINY, *STAGED), "config.compression.schedule: 'staged' uses sev"),
+        (("tools.bench", "buckets", TINY, *STAGED, "--out=nowhere/x"), "--out=nowhere/x: its fol"),
         (("tools.bench_decode", "--root=DRAWINGS"), "--root=DRAWINGS: none of the first 1 images"),
         (("tools.bench_decode", "--root=DRAWINGS", "--split=val"), "--split=val: "),
         (("tools.bench_decode", "--root=DRAWINGS", "--split=test"), "DRAWINGS/b.jpg"),

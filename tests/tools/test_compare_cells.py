@@ -124,6 +124,13 @@ def test_calibration_asks_what_training_learns_from_only_at_its_end():
     assert config.config.evals.reconstruction.every_steps == 40, "the original is not touched"
 
 
+def test_a_config_whose_updates_differ_in_cost_is_refused():
+    """A budget of seconds would be booked at the cost of one of its buckets."""
+    buckets = {"compression.schedule": "staged", "compression.buckets": ("p16@16", "whole")}
+    with pytest.raises(ConfigError, match=r"compression\.schedule: the time of an update"):
+        run_config(named(**buckets))
+
+
 def test_an_override_that_does_not_fit_names_the_key():
     with pytest.raises(ConfigError, match=r"optim.weightdecay: unknown key. Perhaps you mean"):
         run_config(named(), **{"optim.weightdecay": 0.9})
@@ -140,6 +147,17 @@ def test_an_evaluator_is_dropped_by_none_but_no_key_that_every_config_has():
     assert with_overrides(config, {"schedule.warmup_percent": None}).schedule.warmup_percent is None
     with pytest.raises(ConfigError, match=r"evals.reconstructed: unknown key"):
         with_overrides(config, {"evals.reconstructed": None})
+
+
+def test_a_key_that_came_later_counts_only_where_it_changes_the_run():
+    """Or every cell of docs/results would have to be trained again."""
+    whole = run_config(named())
+    with whole.unlocked():
+        del whole["compression"], whole.model.image["positions"]
+    known = digest(whole)
+    assert digest(run_config(named())) == known
+    assert digest(run_config(named(**{"model.image.positions": "sincos"}))) != known
+    assert digest(run_config(named(**{"compression.tail_percent": 5.0}))) != known
 
 
 def test_what_does_not_change_a_run_does_not_change_its_digest():

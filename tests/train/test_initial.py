@@ -215,7 +215,7 @@ def answering(origin):
         config = ConfigDict(plain(origin.config))
         with config.unlocked():
             config.objectives = {"task": {"type": kind, "num_classes": 4}}
-        [task] = build_objectives(config.objectives, model, tokenizer.vocabulary, 1)
+        [task] = build_objectives(config.objectives, model, tokenizer.vocabulary)
         params = jax.jit(lambda key: task.init(key, spec)[0])(jax.random.key(3))
         params["task_head"]["classifier"]["bias"] = np.array([0.5, -0.5, 0.0, 9.0], np.float32)
         return Predictor(config, tokenizer, ("no", "maybe", "yes"), params)

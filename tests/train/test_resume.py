@@ -17,6 +17,12 @@ from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.preemption import ExitCode
 
 TOTAL = 100
+# Every update encodes another part of its images: which one must not depend on what ran before.
+MIXED_VIEWS = (
+    "--config.compression.schedule=random",
+    "--config.compression.buckets=('p16@16','p8@16k2','whole')",
+    "--config.compression.costs=(1.0,1.0,1.0)",
+)
 # What measures the machine and not the model.
 TIMED = ("speed/", "memory/", "compile/")
 
@@ -43,6 +49,7 @@ class Trainer:
                 f"--workdir={workdir}",
                 f"--config.compile_cache={self.folder / 'cache'}",
                 "--config.mesh.fsdp=2",
+                *MIXED_VIEWS,
                 *flags,
             ],
             cwd=REPO,

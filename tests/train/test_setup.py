@@ -19,11 +19,12 @@ from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.preemption import ExitCode
+from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives.classification import Classification
 from vlp_jax.train.checks import changed_keys, check_texts, without_foreign_heads
 from vlp_jax.train.initial import Origin, read_origin
 from vlp_jax.train.loop import RunStopped, _check_health, is_save_due, train
-from vlp_jax.train.setup import prepare
+from vlp_jax.train.setup import plain, prepare
 
 
 def changed(**changes):
@@ -156,6 +157,66 @@ def test_a_resumed_run_tells_which_keys_change_what_it_computes(tmp_path, caplog
     start(**bandit)
     text, _ = start(**bandit, **{"evals.reconstruction.every_steps": 30})
     assert "in evals: from here" in text
+
+
+def test_keys_that_came_later_do_not_change_a_run_of_an_earlier_version():
+    new = plain(get_config())
+    old = json.loads(json.dumps(new))
+    del old["compression"], old["model"]["image"]["positions"]
+    assert changed_keys(old, new, watched=False) == []
+    new["compression"]["schedule"] = "staged"
+    assert changed_keys(old, new, watched=False) == ["compression"]
+
+
+def test_a_model_of_an_earlier_version_is_built():
+    config = get_config()
+    with config.unlocked():
+        del config.model.image["positions"]
+    assert build_model(config.model, 50, 3, 16).config.image.positions == "learned"
+
+
+STAGED = {
+    "compression.schedule": "staged",
+    "compression.buckets": ("p16@16", "whole"),
+    "compression.costs": (0.25, 1.0),
+}
+
+
+def test_a_begun_run_keeps_its_schedule_of_buckets(tmp_path):
+    """Whatever becomes of the formula or the file that its costs came from."""
+    first = prepare(changed(**STAGED), tmp_path)
+    assert first.total_steps == 250
+    assert first.config.total_steps == 100
+    kept = tmp_path / "schedule.json"
+    moved = json.loads(kept.read_text()) | {"costs": [0.5, 1.0]}
+    kept.write_text(json.dumps(moved))
+    assert prepare(changed(**STAGED), tmp_path).total_steps == 250, "nothing is saved yet"
+    kept.write_text(json.dumps(moved))
+    with first.open_checkpoints() as checkpoints:
+        checkpoints.save(1, first.first_state()[0], {}, first.checkpoint_extra())
+    assert prepare(changed(**STAGED), tmp_path).total_steps == 150
+    other = changed(**STAGED | {"compression.costs": (0.2, 1.0)})
+    assert prepare(other, tmp_path).total_steps == 300, "a config that was changed is followed"
+
+
+def test_text_lengths_and_views_share_the_buckets(tmp_path):
+    """Fitted edges leave room for every view; those that the config gives are refused."""
+    views = tuple(f"p1@{size}" for size in range(2, 9))
+    config = changed(
+        **{
+            "data.text_edges": (),
+            "data.num_edges": 6,
+            "compression.schedule": "staged",
+            "compression.buckets": views,
+            "compression.costs": (0.5,) * 7,
+        }
+    )
+    setup = prepare(config, tmp_path)
+    assert len(setup.plan.edges) == 2
+    assert len(setup.program.buckets(setup.plan.buckets())) == 14
+    config.data.text_edges = (8, 10, 14)
+    with pytest.raises(ConfigError, match=r"compression\.buckets: a run compiles at most 16"):
+        prepare(config, tmp_path / "other")
 
 
 def test_a_folder_of_data_may_be_moved():

@@ -25,9 +25,10 @@ from vlp_jax.objectives.base import Defaults, LossOutput, Mean, batch_noise, enc
 from vlp_jax.objectives.classification import NLVR2, VQA, Classification
 from vlp_jax.train import program as program_module
 from vlp_jax.train.state import TrainState
-from vlp_jax.train.step import init_state, make_step, shared_passes
+from vlp_jax.train.step import Moment, init_state, make_step, shared_passes
 
 FIRST, SECOND = make_batch(seed=1), make_batch(seed=2)
+MOMENT = Moment(jnp.float32(0.1), jnp.float32(0.0))
 
 
 def step_config(**overrides: Any) -> ConfigDict:
@@ -356,7 +357,7 @@ def test_a_shared_pass_has_one_noise() -> None:
         update = jax.jit(make_step(readers, weights, optimizer, 0.0, 1, BUCKET))
 
         def losses(step: int) -> list[float]:
-            _, metrics = update(state.replace(step=jnp.int32(step)), batch, jnp.float32(0.1))
+            _, metrics = update(state.replace(step=jnp.int32(step)), batch, MOMENT)
             return [float(metrics[f"{reader.name}/loss"]) for reader in readers]
 
         return state, losses
@@ -446,7 +447,7 @@ def test_accumulation_respects_coupled_objectives(splittable: bool) -> None:
         [objective], {"pairs": {}}, lambda params: optimizer, jax.random.key(0), ema=False
     )
     step = make_step([objective], {"coupled": 1.0}, optimizer, 0.0, 2, BUCKET)
-    new, metrics = jax.jit(step)(state, {"pairs": FIRST}, jnp.float32(0.1))
+    new, metrics = jax.jit(step)(state, {"pairs": FIRST}, MOMENT)
     lengths = FIRST["text_length"].astype(np.float64)
     parts = [lengths[0::2], lengths[1::2]] if splittable else [lengths]
     spread = sum(((part - part.mean()) ** 2).sum() for part in parts) / BATCH

@@ -32,7 +32,7 @@ _RATE = "speed/samples_per_second"
 _WAIT = "speed/input_wait_fraction"
 _COMPILE = "compile/seconds/"
 # First parts of the names of figures that the train loop writes; all others are of evaluators.
-_LOOP = ("train", "speed", "memory", "data", "compile")
+_LOOP = ("train", "speed", "memory", "data", "compile", "compression")
 # The artefacts of evaluators that know groups, and their columns.
 _GROUPS = "_groups"
 _GROUP_COLUMNS = ("group", "value", "examples", "accuracy")

@@ -1,11 +1,26 @@
-"""What happens to pixels on the device, inside the compiled step."""
+"""What happens to pixels on the device, inside the compiled step.
+
+Random views of an image for invariance objectives are made here, from decoded uint8 pixels: a crop
+of random place, size and shape, resampled to the size of the view; a flip; jitter of brightness,
+contrast, saturation and hue in random order; grey; blur; solarisation (recipes: fact sheet of
+accelerated invariance pretraining, section 7). Every draw is a function of the example's key.
+"""
+
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from vlp_jax.infra.errors import ConfigError
+
 # Mean and standard deviation of each colour channel in [0, 1], as in the CLIP towers.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue in a luminance, as in torchvision
+_TRIES = 10  # crops that are drawn before the largest central one is taken, as in torchvision
+_SOLAR = 0.5  # values from here on are inverted
 
 
 def normalize(image: jax.Array) -> jax.Array:
@@ -13,3 +28,285 @@ def normalize(image: jax.Array) -> jax.Array:
     scale = 1.0 / (255.0 * jnp.asarray(PIXEL_STD))
     offset = jnp.asarray(PIXEL_MEAN) / jnp.asarray(PIXEL_STD)
     return image.astype(jnp.float32) * scale[None, None, None] - offset[None, None, None]
+
+
+def resize(image: jax.Array, size: int) -> jax.Array:
+    """Bilinear, antialiased where it shrinks: floating [B, H, W, C] -> [B, size, size, C]."""
+    if image.shape[1:3] == (size, size):
+        return image
+    shape = (len(image), size, size, image.shape[-1])
+    return jax.image.resize(image, shape, method="linear", antialias=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a random view of an image is made; the defaults are those of MoCo v3's first view.
+
+    Attributes:
+        scale: least and largest share of the image's area in a crop.
+        ratio: least and largest width over height.
+        flip: probability of a mirror image.
+        jitter: probability that colours are changed.
+        brightness, contrast, saturation: largest change of the factor, 1 +- x.
+        hue: largest shift, as a share of the circle.
+        grey: probability of a grey picture.
+        blur: probability of a Gaussian blur.
+        blur_sigma: least and largest standard deviation of it, in pixels of the view.
+        solarize: probability that bright values are inverted.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    jitter: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grey: float = 0.2
+    blur: float = 1.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize: float = 0.0
+
+    def check(self, key: str) -> None:
+        """Raise a ConfigError that names the key where a number makes no sense."""
+        shares = ("flip", "jitter", "grey", "blur", "solarize", "brightness", "contrast")
+        for name in (*shares, "saturation"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(
+                    f"{key}.{name}", f"{getattr(self, name)} is no share", "Use one in [0, 1]"
+                )
+        if not 0.0 <= self.hue <= 0.5:
+            raise ConfigError(f"{key}.hue", f"{self.hue}", "Use a share of the circle up to 0.5")
+        for name, low, high in (("scale", 0.0, 1.0), ("ratio", 0.0, 100.0), ("blur_sigma", 0, 100)):
+            first, last = getattr(self, name)
+            if not low < first <= last <= high:
+                raise ConfigError(
+                    f"{key}.{name}",
+                    f"{(first, last)} is no range",
+                    f"Use two numbers above {low:g} and up to {high:g}, the smaller first",
+                )
+
+
+class Crop(NamedTuple):
+    """Rectangles in pixels, int32 [B] each."""
+
+    top: jax.Array
+    left: jax.Array
+    height: jax.Array
+    width: jax.Array
+
+
+def random_view(image: jax.Array, keys: jax.Array, recipe: Recipe, size: int) -> jax.Array:
+    """One random view of every image.
+
+    Args:
+        image: uint8 [B, H, W, 3].
+        keys: PRNG keys [B], one an example.
+        recipe: how.
+        size: side of the view in pixels.
+
+    Returns:
+        float32 [B, size, size, 3] in [0, 1].
+    """
+    parts = jax.vmap(lambda key: jax.random.split(key, 6))(keys)
+    crop = random_crops(parts[:, 0], image.shape[1], image.shape[2], recipe)
+    flip = _coins(parts[:, 1], recipe.flip)
+    view = crop_and_resize(image.astype(jnp.float32) / 255.0, crop, flip, size)
+    if recipe.jitter:
+        view = _where(_coins(parts[:, 2], recipe.jitter), _jitter(view, parts[:, 2], recipe), view)
+    if recipe.grey:
+        view = _where(_coins(parts[:, 3], recipe.grey), grey(view), view)
+    if recipe.blur:
+        low, high = recipe.blur_sigma
+        sigma = jax.vmap(lambda k: jax.random.uniform(k, (), minval=low, maxval=high))(
+            jax.vmap(lambda k: jax.random.fold_in(k, 1))(parts[:, 4])
+        )
+        view = _where(_coins(parts[:, 4], recipe.blur), blur(view, sigma), view)
+    if recipe.solarize:
+        view = _where(_coins(parts[:, 5], recipe.solarize), solarize(view), view)
+    return view
+
+
+def standardize(view: jax.Array) -> jax.Array:
+    """Values in [0, 1] to about zero mean and unit variance: float32 [B, S, S, 3]."""
+    mean, std = jnp.asarray(PIXEL_MEAN), jnp.asarray(PIXEL_STD)
+    return (view - mean[None, None, None]) / std[None, None, None]
+
+
+def random_crops(keys: jax.Array, height: int, width: int, recipe: Recipe) -> Crop:
+    """Crops of random place, size and shape, by the rule of torchvision.
+
+    The area is uniform, the logarithm of the ratio as well; the first of ten draws that fits into
+    the image counts, or the largest central crop of an allowed ratio.
+    """
+    low, high = recipe.ratio
+
+    def one(key: jax.Array) -> Crop:
+        area_key, ratio_key, place_key = jax.random.split(key, 3)
+        area = jax.random.uniform(
+            area_key, (_TRIES,), minval=recipe.scale[0], maxval=recipe.scale[1]
+        )
+        ratio = jnp.exp(
+            jax.random.uniform(ratio_key, (_TRIES,), minval=jnp.log(low), maxval=jnp.log(high))
+        )
+        wide = jnp.round(jnp.sqrt(area * height * width * ratio)).astype(jnp.int32)
+        tall = jnp.round(jnp.sqrt(area * height * width / ratio)).astype(jnp.int32)
+        fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
+        first = jnp.argmax(fits)
+        # Where none fits: whole, or cut to the nearest ratio that is allowed.
+        central_width = min(width, round(height * high))
+        central_height = min(height, round(width / low))
+        found = fits.any()
+        wide = jnp.where(found, wide[first], central_width)
+        tall = jnp.where(found, tall[first], central_height)
+        draws = jax.random.uniform(place_key, (2,))
+        room = jnp.stack([height - tall, width - wide])
+        place = jnp.floor(draws * (room + 1)).astype(jnp.int32)
+        place = jnp.where(found, jnp.minimum(place, room), room // 2)
+        return Crop(place[0], place[1], tall, wide)
+
+    return jax.vmap(one)(keys)
+
+
+def crop_and_resize(image: jax.Array, crop: Crop, flip: jax.Array, size: int) -> jax.Array:
+    """Cut rectangles out and resample them: two products for each image.
+
+    Bilinear, with a kernel as wide as the pixels of the view where it shrinks, as Pillow resizes;
+    nothing outside the rectangle has an influence.
+
+    Args:
+        image: floating [B, H, W, C].
+        crop: rectangles inside the images.
+        flip: bool [B], mirrored.
+        size: side of the result in pixels.
+
+    Returns:
+        [B, size, size, C].
+    """
+    rows = _resampling(crop.top, crop.height, image.shape[1], size)
+    columns = _resampling(crop.left, crop.width, image.shape[2], size)
+    columns = jnp.where(flip[:, None, None], columns[:, ::-1], columns)
+    return jnp.einsum("byh,bxw,bhwc->byxc", rows, columns, image, optimize="optimal")
+
+
+def _resampling(start: jax.Array, length: jax.Array, old: int, new: int) -> jax.Array:
+    """Weights of ``length`` samples from ``start`` on to ``new`` ones: float32 [B, new, old]."""
+    start, length = start[:, None, None], length[:, None, None]
+    scale = length / new
+    centre = (jnp.arange(new) + 0.5)[None, :, None] * scale
+    sample = jnp.arange(old)[None, None, :] - start
+    distance = jnp.abs(sample + 0.5 - centre) / jnp.maximum(scale, 1.0)
+    inside = (sample >= 0) & (sample < length)
+    weights = jnp.where(inside, jnp.maximum(0.0, 1.0 - distance), 0.0)
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def grey(view: jax.Array) -> jax.Array:
+    """The luminance in all three channels: [B, S, S, 3] -> [B, S, S, 3]."""
+    return jnp.broadcast_to(_luminance(view), view.shape)
+
+
+def blur(view: jax.Array, sigma: jax.Array) -> jax.Array:
+    """Gaussian blur: [B, S, S, 3], float32 [B] in pixels -> [B, S, S, 3].
+
+    What of the kernel lies outside the picture is left out, and the rest weighs more.
+    """
+    rows = _gaussian(sigma, view.shape[1])
+    columns = _gaussian(sigma, view.shape[2])
+    return jnp.einsum("byh,bxw,bhwc->byxc", rows, columns, view, optimize="optimal")
+
+
+def solarize(view: jax.Array) -> jax.Array:
+    """Values of a half and more are inverted: [B, S, S, 3] -> [B, S, S, 3]."""
+    return jnp.where(view < _SOLAR, view, 1.0 - view)
+
+
+def adjust_brightness(view: jax.Array, factor: jax.Array) -> jax.Array:
+    """Every value times a factor: [B, S, S, 3], [B] -> [B, S, S, 3]."""
+    return _mixed(view, jnp.zeros_like(view), factor)
+
+
+def adjust_contrast(view: jax.Array, factor: jax.Array) -> jax.Array:
+    """Away from the picture's mean luminance, or towards it: [B, S, S, 3], [B] -> [B, S, S, 3]."""
+    mean = _luminance(view).mean(axis=(1, 2), keepdims=True)
+    return _mixed(view, jnp.broadcast_to(mean, view.shape), factor)
+
+
+def adjust_saturation(view: jax.Array, factor: jax.Array) -> jax.Array:
+    """Away from each pixel's luminance, or towards it: [B, S, S, 3], [B] -> [B, S, S, 3]."""
+    return _mixed(view, grey(view), factor)
+
+
+def adjust_hue(view: jax.Array, shift: jax.Array) -> jax.Array:
+    """Turn the hue by a share of the circle: [B, S, S, 3], [B] -> [B, S, S, 3]."""
+    largest, smallest = view.max(axis=-1), view.min(axis=-1)
+    span = largest - smallest
+    safe = jnp.where(span > 0, span, 1.0)
+    red, green, blue = (view[..., i] for i in range(3))
+    sector = jnp.where(
+        largest == red,
+        (green - blue) / safe % 6.0,
+        jnp.where(largest == green, (blue - red) / safe + 2.0, (red - green) / safe + 4.0),
+    )
+    sector = (sector + 6.0 * shift[:, None, None]) % 6.0
+
+    def channel(offset: float) -> jax.Array:
+        # The value of a hue at a channel: HSV to RGB without branches.
+        k = (offset + sector) % 6.0
+        return largest - span * jnp.clip(jnp.minimum(k, 4.0 - k), 0.0, 1.0)
+
+    turned = jnp.stack([channel(5.0), channel(3.0), channel(1.0)], axis=-1)
+    return jnp.where((span > 0)[..., None], turned, view)
+
+
+def _jitter(view: jax.Array, keys: jax.Array, recipe: Recipe) -> jax.Array:
+    """The four changes of colour in an order of each example's own."""
+
+    def draws(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        order_key, factor_key = jax.random.split(jax.random.fold_in(key, 1))
+        return jax.random.permutation(order_key, 4), jax.random.uniform(
+            factor_key, (4,), minval=-1.0
+        )
+
+    order, factor = jax.vmap(draws)(keys)
+    changes = (
+        (adjust_brightness, recipe.brightness, 1.0),
+        (adjust_contrast, recipe.contrast, 1.0),
+        (adjust_saturation, recipe.saturation, 1.0),
+        (adjust_hue, recipe.hue, 0.0),
+    )
+    for turn in range(4):
+        changed = view
+        for index, (adjust, most, none) in enumerate(changes):
+            if most:
+                mine = order[:, turn] == index
+                changed = _where(mine, adjust(view, none + most * factor[:, index]), changed)
+        view = changed
+    return view
+
+
+def _luminance(view: jax.Array) -> jax.Array:
+    return (view * jnp.asarray(GREY)[None, None, None]).sum(axis=-1, keepdims=True)
+
+
+def _mixed(view: jax.Array, other: jax.Array, factor: jax.Array) -> jax.Array:
+    """``factor`` of one picture and the rest of another, cut to [0, 1]."""
+    factor = factor[:, None, None, None]
+    return jnp.clip(factor * view + (1.0 - factor) * other, 0.0, 1.0)
+
+
+def _gaussian(sigma: jax.Array, size: int) -> jax.Array:
+    """Weights of a blur along one axis: [B] -> float32 [B, size, size]; rows sum to 1."""
+    distance = jnp.arange(size)[:, None] - jnp.arange(size)[None]
+    weights = jnp.exp(-0.5 * jnp.square(distance[None] / sigma[:, None, None]))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def _coins(keys: jax.Array, probability: float) -> jax.Array:
+    """True with a probability, by each key: bool [B]."""
+    return jax.vmap(lambda key: jax.random.uniform(key))(keys) < probability
+
+
+def _where(condition: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
+    return jnp.where(condition[:, None, None, None], yes, no)

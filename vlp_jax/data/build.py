@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS
 from vlp_jax.data.cache import ImageCache, uncached
 from vlp_jax.data.captions import (
     EncodedCaptions,
@@ -127,13 +128,20 @@ def build_tokenizer(config: ConfigDict, sources: Sequence[Source]) -> Tokenizer:
     return found_or_made(file, lambda: Tokenizer.load(file) if file.exists() else None, make)
 
 
-def build_plan(config: ConfigDict, sources: Mapping[str, Source], tokenizer: Tokenizer) -> Plan:
+def build_plan(
+    config: ConfigDict,
+    sources: Mapping[str, Source],
+    tokenizer: Tokenizer,
+    most_edges: int = MAX_SCHEDULED_BUCKETS,
+) -> Plan:
     """The training plan: every source of the config, edges fitted to their lengths.
 
     Args:
         config: of the run.
         sources: name -> training source.
         tokenizer: of the run.
+        most_edges: how many edges are fitted at most, whatever ``data.num_edges`` says: a run
+            compiles each with every view of its images.
 
     Raises:
         ConfigError: captions could be longer than the model has positions.
@@ -156,7 +164,7 @@ def build_plan(config: ConfigDict, sources: Mapping[str, Source], tokenizer: Tok
         )
         for name, source in sources.items()
     ]
-    edges = tuple(data.text_edges) or _fitted_edges(config, planned)
+    edges = tuple(data.text_edges) or _fitted_edges(config, planned, most_edges)
     if edges[-1] > config.model.text.max_positions:
         raise ConfigError(
             "data.text_edges",
@@ -261,7 +269,9 @@ def _tokenizer_file(section: ConfigDict, sources: Sequence[Source]) -> pathlib.P
     return pictures.with_name(f"{pictures.stem}.tokenizer-{digest[:12]}.json")
 
 
-def _fitted_edges(config: ConfigDict, planned: Sequence[PlannedSource]) -> tuple[int, ...]:
+def _fitted_edges(
+    config: ConfigDict, planned: Sequence[PlannedSource], most: int
+) -> tuple[int, ...]:
     data = config.data
     total = np.zeros(data.max_text_length + 1)
     weights = sum(p.weight for p in planned)
@@ -270,4 +280,4 @@ def _fitted_edges(config: ConfigDict, planned: Sequence[PlannedSource]) -> tuple
         total += p.weight / weights * histogram / histogram.sum()
     maxima = batch_maxima(total, data.batch_size, data.window_batches)
     longest = max(p.captions.longest for p in planned)
-    return fit_edges(maxima, data.num_edges, data.edge_multiple, longest=longest)
+    return fit_edges(maxima, min(data.num_edges, most), data.edge_multiple, longest=longest)

@@ -145,6 +145,16 @@ class Plan:
         sizes = [planned.source.num_records for planned in self.sources]
         return None if None in sizes else sum(size for size in sizes if size is not None)
 
+    @property
+    def mean_text_length(self) -> float:
+        """Mean tokens of a text of the mixture, special ones included."""
+        weights = np.asarray([planned.weight for planned in self.sources], np.float64)
+        means = []
+        for planned in self.sources:
+            histogram = planned.captions.histogram()
+            means.append((histogram * np.arange(len(histogram))).sum() / histogram.sum())
+        return float((weights * means).sum() / weights.sum())
+
     def padding_waste(self, num_batches: int) -> float:
         """Share of text tokens that are padding in the first ``num_batches`` batches."""
         used = padded = 0

@@ -4,9 +4,10 @@ Norms, activations, softmax and dropout are left out, as is usual for model FLOP
 lowered module's own count in ``tests/models/test_flops.py``.
 """
 
+from vlp_jax.compress.buckets import View
 from vlp_jax.models.layers import BlockConfig
 from vlp_jax.models.vision_language import VisionLanguageConfig
-from vlp_jax.models.vit import ViTConfig
+from vlp_jax.models.vit import CONV_STRIDE, ViTConfig
 
 
 def block_flops(
@@ -30,37 +31,45 @@ def block_flops(
     return 2.0 * macs
 
 
-def vit_flops(config: ViTConfig) -> float:
-    """Forward FLOPs of an image tower for one image."""
-    width = config.block.width
-    grid = config.image_size // config.patch_size
+def vit_flops(config: ViTConfig, view: View | None = None) -> float:
+    """Forward FLOPs of an image tower for one image, or for what a view encodes of it."""
+    width, view = config.block.width, view or config.view
     stem = 0.0
-    patch, channels = config.patch_size, 3
+    patch, channels = view.patch_size, 3
     if config.stem == "conv":
-        side, inputs = config.image_size, 3
+        side, inputs = view.image_size, 3
         for features in (width // 4, width // 2):
             side //= 2
             stem += 2.0 * side * side * 9 * inputs * features
             inputs = features
-        patch, channels = patch // 4, inputs
-    stem += 2.0 * grid * grid * patch * patch * channels * width
-    return stem + config.depth * block_flops(config.block, config.tokens, config.tokens)
+        patch, channels = patch // CONV_STRIDE, inputs
+    stem += 2.0 * view.kept * patch * patch * channels * width
+    return stem + config.depth * block_flops(config.block, view.tokens, view.tokens)
 
 
-def image_flops(config: VisionLanguageConfig) -> float:
+def image_flops(config: VisionLanguageConfig, view: View | None = None) -> float:
     """Forward FLOPs of encoding one image: the tower, and the projection of its tokens."""
     image = config.image
-    projection = 2.0 * image.tokens * image.block.width * config.text.width
-    return vit_flops(image) + projection
+    projection = 2.0 * (view or image.view).tokens * image.block.width * config.text.width
+    return vit_flops(image, view) + projection
 
 
-def text_flops(config: VisionLanguageConfig, tokens: float, streams: int) -> float:
-    """Forward FLOPs of both halves of the text stack for one example."""
+def text_flops(
+    config: VisionLanguageConfig, tokens: float, streams: int, view: View | None = None
+) -> float:
+    """Forward FLOPs of both halves of the text stack for one example.
+
+    Args:
+        config: geometry.
+        tokens: of the text.
+        streams: of the text.
+        view: what is encoded of the image; None: everything.
+    """
     text, image = config.text, config.image
-    rows = streams * tokens
-    projections = 2.0 * text.width * (rows * text.width + image.tokens * image.block.width)
+    rows, image_tokens = streams * tokens, (view or image.view).tokens
+    projections = 2.0 * text.width * (rows * text.width + image_tokens * image.block.width)
     lower = config.lower_depth * block_flops(text, rows, tokens)
-    upper = config.upper_depth * block_flops(text, rows, tokens, image.tokens)
+    upper = config.upper_depth * block_flops(text, rows, tokens, image_tokens)
     return projections + lower + upper
 
 

@@ -118,7 +118,13 @@ def model_config(size: str) -> ConfigDict:
         {
             "dtype": "bfloat16",
             "attention": "auto",
-            "image": {**block, "stem": "patch", "pre_norm": False, **chosen["image"]},
+            "image": {
+                **block,
+                "stem": "patch",
+                "pre_norm": False,
+                "positions": "learned",
+                **chosen["image"],
+            },
             "text": {**block, "norm": "pre", **chosen["text"]},
             "reconstructor": dict(chosen["reconstructor"]),
         }
@@ -154,6 +160,8 @@ def build_model(
                 image_size=image_size,
                 stem=config.image.stem,
                 pre_norm=config.image.pre_norm,
+                # Configs of earlier checkpoints have no such key.
+                positions=config.image.get("positions", "learned"),
             ),
             text=block(config.text),
             lower_depth=config.text.lower_depth,

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vlp_jax.compress.buckets import View
 from vlp_jax.models.layers import ACTIVATIONS, Block, BlockConfig, Dense, Noise, drop, norm
 from vlp_jax.models.vit import ViT, ViTConfig
 
@@ -177,9 +178,15 @@ class VisionLanguageModel(nn.Module):
             self.text_norm = norm(c.text)
             self.query_norm = norm(c.text)
 
-    def encode_image(self, image: jax.Array, noise: Noise = None) -> jax.Array:
-        """Image tokens as cross-attention reads them: [B, H, W, 3] -> [B, I, D]."""
-        tokens = self.image_projection(self.image_tower(image, noise))
+    def encode_image(
+        self,
+        image: jax.Array,
+        noise: Noise = None,
+        view: View | None = None,
+        keys: jax.Array | None = None,
+    ) -> jax.Array:
+        """Image tokens as cross-attention reads them: [B, S, S, 3] -> [B, I, D]; see ``ViT``."""
+        tokens = self.image_projection(self.image_tower(image, noise, view, keys))
         return tokens + self._type("image", tokens)
 
     def encode_text(

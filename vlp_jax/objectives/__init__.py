@@ -30,14 +30,13 @@ OBJECTIVES: Mapping[str, type[Any]] = {  # each an ``Objective``
 
 # Keys of a section that are read here or by the step, and arguments that are not keys.
 _RESERVED = ("type", "weight", "batch")
-_GIVEN = ("model", "name", "batch_name", "vocabulary", "total_examples", "itc")
+_GIVEN = ("model", "name", "batch_name", "vocabulary", "itc")
 
 
 def build_objectives(
     config: ConfigDict,
     model: VisionLanguageModel,
     vocabulary: Vocabulary,
-    total_examples: int,
 ) -> tuple[Objective, ...]:
     """The objectives of ``config.objectives``, sorted by name.
 
@@ -46,7 +45,6 @@ def build_objectives(
             ``weight`` belongs to the step.
         model: the shared model.
         vocabulary: of the run's tokenizer.
-        total_examples: of the run.
 
     Raises:
         ConfigError: no objective, an unknown one, an unknown key, or two that do not fit.
@@ -54,7 +52,7 @@ def build_objectives(
     if not config:
         raise ConfigError("objectives", "there is none", f"Add one of {sorted(OBJECTIVES)}")
     types = {name: _type(name, section) for name, section in config.items()}
-    given = {"model": model, "vocabulary": vocabulary, "total_examples": total_examples}
+    given = {"model": model, "vocabulary": vocabulary}
     built: dict[str, Objective] = {}
     for name in sorted(config, key=lambda name: (types[name] is ITM, name)):  # it takes the ITC
         if types[name] is ITM:

@@ -6,8 +6,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import flax.linen as nn
 import jax
 
-from vlp_jax.compress.buckets import Bucket
-from vlp_jax.data.augment import normalize
+from vlp_jax.compress.buckets import Bucket, View, view_of
+from vlp_jax.data.augment import normalize, resize
 from vlp_jax.data.batch import Batch
 from vlp_jax.models.dropout import dropout_noise
 from vlp_jax.models.layers import Noise
@@ -18,6 +18,11 @@ Extras = Any  # nested dict of whatever an objective carries beside its paramete
 
 # Key of a batch whose image the update has encoded: [B, I, D]. The host never sends it.
 IMAGE_TOKENS = "image_tokens"
+# Key of the share of the budget that is spent, float32 [], in the batches of an update. The host
+# never sends it; where it is absent, as in evaluations, nothing is spent.
+PROGRESS = "progress"
+
+_SEEN = 0x5EE  # folded into a step's key for the choice of patches
 
 
 class Mean(NamedTuple):
@@ -56,6 +61,7 @@ class Objective(Protocol):
         splittable: False where examples of a batch are coupled (contrastive losses, batch
             statistics), so that gradient accumulation must not cut the batch.
         extra_fields: keys of ``data.batch.EXTRA_FIELDS`` that it reads.
+        views: how many views of a bucket it tells apart.
         image_encoder: the model by which its loss encodes the batch's ``image``, through
             ``image_tokens`` alone; several objectives of one batch then share one pass. None: it
             encodes no image, or in a way of its own.
@@ -69,6 +75,8 @@ class Objective(Protocol):
     def splittable(self) -> bool: ...  # noqa: D102
     @property
     def extra_fields(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def views(self) -> int: ...  # noqa: D102
     @property
     def image_encoder(self) -> VisionLanguageModel | None: ...  # noqa: D102
     @classmethod
@@ -86,8 +94,13 @@ class Objective(Protocol):
         """Parameters and extras for batches of the given shapes."""
         ...
 
-    def flops(self, text_length: float) -> float:
-        """Forward FLOPs of one example by itself; an update is counted as three times that."""
+    def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
+        """Forward FLOPs of one example by itself; an update is counted as three times that.
+
+        Args:
+            text_length: real tokens of the text.
+            bucket: whose views are encoded; None: whole images.
+        """
         ...
 
     def loss(
@@ -112,6 +125,7 @@ class Defaults:
 
     splittable: ClassVar[bool] = True
     extra_fields: ClassVar[tuple[str, ...]] = ()
+    views: ClassVar[int] = 1
 
     @property
     def image_encoder(self) -> VisionLanguageModel | None:
@@ -154,29 +168,77 @@ def batch_noise(rng: jax.Array, batch: Batch, train: bool) -> jax.Array | None:
     return dropout_noise(jax.random.fold_in(rng, batch["position"][0])) if train else None
 
 
-def image_tokens(model: VisionLanguageModel, batch: Batch, noise: Noise) -> jax.Array:
+class Seen(NamedTuple):
+    """What a pass of the image tower encodes of every image of a batch.
+
+    Attributes:
+        view: its sizes.
+        keys: PRNG keys [B], by which patches are dropped.
+    """
+
+    view: View
+    keys: jax.Array
+
+
+def seen_part(
+    rng: jax.Array, batch: Batch, bucket: Bucket, train: bool, index: int = 0
+) -> Seen | None:
+    """What a batch's bucket leaves to encode; None: everything, as always outside training.
+
+    Args:
+        rng: key of the step and the objective.
+        batch: or a part of it.
+        bucket: of the batch.
+        train: False: everything.
+        index: of the objective's view.
+    """
+    view = view_of(bucket, index)
+    if view is None or not train:
+        return None
+    key = jax.random.fold_in(jax.random.fold_in(rng, _SEEN), index)
+    return Seen(view, example_keys(key, batch["position"]))
+
+
+def encode_seen(
+    model: VisionLanguageModel, image: jax.Array, noise: Noise, seen: Seen | None
+) -> jax.Array:
+    """Encode what is seen of the pixels: uint8 [B, H, W, 3] -> [B, I, D]."""
+    pixels = normalize(image)
+    if seen is None:
+        return model.encode_image(pixels, noise)
+    return model.encode_image(resize(pixels, seen.view.image_size), noise, *seen)
+
+
+def image_tokens(
+    model: VisionLanguageModel, batch: Batch, noise: Noise, seen: Seen | None = None
+) -> jax.Array:
     """Tokens of the batch's image: those that the update made for several objectives, or new ones.
 
     Args:
         model: bound.
         batch: or a part of it.
         noise: of the dropout, or None; not used where the tokens are there.
+        seen: what is encoded; None: everything. Not used where the tokens are there.
 
     Returns:
         [B, I, D], the class token first.
     """
     if IMAGE_TOKENS in batch:
         return batch[IMAGE_TOKENS]
-    return model.encode_image(normalize(batch["image"]), noise)
+    return encode_seen(model, batch["image"], noise, seen)
 
 
 def encode_image(
-    model: VisionLanguageModel, params: Params, batch: Batch, noise: Noise
+    model: VisionLanguageModel,
+    params: Params,
+    batch: Batch,
+    noise: Noise,
+    seen: Seen | None = None,
 ) -> jax.Array:
     """``image_tokens`` by a model that is not bound."""
 
     def forward(model: VisionLanguageModel) -> jax.Array:
-        return image_tokens(model, batch, noise)
+        return image_tokens(model, batch, noise, seen)
 
     return nn.apply(forward, model)({"params": params})
 

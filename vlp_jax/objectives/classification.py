@@ -13,8 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlp_jax.compress.buckets import Bucket
-from vlp_jax.data.augment import normalize
+from vlp_jax.compress.buckets import Bucket, view_of
 from vlp_jax.data.batch import PAIRS, Batch
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.flops import block_flops, vit_flops
@@ -26,8 +25,11 @@ from vlp_jax.objectives.base import (
     LossOutput,
     Mean,
     Params,
+    Seen,
     batch_noise,
+    encode_seen,
     image_tokens,
+    seen_part,
     zeros,
 )
 from vlp_jax.objectives.readout import Kind, Readout
@@ -91,17 +93,23 @@ class Classification(Defaults):
         batch = zeros(batch_spec)
 
         def forward(model: VisionLanguageModel) -> jax.Array:
-            return self._features(model, batch, None)
+            return self._features(model, batch, None, None)
 
         features, variables = nn.init_with_output(forward, self.model)(rng)
         head = self.head.init(rng, features)["params"]
         return variables["params"] | {self.head_name: head}, {}
 
-    def logits(self, params: Params, batch: Batch, noise: jax.Array | None = None) -> jax.Array:
+    def logits(
+        self,
+        params: Params,
+        batch: Batch,
+        noise: jax.Array | None = None,
+        seen: Seen | None = None,
+    ) -> jax.Array:
         """Scores of the classes: float32 [B, C]."""
 
         def forward(model: VisionLanguageModel) -> jax.Array:
-            return self._features(model, batch, noise)
+            return self._features(model, batch, noise, seen)
 
         features = nn.apply(forward, self.model)({"params": params})
         return apply_head(self.head, params[self.head_name], features, noise)
@@ -116,7 +124,8 @@ class Classification(Defaults):
         train: bool = True,
     ) -> LossOutput:
         """Loss and accuracy."""
-        logits = self.logits(params, batch, batch_noise(rng, batch, train))
+        seen = seen_part(rng, batch, bucket, train)
+        logits = self.logits(params, batch, batch_noise(rng, batch, train), seen)
         rows = batch["valid"].astype(jnp.float32)
         count = rows.sum()
         loss = (self.row_losses(logits, batch) * rows).sum()
@@ -132,15 +141,19 @@ class Classification(Defaults):
         """1 where the best class is right: float32 [B, C] -> [B]."""
         return 1.0 * (logits.argmax(axis=1) == batch["label"])
 
-    def flops(self, text_length: float) -> float:
+    def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of one example; by formula over real tokens."""
-        c = self.model.config
-        return vit_flops(c.image) + self.reader.flops(c, text_length)
+        c, view = self.model.config, view_of(bucket)
+        return vit_flops(c.image, view) + self.reader.flops(c, text_length, view)
 
     def _features(
-        self, model: VisionLanguageModel, batch: Batch, noise: jax.Array | None
+        self,
+        model: VisionLanguageModel,
+        batch: Batch,
+        noise: jax.Array | None,
+        seen: Seen | None,
     ) -> jax.Array:
-        image = image_tokens(model, batch, noise)
+        image = image_tokens(model, batch, noise, seen)
         text = self.reader.encode(model, batch["text_ids"], batch["text_length"], noise)
         return self.reader.read(model, text, image, noise)
 
@@ -214,27 +227,33 @@ class NLVR2(Classification):
         batch = zeros(batch_spec)
 
         def forward(model: VisionLanguageModel) -> jax.Array:
-            return self._pair_features(model, batch, marks, None)
+            return self._pair_features(model, batch, marks, None, None)
 
         features, variables = nn.init_with_output(forward, self.model)(rng)
         head = self.head.init(rng, features)["params"]
         return variables["params"] | {self.head_name: head, self._mark_name: marks}, {}
 
-    def logits(self, params: Params, batch: Batch, noise: jax.Array | None = None) -> jax.Array:
+    def logits(
+        self,
+        params: Params,
+        batch: Batch,
+        noise: jax.Array | None = None,
+        seen: Seen | None = None,
+    ) -> jax.Array:
         """Scores of false and true: float32 [B, 2]."""
 
         def forward(model: VisionLanguageModel) -> jax.Array:
-            return self._pair_features(model, batch, params[self._mark_name], noise)
+            return self._pair_features(model, batch, params[self._mark_name], noise, seen)
 
         features = nn.apply(forward, self.model)({"params": params})
         return apply_head(self.head, params[self.head_name], features, noise)
 
-    def flops(self, text_length: float) -> float:
+    def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of one example: two towers, the lower half of the text stack once."""
         c = self.model.config
         streams = 2 if self.readout == "query" else 1
         lower = c.lower_depth * block_flops(c.text, streams * text_length, text_length)
-        return 2 * super().flops(text_length) - lower
+        return 2 * super().flops(text_length, bucket) - lower
 
     def _pair_features(
         self,
@@ -242,12 +261,15 @@ class NLVR2(Classification):
         batch: Batch,
         marks: jax.Array,
         noise: jax.Array | None,
+        seen: Seen | None,
     ) -> jax.Array:
         """[B, 2 D]."""
         # The pair sits on an inner axis: the batch axis is sharded and never concatenated.
         images = jnp.stack([batch["image"], batch["second_image"]], axis=1)
         images = images.reshape(-1, *images.shape[2:])
-        tokens = model.encode_image(normalize(images), noise)
+        if seen is not None:  # each picture of a pair drops patches of its own
+            seen = seen._replace(keys=jax.vmap(jax.random.split)(seen.keys).reshape(-1))
+        tokens = encode_seen(model, images, noise, seen)
         rows = len(batch["text_ids"])
         marked = jnp.tile(marks, (rows, 1))[:, None].astype(tokens.dtype)
         tokens = tokens + jnp.broadcast_to(marked, tokens.shape)

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlp_jax.compress.buckets import Bucket
+from vlp_jax.compress.buckets import Bucket, view_of
 from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import PAIRS, Batch
 from vlp_jax.infra.errors import ConfigError
@@ -35,6 +35,7 @@ from vlp_jax.objectives.base import (
     batch_noise,
     encode_image,
     example_keys,
+    seen_part,
     zeros,
 )
 from vlp_jax.objectives.readout import EncodedText, Kind, Readout
@@ -107,11 +108,12 @@ class DualEncoder:
         head = self.head.init(jax.random.fold_in(rng, 1), feature, feature)["params"]
         return nn.init(forward, self.model)(rng)["params"] | {CONTRASTIVE_HEAD: head}
 
-    def flops(self, text_length: float) -> float:
+    def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of both towers for one example; similarities not counted."""
         c = self.model.config
         lower = c.lower_depth * block_flops(c.text, text_length, text_length)
-        return image_flops(c) + lower + 2.0 * 2 * c.text.width * self.head.embedding_dim
+        image = image_flops(c, view_of(bucket))
+        return image + lower + 2.0 * 2 * c.text.width * self.head.embedding_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +171,8 @@ class ITC(Defaults):
     ) -> LossOutput:
         """Mean over pairs of both directions' cross-entropies."""
         noise, towers = batch_noise(rng, batch, train), self.towers
-        image = encode_image(self.model, params, batch, noise)
+        seen = seen_part(rng, batch, bucket, train)
+        image = encode_image(self.model, params, batch, noise, seen)
         text = towers.text_feature(params, batch["text_ids"], batch["text_length"], noise)
         image, text, scale = towers.embed(params, image, text)
         valid = batch["valid"]
@@ -192,9 +195,9 @@ class ITC(Defaults):
         }
         return LossOutput(mean((nll(logits) + nll(backwards)) / 2), extras, metrics)
 
-    def flops(self, text_length: float) -> float:
+    def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of one example; similarities not counted."""
-        return self.towers.flops(text_length)
+        return self.towers.flops(text_length, bucket)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +269,8 @@ class ITM(Defaults):
         """Cross-entropy of each pair and its two hard negatives, as far as the batch has any."""
         draw_key, noise_key = jax.random.split(rng)
         noise = batch_noise(noise_key, batch, train)
-        image = encode_image(self.model, params, batch, noise)
+        seen = seen_part(rng, batch, bucket, train)
+        image = encode_image(self.model, params, batch, noise, seen)
         other_text, other_image, found = self._negatives(params, batch, image, draw_key)
         own = jnp.arange(len(other_text))
 
@@ -298,14 +302,14 @@ class ITM(Defaults):
         logits = apply_head(self.head, params[MATCHING_HEAD], features)
         return logits[:, 1] - logits[:, 0]
 
-    def flops(self, text_length: float) -> float:
+    def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of one example: both towers once, three readings."""
-        c = self.model.config
-        tower, image = vit_flops(c.image), image_flops(c)
+        c, view = self.model.config, view_of(bucket)
+        tower, image = vit_flops(c.image, view), image_flops(c, view)
         lower = c.lower_depth * block_flops(c.text, text_length, text_length)
         streams = 2 if self.readout == "query" else 1
         once = streams * lower + (image - tower)  # of a reading, shared by all three
-        return tower + 3 * self.reader.flops(c, text_length) - 2 * once + lower
+        return tower + 3 * self.reader.flops(c, text_length, view) - 2 * once + lower
 
     def _negatives(
         self, params: Params, batch: Batch, image: jax.Array, rng: jax.Array

@@ -2,7 +2,7 @@
 
     config.objectives.flm.corruption_rate = 0.3
     {"kind": "range", "low": 0.1, "high": 0.5}            # a rate for each text
-    {"kind": "schedule", "points": ((0.0, 0.5), (1.0, 0.1))}  # (share of the run, rate), linear
+    {"kind": "schedule", "points": ((0.0, 0.5), (1.0, 0.1))}  # (share of the budget, rate), linear
     {"kind": "bandit", "arms": (0.0, 0.15, 0.3, 0.5), "metric": "reconstruction/0.3/loss"}
 
 Whatever a kind remembers lies in the objective's extras, so that a resumed run goes on as it was.
@@ -30,12 +30,19 @@ class Corruption(Protocol):
         """What it remembers, before the first update."""
         ...
 
-    def rates(self, memory: Memory, keys: jax.Array) -> jax.Array:
-        """The rate of each text: keys [B] -> float32 [B]."""
-        ...
+    def rates(
+        self, memory: Memory, keys: jax.Array, progress: jax.Array | float = 0.0
+    ) -> jax.Array:
+        """The rate of each text.
 
-    def trained(self, memory: Memory, examples: int) -> dict[str, jax.Array]:
-        """Memory after so many more examples, inside the update."""
+        Args:
+            memory: of ``init`` or ``observe``.
+            keys: PRNG keys [B].
+            progress: share of the budget that is spent, float32 [].
+
+        Returns:
+            float32 [B].
+        """
         ...
 
     def observe(self, memory: Memory, values: Mapping[str, float]) -> dict[str, Any]:
@@ -53,8 +60,12 @@ class Corruption(Protocol):
         ...
 
 
-class _Deaf:
-    """Learns nothing from evaluations."""
+class _Stateless:
+    """Remembers nothing, and learns nothing from evaluations."""
+
+    def init(self) -> dict[str, jax.Array]:
+        """Nothing."""
+        return {}
 
     def observe(self, memory: Memory, values: Mapping[str, float]) -> dict[str, Any]:
         """Nothing changes."""
@@ -67,19 +78,8 @@ class _Deaf:
         return ()
 
 
-class _Forgetful(_Deaf):
-    """Remembers nothing."""
-
-    def init(self) -> dict[str, jax.Array]:
-        return {}
-
-    def trained(self, memory: Memory, examples: int) -> dict[str, jax.Array]:
-        del examples
-        return dict(memory)
-
-
 @dataclasses.dataclass(frozen=True)
-class Fixed(_Forgetful):
+class Fixed(_Stateless):
     """One rate; what lies below 1 / L (so also 0.0) hides the query's own token alone."""
 
     key: str
@@ -88,9 +88,11 @@ class Fixed(_Forgetful):
     def __post_init__(self) -> None:
         _check_rate(self.key, self.rate)
 
-    def rates(self, memory: Memory, keys: jax.Array) -> jax.Array:
+    def rates(
+        self, memory: Memory, keys: jax.Array, progress: jax.Array | float = 0.0
+    ) -> jax.Array:
         """The rate, for each text."""
-        del memory
+        del memory, progress
         return jnp.full(keys.shape, self.rate, jnp.float32)
 
     @property
@@ -100,7 +102,7 @@ class Fixed(_Forgetful):
 
 
 @dataclasses.dataclass(frozen=True)
-class Range(_Forgetful):
+class Range(_Stateless):
     """A rate for each text, uniform between ``low`` and ``high``."""
 
     key: str
@@ -115,9 +117,11 @@ class Range(_Forgetful):
                 f"{self.key}.low", f"{self.low} exceeds high={self.high}", "Swap the two"
             )
 
-    def rates(self, memory: Memory, keys: jax.Array) -> jax.Array:
+    def rates(
+        self, memory: Memory, keys: jax.Array, progress: jax.Array | float = 0.0
+    ) -> jax.Array:
         """A fresh draw for each key."""
-        del memory
+        del memory, progress
         draws = jax.vmap(jax.random.uniform)(keys)
         return self.low + (self.high - self.low) * draws
 
@@ -128,19 +132,15 @@ class Range(_Forgetful):
 
 
 @dataclasses.dataclass(frozen=True)
-class Scheduled(_Deaf):
+class Scheduled(_Stateless):
     """A rate that changes over the run, linear between the points and constant outside them.
-
-    Remembers ``examples`` float32 [], trained on so far.
 
     Attributes:
         key: config key, for messages.
-        total_examples: of the run.
-        points: (share of the run in [0, 1], rate), in order of the share.
+        points: (share of the budget in [0, 1], rate), in order of the share.
     """
 
     key: str
-    total_examples: int
     points: Sequence[Sequence[float]] = ((0.0, 0.0), (1.0, 0.5))
 
     def __post_init__(self) -> None:
@@ -161,19 +161,14 @@ class Scheduled(_Deaf):
         for _, rate in self.points:
             _check_rate(f"{self.key}.points", rate)
 
-    def init(self) -> dict[str, jax.Array]:
-        """No examples yet."""
-        return {"examples": jnp.zeros(())}
-
-    def rates(self, memory: Memory, keys: jax.Array) -> jax.Array:
+    def rates(
+        self, memory: Memory, keys: jax.Array, progress: jax.Array | float = 0.0
+    ) -> jax.Array:
         """The rate of this moment, for each text."""
+        del memory
         shares, rates = np.asarray(self.points, np.float32).T
-        rate = jnp.interp(memory["examples"] / self.total_examples, shares, rates)
+        rate = jnp.interp(jnp.asarray(progress, jnp.float32), shares, rates)
         return jnp.broadcast_to(rate, keys.shape)
-
-    def trained(self, memory: Memory, examples: int) -> dict[str, jax.Array]:
-        """Count them."""
-        return {"examples": memory["examples"] + examples}
 
     @property
     def mean_rate(self) -> float:
@@ -236,15 +231,13 @@ class Bandit:
             "scale": jnp.zeros(()),
         }
 
-    def rates(self, memory: Memory, keys: jax.Array) -> jax.Array:
+    def rates(
+        self, memory: Memory, keys: jax.Array, progress: jax.Array | float = 0.0
+    ) -> jax.Array:
         """The rate in use, for each text."""
+        del progress
         rate = jnp.asarray(tuple(self.arms), jnp.float32)[memory["arm"]]
         return jnp.broadcast_to(rate, keys.shape)
-
-    def trained(self, memory: Memory, examples: int) -> dict[str, jax.Array]:
-        """Nothing is counted."""
-        del examples
-        return dict(memory)
 
     def observe(self, memory: Memory, values: Mapping[str, float]) -> dict[str, Any]:
         """Reward the rate in use and choose the next; unchanged where the metric is absent."""
@@ -293,13 +286,12 @@ _KINDS: Mapping[str, Callable[..., Corruption]] = {
 }
 
 
-def build_corruption(rate: float | Mapping[str, Any], key: str, total_examples: int) -> Corruption:
+def build_corruption(rate: float | Mapping[str, Any], key: str) -> Corruption:
     """The rule that a config asks for.
 
     Args:
         rate: a fixed one, or a section with ``kind`` and its arguments.
         key: config key, for messages.
-        total_examples: of the run.
 
     Raises:
         ConfigError: an unknown kind or key, or a rate out of range.
@@ -311,9 +303,7 @@ def build_corruption(rate: float | Mapping[str, Any], key: str, total_examples: 
         raise ConfigError(f"{key}.kind", f"{kind!r} is no kind", f"Use one of {sorted(_KINDS)}")
     rule = _KINDS[kind]
     fields = set(inspect.signature(rule).parameters)
-    given: dict[str, Any] = {"key": key, "total_examples": total_examples}
-    arguments = section_arguments(rate, key, fields - set(given), ("kind",))
-    return rule(**{k: v for k, v in given.items() if k in fields}, **arguments)
+    return rule(key=key, **section_arguments(rate, key, fields - {"key"}, ("kind",)))
 
 
 def _check_rate(key: str, rate: float) -> None:

@@ -43,7 +43,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlp_jax.compress.buckets import Bucket
+from vlp_jax.compress.buckets import Bucket, view_of
 from vlp_jax.data.batch import PAIRS, Batch
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.flops import (
@@ -55,14 +55,17 @@ from vlp_jax.models.flops import (
 from vlp_jax.models.masks import token_mask, two_stream_mask
 from vlp_jax.models.vision_language import TextStates, VisionLanguageModel
 from vlp_jax.objectives.base import (
+    PROGRESS,
     Defaults,
     Extras,
     LossOutput,
     Mean,
     Params,
+    Seen,
     batch_noise,
     example_keys,
     image_tokens,
+    seen_part,
     zeros,
 )
 from vlp_jax.objectives.corruption import Corruption, build_corruption
@@ -142,7 +145,6 @@ class FLM(Defaults):
         batch_name: named batch it reads.
         corruption_rate: r in [0, 1], or a rule by which it changes (``objectives.corruption``).
             What lies below 1 / L (so also 0.0) hides the query's own token alone.
-        total_examples: of the run, for a schedule of r.
         loss_weights: factor of each loss in ``LOSSES``; their sum need not be 1.
         chunk_rows: rows of logits that exist at a time.
         name: key in ``config.objectives``.
@@ -151,7 +153,6 @@ class FLM(Defaults):
     model: VisionLanguageModel
     batch_name: str = PAIRS
     corruption_rate: float | Mapping[str, Any] = 0.0
-    total_examples: int = 1
     loss_weights: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: dict.fromkeys(LOSSES, 1.0 / len(LOSSES))
     )
@@ -182,7 +183,7 @@ class FLM(Defaults):
     def rule(self) -> Corruption:
         """What decides on the corruption rate."""
         key = f"objectives.{self.name}.corruption_rate"
-        return build_corruption(self.corruption_rate, key, self.total_examples)
+        return build_corruption(self.corruption_rate, key)
 
     def init(
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
@@ -200,7 +201,7 @@ class FLM(Defaults):
     def learns_from(cls, section: Mapping[str, Any]) -> tuple[str, ...]:
         """What the rule of corruption learns from."""
         rate = section.get("corruption_rate", cls.corruption_rate)
-        return build_corruption(rate, "objectives.flm.corruption_rate", 1).learns_from
+        return build_corruption(rate, "objectives.flm.corruption_rate").learns_from
 
     def observe(self, extras: Extras, values: Mapping[str, float]) -> Extras:
         """Let the rule of corruption learn from an evaluation."""
@@ -217,9 +218,11 @@ class FLM(Defaults):
     ) -> LossOutput:
         """The weighted sum of the three losses; see the module's docstring."""
         corruption_key, dropout_key, rate_key = jax.random.split(rng, 3)
-        rates = self.rule.rates(extras, example_keys(rate_key, batch["position"]))
+        keys = example_keys(rate_key, batch["position"])
+        rates = self.rule.rates(extras, keys, batch.get(PROGRESS, 0.0))
         noise = batch_noise(dropout_key, batch, train)
-        scores, weight = self._scores(params, batch, corruption_key, rates, noise)
+        seen = seen_part(rng, batch, bucket, train)
+        scores, weight = self._scores(params, batch, corruption_key, rates, noise, seen)
         count = (weight > 0).sum(dtype=jnp.float32)
         tokens = batch["text_ids"].shape[1] - 1
         metrics = {}
@@ -231,20 +234,19 @@ class FLM(Defaults):
             metrics[f"{name}_accuracy"] = Mean(scores.correct[:, part].sum(), count)
         rows = batch["valid"].astype(jnp.float32)
         metrics["corruption_rate"] = Mean((rates * rows).sum(), rows.sum())
-        extras = self.rule.trained(extras, len(rows))
         return LossOutput(Mean(scores.loss, count), extras, metrics)
 
-    def flops(self, text_length: float) -> float:
+    def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of one example with n = ``text_length`` tokens; a step costs three times.
 
         By formula over real tokens, padding not counted.
         """
-        c = self.model.config
+        c, view = self.model.config, view_of(bucket)
         predictions = text_length - 1
         weighted = sum(weight != 0 for weight in self.loss_weights.values())
         return (
-            vit_flops(c.image)
-            + text_flops(c, text_length, streams=2)
+            vit_flops(c.image, view)
+            + text_flops(c, text_length, streams=2, view=view)
             + reconstructor_flops(c, predictions, keys=2 * text_length)
             + vocabulary_flops(c, weighted * predictions)
         )
@@ -286,11 +288,12 @@ class FLM(Defaults):
         rng: jax.Array,
         rate: float | jax.Array,
         noise: jax.Array | None,
+        seen: Seen | None = None,
     ) -> tuple[jax.Array, TextStates]:
         """Queries [B, N - 1, D] for the tokens 1 .. N-1, and the states they read."""
         ids, lengths = batch["text_ids"], batch["text_length"]
         tokens = ids.shape[1]
-        image = image_tokens(model, batch, noise)
+        image = image_tokens(model, batch, noise, seen)
         states = model.encode_text(
             ids, two_stream_mask(lengths, tokens), image, ("forward", "reverse"), noise
         )
@@ -306,12 +309,13 @@ class FLM(Defaults):
         rng: jax.Array,
         rates: jax.Array,
         noise: jax.Array | None,
+        seen: Seen | None,
     ) -> tuple[TokenScores, jax.Array]:
         """Scores [B, 3 (N - 1)] in the order of ``LOSSES``, and which tokens count [B, N - 1]."""
         ids = batch["text_ids"]
 
         def forward(model: VisionLanguageModel) -> tuple[jax.Array, ...]:
-            queries, states = self._encode(model, batch, rng, rates, noise)
+            queries, states = self._encode(model, batch, rng, rates, noise, seen)
             forward_rows, reverse_rows = states.last[:, 0, :-1], states.last[:, 1, 1:]
             rows = jnp.concatenate([queries, forward_rows, reverse_rows], axis=1)
             return model.predict_vocabulary(rows)

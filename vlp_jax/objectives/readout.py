@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from vlp_jax.compress.buckets import View
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.flops import reconstructor_flops, text_flops
 from vlp_jax.models.layers import Noise
@@ -109,10 +110,12 @@ class Readout:
         states = TextStates(lower, upper, last)
         return model.reconstruct(jnp.zeros(1, jnp.int32), states, visible, noise)[:, 0]
 
-    def flops(self, config: VisionLanguageConfig, text_length: float) -> float:
+    def flops(
+        self, config: VisionLanguageConfig, text_length: float, view: View | None = None
+    ) -> float:
         """Forward FLOPs of one text with one image, its tower not counted."""
         streams = 2 if self.kind == "query" else 1
-        total = text_flops(config, text_length, streams)
+        total = text_flops(config, text_length, streams, view)
         if self.kind == "query":
             total += reconstructor_flops(config, 1, keys=2 * text_length)
         return total

@@ -26,7 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlp_jax.compress.buckets import Bucket
+from vlp_jax.compress.buckets import Bucket, view_of
 from vlp_jax.data.batch import PAIRS, Batch
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.errors import ConfigError
@@ -39,9 +39,11 @@ from vlp_jax.objectives.base import (
     LossOutput,
     Mean,
     Params,
+    Seen,
     batch_noise,
     example_keys,
     image_tokens,
+    seen_part,
     zeros,
 )
 from vlp_jax.objectives.cross_entropy import CHUNK_ROWS, vocabulary_cross_entropy
@@ -120,9 +122,10 @@ class SingleStream(Defaults, abc.ABC):
         stream_key, dropout_key = jax.random.split(rng)
         stream = self.stream(batch, stream_key)
         noise = batch_noise(dropout_key, batch, train)
+        seen = seen_part(rng, batch, bucket, train)
 
         def forward(model: VisionLanguageModel) -> tuple[jax.Array, ...]:
-            return self._features(model, batch, stream, noise)
+            return self._features(model, batch, stream, noise, seen)
 
         features, kernel, bias = nn.apply(forward, self.model)({"params": params})
         weights = (stream.predicts & batch["valid"][:, None]).astype(jnp.float32)
@@ -142,19 +145,24 @@ class SingleStream(Defaults, abc.ABC):
         }
         return LossOutput(Mean(scores.loss, count), extras, metrics)
 
-    def flops(self, text_length: float) -> float:
+    def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of one example; by formula over real tokens, padding not counted."""
-        c = self.model.config
+        c, view = self.model.config, view_of(bucket)
         return (
-            vit_flops(c.image)
-            + text_flops(c, text_length, streams=1)
+            vit_flops(c.image, view)
+            + text_flops(c, text_length, streams=1, view=view)
             + vocabulary_flops(c, self.predictions(text_length))
         )
 
     def _features(
-        self, model: VisionLanguageModel, batch: Batch, stream: Stream, noise: jax.Array | None
+        self,
+        model: VisionLanguageModel,
+        batch: Batch,
+        stream: Stream,
+        noise: jax.Array | None,
+        seen: Seen | None = None,
     ) -> tuple[jax.Array, ...]:
-        image = image_tokens(model, batch, noise)
+        image = image_tokens(model, batch, noise, seen)
         states = model.encode_text(
             stream.ids, stream.mask[:, None], image, (self.stream_type,), noise
         )

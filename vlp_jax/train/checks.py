@@ -1,6 +1,7 @@
 """What a run refuses or tells before it begins, where several sections of its config meet."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.objectives import learns_from
 from vlp_jax.objectives.base import Objective
 from vlp_jax.objectives.classification import Classification
+from vlp_jax.train.config import default_config
 from vlp_jax.train.initial import Origin
 from vlp_jax.train.schedule import UNITS
 
@@ -215,11 +217,22 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], watched: bool) 
         new: config of this one.
         watched: whether an objective learns from evaluators.
     """
+    old = _completed(old)
     free = {*FREE_KEYS} - ({"evals"} if watched else set())
     keys = [key for key in new if key not in free and old.get(key) != new[key]]
     before, now = _placeless(old.get("data", {})), _placeless(new["data"])
     inside = [key for key in now if key not in FREE_DATA_KEYS and before.get(key) != now[key]]
     return sorted({*keys} - {"data"} | {f"data.{key}" for key in inside})
+
+
+def _completed(old: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of an earlier version, with the keys that came since, at their defaults."""
+    default: dict[str, Any] = json.loads(default_config().to_json_best_effort())
+    model = {**old.get("model", {})}
+    if "image" in model:
+        model["image"] = {"positions": default["model"]["image"]["positions"], **model["image"]}
+    later = {"compression": default["compression"], **old}
+    return {**later, "model": model} if model else later
 
 
 def _placeless(data: Mapping[str, Any]) -> dict[str, Any]:

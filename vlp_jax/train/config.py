@@ -18,7 +18,8 @@ is not here is an error that names it, whether it comes from the file or from a 
     model           geometry, see models.sizes
     objectives      name -> weight, batch (named batch it reads), and what the objective takes
     data            batch_size (global), image_size (pixels), max_text_length (tokens),
-                    text_edges (fitted where empty), num_edges and edge_multiple (of the fit),
+                    text_edges (fitted where empty), num_edges (of the fit; fewer where each is
+                    compiled with many views of the images) and edge_multiple,
                     window_batches (sorted by length together), threads, workers, prefetch
                     (batches), max_bad_fraction (of examples; the run stops above it, though
                     not of ten damaged ones or fewer before its end), root (for
@@ -27,6 +28,13 @@ is not here is an error that names it, whether it comes from the file or from a 
                     encoded captions, for all runs; empty: in memory), cache_workers (processes that
                     make them)
     tokenizer       path (a file or folder to load; empty: train on the captions), kind, vocab_size
+    compression     which part of its images an update encodes, see train.bucket_schedule: buckets
+                    (cheapest first), schedule (empty: whole images), costs (of an update in each,
+                    as a share of one of whole images; empty: by FLOPs), shares (of the budget;
+                    empty: equal), tail_percent (of the budget, at its end, for whole images), file
+                    (a schedule with its costs, in place of all but the tail). total_* and the
+                    durations of `schedule` then count updates of whole images, and the run has as
+                    many more as these would have cost; every_* count updates
     optim           AdamW: b1, b2, eps, weight_decay, no_decay (paths without decay), clip_norm
                     (0: none), ema_decay (0: none), accumulation (micro-batches), groups (name ->
                     pattern and rate_factor), max_skipped (non-finite updates in a row)
@@ -91,6 +99,14 @@ def default_config(size: str = "tiny") -> ConfigDict:
                 "sources": {},
             },
             "tokenizer": {"path": "", "kind": "wordpiece", "vocab_size": 8192},
+            "compression": {
+                "schedule": "",
+                "buckets": (),
+                "costs": (),
+                "shares": (),
+                "tail_percent": 0.0,
+                "file": "",
+            },
             "optim": {
                 "b1": 0.9,
                 "b2": 0.98,

@@ -78,14 +78,14 @@ class Clock:
         waited: for input.
         paused: for compiling, evaluating and saving.
         examples: trained on.
-        tokens: of their texts.
+        flops: of the model, spent on them.
     """
 
     started: float = dataclasses.field(default_factory=time.perf_counter)
     waited: float = 0.0
     paused: float = 0.0
     examples: int = 0
-    tokens: int = 0
+    flops: float = 0.0
 
     @contextlib.contextmanager
     def pausing(self) -> Iterator[None]:
@@ -97,12 +97,9 @@ class Clock:
     def speed(self, program: Program, peak: float) -> dict[str, float]:
         """Samples/s, MFU and the share of the time that the step waited for input."""
         seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
-        rate = self.examples / seconds
-        mean_length = self.tokens / max(self.examples, 1)
-        flops = program.flops(dict.fromkeys(program.batch_names, mean_length))
         return {
-            "speed/samples_per_second": rate,
-            "speed/mfu": rate * flops / (peak * program.mesh.size),
+            "speed/samples_per_second": self.examples / seconds,
+            "speed/mfu": self.flops / seconds / (peak * program.mesh.size),
             "speed/input_wait_fraction": self.waited / seconds,
         }
 
@@ -211,12 +208,13 @@ def train(setup: Setup) -> ExitCode:
             else:
                 clock.waited += time.perf_counter() - waiting
             batches = {name: global_batch(host, mesh) for name in program.batch_names}
-            rate = program.learning_rate(step)
+            bucket, moment = program.bucket(planned.bucket, step), program.moment(step)
             with profiler.step(step), jax.transfer_guard(guarded):
-                state, metrics = steps[_key(setup, step)](state, batches, rate)
-            step += 1
+                state, metrics = steps[bucket](state, batches, moment)
+            lengths = dict.fromkeys(program.batch_names, float(planned.length.mean()))
             clock.examples += len(planned)
-            clock.tokens += int(planned.length.sum())
+            clock.flops += len(planned) * program.flops(lengths, bucket)
+            step += 1
             queue.append(metrics)
             if len(queue) > QUEUED_STEPS:
                 finished = jax.block_until_ready(queue.popleft())
@@ -233,7 +231,8 @@ def train(setup: Setup) -> ExitCode:
                     {f"train/{name}": value for name, value in values.items()}
                     | clock.speed(program, peak)
                     | {"memory/peak_bytes": used.peak, "memory/in_use_bytes": used.in_use}
-                    | {"data/fingerprint": float(planned.fingerprint())},
+                    | {"data/fingerprint": float(planned.fingerprint())}
+                    | _compression(program, step - 1),
                 )
                 clock = Clock()
 
@@ -319,9 +318,7 @@ def _compile(setup: Setup, primary: bool) -> CompiledSteps[StepBucket, StepFunct
         if primary and not debug:
             print(f"compiled bucket {bucket_label(key)} in {steps.seconds[key]:.1f} s", flush=True)
 
-    buckets = setup.plan.buckets()
-    keys = [tuple((name, bucket) for name in program.batch_names) for bucket in buckets]
-    steps.compile(keys, lower, done)
+    steps.compile(program.buckets(setup.plan.buckets()), lower, done)
     return steps
 
 
@@ -439,6 +436,13 @@ def _check_health(
         )
 
 
-def _key(setup: Setup, step: int) -> StepBucket:
-    bucket = setup.plan.bucket(step)
-    return tuple((name, bucket) for name in setup.program.batch_names)
+def _compression(program: Program, step: int) -> dict[str, float]:
+    """What an update encoded and cost, in a run that compresses."""
+    schedule = program.schedule
+    if not schedule.compresses:
+        return {}
+    return {
+        "compression/image_tokens": float(program.image_tokens(step)),
+        "compression/cost_share": schedule.cost(step),
+        "compression/budget_share": schedule.progress(step + 1),
+    }

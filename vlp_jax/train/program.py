@@ -1,7 +1,10 @@
 """What a config compiles to: a sharded state, and one step for every bucket."""
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+import itertools
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vlp_jax.compress.buckets import Bucket, StepBucket
+from vlp_jax.compress.buckets import Bucket, StepBucket, view_of
 from vlp_jax.data.batch import FIELDS, batch_spec
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.mesh import batch_sharding, check_batch_size, replicated
@@ -18,10 +21,11 @@ from vlp_jax.infra.sharding import shardings
 from vlp_jax.models.flops import image_flops
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives
+from vlp_jax.train.bucket_schedule import Resolved, Views, resolve
 from vlp_jax.train.optim import optimizer
 from vlp_jax.train.schedule import Budget, learning_rate
 from vlp_jax.train.state import TrainState
-from vlp_jax.train.step import StepFunction, init_state, make_step, shared_passes
+from vlp_jax.train.step import Moment, StepFunction, init_state, make_step, shared_passes
 
 
 class Program:
@@ -29,17 +33,28 @@ class Program:
 
     Attributes:
         objectives: of the run.
+        compression: the buckets of the run and what they cost.
+        schedule: which bucket each update encodes.
         state_spec: shapes, dtypes and shardings of the state.
     """
 
-    def __init__(self, config: ConfigDict, vocabulary: Vocabulary, mesh: Mesh, budget: Budget):
+    def __init__(
+        self,
+        config: ConfigDict,
+        vocabulary: Vocabulary,
+        mesh: Mesh,
+        budget: Budget,
+        kept: Resolved | None = None,
+    ):
         """Trace the state; nothing is allocated on a device.
 
         Args:
             config: of the run.
             vocabulary: of the run's tokenizer.
             mesh: of the run.
-            budget: of the run, total known.
+            budget: of the run; ``total_steps`` counts updates of whole images, see
+                ``train.bucket_schedule``.
+            kept: the schedule of buckets that the run was begun with; None: that of the config.
 
         Raises:
             ConfigError, ValueError: a key does not fit; the message names it.
@@ -47,13 +62,21 @@ class Program:
         check_batch_size(mesh, config.data.batch_size, config.optim.accumulation)
         self.config = config
         self.mesh = mesh
-        model = build_model(
+        self._model = model = build_model(
             config.model, vocabulary.size, vocabulary.mask_id, config.data.image_size
         )
-        examples = (budget.total_steps or 0) * budget.batch_size
-        self.objectives = build_objectives(config.objectives, model, vocabulary, examples)
-        self._schedule = learning_rate(config.schedule, budget)
-        self._total_steps = budget.total_steps or 1
+        self.objectives = build_objectives(config.objectives, model, vocabulary)
+        self.compression = kept or resolve(
+            config.compression,
+            model.config.image.view,
+            max(objective.views for objective in self.objectives),
+            lambda views: self._relative_flops(views, budget.text_length),
+            self.made_for,
+        )
+        for view in itertools.chain.from_iterable(self.compression.buckets):
+            model.config.image.check_view(view, "compression.buckets")
+        self.schedule = self.compression.over(budget.total_steps or 1, config.seed)
+        self._learning_rate = learning_rate(config.schedule, budget)
         spec = jax.eval_shape(self._init, jax.random.key(0))
         self.state_spec: TrainState = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -74,6 +97,24 @@ class Program:
             key,
             ema=self.config.optim.ema_decay > 0,
         )
+
+    @property
+    def made_for(self) -> dict[str, Any]:
+        """What the costs of a schedule hold for: model, objectives and image size."""
+        model = json.loads(self.config.model.to_json_best_effort())
+        kinds = {
+            name: section.get("type", name) for name, section in self.config.objectives.items()
+        }
+        return {
+            "model": {k: v for k, v in model.items() if k not in ("dtype", "attention")},
+            "objectives": kinds,
+            "data": {"image_size": self.config.data.image_size},
+        }
+
+    def image_tokens(self, step: int) -> int:
+        """Tokens of an image that update ``step`` encodes, of its first view."""
+        views = self.schedule.views(step)
+        return (views[0] if views else self._model.config.image.view).tokens
 
     @property
     def batch_names(self) -> tuple[str, ...]:
@@ -130,18 +171,35 @@ class Program:
             out_shardings=(self.state_shardings, replicated(self.mesh)),
         )
         with jax.set_mesh(self.mesh):
-            rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.mesh))
-            return jitted.lower(self.state_spec, self.batch_specs(bucket), rate)
+            number = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.mesh))
+            moment = Moment(number, number)  # type: ignore[arg-type]
+            return jitted.lower(self.state_spec, self.batch_specs(bucket), moment)
+
+    def bucket(self, planned: Bucket, step: int) -> StepBucket:
+        """What update ``step`` is compiled for: the sizes of its batch, and its views."""
+        sizes = dataclasses.replace(planned, views=self.schedule.views(step))
+        return tuple((name, sizes) for name in self.batch_names)
+
+    def buckets(self, planned: Sequence[Bucket]) -> tuple[StepBucket, ...]:
+        """Every bucket of the run: its batches' sizes with each of the views they may meet."""
+        views = {self.schedule.buckets[number] for number in np.unique(self.schedule.index)}
+        return tuple(
+            tuple((name, dataclasses.replace(sizes, views=some)) for name in self.batch_names)
+            for some in sorted(views)
+            for sizes in planned
+        )
 
     @functools.cached_property
     def _rates(self) -> np.ndarray:
         """The learning rate of every step: float32 [total]."""
-        return np.asarray(jax.jit(jax.vmap(self._schedule))(jnp.arange(self._total_steps)))
+        spent = jnp.asarray(self.schedule.spent[:-1], jnp.float32)
+        return np.asarray(jax.jit(jax.vmap(self._learning_rate))(spent))
 
-    def learning_rate(self, step: int) -> jax.Array:
-        """The rate of an update, where the step wants it; after the last step, that of the last."""
-        rate = self._rates[min(step, self._total_steps - 1)]
-        return jax.device_put(rate, replicated(self.mesh))
+    def moment(self, step: int) -> Moment:
+        """Where the run stands at an update, on its devices; after the last, as at the last."""
+        step = min(step, self.schedule.total_steps - 1)
+        rate, progress = self._rates[step], np.float32(self.schedule.progress(step))
+        return Moment(*jax.device_put((rate, progress), replicated(self.mesh)))
 
     def observe(self, state: TrainState, values: Mapping[str, float]) -> TrainState:
         """Let objectives learn from an evaluation: their extras after it, where they belong.
@@ -161,15 +219,27 @@ class Program:
         }
         return state.replace(extras={**state.extras, "objectives": seen})
 
-    def flops(self, text_lengths: Mapping[str, float]) -> float:
+    def flops(self, text_lengths: Mapping[str, float], bucket: StepBucket | None = None) -> float:
         """Model FLOPs of one example in an update: three times the forward pass.
 
         An image that several objectives share is encoded, and counted, once.
 
         Args:
             text_lengths: mean tokens of the examples of every named batch.
+            bucket: whose views are encoded; None: whole images.
         """
-        total = sum(o.flops(text_lengths[o.batch_name]) for o in self.objectives)
+        sizes = dict(bucket or ())
+        total = sum(
+            o.flops(text_lengths[o.batch_name], sizes.get(o.batch_name)) for o in self.objectives
+        )
         for shared in shared_passes(self.objectives, self.config.optim.accumulation):
-            total -= (len(shared.readers) - 1) * image_flops(shared.model.config)
+            view = view_of(sizes.get(shared.batch_name))
+            total -= (len(shared.readers) - 1) * image_flops(shared.model.config, view)
         return 3.0 * total
+
+    def _relative_flops(self, views: Views, text_length: float) -> float:
+        """FLOPs of an update of these views, as a share of one of whole images."""
+        lengths = dict.fromkeys(self.batch_names, text_length)
+        sizes = Bucket(round(text_length), self.config.data.image_size, views)
+        bucket = tuple((name, sizes) for name in self.batch_names)
+        return self.flops(lengths, bucket) / self.flops(lengths)

@@ -22,11 +22,13 @@ class Budget:
         batch_size: examples in a global batch.
         examples_per_epoch: records of the training sources, None where one is unbounded.
         total_steps: length of the run, None while it is being worked out.
+        text_length: mean tokens of its texts, for what an update costs by formula.
     """
 
     batch_size: int
     examples_per_epoch: int | None
     total_steps: int | None = None
+    text_length: float = 16.0
 
 
 def duration(name: str, **value: float) -> dict[str, Any]:
@@ -109,7 +111,8 @@ def learning_rate(config: ConfigDict, budget: Budget) -> Schedule:
         budget: of the run.
 
     Returns:
-        A function from the step, int32 [], to the rate, float32 [].
+        A function from the steps made, [] (or the budget spent, counted in steps), to the rate,
+        float32 [].
 
     Raises:
         ConfigError: unknown decay, or a warm-up longer than the run.

@@ -35,6 +35,7 @@ from vlp_jax.models.pretrained import Metadata, Report, check_vocabulary, merge
 from vlp_jax.models.pretrained.merge import fit
 from vlp_jax.objectives import learns_from
 from vlp_jax.objectives.readout import READOUT_OF
+from vlp_jax.train.bucket_schedule import Resolved, count_buckets
 from vlp_jax.train.checks import (
     changed_keys,
     check_batches,
@@ -55,6 +56,7 @@ from vlp_jax.train.state import TrainState
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "config.json"
+SCHEDULE_FILE = "schedule.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,21 +204,31 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         origin = read_origin(config.init_from, str(config.init_checkpoint))
     _adopt(config, workdir if begun else None, origin)
     tokenizer = _tokenizer(config, workdir, begun, list(sources.values()), origin)
-    plan = build_plan(config, sources, tokenizer)
-    if len(plan.buckets()) > MAX_SCHEDULED_BUCKETS:
-        raise ConfigError(
-            "data.text_edges",
-            f"a run compiles at most {MAX_SCHEDULED_BUCKETS} buckets, not {len(plan.buckets())}",
-            "Give fewer edges",
-        )
-    budget = Budget(config.data.batch_size, plan.examples_per_epoch)
+    most_edges = max(1, MAX_SCHEDULED_BUCKETS // count_buckets(config.compression))
+    plan = build_plan(config, sources, tokenizer, most_edges)
+    budget = Budget(
+        config.data.batch_size, plan.examples_per_epoch, text_length=plan.mean_text_length
+    )
     total = to_steps(config, "", "total", budget)
     if not total:
         raise ConfigError(
             "total_steps", "the run has no length", "Give total_steps, _examples or _epochs"
         )
     budget = dataclasses.replace(budget, total_steps=total)
-    program = Program(config, tokenizer.vocabulary, mesh, budget)
+    program = Program(
+        config, tokenizer.vocabulary, mesh, budget, _kept_schedule(config, workdir, begun)
+    )
+    # From here on, its length is the updates that the budget buys.
+    budget = dataclasses.replace(budget, total_steps=program.schedule.total_steps)
+    buckets = program.buckets(plan.buckets())
+    if len(buckets) > MAX_SCHEDULED_BUCKETS:
+        raise ConfigError(
+            "compression.buckets" if program.schedule.compresses else "data.text_edges",
+            f"a run compiles at most {MAX_SCHEDULED_BUCKETS} buckets, not {len(buckets)}: "
+            f"{len(plan.buckets())} text lengths with each of "
+            f"{len(buckets) // len(plan.buckets())} views",
+            "Give fewer",
+        )
     check_classes(sources, program.objectives)
     check_batches(program.objectives)
     unknown = check_texts(plan)
@@ -242,6 +254,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     if best:
         check_figure("checkpoint.best_metric", best, evaluators)
     _write_config(config, workdir, begun)
+    if jax.process_index() == 0 and program.schedule.compresses:
+        program.compression.write(workdir / SCHEDULE_FILE, program.made_for, {})
     return Setup(
         config,
         workdir,
@@ -332,6 +346,15 @@ def _adopt(config: ConfigDict, begun: pathlib.Path | None, origin: Origin | None
                     origin.where,
                 )
             section.readout = settled or (trained[0] if trained else "query")
+
+
+def _kept_schedule(config: ConfigDict, workdir: pathlib.Path, begun: bool) -> Resolved | None:
+    """The schedule of buckets that a run was begun with; None: there is none, or it was changed."""
+    file, old = workdir / SCHEDULE_FILE, workdir / CONFIG_FILE
+    if not begun or not file.exists() or not old.exists():
+        return None
+    before = json.loads(old.read_text()).get("compression")
+    return Resolved.read(file) if before == plain(config)["compression"] else None
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:

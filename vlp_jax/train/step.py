@@ -13,18 +13,34 @@ from vlp_jax.data.batch import Batch
 from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import (
     IMAGE_TOKENS,
+    PROGRESS,
     LossOutput,
     Mean,
     Objective,
     batch_noise,
     encode_image,
+    seen_part,
 )
 from vlp_jax.train.optim import global_norm, moving_average
 from vlp_jax.train.state import TrainState
 
 Batches = Mapping[str, Batch]
 Metrics = dict[str, jax.Array]
-StepFunction = Callable[[TrainState, Batches, jax.Array], tuple[TrainState, Metrics]]
+
+
+class Moment(NamedTuple):
+    """What an update takes from where the run stands.
+
+    Attributes:
+        learning_rate: float32 [].
+        progress: share of the budget that is spent, float32 [].
+    """
+
+    learning_rate: jax.Array
+    progress: jax.Array
+
+
+StepFunction = Callable[[TrainState, Batches, Moment], tuple[TrainState, Metrics]]
 
 
 def init_state(
@@ -124,17 +140,16 @@ def make_step(
         bucket: static sizes.
 
     Returns:
-        ``step(state, batches, learning_rate) -> (state, metrics)``, metrics float32 [] each. The
-        rate, float32 [], is an argument, so that runs of any length and peak share one program.
+        ``step(state, batches, moment) -> (state, metrics)``, metrics float32 [] each. The rate is
+        an argument, so that runs of any length and peak share one program.
     """
     buckets = dict(bucket)
     whole = tuple(o for o in objectives if _whole(o, accumulation))
     split = tuple(o for o in objectives if not _whole(o, accumulation))
     shared = shared_passes(objectives, accumulation)
 
-    def step(
-        state: TrainState, batches: Batches, learning_rate: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batches: Batches, moment: Moment) -> tuple[TrainState, Metrics]:
+        learning_rate = moment.learning_rate
         step_rng = jax.random.fold_in(state.rng, state.step)
         keys = {
             objective.name: jax.random.fold_in(step_rng, index)
@@ -143,14 +158,17 @@ def make_step(
 
         def evaluate(objective: Objective, params: Any, extras: Any, batch: Batch) -> LossOutput:
             bucket = buckets[objective.batch_name]
+            batch = {**batch, PROGRESS: moment.progress}
             return objective.loss(params, extras, batch, keys[objective.name], bucket)
 
         def joint(params: Any) -> tuple[jax.Array, dict[str, LossOutput]]:
             seen = {objective.name: batches[objective.batch_name] for objective in whole}
             for index, (batch_name, model, readers) in enumerate(shared, start=len(objectives)):
                 batch = batches[batch_name]
-                noise = batch_noise(jax.random.fold_in(step_rng, index), batch, train=True)
-                tokens = encode_image(model, params, batch, noise)
+                key = jax.random.fold_in(step_rng, index)
+                noise = batch_noise(key, batch, train=True)
+                part = seen_part(key, batch, buckets[batch_name], train=True)
+                tokens = encode_image(model, params, batch, noise, part)
                 seen |= {name: {**batch, IMAGE_TOKENS: tokens} for name in readers}
             outputs, total = {}, jnp.zeros(())
             for objective in whole:

@@ -10,7 +10,7 @@ from vlp_jax.infra.report.words import as_anchor, as_title, as_words
 
 # First parts of metric names that the train loop writes; any other is an evaluator. Those of
 # ``data`` (the fingerprint of a batch) are for comparing runs, and nothing to look at.
-LOOP_GROUPS = ("train", "data", "speed", "memory", "compile")
+LOOP_GROUPS = ("train", "data", "speed", "memory", "compile", "compression")
 # Words whose metrics share one chart per group; others are drawn alone, as their scales differ.
 SHARED_WORDS = ("gap", "accuracy", "loss", "perplexity", "precision", "recall")
 # Words drawn in the chart of another as a reference: an entropy is a loss that needs no model.
@@ -84,6 +84,22 @@ def training_section(history: History) -> Section:
         "Training",
         charts=metric_charts("train", drawn, history),
         facts=_constant_facts(constant, history),
+    )
+
+
+def compression_section(history: History) -> Section | None:
+    """What updates encoded and cost over the run; None where they encoded whole images."""
+    names = [name for name in history if name.startswith("compression/")]
+    if not names:
+        return None
+    return Section(
+        "compression",
+        "Compression",
+        notes=(
+            "What the logged updates encoded of an image and cost, as a share of an update of "
+            "whole images, and how much of the budget was spent.",
+        ),
+        charts=metric_charts("compression", names, history),
     )
 
 

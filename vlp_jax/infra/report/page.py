@@ -15,6 +15,7 @@ from vlp_jax.infra.report.from_artifacts import artifact_sections
 from vlp_jax.infra.report.from_facts import as_pairs, command_line, facts_section, flat_config
 from vlp_jax.infra.report.from_metrics import (
     History,
+    compression_section,
     evaluator_sections,
     headlines,
     speed_section,
@@ -61,6 +62,7 @@ def _render(workdir: Path) -> str:
     history = _read_history(workdir, problems)
     sections = [
         training_section(history),
+        *filter(None, [compression_section(history)]),
         *evaluator_sections(history),
         *artifact_sections(workdir, problems),
         speed_section(history),

@@ -1,0 +1,39 @@
+"""Token dropout: a random part of an image's patches is encoded, and none of the rest.
+
+Uniform for each sample by itself, with a static number of patches kept (fact sheet of accelerated
+invariance pretraining, sections 1 and 6). Positions are added before anything is dropped, so that a
+patch keeps its place.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def kept_patches(keys: jax.Array, patches: int, kept: int) -> jax.Array:
+    """Which patches of every sample stay: each subset of that size is as likely.
+
+    Args:
+        keys: PRNG keys [B], one a sample.
+        patches: P, how many there are.
+        kept: K, how many stay, 1 to P.
+
+    Returns:
+        int32 [B, K], increasing; with K = P all of them, in their order.
+
+    Raises:
+        ValueError: K is none of 1 to P.
+    """
+    if not 1 <= kept <= patches:
+        raise ValueError(f"{kept} of {patches} patches cannot be kept")
+    whole = jnp.arange(patches, dtype=jnp.int32)
+    if kept == patches:
+        return jnp.broadcast_to(whole[None], (len(keys), patches))
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (patches,)))(keys)
+    _, chosen = jax.lax.top_k(noise, kept)
+    return jnp.sort(chosen.astype(jnp.int32), axis=1)
+
+
+def take_patches(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """The patches of the given places: [B, P, ...], int32 [B, K] -> [B, K, ...]."""
+    shape = (*indices.shape, *(1 for _ in x.shape[2:]))
+    return jnp.take_along_axis(x, indices.reshape(shape), axis=1, mode="clip")
