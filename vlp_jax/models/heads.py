@@ -1,6 +1,7 @@
 """What objectives put on top of the shared encoder; an objective creates the one it reads."""
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -101,6 +102,70 @@ def apply_head(
     """Logits of features [B, F] under the head's own parameters: float32 [B, C]."""
     logits: jax.Array = head.apply({"params": params}, x, noise)  # type: ignore[assignment]
     return logits
+
+
+class BatchNorm(nn.Module):
+    """Normalises features by the mean and variance of the whole batch, in float32: [B, F].
+
+    The batch is the global one, on any number of devices. There are no running statistics: heads
+    of invariance objectives are dropped after training.
+
+    Attributes:
+        affine: a scale and a bias after it.
+        epsilon: added to the variance.
+    """
+
+    affine: bool = True
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise; in the dtype of ``x``."""
+        y = x.astype(jnp.float32)
+        y = y - y.mean(axis=0, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=0, keepdims=True) + self.epsilon)
+        if self.affine:
+            features = x.shape[-1:]
+            y = y * self.param("scale", nn.initializers.ones_init(), features)[None]
+            y = y + self.param("bias", nn.initializers.zeros_init(), features)[None]
+        return y.astype(x.dtype)
+
+
+class ProjectionHead(nn.Module):
+    """Dense layers with batch norm and ReLU between them: [B, F] -> float32 [B, E].
+
+    As the projectors and predictors of MoCo v3, SimCLR and SimSiam (fact sheet of accelerated
+    invariance pretraining, section 7).
+
+    Attributes:
+        layers: dense layers.
+        hidden_dim: width of all but the last.
+        embedding_dim: E.
+        last_norm: a batch norm without scale and bias after the last.
+        dtype: compute dtype.
+    """
+
+    layers: int
+    hidden_dim: int
+    embedding_dim: int
+    last_norm: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Project features."""
+        for layer in range(self.layers - 1):
+            x = Dense(self.hidden_dim, use_bias=False, dtype=self.dtype, name=f"dense_{layer}")(x)
+            x = nn.relu(BatchNorm(name=f"norm_{layer}")(x))
+        last = f"dense_{self.layers - 1}"
+        x = Dense(self.embedding_dim, use_bias=False, dtype=self.dtype, name=last)(x)
+        x = x.astype(jnp.float32)
+        return BatchNorm(affine=False)(x) if self.last_norm else x
+
+    def flops(self, features: int) -> float:
+        """Forward FLOPs of one example with so many features."""
+        widths = [features, *[self.hidden_dim] * (self.layers - 1), self.embedding_dim]
+        return sum(2.0 * a * b for a, b in itertools.pairwise(widths))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

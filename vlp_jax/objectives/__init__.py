@@ -14,6 +14,7 @@ from vlp_jax.objectives.base import Objective
 from vlp_jax.objectives.classification import NLVR2, VQA, Classification
 from vlp_jax.objectives.contrastive import ITC, ITM
 from vlp_jax.objectives.flm import FLM
+from vlp_jax.objectives.invariance import MoCoV3, SimCLR, SimSiam
 from vlp_jax.objectives.single_stream import AR, MLM, PrefixLM
 
 OBJECTIVES: Mapping[str, type[Any]] = {  # each an ``Objective``
@@ -26,6 +27,9 @@ OBJECTIVES: Mapping[str, type[Any]] = {  # each an ``Objective``
     "vqa": VQA,
     "nlvr2": NLVR2,
     "entailment": Classification,
+    "simclr": SimCLR,
+    "simsiam": SimSiam,
+    "moco_v3": MoCoV3,
 }
 
 # Keys of a section that are read here or by the step, and arguments that are not keys.

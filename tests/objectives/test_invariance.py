@@ -1,0 +1,236 @@
+"""SimCLR, SimSiam and MoCo v3 against NumPy, on 1 and 8 devices, and under compression."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import (
+    BATCH,
+    BUCKET,
+    IMAGE_SIZE,
+    TOKENS,
+    compile_run,
+    make_batch,
+    make_program,
+    tiny_config,
+    tiny_model,
+)
+
+from vlp_jax.compress.buckets import Bucket, View
+from vlp_jax.data.batch import batch_spec
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.mesh import make_mesh
+from vlp_jax.objectives.base import PROGRESS
+from vlp_jax.objectives.invariance import MoCoV3, SimCLR, SimSiam
+
+KEY = jax.random.key(7)
+SIZES = BUCKET[0][1]
+HEADS = {"hidden_dim": 24, "embedding_dim": 8}
+KINDS = {"simclr": SimCLR, "simsiam": SimSiam, "moco_v3": MoCoV3}
+HALF = View(IMAGE_SIZE, 8, 2)
+
+
+def built(kind, **arguments):
+    objective = KINDS[kind](model=tiny_model(), name=kind, **HEADS, **arguments)
+    params, extras = objective.init(jax.random.key(0), batch_spec(SIZES, 1))
+    return objective, params, extras
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rows = make_batch()
+    rows["valid"][-3:] = False
+    return jax.tree.map(jnp.asarray, rows)
+
+
+def config_of(kind, **overrides):
+    config = tiny_config(**overrides)
+    with config.unlocked():
+        config.objectives = {kind: HEADS}
+    return config
+
+
+def nt_xent(one, other, temperature):
+    """The definition, view by view: 2 n vectors, each against all but itself."""
+    z = np.concatenate([one, other]).astype(np.float64)
+    n, losses, right = len(one), [], []
+    for i in range(2 * n):
+        logits = z[i] @ z.T / temperature
+        partner = (i + n) % (2 * n)
+        others = np.delete(logits, i)
+        losses.append(np.log(np.exp(others).sum()) - logits[partner])
+        right.append(logits[partner] >= others.max())
+    return np.mean(losses), np.mean(right)
+
+
+def info_nce(query, key, temperature):
+    logits = np.asarray(query, np.float64) @ np.asarray(key, np.float64).T / temperature
+    return np.mean(np.log(np.exp(logits).sum(axis=1)) - np.diagonal(logits))
+
+
+def test_simclr_is_nt_xent(batch):
+    objective, params, extras = built("simclr", temperature=0.5)
+    one, other = objective.embeddings(params, extras, batch, KEY, SIZES, True)
+    output = objective.loss(params, extras, batch, KEY, SIZES)
+    rows = np.asarray(batch["valid"])
+    loss, accuracy = nt_xent(np.asarray(one)[rows], np.asarray(other)[rows], 0.5)
+    assert float(output.loss.sum / output.loss.weight) == pytest.approx(loss, rel=1e-5)
+    found = output.metrics["accuracy"]
+    assert float(found.sum / found.weight) == pytest.approx(accuracy)
+    assert int(output.loss.weight) == rows.sum()
+
+
+def test_moco_is_info_nce_of_both_directions(batch):
+    objective, params, extras = built("moco_v3", temperature=0.5)
+    output = objective.loss(params, extras, batch, KEY, SIZES)
+    one, other, key_one, key_other = objective.embeddings(
+        params, output.extras, batch, KEY, SIZES, True
+    )
+    rows = np.asarray(batch["valid"])
+    one, other, key_one, key_other = (np.asarray(x)[rows] for x in (one, other, key_one, key_other))
+    expected = 2 * 0.5 * (info_nce(one, key_other, 0.5) + info_nce(other, key_one, 0.5))
+    assert float(output.loss.sum / output.loss.weight) == pytest.approx(expected, rel=1e-5)
+
+
+def test_simsiam_is_the_negative_cosine_of_both_directions(batch):
+    objective, params, extras = built("simsiam")
+    one, other, from_one, from_other = (
+        np.asarray(x, np.float64)
+        for x in objective.embeddings(params, extras, batch, KEY, SIZES, True)
+    )
+    rows = np.asarray(batch["valid"])
+    cosines = (from_one * other).sum(axis=1) + (from_other * one).sum(axis=1)
+    output = objective.loss(params, extras, batch, KEY, SIZES)
+    assert float(output.loss.sum / output.loss.weight) == pytest.approx(
+        -cosines[rows].mean() / 2, rel=1e-5
+    )
+
+
+def test_the_moving_average_is_renewed_before_the_keys_and_keeps_no_gradient(batch):
+    objective, params, _ = built("moco_v3", momentum=0.9)
+    target = jax.tree.map(lambda x: x + 1.0, objective._averaged(params))
+    now = {**batch, PROGRESS: jnp.float32(0.5)}
+
+    def loss(params, target):
+        output = objective.loss(params, {"target": target}, now, KEY, SIZES)
+        return output.loss.sum, output.extras["target"]
+
+    (_, renewed), gradient = jax.value_and_grad(loss, argnums=1, has_aux=True)(params, target)
+    momentum = 1 - 0.1 * 0.5 * (1 + np.cos(np.pi * 0.5))
+    expected = jax.tree.map(
+        lambda old, new: momentum * old + (1 - momentum) * new, target, objective._averaged(params)
+    )
+    chex.assert_trees_all_close(renewed, expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, target))
+    assert [float(objective.momentum_at(share)) for share in (0.0, 1.0)] == pytest.approx([0.9, 1])
+
+
+def test_what_is_not_trained_gets_no_gradient(batch):
+    objective, params, extras = built("simsiam")
+    gradient = jax.grad(lambda p: objective.loss(p, extras, batch, KEY, SIZES).loss.sum)(params)
+    norms = jax.tree.map(lambda g: float(jnp.abs(g).max()), gradient)
+    assert norms["image_tower"]["patch_embedding"]["kernel"] > 0
+    assert norms["simsiam_predictor"]["dense_1"]["kernel"] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eight_devices_equal_one(kind):
+    """Negatives, batch norms and draws are those of the global batch."""
+    results = []
+    for mesh in (None, make_mesh(data=4, fsdp=2)):
+        run = compile_run(config_of(kind, **{"optim.eps": 1e-3}), mesh)
+        state, metrics = run(run.init(), make_batch())
+        results.append((jax.device_get(state.params), metrics))
+    (one, first), (eight, second) = results
+    for name in first:
+        assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name
+    chex.assert_trees_all_close(one, eight, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["simclr", "moco_v3"])
+def test_queries_and_keys_are_compressed_apart(kind):
+    """A bucket of whole images is the plain update; another key changes keys alone."""
+    program = make_program(config_of(kind))
+    [objective] = program.objectives
+    whole = View.whole(IMAGE_SIZE, 8)
+    batch = jax.tree.map(jnp.asarray, make_batch())
+    params, extras = objective.init(jax.random.key(0), batch_spec(SIZES, 1))
+
+    def embedded(*views):
+        bucket = Bucket(TOKENS, IMAGE_SIZE, views)
+        return [
+            np.asarray(x)
+            for x in jax.jit(lambda p: objective.embeddings(p, extras, batch, KEY, bucket, True))(
+                params
+            )
+        ]
+
+    plain, same, key, both = embedded(), embedded(whole), embedded(whole, HALF), embedded(HALF)
+    queries = 2 if kind == "moco_v3" else 1
+    for index, (a, b) in enumerate(zip(plain, same, strict=True)):
+        np.testing.assert_array_equal(a, b, err_msg=str(index))
+    for index, (a, b, c) in enumerate(zip(plain, key, both, strict=True)):
+        assert (a == b).all() == (index < queries), index
+        assert (a != c).any(), index
+
+
+def test_a_view_of_another_size_is_the_same_crop():
+    """Larger patches of a larger picture: as many tokens, and nearly the same embedding."""
+    objective, params, extras = built("simclr")
+    batch = jax.tree.map(jnp.asarray, make_batch())
+
+    def tower(views):
+        bucket = Bucket(TOKENS, IMAGE_SIZE, views)
+        return objective.embeddings(params, extras, batch, KEY, bucket, True)[0]
+
+    near = (tower(()) * tower((View.whole(32, 16),))).sum(axis=1)
+    other = objective.embeddings(params, extras, batch, jax.random.key(8), SIZES, True)[0]
+    assert float(near.mean()) > float((tower(()) * other).sum(axis=1).mean()) + 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_trains_and_the_loss_falls(kind):
+    config = config_of(kind, **{"schedule.peak": 3e-3, "schedule.warmup_steps": 0})
+    if kind == "moco_v3":  # in so few updates, keys that lag behind would not be found
+        with config.unlocked():
+            config.objectives[kind].momentum = 0.5
+    run = compile_run(config)
+    state, first = run(run.init(), make_batch())
+    for _ in range(40):
+        state, last = run(state, make_batch())
+    assert np.isfinite(last["loss"])
+    assert last["loss"] < first["loss"]
+    assert int(state.extras["skipped"]) == 0
+
+
+def test_flops_of_keys_count_a_third():
+    objective, *_ = built("moco_v3")
+    whole, half = (
+        Bucket(TOKENS, IMAGE_SIZE, (View.whole(IMAGE_SIZE, 8), v))
+        for v in (View.whole(IMAGE_SIZE, 8), HALF)
+    )
+    saved = objective.flops(0) - objective.flops(0, half)
+    assert objective.flops(0, whole) == objective.flops(0)
+    query = Bucket(TOKENS, IMAGE_SIZE, (HALF, View.whole(IMAGE_SIZE, 8)))
+    assert objective.flops(0) - objective.flops(0, query) == pytest.approx(3 * saved)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("simclr", {"temperature": 0.0}, "temperature: 0.0 is no temperature"),
+        ("moco_v3", {"momentum": 1.0}, "momentum: 1.0"),
+        ("simsiam", {"augment": {"blurr": 0.1}}, "augment.blurr"),
+        ("simclr", {"augment_second": {"scale": [0.9, 0.1]}}, "augment_second.scale"),
+    ],
+)
+def test_bad_arguments_name_the_key(kind, arguments, message):
+    with pytest.raises(ConfigError, match=rf"objectives\.{kind}\.{message}"):
+        KINDS[kind](model=tiny_model(), name=kind, **arguments)
+
+
+def test_batches_are_whole():
+    for kind in KINDS.values():
+        assert not kind.splittable
+    assert BATCH == 16

@@ -1,0 +1,466 @@
+"""Invariance to augmentations: SimCLR, SimSiam and MoCo v3 over the shared image tower.
+
+Two random views of every image pass the image tower, which lies in the parameters where every
+other objective looks for it, so that a run of theirs can start from it. Recipes: fact sheet of
+accelerated invariance pretraining, section 7.
+
+What each pass encodes may be compressed (``vlp_jax.compress``): a bucket's first view is that of
+the query, the second that of the key, whose network is a moving average and is not trained
+(MoCo v3); in SimCLR and SimSiam they are the first and the second picture. The same crop is made at
+the size that each pass encodes.
+"""
+
+import abc
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlp_jax.compress.buckets import Bucket, View, view_of
+from vlp_jax.data.augment import Recipe, random_view, standardize
+from vlp_jax.data.batch import PAIRS, Batch
+from vlp_jax.infra.errors import ConfigError, unknown_key
+from vlp_jax.models.flops import vit_flops
+from vlp_jax.models.heads import ProjectionHead, unit
+from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.models.vit import ViT
+from vlp_jax.objectives.base import (
+    PROGRESS,
+    Defaults,
+    Extras,
+    LossOutput,
+    Mean,
+    Params,
+    example_keys,
+    seen_part,
+    zeros,
+)
+
+TOWER = "image_tower"
+
+
+class Heads(NamedTuple):
+    """What an objective puts on the class token.
+
+    Attributes:
+        projector: to the space of the embeddings.
+        predictor: from the query's embedding to the key's; None: there is none.
+    """
+
+    projector: ProjectionHead
+    predictor: ProjectionHead | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Invariance(Defaults, abc.ABC):
+    """Two views of an image, embedded by the tower and a projector.
+
+    Attributes:
+        model: the shared encoder, of which only the image tower is used.
+        name: key in ``config.objectives``.
+        batch_name: named batch it reads.
+        hidden_dim: of the heads.
+        embedding_dim: of the projector's output.
+        augment: keys of ``data.augment.Recipe`` for the first view.
+        augment_second: the same for the second view, where it differs.
+    """
+
+    model: VisionLanguageModel
+    name: str
+    batch_name: str = PAIRS
+    hidden_dim: int = 4096
+    embedding_dim: int = 256
+    augment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    augment_second: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    splittable: ClassVar[bool] = False
+    views: ClassVar[int] = 2
+    # What the recipe of a view is where the config does not say otherwise.
+    first_recipe: ClassVar[Recipe] = Recipe()
+    second_recipe: ClassVar[Recipe] = Recipe()
+
+    def __post_init__(self) -> None:
+        for key in ("hidden_dim", "embedding_dim"):
+            if getattr(self, key) < 1:
+                raise ConfigError(
+                    f"objectives.{self.name}.{key}", f"{getattr(self, key)}", "Use 1 or more"
+                )
+        _ = self.recipes  # checks its keys
+
+    @property
+    def recipes(self) -> tuple[Recipe, Recipe]:
+        """How each of the two views is made."""
+        key = f"objectives.{self.name}.augment"
+        return (
+            _recipe(self.first_recipe, self.augment, key),
+            _recipe(self.second_recipe, {**self.augment, **self.augment_second}, f"{key}_second"),
+        )
+
+    @property
+    @abc.abstractmethod
+    def heads(self) -> Heads:
+        """Its heads."""
+
+    @abc.abstractmethod
+    def embeddings(
+        self,
+        params: Params,
+        extras: Extras,
+        batch: Batch,
+        rng: jax.Array,
+        bucket: Bucket,
+        train: bool,
+    ) -> tuple[jax.Array, ...]:
+        """What the loss compares, see the subclass."""
+
+    def init(
+        self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> tuple[Params, Extras]:
+        """Parameters of the tower and the heads; no extras."""
+        size = self.model.config.image.image_size
+        image = jnp.zeros((len(zeros(batch_spec)["image"]), size, size, 3))
+        tokens, variables = nn.init_with_output(lambda model: model.image_tower(image), self.model)(
+            rng
+        )
+        params = {TOWER: variables["params"][TOWER]}
+        feature = tokens[:, 0]
+        for index, (kind, head) in enumerate(self.heads._asdict().items(), start=1):
+            if head is not None:
+                key = jax.random.fold_in(rng, index)
+                feature, own = head.init_with_output(key, feature)
+                params[self._key(kind)] = own["params"]
+        return params, {}
+
+    def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
+        """Forward FLOPs of one example's two views."""
+        del text_length
+        return sum(self._pass_flops(view_of(bucket, index), trained=True) for index in (0, 1))
+
+    def _pass_flops(self, view: View | None, trained: bool) -> float:
+        """Of one view; the predictor follows a trained network alone."""
+        image, heads = self.model.config.image, self.heads
+        total = vit_flops(image, view) + heads.projector.flops(image.block.width)
+        if trained and heads.predictor is not None:
+            total += heads.predictor.flops(self.embedding_dim)
+        return total
+
+    def _key(self, kind: str) -> str:
+        """Key of a head's parameters."""
+        return f"{self.name}_{kind}"
+
+    def _project(
+        self,
+        params: Params,
+        batch: Batch,
+        rng: jax.Array,
+        bucket: Bucket,
+        train: bool,
+        picture: int,
+        index: int,
+        salt: int = 0,
+    ) -> jax.Array:
+        """Embed one picture of every image: float32 [B, E].
+
+        Args:
+            params: of the tower and the projector.
+            batch: whole.
+            rng: key of the step and the objective.
+            bucket: of the batch.
+            train: whether anything is compressed.
+            picture: 0 or 1, which random view of the image.
+            index: of the bucket's views, what is encoded of it.
+            salt: for a second pass over the same picture, which drops other patches.
+        """
+        key = jax.random.fold_in(jax.random.fold_in(rng, picture), salt)
+        seen = seen_part(key, batch, bucket, train, index)
+        size = self.model.config.image.image_size if seen is None else seen.view.image_size
+        keys = example_keys(jax.random.fold_in(rng, picture), batch["position"])
+        pixels = standardize(random_view(batch["image"], keys, self.recipes[picture], size))
+
+        tower = ViT(self.model.config.image)
+        tokens: jax.Array = tower.apply(  # type: ignore[assignment]
+            {"params": params[TOWER]}, pixels, None, *(seen or (None, None))
+        )
+        return self._head("projector", params, tokens[:, 0])
+
+    def _head(self, kind: str, params: Params, x: jax.Array) -> jax.Array:
+        head: ProjectionHead = getattr(self.heads, kind)
+        result: jax.Array = head.apply({"params": params[self._key(kind)]}, x)  # type: ignore[assignment]
+        return result
+
+    def _mlp(self, layers: int, last_norm: bool, hidden_dim: int = 0) -> ProjectionHead:
+        dtype = self.model.config.image.block.dtype
+        hidden_dim = hidden_dim or self.hidden_dim
+        return ProjectionHead(layers, hidden_dim, self.embedding_dim, last_norm, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class SimCLR(Invariance):
+    """Each view against all others of the global batch (arXiv 2002.05709).
+
+    Attributes:
+        temperature: of the softmax.
+    """
+
+    temperature: float = 0.1
+
+    first_recipe = second_recipe = Recipe(saturation=0.4, blur=0.5)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_temperature(self)
+
+    @property
+    def heads(self) -> Heads:
+        """A projector of three layers."""
+        return Heads(self._mlp(3, last_norm=False), None)
+
+    def embeddings(
+        self,
+        params: Params,
+        extras: Extras,
+        batch: Batch,
+        rng: jax.Array,
+        bucket: Bucket,
+        train: bool,
+    ) -> tuple[jax.Array, ...]:
+        """Unit vectors of both views: float32 [B, E] each."""
+        del extras
+        one, other = (
+            unit(self._project(params, batch, rng, bucket, train, view, view)) for view in (0, 1)
+        )
+        return one, other
+
+    def loss(
+        self,
+        params: Params,
+        extras: Extras,
+        batch: Batch,
+        rng: jax.Array,
+        bucket: Bucket,
+        train: bool = True,
+    ) -> LossOutput:
+        """Mean cross-entropy over both views of every image."""
+        one, other = self.embeddings(params, extras, batch, rng, bucket, train)
+        valid = batch["valid"]
+        first, right = _against_all(one, other, valid, self.temperature)
+        second, also_right = _against_all(other, one, valid, self.temperature)
+        metrics = {"accuracy": _mean((right + also_right) / 2, valid)}
+        return LossOutput(_mean((first + second) / 2, valid), extras, metrics)
+
+
+@dataclasses.dataclass(frozen=True)
+class SimSiam(Invariance):
+    """Each view's prediction against the other view, without negatives (arXiv 2011.10566).
+
+    Attributes:
+        predictor_dim: hidden width of the predictor.
+    """
+
+    hidden_dim: int = 2048
+    embedding_dim: int = 2048
+    predictor_dim: int = 512
+
+    first_recipe = second_recipe = Recipe(scale=(0.2, 1.0), saturation=0.4, blur=0.5)
+
+    @property
+    def heads(self) -> Heads:
+        """A projector of three layers, a predictor of two that is narrow in the middle."""
+        predictor = self._mlp(2, last_norm=False, hidden_dim=self.predictor_dim)
+        return Heads(self._mlp(3, last_norm=True), predictor)
+
+    def embeddings(
+        self,
+        params: Params,
+        extras: Extras,
+        batch: Batch,
+        rng: jax.Array,
+        bucket: Bucket,
+        train: bool,
+    ) -> tuple[jax.Array, ...]:
+        """Embeddings of both views, then their predictions: unit vectors, float32 [B, E] each."""
+        del extras
+        plain = [self._project(params, batch, rng, bucket, train, view, view) for view in (0, 1)]
+        predicted = [self._head("predictor", params, z) for z in plain]
+        return tuple(unit(x) for x in (*plain, *predicted))
+
+    def loss(
+        self,
+        params: Params,
+        extras: Extras,
+        batch: Batch,
+        rng: jax.Array,
+        bucket: Bucket,
+        train: bool = True,
+    ) -> LossOutput:
+        """Mean of the negative cosines of both directions."""
+        one, other, from_one, from_other = self.embeddings(
+            params, extras, batch, rng, bucket, train
+        )
+        stopped = jax.lax.stop_gradient((one, other))
+        cosines = (from_one * stopped[1]).sum(axis=1) + (from_other * stopped[0]).sum(axis=1)
+        valid = batch["valid"]
+        # Of one value if the embeddings collapse; 1 / sqrt(E) where they fill the sphere.
+        spread = one.std(axis=0).mean()
+        metrics = {"embedding_std": Mean(spread, jnp.ones(()))}
+        return LossOutput(_mean(-cosines / 2, valid), extras, metrics)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoCoV3(Invariance):
+    """Queries of a trained network against keys of its moving average (arXiv 2104.02057).
+
+    Both directions count. The extras hold ``target``, the moving average of tower and projector,
+    float32; it is renewed in each update before the keys are made.
+
+    Attributes:
+        temperature: of the softmax.
+        momentum: of the moving average at first; it rises to 1 along a cosine over the budget.
+    """
+
+    temperature: float = 0.2
+    momentum: float = 0.99
+
+    second_recipe = Recipe(blur=0.1, solarize=0.2)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_temperature(self)
+        if not 0.0 <= self.momentum < 1.0:
+            raise ConfigError(
+                f"objectives.{self.name}.momentum", f"{self.momentum}", "Use a number in [0, 1)"
+            )
+
+    @property
+    def heads(self) -> Heads:
+        """A projector of three layers and a predictor of two, each with a last norm."""
+        return Heads(self._mlp(3, last_norm=True), self._mlp(2, last_norm=True))
+
+    def init(
+        self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> tuple[Params, Extras]:
+        """Parameters as of the base; the moving average starts from them."""
+        params, _ = super().init(rng, batch_spec)
+        return params, {"target": jax.tree.map(jnp.copy, self._averaged(params))}
+
+    def embeddings(
+        self,
+        params: Params,
+        extras: Extras,
+        batch: Batch,
+        rng: jax.Array,
+        bucket: Bucket,
+        train: bool,
+    ) -> tuple[jax.Array, ...]:
+        """Queries of both pictures, then their keys: unit vectors, float32 [B, E] each."""
+        queries = [
+            self._head(
+                "predictor", params, self._project(params, batch, rng, bucket, train, picture, 0)
+            )
+            for picture in (0, 1)
+        ]
+        target = jax.lax.stop_gradient(extras["target"])
+        keys = [
+            self._project(target, batch, rng, bucket, train, picture, 1, salt=1)
+            for picture in (0, 1)
+        ]
+        return tuple(unit(x) for x in (*queries, *jax.lax.stop_gradient(keys)))
+
+    def loss(
+        self,
+        params: Params,
+        extras: Extras,
+        batch: Batch,
+        rng: jax.Array,
+        bucket: Bucket,
+        train: bool = True,
+    ) -> LossOutput:
+        """Sum of both directions' mean cross-entropies, times twice the temperature."""
+        if train:
+            momentum = self.momentum_at(batch.get(PROGRESS, 0.0))
+            target = jax.tree.map(
+                lambda old, new: momentum * old + (1.0 - momentum) * jax.lax.stop_gradient(new),
+                extras["target"],
+                self._averaged(params),
+            )
+            extras = {"target": target}
+        one, other, key_one, key_other = self.embeddings(params, extras, batch, rng, bucket, train)
+        valid = batch["valid"]
+        first, right = _against_keys(one, key_other, valid, self.temperature)
+        second, also_right = _against_keys(other, key_one, valid, self.temperature)
+        loss = 2 * self.temperature * (first + second)
+        metrics = {"accuracy": _mean((right + also_right) / 2, valid)}
+        return LossOutput(_mean(loss, valid), extras, metrics)
+
+    def momentum_at(self, progress: jax.Array | float) -> jax.Array:
+        """Of the moving average, at a share of the budget: float32 []."""
+        rest = (1.0 - self.momentum) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        return 1.0 - rest
+
+    def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
+        """Forward FLOPs of two queries; keys have no backward pass, so that a third of them counts.
+
+        (An update is counted as three times this.)
+        """
+        del text_length
+        query = self._pass_flops(view_of(bucket, 0), trained=True)
+        return 2 * query + 2 * self._pass_flops(view_of(bucket, 1), trained=False) / 3
+
+    def _averaged(self, params: Params) -> Params:
+        """What the moving average is of."""
+        names = (TOWER, self._key("projector"))
+        return {name: params[name] for name in names}
+
+
+def _against_all(
+    one: jax.Array, other: jax.Array, valid: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+    """NT-Xent of the vectors of one view, and whether the partner is the nearest: [B] each.
+
+    Candidates are the other view of every image, and this view of every other image.
+    """
+    least = jnp.finfo(jnp.float32).min
+    partners = jnp.where(valid[None, :], one @ other.T / temperature, least)
+    same = ~jnp.eye(len(one), dtype=bool) & valid[None, :]
+    rivals = jnp.where(same, one @ one.T / temperature, least)
+    positive = jnp.diagonal(partners)
+    total = jnp.logaddexp(jax.nn.logsumexp(partners, axis=1), jax.nn.logsumexp(rivals, axis=1))
+    best = jnp.maximum(partners.max(axis=1), rivals.max(axis=1))
+    return total - positive, 1.0 * (positive >= best)
+
+
+def _against_keys(
+    query: jax.Array, key: jax.Array, valid: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+    """InfoNCE of each query over all keys, and whether its own is the nearest: [B] each."""
+    logits = jnp.where(valid[None, :], query @ key.T / temperature, jnp.finfo(jnp.float32).min)
+    positive = jnp.diagonal(logits)
+    return jax.nn.logsumexp(logits, axis=1) - positive, 1.0 * (positive >= logits.max(axis=1))
+
+
+def _mean(values: jax.Array, valid: jax.Array) -> Mean:
+    return Mean(jnp.where(valid, values, 0.0).sum(), valid.sum(dtype=jnp.float32))
+
+
+def _check_temperature(objective: SimCLR | MoCoV3) -> None:
+    if not 0.0 < objective.temperature < float("inf"):
+        raise ConfigError(
+            f"objectives.{objective.name}.temperature",
+            f"{objective.temperature} is no temperature",
+            "Use a number above 0",
+        )
+
+
+def _recipe(default: Recipe, section: Mapping[str, Any], key: str) -> Recipe:
+    known = list(inspect.signature(Recipe).parameters)
+    for name in section:
+        if name not in known:
+            raise unknown_key(f"{key}.{name}", known)
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
+    recipe = dataclasses.replace(default, **values)
+    recipe.check(key)
+    return recipe
