@@ -137,6 +137,15 @@ class Generated(Protocol):
 
 
 @runtime_checkable
+class Labelled(Protocol):
+    """A source that knows classes of its records, for probes of an image tower."""
+
+    def labels(self, records: np.ndarray) -> Mapping[str, np.ndarray]:
+        """Name -> class of each record, int32 [n]: int64 [n]."""
+        ...
+
+
+@runtime_checkable
 class Worded(Protocol):
     """A source of captions that knows words which texts of its tasks have and captions may lack."""
 

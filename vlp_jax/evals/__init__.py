@@ -8,6 +8,7 @@ from vlp_jax.evals.captioning import Captioning
 from vlp_jax.evals.cloze import Cloze
 from vlp_jax.evals.explain import Explain
 from vlp_jax.evals.heldout import Heldout
+from vlp_jax.evals.neighbours import Neighbours
 from vlp_jax.evals.reconstruction import Reconstruction
 from vlp_jax.evals.retrieval import Retrieval
 from vlp_jax.evals.task import Task
@@ -18,6 +19,7 @@ EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {
     "cloze": Cloze,
     "explain": Explain,
     "heldout": Heldout,
+    "neighbours": Neighbours,
     "reconstruction": Reconstruction,
     "retrieval": Retrieval,
     "task": Task,

@@ -1,0 +1,58 @@
+"""Pretraining on images alone: two random views of a picture are to have one embedding.
+
+    python -m vlp_jax.main --config=configs/invariance.py:moco_v3 --workdir=runs/moco
+    python -m vlp_jax.main --config=configs/invariance.py:simclr,small --workdir=runs/simclr \\
+        --config.compression.schedule=staged --config.compression.buckets="('p16@64','p8@64')"
+    python -m tools.bench step --config=configs/invariance.py:moco_v3,base --batch=256
+
+The argument is OBJECTIVE[,SIZE]: `moco_v3`, `simclr` or `simsiam`; a size of models/sizes.py
+(`mini` by default; `base` is a ViT-B/16 at 224 px). A run of FLM or of a task starts from such a
+tower by --config.init_from.
+
+Data: `scenes`, level hard, whose captions are not read. Recipes: fact sheet of accelerated
+invariance pretraining, section 7; MoCo v3's random patch projection is frozen. Colour jitter and
+small crops hide colours and most of a scene: what a tower is to tell apart must survive `augment`.
+Hardware: one GPU. Score to expect: not measured yet.
+"""
+
+from ml_collections import ConfigDict
+
+from vlp_jax.train.config import default_config
+
+# Peak rate at a batch of 256; weight decay.
+_RECIPES = {"moco_v3": (1.5e-4, 0.1), "simclr": (2e-4, 0.1), "simsiam": (1.5e-4, 1e-4)}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The config of the run; ``arg`` is OBJECTIVE[,SIZE]."""
+    objective, size = [*(arg or "moco_v3").split(","), ""][:2]
+    if objective not in _RECIPES:
+        known = ", ".join(sorted(_RECIPES))
+        raise ValueError(f"--config=configs/invariance.py:{arg}: {objective!r} is none of {known}")
+    config = default_config(size or "mini")
+    config.name = objective
+    config.total_steps = 20_000
+    image = config.model.image
+    image.update(stem="patch", patch_size=8, pre_norm=False, activation="gelu")
+    config.data.image_size = 64
+    config.data.batch_size = 256
+    config.data.threads = 16
+    config.data.prefetch = 32
+    if size == "base":
+        image.update(patch_size=16, depth=12)
+        config.data.image_size = 224
+    rate, decay = _RECIPES[objective]
+    config.schedule.peak = rate
+    config.schedule.decay = "cosine"
+    config.schedule.warmup_percent = 10.0
+    config.optim.update(weight_decay=decay, b2=0.999, clip_norm=0.0)
+    with config.unlocked():
+        config.data.sources.scenes = {"type": "scenes", "level": "hard"}
+        config.objectives[objective] = {"weight": 1.0}
+        config.evals.neighbours = {"source": "scenes", "every_percent": 25.0}
+        if objective == "moco_v3":
+            image.positions = "sincos"
+            frozen = {"pattern": "image_tower/patch_embedding", "rate_factor": 0.0}
+            config.optim.groups.patch_projection = frozen
+    config.checkpoint.best_metric = "neighbours/shape/knn_accuracy"
+    return config
