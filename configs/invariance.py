@@ -9,9 +9,12 @@ The argument is OBJECTIVE[,SIZE]: `moco_v3`, `simclr` or `simsiam`; a size of mo
 (`mini` by default; `base` is a ViT-B/16 at 224 px). A run of FLM or of a task starts from such a
 tower by --config.init_from.
 
-Data: `scenes`, level hard, whose captions are not read. Recipes: fact sheet of accelerated
-invariance pretraining, section 7; MoCo v3's random patch projection is frozen. Colour jitter and
-small crops hide colours and most of a scene: what a tower is to tell apart must survive `augment`.
+Data: `scenes`, level hard, whose captions are not read. Recipes of MoCo v3 and SimCLR (SLIP's):
+fact sheet of accelerated invariance pretraining, section 7; MoCo v3's random patch projection is
+frozen. SimSiam's with AdamW is a choice of ours. The peak rate is that of a batch of 256: for
+another one, scale --config.schedule.peak with it. Ours differ in how towers are initialised, and in
+that views are cut from pictures already reduced to data.image_size. Colour jitter, blur and small
+crops hide colours and most of a scene: what a tower is to tell apart must survive `augment`.
 Hardware: one GPU. Score to expect: not measured yet.
 """
 
@@ -19,13 +22,19 @@ from ml_collections import ConfigDict
 
 from vlp_jax.train.config import default_config
 
-# Peak rate at a batch of 256; weight decay.
-_RECIPES = {"moco_v3": (1.5e-4, 0.1), "simclr": (2e-4, 0.1), "simsiam": (1.5e-4, 1e-4)}
+# Peak rate at a batch of 256, weight decay, second beta.
+_RECIPES = {
+    "moco_v3": (1.5e-4, 0.1, 0.999),
+    "simclr": (1.9e-4, 0.1, 0.98),
+    "simsiam": (1.5e-4, 0.1, 0.999),
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of the run; ``arg`` is OBJECTIVE[,SIZE]."""
-    objective, size = [*(arg or "moco_v3").split(","), ""][:2]
+    objective, size, *more = [*(arg or "moco_v3").split(","), ""]
+    if any(more):
+        raise ValueError(f"--config=configs/invariance.py:{arg}: write OBJECTIVE or OBJECTIVE,SIZE")
     if objective not in _RECIPES:
         known = ", ".join(sorted(_RECIPES))
         raise ValueError(f"--config=configs/invariance.py:{arg}: {objective!r} is none of {known}")
@@ -33,19 +42,20 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.name = objective
     config.total_steps = 20_000
     image = config.model.image
-    image.update(stem="patch", patch_size=8, pre_norm=False, activation="gelu")
+    image.update(stem="patch", patch_size=8, pre_norm=False, activation="gelu", norm_eps=1e-6)
     config.data.image_size = 64
     config.data.batch_size = 256
+    config.data.num_edges = 1  # no text is read
     config.data.threads = 16
     config.data.prefetch = 32
     if size == "base":
         image.update(patch_size=16, depth=12)
         config.data.image_size = 224
-    rate, decay = _RECIPES[objective]
+    rate, decay, b2 = _RECIPES[objective]
     config.schedule.peak = rate
     config.schedule.decay = "cosine"
     config.schedule.warmup_percent = 10.0
-    config.optim.update(weight_decay=decay, b2=0.999, clip_norm=0.0)
+    config.optim.update(weight_decay=decay, b2=b2, clip_norm=0.0)
     with config.unlocked():
         config.data.sources.scenes = {"type": "scenes", "level": "hard"}
         config.objectives[objective] = {"weight": 1.0}

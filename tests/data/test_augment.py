@@ -165,14 +165,51 @@ def test_views_belong_to_their_example():
 def test_probabilities_are_those_of_the_recipe():
     keys = jax.random.split(jax.random.key(5), 2000)
     pictures = jnp.broadcast_to(jnp.asarray(smooth()[:1]), (2000, 32, 32, 3))
-    plain = Recipe(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grey=0.0, blur=0.0)
+    plain = Recipe(
+        **{"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "blur_sigma": (1.0, 2.0)},
+        **dict.fromkeys(("flip", "jitter", "grey", "blur"), 0.0),
+    )
     unchanged = random_view(pictures[:1], keys[:1], plain, 32)[0]
     np.testing.assert_allclose(255 * unchanged, pictures[0], atol=1e-3)
-    for name, probability in (("flip", 0.5), ("grey", 0.2), ("solarize", 0.3), ("jitter", 0.8)):
+    for name, probability in (
+        *(("flip", 0.5), ("grey", 0.2), ("solarize", 0.3)),
+        *(("jitter", 0.8), ("blur", 0.5)),
+    ):
         recipe = Recipe(**{**vars(plain), name: probability})
         views = random_view(pictures, keys, recipe, 32)
         changed = jnp.abs(views - unchanged[None]).max(axis=(1, 2, 3)) > 1e-3
         assert float(changed.mean()) == pytest.approx(probability, abs=0.035), name
+
+
+def test_blur_is_measured_in_pixels_of_the_models_own_size():
+    """A view of half the size is blurred half as far: it shows the same."""
+    pictures = jnp.asarray(smooth())
+    plain = {**vars(Recipe(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grey=0.0))}
+    recipe = Recipe(**{**plain, "blur": 1.0, "blur_sigma": (2.0, 2.0)})
+    sharp = augment.resize(pictures / 255.0, 16)
+    found = random_view(pictures, KEYS, recipe, 16, own_size=32)
+    np.testing.assert_allclose(found, augment.blur(sharp, jnp.ones(4)), atol=0.02)
+
+
+def test_jitter_applies_each_change_once_in_some_order():
+    """Of grey pictures contrast and brightness alone are seen; both orders occur."""
+    recipe = Recipe(brightness=0.4, contrast=0.4, saturation=0.0, hue=0.0)
+    keys = jax.random.split(jax.random.key(3), 200)
+    view = jnp.linspace(0.2, 0.6, 16).reshape(1, 4, 4, 1)
+    view = jnp.broadcast_to(view, (200, 4, 4, 3))
+    jittered = np.asarray(augment._jitter(view, keys, recipe), np.float64)[..., 0].reshape(200, -1)
+    inside = (jittered.min(axis=1) > 1e-3) & (jittered.max(axis=1) < 1 - 1e-3)
+    assert inside.sum() > 100
+    x = np.linspace(0.2, 0.6, 16)
+    # y = b c x + b (1 - c) m either way, for the mean of a brighter picture is brighter.
+    slope = np.polyfit(x, jittered[inside].T, 1)
+    contrast_times_brightness, rest = slope
+    brightness = contrast_times_brightness + rest / x.mean()
+    contrast = contrast_times_brightness / brightness
+    for factor in (brightness, contrast):
+        assert factor.min() > 0.599
+        assert factor.max() < 1.401
+        assert factor.std() > 0.15
 
 
 def test_standardised_views_are_normalised_pixels():
@@ -189,6 +226,8 @@ def test_standardised_views_are_normalised_pixels():
         ({"scale": (0.0, 1.0)}, r"scale: "),
         ({"blur": 1.5}, r"blur: 1.5 is no share"),
         ({"hue": 0.7}, r"hue: 0.7"),
+        ({"hue": None}, r"hue: None is no share"),
+        ({"scale": (0.2,)}, r"scale: \(0.2,\) is no range"),
     ],
 )
 def test_bad_recipes_name_the_key(values, message):

@@ -74,6 +74,11 @@ def test_rankme_counts_dimensions():
     assert rankme(spread[:, :1] @ np.ones((1, 8))) == pytest.approx(1, rel=1e-3)
 
 
+def test_uniformity_of_two_opposite_vectors():
+    """Their distance squared is 4."""
+    assert uniformity(np.array([[1.0, 0.0], [-1.0, 0.0]])) == pytest.approx(-8.0)
+
+
 def test_uniformity_is_lower_the_more_even_they_lie():
     even = DRAW.standard_normal((500, 16))
     even /= np.linalg.norm(even, axis=1, keepdims=True)

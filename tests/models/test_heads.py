@@ -7,7 +7,7 @@ import optax
 import pytest
 from tiny import tiny_model
 
-from vlp_jax.models.heads import MAX_SCALE, ContrastiveHead, unit
+from vlp_jax.models.heads import MAX_SCALE, ContrastiveHead, ProjectionHead, unit
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +56,28 @@ def test_unit_vectors_have_length_one_and_no_wild_gradient():
     np.testing.assert_array_equal(gradient[1:], 0.0)
     # d/dx of x / |x| in the first component: (y^2 - x y) / |x|^3
     np.testing.assert_allclose(gradient[0], [(16 - 12) / 125, (9 - 12) / 125], rtol=1e-5)
+
+
+@pytest.mark.parametrize("last_norm", [True, False])
+def test_a_projection_head_is_dense_norm_relu_layer_by_layer(last_norm):
+    head = ProjectionHead(3, 16, 4, last_norm, jnp.dtype("float32"))
+    x = np.asarray(jax.random.normal(jax.random.key(0), (32, 8)), np.float64)
+    params = jax.device_get(head.init(jax.random.key(1), jnp.asarray(x, jnp.float32)))
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * draw.standard_normal(leaf.shape), params)
+    tree = params["params"]
+    assert ("bias" in tree["dense_2"]) == (not last_norm)
+    assert all("bias" not in tree[f"dense_{layer}"] for layer in (0, 1))
+
+    def normed(x):
+        return (x - x.mean(axis=0)) / np.sqrt(x.var(axis=0) + 1e-5)
+
+    y = x
+    for layer in (0, 1):
+        y = normed(y @ tree[f"dense_{layer}"]["kernel"])
+        y = np.maximum(0, y * tree[f"norm_{layer}"]["scale"] + tree[f"norm_{layer}"]["bias"])
+    y = y @ tree["dense_2"]["kernel"] + tree["dense_2"].get("bias", 0.0)
+    y = normed(y) if last_norm else y
+    found = head.apply(params, jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(found, y, rtol=2e-3, atol=2e-3)
+    assert head.flops(8) == 2 * (8 * 16 + 16 * 16 + 16 * 4)

@@ -60,7 +60,7 @@ def nt_xent(one, other, temperature):
         partner = (i + n) % (2 * n)
         others = np.delete(logits, i)
         losses.append(np.log(np.exp(others).sum()) - logits[partner])
-        right.append(logits[partner] >= others.max())
+        right.append(logits[partner] > np.delete(logits, [i, partner]).max())
     return np.mean(losses), np.mean(right)
 
 
@@ -126,12 +126,75 @@ def test_the_moving_average_is_renewed_before_the_keys_and_keeps_no_gradient(bat
     assert [float(objective.momentum_at(share)) for share in (0.0, 1.0)] == pytest.approx([0.9, 1])
 
 
-def test_what_is_not_trained_gets_no_gradient(batch):
+def test_keys_are_made_by_the_average_after_its_renewal(batch):
+    """A target far from the parameters: neither the old one nor the parameters give this loss."""
+    objective, params, _ = built("moco_v3", momentum=0.5, temperature=0.5)
+    target = jax.tree.map(
+        lambda x: x + 0.3 * jnp.cos(jnp.arange(x.size)).reshape(x.shape),
+        objective._averaged(params),
+    )
+    output = objective.loss(params, {"target": target}, batch, KEY, SIZES)
+    found = float(output.loss.sum / output.loss.weight)
+    rows = np.asarray(batch["valid"])
+
+    def loss_by(keys_of):
+        one, other, key_one, key_other = (
+            np.asarray(x)[rows]
+            for x in objective.embeddings(params, {"target": keys_of}, batch, KEY, SIZES, True)
+        )
+        return 2 * 0.5 * (info_nce(one, key_other, 0.5) + info_nce(other, key_one, 0.5))
+
+    assert found == pytest.approx(loss_by(output.extras["target"]), rel=1e-5)
+    for other in (target, objective._averaged(params)):
+        assert found != pytest.approx(loss_by(other), rel=1e-3)
+
+
+def test_outside_training_the_parameters_make_the_keys(batch):
+    """An evaluator knows no moving average; a random one would make its figures meaningless."""
+    objective, params, _ = built("moco_v3", temperature=0.5)
+    random = objective.init(jax.random.key(9), batch_spec(SIZES, 1))[1]
+    own = {"target": objective._averaged(params)}
+    found, expected = (
+        objective.loss(params, extras, batch, KEY, SIZES, train=False).loss.sum
+        for extras in (random, own)
+    )
+    assert float(found) == pytest.approx(float(expected))
+
+
+def test_a_run_that_starts_from_parameters_averages_those():
+    objective, params, extras = built("moco_v3")
+    other = jax.tree.map(lambda x: x + 1.0, params)
+    chex.assert_trees_all_equal(
+        objective.started_from(other, extras)["target"], objective._averaged(other)
+    )
+
+
+def test_simsiam_sends_no_gradient_through_what_it_compares_with(batch):
     objective, params, extras = built("simsiam")
-    gradient = jax.grad(lambda p: objective.loss(p, extras, batch, KEY, SIZES).loss.sum)(params)
-    norms = jax.tree.map(lambda g: float(jnp.abs(g).max()), gradient)
-    assert norms["image_tower"]["patch_embedding"]["kernel"] > 0
-    assert norms["simsiam_predictor"]["dense_1"]["kernel"] > 0
+    one, other, *_ = objective.embeddings(params, extras, batch, KEY, SIZES, True)
+
+    def loss(params):
+        return objective.loss(params, extras, batch, KEY, SIZES).loss.sum
+
+    def with_constants(params):
+        _, _, from_one, from_other = objective.embeddings(params, extras, batch, KEY, SIZES, True)
+        cosines = (from_one * other).sum(axis=1) + (from_other * one).sum(axis=1)
+        return -jnp.where(batch["valid"], cosines, 0.0).sum() / 2
+
+    chex.assert_trees_all_close(
+        jax.grad(loss)(params), jax.grad(with_constants)(params), rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", ["simclr", "moco_v3"])
+def test_a_collapse_is_no_accuracy(kind, batch):
+    """All embeddings alike: none is nearer than the others, and they do not spread."""
+    objective, params, extras = built(kind)
+    last = "predictor" if kind == "moco_v3" else "projector"
+    flat = jax.tree.map(jnp.zeros_like, params[f"{kind}_{last}"])
+    output = objective.loss({**params, f"{kind}_{last}": flat}, extras, batch, KEY, SIZES)
+    figures = {name: float(mean.sum / mean.weight) for name, mean in output.metrics.items()}
+    assert figures == {"accuracy": 0.0, "embedding_std": 0.0}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,9 +202,12 @@ def test_eight_devices_equal_one(kind):
     """Negatives, batch norms and draws are those of the global batch."""
     results = []
     for mesh in (None, make_mesh(data=4, fsdp=2)):
-        run = compile_run(config_of(kind, **{"optim.eps": 1e-3}), mesh)
-        state, metrics = run(run.init(), make_batch())
-        results.append((jax.device_get(state.params), metrics))
+        config = config_of(kind, **{"optim.eps": 1e-3})
+        with config.unlocked():
+            config.objectives[kind].hidden_dim = 512  # so large that heads are cut by fsdp
+        run = compile_run(config, mesh)
+        state, metrics = run(run.init(), make_batch(), make_batch(seed=1))
+        results.append((jax.device_get((state.params, state.extras["objectives"])), metrics))
     (one, first), (eight, second) = results
     for name in first:
         assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name
@@ -223,11 +289,21 @@ def test_flops_of_keys_count_a_third():
         ("moco_v3", {"momentum": 1.0}, "momentum: 1.0"),
         ("simsiam", {"augment": {"blurr": 0.1}}, "augment.blurr"),
         ("simclr", {"augment_second": {"scale": [0.9, 0.1]}}, "augment_second.scale"),
+        ("simclr", {"augment": {"scale": 0.5}}, "augment.scale: 0.5 is no range"),
+        ("simclr", {"augment": {"blur": "a"}}, "augment.blur: 'a' is no share"),
+        ("simclr", {"hidden_dim": 2.5}, "hidden_dim: 2.5 features"),
+        ("simsiam", {"predictor_dim": 0}, "predictor_dim: 0 features"),
     ],
 )
 def test_bad_arguments_name_the_key(kind, arguments, message):
     with pytest.raises(ConfigError, match=rf"objectives\.{kind}\.{message}"):
         KINDS[kind](model=tiny_model(), name=kind, **arguments)
+
+
+def test_dropout_in_the_tower_is_refused():
+    model = tiny_model(**{"image.dropout": 0.1})
+    with pytest.raises(ConfigError, match=r"model\.image\.dropout: 0\.1: objectives\.simclr"):
+        SimCLR(model=model, name="simclr")
 
 
 def test_batches_are_whole():

@@ -113,6 +113,21 @@ def test_a_run_that_was_ended_before_its_first_checkpoint_starts_from_its_origin
     assert prepare(config, tmp_path).origin is None
 
 
+def test_a_moving_average_of_keys_starts_from_the_origin(origin, tmp_path):
+    """Or queries of a trained tower would be drawn towards a random one."""
+    config = changed(**{"init_from": str(origin.workdir), "seed": 1, "checkpoint.best_metric": ""})
+    with config.unlocked():
+        config.evals = {}
+        config.objectives = {"moco_v3": {"hidden_dim": 8, "embedding_dim": 4}}
+    setup = prepare(config, tmp_path)
+    state, _ = setup.first_state()
+    fresh = setup.program.init()
+    target = state.extras["objectives"]["moco_v3"]["target"]["image_tower"]
+    kernel = target["patch_embedding"]["kernel"]
+    np.testing.assert_array_equal(kernel, state.params["image_tower"]["patch_embedding"]["kernel"])
+    assert (kernel != fresh.params["image_tower"]["patch_embedding"]["kernel"]).any()
+
+
 def test_a_tokenizer_is_kept_of_a_run_that_has_begun_alone(tmp_path):
     first = prepare(get_config(), tmp_path)
     other = changed(**{"data.sources.scenes.level": "hard"})

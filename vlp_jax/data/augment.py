@@ -7,7 +7,7 @@ accelerated invariance pretraining, section 7). Every draw is a function of the 
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,8 @@ class Recipe:
         hue: largest shift, as a share of the circle.
         grey: probability of a grey picture.
         blur: probability of a Gaussian blur.
-        blur_sigma: least and largest standard deviation of it, in pixels of the view.
+        blur_sigma: least and largest standard deviation of it, in pixels of a view of the model's
+            own size.
         solarize: probability that bright values are inverted.
     """
 
@@ -71,20 +72,20 @@ class Recipe:
     def check(self, key: str) -> None:
         """Raise a ConfigError that names the key where a number makes no sense."""
         shares = ("flip", "jitter", "grey", "blur", "solarize", "brightness", "contrast")
-        for name in (*shares, "saturation"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
+        for name, most in (*dict.fromkeys((*shares, "saturation"), 1.0).items(), ("hue", 0.5)):
+            share = getattr(self, name)
+            if not _is_number(share) or not 0.0 <= share <= most:
                 raise ConfigError(
-                    f"{key}.{name}", f"{getattr(self, name)} is no share", "Use one in [0, 1]"
+                    f"{key}.{name}", f"{share!r} is no share", f"Use one in [0, {most:g}]"
                 )
-        if not 0.0 <= self.hue <= 0.5:
-            raise ConfigError(f"{key}.hue", f"{self.hue}", "Use a share of the circle up to 0.5")
-        for name, low, high in (("scale", 0.0, 1.0), ("ratio", 0.0, 100.0), ("blur_sigma", 0, 100)):
-            first, last = getattr(self, name)
-            if not low < first <= last <= high:
+        for name, high in (("scale", 1.0), ("ratio", 100.0), ("blur_sigma", 100.0)):
+            ends = getattr(self, name)
+            pair = isinstance(ends, tuple) and len(ends) == 2 and all(map(_is_number, ends))
+            if not pair or not 0.0 < ends[0] <= ends[1] <= high:
                 raise ConfigError(
                     f"{key}.{name}",
-                    f"{(first, last)} is no range",
-                    f"Use two numbers above {low:g} and up to {high:g}, the smaller first",
+                    f"{ends!r} is no range",
+                    f"Use two numbers above 0 and up to {high:g}, the smaller first",
                 )
 
 
@@ -97,7 +98,9 @@ class Crop(NamedTuple):
     width: jax.Array
 
 
-def random_view(image: jax.Array, keys: jax.Array, recipe: Recipe, size: int) -> jax.Array:
+def random_view(
+    image: jax.Array, keys: jax.Array, recipe: Recipe, size: int, own_size: int = 0
+) -> jax.Array:
     """One random view of every image.
 
     Args:
@@ -105,6 +108,8 @@ def random_view(image: jax.Array, keys: jax.Array, recipe: Recipe, size: int) ->
         keys: PRNG keys [B], one an example.
         recipe: how.
         size: side of the view in pixels.
+        own_size: side of the model's own views, to which a blur is measured, so that another size
+            shows the same; 0: ``size``.
 
     Returns:
         float32 [B, size, size, 3] in [0, 1].
@@ -122,6 +127,7 @@ def random_view(image: jax.Array, keys: jax.Array, recipe: Recipe, size: int) ->
         sigma = jax.vmap(lambda k: jax.random.uniform(k, (), minval=low, maxval=high))(
             jax.vmap(lambda k: jax.random.fold_in(k, 1))(parts[:, 4])
         )
+        sigma = sigma * (size / (own_size or size))
         view = _where(_coins(parts[:, 4], recipe.blur), blur(view, sigma), view)
     if recipe.solarize:
         view = _where(_coins(parts[:, 5], recipe.solarize), solarize(view), view)
@@ -301,6 +307,10 @@ def _gaussian(sigma: jax.Array, size: int) -> jax.Array:
     distance = jnp.arange(size)[:, None] - jnp.arange(size)[None]
     weights = jnp.exp(-0.5 * jnp.square(distance[None] / sigma[:, None, None]))
     return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _coins(keys: jax.Array, probability: float) -> jax.Array:

@@ -36,7 +36,8 @@ class Heldout:
     ``loss_train``, and ``gap_loss``, the first minus the second. Each is a mean over all
     predictions of all draws. Draws are keyed by an example's place in its set, so that an example
     gets the same ones on any number of devices and in batches of any size. An objective that
-    couples the examples of a batch (``itc``, ``itm``) has another loss in batches of another size.
+    couples the examples of a batch (``itc``, ``itm``, ``simclr`` and its like) has another loss in
+    batches of another size, and in a last one that is filled up.
 
     What the objective remembers is as at the first update: a corruption rate that moves over the
     run is held at its first value, so that losses of different steps compare.

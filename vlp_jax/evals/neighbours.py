@@ -28,6 +28,8 @@ from vlp_jax.objectives.base import Params
 
 TEMPERATURE = 0.07  # of the votes
 _PAIRS = 2_000  # features whose pairs measure uniformity
+_RANKED = 25_600  # features of which the rank is measured, as its authors do
+_ROWS = 256  # pictures compared with all of the training set at a time
 
 
 class Neighbours:
@@ -107,6 +109,11 @@ class Neighbours:
         train = read(self._context.config, self._train_plan, self._set.rows)
         known, rows = self._embed(params, self._train_plan, train)
         asked, asked_rows = self._embed(params, self._set.plan, self._set.host_batches())
+        if len(known) < self._k:
+            raise ValueError(
+                f"evals: {len(known)} of {self._train_plan.num_rows} training pictures could be "
+                f"read, fewer than the {self._k} neighbours that vote"
+            )
         unit_known, unit_asked = _unit(known), _unit(asked)
         cosine, nearest = _nearest(unit_asked, unit_known, self._k)
         truth = self._labelled[1].labels(asked_rows)
@@ -114,7 +121,7 @@ class Neighbours:
             votes = weighted_votes(values[nearest], cosine)
             yield f"{label}/knn_accuracy", float(np.mean(votes == truth[label]))
             yield f"{label}/nearest_accuracy", float(np.mean(values[nearest[:, 0]] == truth[label]))
-        yield "rankme", rankme(known)
+        yield "rankme", rankme(known[:_RANKED])
         yield "uniformity", uniformity(unit_known[:_PAIRS])
         yield "spread", float(unit_known.std(axis=0).mean())
 
@@ -162,11 +169,15 @@ def uniformity(units: np.ndarray) -> float:
 
 def _nearest(asked: np.ndarray, known: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and indices of the k nearest, the nearest first: [n, k] each."""
-    cosine = asked @ known.T
-    part = np.argpartition(-cosine, k - 1, axis=1)[:, :k]
-    order = np.argsort(-np.take_along_axis(cosine, part, axis=1), axis=1, kind="stable")
-    nearest = np.take_along_axis(part, order, axis=1)
-    return np.take_along_axis(cosine, nearest, axis=1), nearest
+    found = []
+    for start in range(0, len(asked), _ROWS):
+        cosine = asked[start : start + _ROWS] @ known.T
+        part = np.argpartition(-cosine, k - 1, axis=1)[:, :k]
+        order = np.argsort(-np.take_along_axis(cosine, part, axis=1), axis=1, kind="stable")
+        nearest = np.take_along_axis(part, order, axis=1)
+        found.append((np.take_along_axis(cosine, nearest, axis=1), nearest))
+    cosines, indices = zip(*found, strict=True)
+    return np.concatenate(cosines), np.concatenate(indices)
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

@@ -134,8 +134,8 @@ class BatchNorm(nn.Module):
 class ProjectionHead(nn.Module):
     """Dense layers with batch norm and ReLU between them: [B, F] -> float32 [B, E].
 
-    As the projectors and predictors of MoCo v3, SimCLR and SimSiam (fact sheet of accelerated
-    invariance pretraining, section 7).
+    As the projectors and predictors of MoCo v3, SimCLR (SLIP's) and SimSiam: the last layer has a
+    bias, unless a norm follows it, and no other has one.
 
     Attributes:
         layers: dense layers.
@@ -158,7 +158,7 @@ class ProjectionHead(nn.Module):
             x = Dense(self.hidden_dim, use_bias=False, dtype=self.dtype, name=f"dense_{layer}")(x)
             x = nn.relu(BatchNorm(name=f"norm_{layer}")(x))
         last = f"dense_{self.layers - 1}"
-        x = Dense(self.embedding_dim, use_bias=False, dtype=self.dtype, name=last)(x)
+        x = Dense(self.embedding_dim, use_bias=not self.last_norm, dtype=self.dtype, name=last)(x)
         x = x.astype(jnp.float32)
         return BatchNorm(affine=False)(x) if self.last_norm else x
 

@@ -119,6 +119,10 @@ class Objective(Protocol):
         """New extras, on the host, after evaluators gave ``values`` (the same on every host)."""
         ...
 
+    def started_from(self, params: Params, extras: Extras) -> Extras:
+        """Extras of a run that starts from parameters other than those of ``init``."""
+        ...
+
 
 class Defaults:
     """What most objectives have in common; see ``Objective``."""
@@ -141,6 +145,11 @@ class Defaults:
     def observe(self, extras: Extras, values: Mapping[str, float]) -> Extras:
         """Learn nothing from evaluators."""
         del values
+        return extras
+
+    def started_from(self, params: Params, extras: Extras) -> Extras:
+        """The same, for they are not made of the parameters."""
+        del params
         return extras
 
 

@@ -65,8 +65,8 @@ class Invariance(Defaults, abc.ABC):
         batch_name: named batch it reads.
         hidden_dim: of the heads.
         embedding_dim: of the projector's output.
-        augment: keys of ``data.augment.Recipe`` for the first view.
-        augment_second: the same for the second view, where it differs.
+        augment: keys of ``data.augment.Recipe`` for both views.
+        augment_second: the same for the second view alone.
     """
 
     model: VisionLanguageModel
@@ -80,15 +80,24 @@ class Invariance(Defaults, abc.ABC):
     splittable: ClassVar[bool] = False
     views: ClassVar[int] = 2
     # What the recipe of a view is where the config does not say otherwise.
+    widths: ClassVar[tuple[str, ...]] = ("hidden_dim", "embedding_dim")
     first_recipe: ClassVar[Recipe] = Recipe()
     second_recipe: ClassVar[Recipe] = Recipe()
 
     def __post_init__(self) -> None:
-        for key in ("hidden_dim", "embedding_dim"):
-            if getattr(self, key) < 1:
+        for key in self.widths:
+            width = getattr(self, key)
+            if not isinstance(width, int) or isinstance(width, bool) or width < 1:
                 raise ConfigError(
-                    f"objectives.{self.name}.{key}", f"{getattr(self, key)}", "Use 1 or more"
+                    f"objectives.{self.name}.{key}", f"{width!r} features", "Use 1 or more"
                 )
+        if self.model.config.image.block.dropout:
+            raise ConfigError(
+                "model.image.dropout",
+                f"{self.model.config.image.block.dropout}: objectives.{self.name} has no dropout, "
+                "for its views differ enough",
+                "Set it to 0",
+            )
         _ = self.recipes  # checks its keys
 
     @property
@@ -177,9 +186,11 @@ class Invariance(Defaults, abc.ABC):
         """
         key = jax.random.fold_in(jax.random.fold_in(rng, picture), salt)
         seen = seen_part(key, batch, bucket, train, index)
-        size = self.model.config.image.image_size if seen is None else seen.view.image_size
+        own = self.model.config.image.image_size
+        size = own if seen is None else seen.view.image_size
         keys = example_keys(jax.random.fold_in(rng, picture), batch["position"])
-        pixels = standardize(random_view(batch["image"], keys, self.recipes[picture], size))
+        view = random_view(batch["image"], keys, self.recipes[picture], size, own)
+        pixels = standardize(view)
 
         tower = ViT(self.model.config.image)
         tokens: jax.Array = tower.apply(  # type: ignore[assignment]
@@ -192,10 +203,10 @@ class Invariance(Defaults, abc.ABC):
         result: jax.Array = head.apply({"params": params[self._key(kind)]}, x)  # type: ignore[assignment]
         return result
 
-    def _mlp(self, layers: int, last_norm: bool, hidden_dim: int = 0) -> ProjectionHead:
+    def _mlp(self, layers: int, last_norm: bool, hidden_dim: int | None = None) -> ProjectionHead:
         dtype = self.model.config.image.block.dtype
-        hidden_dim = hidden_dim or self.hidden_dim
-        return ProjectionHead(layers, hidden_dim, self.embedding_dim, last_norm, dtype)
+        width = self.hidden_dim if hidden_dim is None else hidden_dim
+        return ProjectionHead(layers, width, self.embedding_dim, last_norm, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +260,10 @@ class SimCLR(Invariance):
         valid = batch["valid"]
         first, right = _against_all(one, other, valid, self.temperature)
         second, also_right = _against_all(other, one, valid, self.temperature)
-        metrics = {"accuracy": _mean((right + also_right) / 2, valid)}
+        metrics = {
+            "accuracy": _mean((right + also_right) / 2, valid),
+            "embedding_std": _spread(one, valid),
+        }
         return LossOutput(_mean((first + second) / 2, valid), extras, metrics)
 
 
@@ -265,6 +279,7 @@ class SimSiam(Invariance):
     embedding_dim: int = 2048
     predictor_dim: int = 512
 
+    widths = ("hidden_dim", "embedding_dim", "predictor_dim")
     first_recipe = second_recipe = Recipe(scale=(0.2, 1.0), saturation=0.4, blur=0.5)
 
     @property
@@ -304,9 +319,7 @@ class SimSiam(Invariance):
         stopped = jax.lax.stop_gradient((one, other))
         cosines = (from_one * stopped[1]).sum(axis=1) + (from_other * stopped[0]).sum(axis=1)
         valid = batch["valid"]
-        # Of one value if the embeddings collapse; 1 / sqrt(E) where they fill the sphere.
-        spread = one.std(axis=0).mean()
-        metrics = {"embedding_std": Mean(spread, jnp.ones(()))}
+        metrics = {"embedding_std": _spread(one, valid)}
         return LossOutput(_mean(-cosines / 2, valid), extras, metrics)
 
 
@@ -379,7 +392,10 @@ class MoCoV3(Invariance):
         bucket: Bucket,
         train: bool = True,
     ) -> LossOutput:
-        """Sum of both directions' mean cross-entropies, times twice the temperature."""
+        """Sum of both directions' mean cross-entropies, times twice the temperature.
+
+        Outside training the keys are made by the parameters themselves.
+        """
         if train:
             momentum = self.momentum_at(batch.get(PROGRESS, 0.0))
             target = jax.tree.map(
@@ -388,13 +404,24 @@ class MoCoV3(Invariance):
                 self._averaged(params),
             )
             extras = {"target": target}
-        one, other, key_one, key_other = self.embeddings(params, extras, batch, rng, bucket, train)
+            judged = extras
+        else:  # of parameters that come without the average of their run
+            judged = {"target": self._averaged(params)}
+        one, other, key_one, key_other = self.embeddings(params, judged, batch, rng, bucket, train)
         valid = batch["valid"]
         first, right = _against_keys(one, key_other, valid, self.temperature)
         second, also_right = _against_keys(other, key_one, valid, self.temperature)
         loss = 2 * self.temperature * (first + second)
-        metrics = {"accuracy": _mean((right + also_right) / 2, valid)}
+        metrics = {
+            "accuracy": _mean((right + also_right) / 2, valid),
+            "embedding_std": _spread(one, valid),
+        }
         return LossOutput(_mean(loss, valid), extras, metrics)
+
+    def started_from(self, params: Params, extras: Extras) -> Extras:
+        """The moving average starts from the parameters that were read."""
+        del extras
+        return {"target": jax.tree.map(jnp.copy, self._averaged(params))}
 
     def momentum_at(self, progress: jax.Array | float) -> jax.Array:
         """Of the moving average, at a share of the budget: float32 []."""
@@ -429,8 +456,8 @@ def _against_all(
     rivals = jnp.where(same, one @ one.T / temperature, least)
     positive = jnp.diagonal(partners)
     total = jnp.logaddexp(jax.nn.logsumexp(partners, axis=1), jax.nn.logsumexp(rivals, axis=1))
-    best = jnp.maximum(partners.max(axis=1), rivals.max(axis=1))
-    return total - positive, 1.0 * (positive >= best)
+    best = jnp.maximum(_best_other(partners), rivals.max(axis=1))
+    return total - positive, 1.0 * (positive > best)
 
 
 def _against_keys(
@@ -439,7 +466,24 @@ def _against_keys(
     """InfoNCE of each query over all keys, and whether its own is the nearest: [B] each."""
     logits = jnp.where(valid[None, :], query @ key.T / temperature, jnp.finfo(jnp.float32).min)
     positive = jnp.diagonal(logits)
-    return jax.nn.logsumexp(logits, axis=1) - positive, 1.0 * (positive >= logits.max(axis=1))
+    return jax.nn.logsumexp(logits, axis=1) - positive, 1.0 * (positive > _best_other(logits))
+
+
+def _best_other(logits: jax.Array) -> jax.Array:
+    """The largest of each row beside the diagonal: float32 [B, B] -> [B].
+
+    Of embeddings that have collapsed all are alike, and none is nearer than the others.
+    """
+    return jnp.where(jnp.eye(len(logits), dtype=bool), -jnp.inf, logits).max(axis=1)
+
+
+def _spread(units: jax.Array, valid: jax.Array) -> Mean:
+    """Mean standard deviation of a dimension: 0 under collapse, 1 / sqrt(E) at best."""
+    weights = valid.astype(jnp.float32)[:, None] / jnp.maximum(valid.sum(dtype=jnp.float32), 1.0)
+    units = jax.lax.stop_gradient(units)
+    mean = (weights * units).sum(axis=0, keepdims=True)
+    variance = (weights * jnp.square(units - mean)).sum(axis=0)
+    return Mean(jnp.sqrt(variance).mean(), jnp.ones(()))
 
 
 def _mean(values: jax.Array, valid: jax.Array) -> Mean:

@@ -165,7 +165,9 @@ class Setup:
         params = jax.tree.map(
             lambda new, old: jax.device_put(new, old.sharding), merged, state.params
         )
-        extras = state.extras
+        own = state.extras["objectives"]
+        started = {o.name: o.started_from(params, own[o.name]) for o in self.program.objectives}
+        extras = {**state.extras, "objectives": started}
         if extras["ema"]:
             extras = {**extras, "ema": jax.tree.map(jnp.copy, params)}
         return state.replace(params=params, extras=extras), report
