@@ -23,6 +23,7 @@ from vlp_jax.infra.hardware import device_facts
 from vlp_jax.infra.metrics import read_metrics
 from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.infra.profiling import PROFILE_FOLDER
+from vlp_jax.infra.report.from_metrics import LOOP_GROUPS
 from vlp_jax.train.loop import RunStopped, train
 from vlp_jax.train.setup import Setup, prepare
 
@@ -32,7 +33,6 @@ _RATE = "speed/samples_per_second"
 _WAIT = "speed/input_wait_fraction"
 _COMPILE = "compile/seconds/"
 # First parts of the names of figures that the train loop writes; all others are of evaluators.
-_LOOP = ("train", "speed", "memory", "data", "compile", "compression")
 # The artefacts of evaluators that know groups, and their columns.
 _GROUPS = "_groups"
 _GROUP_COLUMNS = ("group", "value", "examples", "accuracy")
@@ -205,7 +205,7 @@ def final_metrics(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
         latest |= {
             name: value
             for name, value in record.items()
-            if name != "step" and name.partition("/")[0] not in _LOOP
+            if name != "step" and name.partition("/")[0] not in LOOP_GROUPS
         }
     return latest
 

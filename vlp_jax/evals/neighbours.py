@@ -17,7 +17,7 @@ from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import HostBatch
 from vlp_jax.data.cache import uncached
 from vlp_jax.data.eval_plan import EvalPlan
-from vlp_jax.data.source import Labelled
+from vlp_jax.data.source import Labelled, Source
 from vlp_jax.evals.base import EvalContext, fixed_plan, read
 from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.infra.errors import ConfigError
@@ -185,9 +185,9 @@ def _unit(features: np.ndarray) -> np.ndarray:
     return features / np.maximum(norms, 1e-12)
 
 
-def _labelled(evaluator: str, name: str, source: object) -> Labelled:
+def _labelled(evaluator: str, name: str, source: Source) -> Labelled:
     """The source, if it labels its records."""
-    read_from = uncached(source)  # type: ignore[arg-type]
+    read_from = uncached(source)
     if not isinstance(read_from, Labelled):
         raise ConfigError(
             f"evals.{evaluator}.source",

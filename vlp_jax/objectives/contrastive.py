@@ -39,6 +39,7 @@ from vlp_jax.objectives.base import (
     zeros,
 )
 from vlp_jax.objectives.readout import EncodedText, Kind, Readout
+from vlp_jax.objectives.similarity import info_nce, valid_mean
 
 CONTRASTIVE_HEAD = "contrastive_head"  # ITC trains it, ITM draws its negatives by it
 MATCHING_HEAD = "matching_head"
@@ -176,24 +177,14 @@ class ITC(Defaults):
         text = towers.text_feature(params, batch["text_ids"], batch["text_length"], noise)
         image, text, scale = towers.embed(params, image, text)
         valid = batch["valid"]
-        logits = scale * (image @ text.T)
-        logits = jnp.where(valid[None, :], logits, jnp.finfo(jnp.float32).min)
-        backwards = jnp.where(valid[None, :], scale * (text @ image.T), jnp.finfo(jnp.float32).min)
-        label = jnp.arange(len(valid))
-        count = valid.sum(dtype=jnp.float32)
-
-        def mean(values: jax.Array) -> Mean:
-            return Mean(jnp.where(valid, values, 0.0).sum(), count)
-
-        def nll(logits: jax.Array) -> jax.Array:
-            return -jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1)[:, 0]
-
+        to_text, text_right = info_nce(scale * (image @ text.T), valid)
+        to_image, image_right = info_nce(scale * (text @ image.T), valid)
         metrics = {
-            "image_to_text_accuracy": mean(1.0 * (logits.argmax(axis=1) == label)),
-            "text_to_image_accuracy": mean(1.0 * (backwards.argmax(axis=1) == label)),
+            "image_to_text_accuracy": valid_mean(text_right, valid),
+            "text_to_image_accuracy": valid_mean(image_right, valid),
             "scale": Mean(scale, jnp.ones(())),
         }
-        return LossOutput(mean((nll(logits) + nll(backwards)) / 2), extras, metrics)
+        return LossOutput(valid_mean((to_text + to_image) / 2, valid), extras, metrics)
 
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of one example; similarities not counted."""

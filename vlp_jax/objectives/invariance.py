@@ -39,8 +39,21 @@ from vlp_jax.objectives.base import (
     seen_part,
     zeros,
 )
+from vlp_jax.objectives.similarity import info_nce, nt_xent, spread, valid_mean
 
 TOWER = "image_tower"
+
+Embedded = tuple[jax.Array, ...]
+Compared = tuple[jax.Array, Mapping[str, Mean]]
+
+
+class Drawn(NamedTuple):
+    """What a pass embeds: the arguments of ``Objective.loss`` of these names."""
+
+    batch: Batch
+    rng: jax.Array
+    bucket: Bucket
+    train: bool
 
 
 class Heads(NamedTuple):
@@ -115,16 +128,40 @@ class Invariance(Defaults, abc.ABC):
         """Its heads."""
 
     @abc.abstractmethod
-    def embeddings(
+    def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embedded:
+        """Unit vectors that ``compare`` takes, float32 [B, E] each; the first view's come first.
+
+        Args:
+            params: of the run.
+            target: what makes the keys, see ``renewed``.
+            drawn: what is embedded.
+        """
+
+    @abc.abstractmethod
+    def compare(self, embedded: Embedded, valid: jax.Array) -> Compared:
+        """The loss of every image, float32 [B], and figures to log."""
+
+    def renewed(self, params: Params, extras: Extras, drawn: Drawn) -> tuple[Extras, Params]:
+        """Extras after this update, and the parameters that make its keys."""
+        del drawn
+        return extras, params
+
+    def loss(
         self,
         params: Params,
         extras: Extras,
         batch: Batch,
         rng: jax.Array,
         bucket: Bucket,
-        train: bool,
-    ) -> tuple[jax.Array, ...]:
-        """What the loss compares, see the subclass."""
+        train: bool = True,
+    ) -> LossOutput:
+        """Mean over the valid images of what ``compare`` gives."""
+        drawn, valid = Drawn(batch, rng, bucket, train), batch["valid"]
+        extras, target = self.renewed(params, extras, drawn)
+        embedded = self.embeddings(params, target, drawn)
+        losses, metrics = self.compare(embedded, valid)
+        metrics = {**metrics, "embedding_std": spread(embedded[0], valid)}
+        return LossOutput(valid_mean(losses, valid), extras, metrics)
 
     def init(
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
@@ -162,46 +199,32 @@ class Invariance(Defaults, abc.ABC):
         return f"{self.name}_{kind}"
 
     def _project(
-        self,
-        params: Params,
-        batch: Batch,
-        rng: jax.Array,
-        bucket: Bucket,
-        train: bool,
-        picture: int,
-        index: int,
-        salt: int = 0,
+        self, params: Params, drawn: Drawn, picture: int, index: int, salt: int = 0
     ) -> jax.Array:
         """Embed one picture of every image: float32 [B, E].
 
         Args:
             params: of the tower and the projector.
-            batch: whole.
-            rng: key of the step and the objective.
-            bucket: of the batch.
-            train: whether anything is compressed.
+            drawn: what is embedded.
             picture: 0 or 1, which random view of the image.
             index: of the bucket's views, what is encoded of it.
             salt: for a second pass over the same picture, which drops other patches.
         """
-        key = jax.random.fold_in(jax.random.fold_in(rng, picture), salt)
-        seen = seen_part(key, batch, bucket, train, index)
+        batch, rng, bucket, train = drawn
+        key = jax.random.fold_in(rng, picture)
+        seen = seen_part(jax.random.fold_in(key, salt), batch, bucket, train, index)
         own = self.model.config.image.image_size
         size = own if seen is None else seen.view.image_size
-        keys = example_keys(jax.random.fold_in(rng, picture), batch["position"])
+        keys = example_keys(key, batch["position"])
         view = random_view(batch["image"], keys, self.recipes[picture], size, own)
-        pixels = standardize(view)
-
         tower = ViT(self.model.config.image)
-        tokens: jax.Array = tower.apply(  # type: ignore[assignment]
-            {"params": params[TOWER]}, pixels, None, *(seen or (None, None))
-        )
-        return self._head("projector", params, tokens[:, 0])
+        variables = {"params": params[TOWER]}
+        tokens = tower.apply(variables, standardize(view), None, *(seen or (None, None)))
+        return self._head("projector", params, jnp.asarray(tokens)[:, 0])
 
     def _head(self, kind: str, params: Params, x: jax.Array) -> jax.Array:
         head: ProjectionHead = getattr(self.heads, kind)
-        result: jax.Array = head.apply({"params": params[self._key(kind)]}, x)  # type: ignore[assignment]
-        return result
+        return jnp.asarray(head.apply({"params": params[self._key(kind)]}, x))
 
     def _mlp(self, layers: int, last_norm: bool, hidden_dim: int | None = None) -> ProjectionHead:
         dtype = self.model.config.image.block.dtype
@@ -230,41 +253,20 @@ class SimCLR(Invariance):
         """A projector of three layers."""
         return Heads(self._mlp(3, last_norm=False), None)
 
-    def embeddings(
-        self,
-        params: Params,
-        extras: Extras,
-        batch: Batch,
-        rng: jax.Array,
-        bucket: Bucket,
-        train: bool,
-    ) -> tuple[jax.Array, ...]:
+    def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embedded:
         """Unit vectors of both views: float32 [B, E] each."""
-        del extras
-        one, other = (
-            unit(self._project(params, batch, rng, bucket, train, view, view)) for view in (0, 1)
-        )
-        return one, other
+        del target
+        return tuple(unit(self._project(params, drawn, view, view)) for view in (0, 1))
 
-    def loss(
-        self,
-        params: Params,
-        extras: Extras,
-        batch: Batch,
-        rng: jax.Array,
-        bucket: Bucket,
-        train: bool = True,
-    ) -> LossOutput:
-        """Mean cross-entropy over both views of every image."""
-        one, other = self.embeddings(params, extras, batch, rng, bucket, train)
-        valid = batch["valid"]
-        first, right = _against_all(one, other, valid, self.temperature)
-        second, also_right = _against_all(other, one, valid, self.temperature)
-        metrics = {
-            "accuracy": _mean((right + also_right) / 2, valid),
-            "embedding_std": _spread(one, valid),
-        }
-        return LossOutput(_mean((first + second) / 2, valid), extras, metrics)
+    def compare(self, embedded: Embedded, valid: jax.Array) -> Compared:
+        """Mean cross-entropy of both views of every image."""
+        one, other = embedded
+        sides = [
+            nt_xent(a @ b.T / self.temperature, a @ a.T / self.temperature, valid)
+            for a, b in ((one, other), (other, one))
+        ]
+        (first, right), (second, also_right) = sides
+        return (first + second) / 2, {"accuracy": valid_mean((right + also_right) / 2, valid)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,39 +290,20 @@ class SimSiam(Invariance):
         predictor = self._mlp(2, last_norm=False, hidden_dim=self.predictor_dim)
         return Heads(self._mlp(3, last_norm=True), predictor)
 
-    def embeddings(
-        self,
-        params: Params,
-        extras: Extras,
-        batch: Batch,
-        rng: jax.Array,
-        bucket: Bucket,
-        train: bool,
-    ) -> tuple[jax.Array, ...]:
+    def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embedded:
         """Embeddings of both views, then their predictions: unit vectors, float32 [B, E] each."""
-        del extras
-        plain = [self._project(params, batch, rng, bucket, train, view, view) for view in (0, 1)]
+        del target
+        plain = [self._project(params, drawn, view, view) for view in (0, 1)]
         predicted = [self._head("predictor", params, z) for z in plain]
         return tuple(unit(x) for x in (*plain, *predicted))
 
-    def loss(
-        self,
-        params: Params,
-        extras: Extras,
-        batch: Batch,
-        rng: jax.Array,
-        bucket: Bucket,
-        train: bool = True,
-    ) -> LossOutput:
+    def compare(self, embedded: Embedded, valid: jax.Array) -> Compared:
         """Mean of the negative cosines of both directions."""
-        one, other, from_one, from_other = self.embeddings(
-            params, extras, batch, rng, bucket, train
-        )
-        stopped = jax.lax.stop_gradient((one, other))
-        cosines = (from_one * stopped[1]).sum(axis=1) + (from_other * stopped[0]).sum(axis=1)
-        valid = batch["valid"]
-        metrics = {"embedding_std": _spread(one, valid)}
-        return LossOutput(_mean(-cosines / 2, valid), extras, metrics)
+        del valid
+        one, other, from_one, from_other = embedded
+        one, other = jax.lax.stop_gradient((one, other))
+        cosines = (from_one * other).sum(axis=1) + (from_other * one).sum(axis=1)
+        return -cosines / 2, {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,63 +343,38 @@ class MoCoV3(Invariance):
         params, _ = super().init(rng, batch_spec)
         return params, {"target": jax.tree.map(jnp.copy, self._averaged(params))}
 
-    def embeddings(
-        self,
-        params: Params,
-        extras: Extras,
-        batch: Batch,
-        rng: jax.Array,
-        bucket: Bucket,
-        train: bool,
-    ) -> tuple[jax.Array, ...]:
+    def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embedded:
         """Queries of both pictures, then their keys: unit vectors, float32 [B, E] each."""
         queries = [
-            self._head(
-                "predictor", params, self._project(params, batch, rng, bucket, train, picture, 0)
-            )
+            self._head("predictor", params, self._project(params, drawn, picture, 0))
             for picture in (0, 1)
         ]
-        target = jax.lax.stop_gradient(extras["target"])
-        keys = [
-            self._project(target, batch, rng, bucket, train, picture, 1, salt=1)
-            for picture in (0, 1)
-        ]
+        target = jax.lax.stop_gradient(target)
+        keys = [self._project(target, drawn, picture, 1, salt=1) for picture in (0, 1)]
         return tuple(unit(x) for x in (*queries, *jax.lax.stop_gradient(keys)))
 
-    def loss(
-        self,
-        params: Params,
-        extras: Extras,
-        batch: Batch,
-        rng: jax.Array,
-        bucket: Bucket,
-        train: bool = True,
-    ) -> LossOutput:
-        """Sum of both directions' mean cross-entropies, times twice the temperature.
+    def compare(self, embedded: Embedded, valid: jax.Array) -> Compared:
+        """Sum of both directions' cross-entropies, times twice the temperature."""
+        one, other, key_one, key_other = embedded
+        first, right = info_nce(one @ key_other.T / self.temperature, valid)
+        second, also_right = info_nce(other @ key_one.T / self.temperature, valid)
+        accuracy = valid_mean((right + also_right) / 2, valid)
+        return 2 * self.temperature * (first + second), {"accuracy": accuracy}
 
-        Outside training the keys are made by the parameters themselves.
+    def renewed(self, params: Params, extras: Extras, drawn: Drawn) -> tuple[Extras, Params]:
+        """The moving average, renewed; outside training the parameters themselves make the keys.
+
+        There, they come without the average of their run.
         """
-        if train:
-            momentum = self.momentum_at(batch.get(PROGRESS, 0.0))
-            target = jax.tree.map(
-                lambda old, new: momentum * old + (1.0 - momentum) * jax.lax.stop_gradient(new),
-                extras["target"],
-                self._averaged(params),
-            )
-            extras = {"target": target}
-            judged = extras
-        else:  # of parameters that come without the average of their run
-            judged = {"target": self._averaged(params)}
-        one, other, key_one, key_other = self.embeddings(params, judged, batch, rng, bucket, train)
-        valid = batch["valid"]
-        first, right = _against_keys(one, key_other, valid, self.temperature)
-        second, also_right = _against_keys(other, key_one, valid, self.temperature)
-        loss = 2 * self.temperature * (first + second)
-        metrics = {
-            "accuracy": _mean((right + also_right) / 2, valid),
-            "embedding_std": _spread(one, valid),
-        }
-        return LossOutput(_mean(loss, valid), extras, metrics)
+        if not drawn.train:
+            return extras, self._averaged(params)
+        momentum = self.momentum_at(drawn.batch.get(PROGRESS, 0.0))
+        target = jax.tree.map(
+            lambda old, new: momentum * old + (1.0 - momentum) * jax.lax.stop_gradient(new),
+            extras["target"],
+            self._averaged(params),
+        )
+        return {"target": target}, target
 
     def started_from(self, params: Params, extras: Extras) -> Extras:
         """The moving average starts from the parameters that were read."""
@@ -441,53 +399,6 @@ class MoCoV3(Invariance):
         """What the moving average is of."""
         names = (TOWER, self._key("projector"))
         return {name: params[name] for name in names}
-
-
-def _against_all(
-    one: jax.Array, other: jax.Array, valid: jax.Array, temperature: float
-) -> tuple[jax.Array, jax.Array]:
-    """NT-Xent of the vectors of one view, and whether the partner is the nearest: [B] each.
-
-    Candidates are the other view of every image, and this view of every other image.
-    """
-    least = jnp.finfo(jnp.float32).min
-    partners = jnp.where(valid[None, :], one @ other.T / temperature, least)
-    same = ~jnp.eye(len(one), dtype=bool) & valid[None, :]
-    rivals = jnp.where(same, one @ one.T / temperature, least)
-    positive = jnp.diagonal(partners)
-    total = jnp.logaddexp(jax.nn.logsumexp(partners, axis=1), jax.nn.logsumexp(rivals, axis=1))
-    best = jnp.maximum(_best_other(partners), rivals.max(axis=1))
-    return total - positive, 1.0 * (positive > best)
-
-
-def _against_keys(
-    query: jax.Array, key: jax.Array, valid: jax.Array, temperature: float
-) -> tuple[jax.Array, jax.Array]:
-    """InfoNCE of each query over all keys, and whether its own is the nearest: [B] each."""
-    logits = jnp.where(valid[None, :], query @ key.T / temperature, jnp.finfo(jnp.float32).min)
-    positive = jnp.diagonal(logits)
-    return jax.nn.logsumexp(logits, axis=1) - positive, 1.0 * (positive > _best_other(logits))
-
-
-def _best_other(logits: jax.Array) -> jax.Array:
-    """The largest of each row beside the diagonal: float32 [B, B] -> [B].
-
-    Of embeddings that have collapsed all are alike, and none is nearer than the others.
-    """
-    return jnp.where(jnp.eye(len(logits), dtype=bool), -jnp.inf, logits).max(axis=1)
-
-
-def _spread(units: jax.Array, valid: jax.Array) -> Mean:
-    """Mean standard deviation of a dimension: 0 under collapse, 1 / sqrt(E) at best."""
-    weights = valid.astype(jnp.float32)[:, None] / jnp.maximum(valid.sum(dtype=jnp.float32), 1.0)
-    units = jax.lax.stop_gradient(units)
-    mean = (weights * units).sum(axis=0, keepdims=True)
-    variance = (weights * jnp.square(units - mean)).sum(axis=0)
-    return Mean(jnp.sqrt(variance).mean(), jnp.ones(()))
-
-
-def _mean(values: jax.Array, valid: jax.Array) -> Mean:
-    return Mean(jnp.where(valid, values, 0.0).sum(), valid.sum(dtype=jnp.float32))
 
 
 def _check_temperature(objective: SimCLR | MoCoV3) -> None:

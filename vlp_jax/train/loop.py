@@ -77,15 +77,13 @@ class Clock:
     Attributes:
         waited: for input.
         paused: for compiling, evaluating and saving.
-        examples: trained on.
-        flops: of the model, spent on them.
+        trained: bucket -> examples trained on, and tokens of their texts.
     """
 
     started: float = dataclasses.field(default_factory=time.perf_counter)
     waited: float = 0.0
     paused: float = 0.0
-    examples: int = 0
-    flops: float = 0.0
+    trained: dict[StepBucket, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     @contextlib.contextmanager
     def pausing(self) -> Iterator[None]:
@@ -94,12 +92,22 @@ class Clock:
         yield
         self.paused += time.perf_counter() - begun
 
+    def count(self, bucket: StepBucket, examples: int, tokens: int) -> None:
+        """Add what an update trained on."""
+        before = self.trained.get(bucket, (0, 0))
+        self.trained[bucket] = before[0] + examples, before[1] + tokens
+
     def speed(self, program: Program, peak: float) -> dict[str, float]:
         """Samples/s, MFU and the share of the time that the step waited for input."""
         seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
+        examples = sum(count for count, _ in self.trained.values())
+        flops = sum(
+            count * program.flops(dict.fromkeys(program.batch_names, tokens / count), bucket)
+            for bucket, (count, tokens) in self.trained.items()
+        )
         return {
-            "speed/samples_per_second": self.examples / seconds,
-            "speed/mfu": self.flops / seconds / (peak * program.mesh.size),
+            "speed/samples_per_second": examples / seconds,
+            "speed/mfu": flops / seconds / (peak * program.mesh.size),
             "speed/input_wait_fraction": self.waited / seconds,
         }
 
@@ -211,9 +219,7 @@ def train(setup: Setup) -> ExitCode:
             bucket, moment = program.bucket(planned.bucket, step), program.moment(step)
             with profiler.step(step), jax.transfer_guard(guarded):
                 state, metrics = steps[bucket](state, batches, moment)
-            lengths = dict.fromkeys(program.batch_names, float(planned.length.mean()))
-            clock.examples += len(planned)
-            clock.flops += len(planned) * program.flops(lengths, bucket)
+            clock.count(bucket, len(planned), int(planned.length.sum()))
             step += 1
             queue.append(metrics)
             if len(queue) > QUEUED_STEPS:

@@ -172,7 +172,7 @@ class Program:
         )
         with jax.set_mesh(self.mesh):
             number = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.mesh))
-            moment = Moment(number, number)  # type: ignore[arg-type]
+            moment = Moment._make([number, number])
             return jitted.lower(self.state_spec, self.batch_specs(bucket), moment)
 
     def bucket(self, planned: Bucket, step: int) -> StepBucket:
