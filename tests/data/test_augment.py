@@ -24,16 +24,31 @@ def smooth() -> np.ndarray:
     return np.stack([np.asarray(small.rotate(90 * i).resize((32, 32))) for i in range(4)])
 
 
+def planes(view: np.ndarray | jax.Array) -> augment.Planes:
+    """[B, S, S, 3] -> three of [B, S, S]."""
+    red, green, blue = (jnp.asarray(view)[..., channel] for channel in range(3))
+    return red, green, blue
+
+
+def stacked(view: augment.Planes) -> np.ndarray:
+    """What ``planes`` takes apart."""
+    return np.stack(view, axis=-1)
+
+
 VIEWS = jnp.asarray(smooth(), jnp.float32) / 255.0
+PLANES = planes(VIEWS)
+EVERY = jnp.ones(4, bool)
 
 
 def pillow(image: np.ndarray) -> Image.Image:
     return Image.fromarray(np.round(255 * np.asarray(image)).astype(np.uint8))
 
 
-def assert_near_pillow(found: jax.Array, expected: list[Image.Image], levels: float = 1.01) -> None:
+def assert_near_pillow(
+    found: augment.Planes, expected: list[Image.Image], levels: float = 1.01
+) -> None:
     """Within so many of 255 levels: Pillow rounds after each axis."""
-    for row, image in zip(np.asarray(found), expected, strict=True):
+    for row, image in zip(stacked(found), expected, strict=True):
         np.testing.assert_allclose(255 * row, np.asarray(image, np.float32), atol=levels)
 
 
@@ -49,7 +64,7 @@ def test_crops_are_resampled_as_pillow_does(size):
         expected.append(cut.resize((size, size), Image.Resampling.BILINEAR))
     assert_near_pillow(found, expected)
     flip = augment.crop_and_resize(jnp.asarray(PICTURES) / 255.0, crop, ~NO_FLIP, size)
-    np.testing.assert_allclose(flip, np.asarray(found)[:, :, ::-1], atol=1e-6)
+    np.testing.assert_allclose(stacked(flip), stacked(found)[:, :, ::-1], atol=1e-6)
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
@@ -61,12 +76,12 @@ def test_jitter_is_that_of_pillow(factor):
         (augment.adjust_saturation, ImageEnhance.Color, 1.5),
     ):
         expected = [theirs(pillow(view)).enhance(factor) for view in VIEWS]
-        assert_near_pillow(ours(VIEWS, factors), expected, levels)
+        assert_near_pillow(ours(PLANES, factors), expected, levels)
 
 
 @pytest.mark.parametrize("shift", [-0.3, 0.0, 0.1, 0.5])
 def test_hue_is_that_of_the_standard_library(shift):
-    found = np.asarray(augment.adjust_hue(VIEWS, jnp.full(4, shift)))[0].reshape(-1, 3)
+    found = stacked(augment.adjust_hue(PLANES, jnp.full(4, shift)))[0].reshape(-1, 3)
     pixels = np.asarray(VIEWS)[0].reshape(-1, 3).tolist()
     for pixel, turned in zip(pixels[::7], found[::7], strict=True):
         hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
@@ -75,20 +90,20 @@ def test_hue_is_that_of_the_standard_library(shift):
 
 
 def test_grey_pixels_keep_their_value_under_a_turn_of_hue():
-    flat = jnp.full((4, 2, 2, 3), 0.4)
+    flat = planes(jnp.full((4, 2, 2, 3), 0.4))
     np.testing.assert_array_equal(augment.adjust_hue(flat, jnp.full(4, 0.3)), flat)
 
 
 def test_grey_and_solarisation_are_those_of_pillow():
     expected = [ImageOps.grayscale(pillow(view)).convert("RGB") for view in VIEWS]
-    assert_near_pillow(augment.grey(VIEWS), expected)
+    assert_near_pillow(augment.grey(PLANES), expected)
     expected = [ImageOps.solarize(pillow(view), 128) for view in VIEWS]
-    assert_near_pillow(augment.solarize(VIEWS), expected)
+    assert_near_pillow(augment.solarize(PLANES), expected)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
 def test_blur_is_gaussian(sigma):
-    found = np.asarray(augment.blur(VIEWS, jnp.full(4, sigma)))
+    found = stacked(augment.blur(PLANES, jnp.full(4, sigma), EVERY))
     view = np.asarray(VIEWS, np.float64)[0]
     place = np.arange(32)
     for y, x in ((0, 0), (5, 31), (16, 16)):
@@ -102,7 +117,7 @@ def test_blur_is_near_pillows():
     """Which approximates the Gaussian by three boxes, and repeats the edge."""
     expected = [pillow(view).filter(ImageFilter.GaussianBlur(1.5)) for view in VIEWS]
     inner = slice(6, -6)
-    found = np.asarray(augment.blur(VIEWS, jnp.full(4, 1.5)))
+    found = stacked(augment.blur(PLANES, jnp.full(4, 1.5), EVERY))
     for row, image in zip(found, expected, strict=True):
         near = np.asarray(image, np.float32)[inner, inner]
         np.testing.assert_allclose(255 * row[inner, inner], near, atol=4)
@@ -188,7 +203,8 @@ def test_blur_is_measured_in_pixels_of_the_models_own_size():
     recipe = Recipe(**{**plain, "blur": 1.0, "blur_sigma": (2.0, 2.0)})
     sharp = augment.resize(pictures / 255.0, 16)
     found = random_view(pictures, KEYS, recipe, 16, own_size=32)
-    np.testing.assert_allclose(found, augment.blur(sharp, jnp.ones(4)), atol=0.02)
+    blurred = augment.blur(planes(sharp), jnp.ones(4), EVERY)
+    np.testing.assert_allclose(found, stacked(blurred), atol=0.02)
 
 
 def test_jitter_applies_each_change_once_in_some_order():
@@ -196,8 +212,8 @@ def test_jitter_applies_each_change_once_in_some_order():
     recipe = Recipe(brightness=0.4, contrast=0.4, saturation=0.0, hue=0.0)
     keys = jax.random.split(jax.random.key(3), 200)
     view = jnp.linspace(0.2, 0.6, 16).reshape(1, 4, 4, 1)
-    view = jnp.broadcast_to(view, (200, 4, 4, 3))
-    jittered = np.asarray(augment._jitter(view, keys, recipe), np.float64)[..., 0].reshape(200, -1)
+    view = planes(jnp.broadcast_to(view, (200, 4, 4, 3)))
+    jittered = np.asarray(augment._jitter(view, keys, recipe)[0], np.float64).reshape(200, -1)
     inside = (jittered.min(axis=1) > 1e-3) & (jittered.max(axis=1) < 1 - 1e-3)
     assert inside.sum() > 100
     x = np.linspace(0.2, 0.6, 16)

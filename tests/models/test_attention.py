@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlp_jax.models.attention import attention
+from vlp_jax.models.attention import attention, padded_length
 from vlp_jax.models.dropout import dropout_noise
 
 HEADS, FEATURES = 2, 8
@@ -125,6 +125,20 @@ def test_dropout_acts_on_weights() -> None:
         attention(query, key, value, dropout_rate=0.5)
 
 
+def test_padding_keys_have_no_influence() -> None:
+    query, key, value = operands(2)
+    expected = attention(query, key[:, :5], value[:, :5])
+    np.testing.assert_array_equal(attention(query, key, value, tokens=5), expected)
+
+
+def test_sequences_are_padded_for_cudnn_alone() -> None:
+    bf16 = jnp.dtype("bfloat16")
+    assert padded_length(197, bf16, "cudnn") == 198
+    assert padded_length(196, bf16, "cudnn") == 196
+    assert padded_length(197, bf16, "xla") == 197
+    assert padded_length(197, jnp.dtype("float32")) == 197
+
+
 def test_cudnn_leaves_masks_to_xla() -> None:
     query, key, value = operands(1)
     mask = np.tri(5, 7, dtype=bool)[None]
@@ -135,14 +149,14 @@ def test_cudnn_leaves_masks_to_xla() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("length", [82, 197])
-def test_cudnn_matches_xla(length: int) -> None:
+@pytest.mark.parametrize(("length", "tokens"), [(82, 82), (197, 197), (198, 197)])
+def test_cudnn_matches_xla(length: int, tokens: int) -> None:
     """Odd lengths too: they are padded for cuDNN, and the padding must not be seen."""
     draw = jax.random.normal(jax.random.key(0), (3, 4, length, 12, 64), jnp.bfloat16)
 
     def total(implementation: str, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out = attention(*args, implementation=implementation).astype(jnp.float32)
-        return (out**2).sum(), out
+        out = attention(*args, implementation=implementation, tokens=tokens)[:, :tokens]
+        return (out.astype(jnp.float32) ** 2).sum(), out.astype(jnp.float32)
 
     results = [
         jax.value_and_grad(lambda *x, i=i: total(i, *x), argnums=(0, 1, 2), has_aux=True)(*draw)

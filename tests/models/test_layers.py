@@ -9,9 +9,9 @@ from vlp_jax.models.layers import ACTIVATIONS
 
 X = jnp.linspace(-6.0, 6.0, 481)
 
-# As their authors write them: Hendrycks and Gimpel, arXiv 1606.08415, and the CLIP towers.
+# JAX's own, and as their authors write them: arXiv 1606.08415, and the CLIP towers.
 REFERENCES = {
-    "gelu": lambda x: 0.5 * x * (1.0 + jax.lax.erf(x / jnp.sqrt(2.0))),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: (
         0.5 * x * (1.0 + jnp.tanh(jnp.sqrt(2.0 / jnp.pi) * (x + 0.044715 * x**3)))
     ),

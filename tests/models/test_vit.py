@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +41,20 @@ def test_nothing_compressed_is_the_plain_path(stem, positions):
     plain = vit.apply(params, image)
     view = View(SIZE, PATCH, (SIZE // PATCH) ** 2)
     np.testing.assert_array_equal(plain, vit.apply(params, image, None, view, KEYS))
+
+
+def test_padding_of_the_sequence_has_no_influence(monkeypatch):
+    """Nor a gradient of its own: a length that suits the attention kernel changes nothing."""
+    vit, params, image = tower()
+    view = View(SIZE, PATCH, 5)
+
+    def total(params):
+        return jnp.square(vit.apply(params, image, None, view, KEYS)).sum()
+
+    expected = jax.value_and_grad(total)(params)
+    monkeypatch.setattr("vlp_jax.models.vit.padded_length", lambda tokens, *_: tokens + 3)
+    padded = jax.value_and_grad(total)(params)
+    chex.assert_trees_all_close(padded, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("positions", ["learned", "sincos"])

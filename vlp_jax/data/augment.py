@@ -4,9 +4,13 @@ Random views of an image for invariance objectives are made here, from decoded u
 of random place, size and shape, resampled to the size of the view; a flip; jitter of brightness,
 contrast, saturation and hue in random order; grey; blur; solarisation (recipes: fact sheet of
 accelerated invariance pretraining, section 7). Every draw is a function of the example's key.
+
+Colours are changed plane by plane: with the channels as the last axis, every change would be passes
+of its own over memory instead of one for all that happens to a pixel (docs/perf.md).
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +25,8 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue in a luminance, as in torchvision
 _TRIES = 10  # crops that are drawn before the largest central one is taken, as in torchvision
 _SOLAR = 0.5  # values from here on are inverted
+
+Planes = tuple[jax.Array, jax.Array, jax.Array]  # red, green and blue: floating [B, S, S] each
 
 
 def normalize(image: jax.Array) -> jax.Array:
@@ -128,10 +134,10 @@ def random_view(
             jax.vmap(lambda k: jax.random.fold_in(k, 1))(parts[:, 4])
         )
         sigma = sigma * (size / (own_size or size))
-        view = _where(_coins(parts[:, 4], recipe.blur), blur(view, sigma), view)
+        view = blur(view, sigma, _coins(parts[:, 4], recipe.blur))
     if recipe.solarize:
         view = _where(_coins(parts[:, 5], recipe.solarize), solarize(view), view)
-    return view
+    return jnp.stack(view, axis=-1)
 
 
 def standardize(view: jax.Array) -> jax.Array:
@@ -175,25 +181,25 @@ def random_crops(keys: jax.Array, height: int, width: int, recipe: Recipe) -> Cr
     return jax.vmap(one)(keys)
 
 
-def crop_and_resize(image: jax.Array, crop: Crop, flip: jax.Array, size: int) -> jax.Array:
+def crop_and_resize(image: jax.Array, crop: Crop, flip: jax.Array, size: int) -> Planes:
     """Cut rectangles out and resample them: two products for each image.
 
     Bilinear, with a kernel as wide as the pixels of the view where it shrinks, as Pillow resizes;
     nothing outside the rectangle has an influence.
 
     Args:
-        image: floating [B, H, W, C].
+        image: floating [B, H, W, 3].
         crop: rectangles inside the images.
         flip: bool [B], mirrored.
         size: side of the result in pixels.
 
     Returns:
-        [B, size, size, C].
+        [B, size, size] of each channel.
     """
     rows = _resampling(crop.top, crop.height, image.shape[1], size)
     columns = _resampling(crop.left, crop.width, image.shape[2], size)
     columns = jnp.where(flip[:, None, None], columns[:, ::-1], columns)
-    return jnp.einsum("byh,bxw,bhwc->byxc", rows, columns, image, optimize="optimal")
+    return _planes(jnp.einsum("byh,bxw,bhwc->bcyx", rows, columns, image, optimize="optimal"))
 
 
 def _resampling(start: jax.Array, length: jax.Array, old: int, new: int) -> jax.Array:
@@ -208,65 +214,77 @@ def _resampling(start: jax.Array, length: jax.Array, old: int, new: int) -> jax.
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def grey(view: jax.Array) -> jax.Array:
-    """The luminance in all three channels: [B, S, S, 3] -> [B, S, S, 3]."""
-    return jnp.broadcast_to(_luminance(view), view.shape)
+def grey(view: Planes) -> Planes:
+    """The luminance in all three channels."""
+    luminance = _luminance(view)
+    return luminance, luminance, luminance
 
 
-def blur(view: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Gaussian blur: [B, S, S, 3], float32 [B] in pixels -> [B, S, S, 3].
+def blur(view: Planes, sigma: jax.Array, where: jax.Array) -> Planes:
+    """Gaussian blur of some pictures.
 
     What of the kernel lies outside the picture is left out, and the rest weighs more.
+
+    Args:
+        view: pictures.
+        sigma: standard deviation of the kernel in pixels, float32 [B].
+        where: bool [B], which pictures are blurred; the others are multiplied by ones.
     """
-    rows = _gaussian(sigma, view.shape[1])
-    columns = _gaussian(sigma, view.shape[2])
-    return jnp.einsum("byh,bxw,bhwc->byxc", rows, columns, view, optimize="optimal")
+    size = view[0].shape[-1]
+    kernel = jnp.where(where[:, None, None], _gaussian(sigma, size), jnp.eye(size)[None])
+    pictures = jnp.stack(view, axis=1)
+    return _planes(
+        jnp.einsum("byh,bxw,bchw->bcyx", kernel, kernel, pictures, optimize="optimal")
+    )
 
 
-def solarize(view: jax.Array) -> jax.Array:
-    """Values of a half and more are inverted: [B, S, S, 3] -> [B, S, S, 3]."""
-    return jnp.where(view < _SOLAR, view, 1.0 - view)
+def solarize(view: Planes) -> Planes:
+    """Values of a half and more are inverted."""
+    return _each(lambda x: jnp.where(x < _SOLAR, x, 1.0 - x), view)
 
 
-def adjust_brightness(view: jax.Array, factor: jax.Array) -> jax.Array:
-    """Every value times a factor: [B, S, S, 3], [B] -> [B, S, S, 3]."""
-    return _mixed(view, jnp.zeros_like(view), factor)
+def adjust_brightness(view: Planes, factor: jax.Array) -> Planes:
+    """Every value times a factor, float32 [B]."""
+    return _each(lambda x: _mixed(x, jnp.zeros((1, 1, 1)), factor), view)
 
 
-def adjust_contrast(view: jax.Array, factor: jax.Array) -> jax.Array:
-    """Away from the picture's mean luminance, or towards it: [B, S, S, 3], [B] -> [B, S, S, 3]."""
+def adjust_contrast(view: Planes, factor: jax.Array) -> Planes:
+    """Away from the picture's mean luminance, or towards it."""
     mean = _luminance(view).mean(axis=(1, 2), keepdims=True)
-    return _mixed(view, jnp.broadcast_to(mean, view.shape), factor)
+    return _each(lambda x: _mixed(x, mean, factor), view)
 
 
-def adjust_saturation(view: jax.Array, factor: jax.Array) -> jax.Array:
-    """Away from each pixel's luminance, or towards it: [B, S, S, 3], [B] -> [B, S, S, 3]."""
-    return _mixed(view, grey(view), factor)
+def adjust_saturation(view: Planes, factor: jax.Array) -> Planes:
+    """Away from each pixel's luminance, or towards it."""
+    luminance = _luminance(view)
+    return _each(lambda x: _mixed(x, luminance, factor), view)
 
 
-def adjust_hue(view: jax.Array, shift: jax.Array) -> jax.Array:
-    """Turn the hue by a share of the circle: [B, S, S, 3], [B] -> [B, S, S, 3]."""
-    largest, smallest = view.max(axis=-1), view.min(axis=-1)
-    span = largest - smallest
-    safe = jnp.where(span > 0, span, 1.0)
-    red, green, blue = (view[..., i] for i in range(3))
+def adjust_hue(view: Planes, shift: jax.Array) -> Planes:
+    """Turn the hue by a share of the circle, float32 [B]."""
+    red, green, blue = view
+    largest = jnp.maximum(jnp.maximum(red, green), blue)
+    span = largest - jnp.minimum(jnp.minimum(red, green), blue)
+    coloured = span > 0
+    safe = jnp.where(coloured, span, 1.0)
     sector = jnp.where(
         largest == red,
-        (green - blue) / safe % 6.0,
+        (green - blue) / safe,  # of [-1, 1]: below zero, a turn is added with the shift
         jnp.where(largest == green, (blue - red) / safe + 2.0, (red - green) / safe + 4.0),
     )
-    sector = (sector + 6.0 * shift[:, None, None]) % 6.0
+    sector = sector + 6.0 * shift[:, None, None]
 
-    def channel(offset: float) -> jax.Array:
+    def channel(offset: float, old: jax.Array) -> jax.Array:
         # The value of a hue at a channel: HSV to RGB without branches.
-        k = (offset + sector) % 6.0
-        return largest - span * jnp.clip(jnp.minimum(k, 4.0 - k), 0.0, 1.0)
+        k = offset + sector
+        k = k - 6.0 * jnp.floor(k / 6.0)
+        new = largest - span * jnp.clip(jnp.minimum(k, 4.0 - k), 0.0, 1.0)
+        return jnp.where(coloured, new, old)
 
-    turned = jnp.stack([channel(5.0), channel(3.0), channel(1.0)], axis=-1)
-    return jnp.where((span > 0)[..., None], turned, view)
+    return channel(5.0, red), channel(3.0, green), channel(1.0, blue)
 
 
-def _jitter(view: jax.Array, keys: jax.Array, recipe: Recipe) -> jax.Array:
+def _jitter(view: Planes, keys: jax.Array, recipe: Recipe) -> Planes:
     """The four changes of colour in an order of each example's own."""
 
     def draws(key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -292,14 +310,25 @@ def _jitter(view: jax.Array, keys: jax.Array, recipe: Recipe) -> jax.Array:
     return view
 
 
-def _luminance(view: jax.Array) -> jax.Array:
-    return (view * jnp.asarray(GREY)[None, None, None]).sum(axis=-1, keepdims=True)
+def _planes(pictures: jax.Array) -> Planes:
+    """[B, 3, S, S] -> three of [B, S, S]."""
+    return pictures[:, 0], pictures[:, 1], pictures[:, 2]
 
 
-def _mixed(view: jax.Array, other: jax.Array, factor: jax.Array) -> jax.Array:
+def _each(change: Callable[[jax.Array], jax.Array], view: Planes) -> Planes:
+    red, green, blue = view
+    return change(red), change(green), change(blue)
+
+
+def _luminance(view: Planes) -> jax.Array:
+    red, green, blue = (weight * plane for weight, plane in zip(GREY, view, strict=True))
+    return red + green + blue
+
+
+def _mixed(plane: jax.Array, other: jax.Array, factor: jax.Array) -> jax.Array:
     """``factor`` of one picture and the rest of another, cut to [0, 1]."""
-    factor = factor[:, None, None, None]
-    return jnp.clip(factor * view + (1.0 - factor) * other, 0.0, 1.0)
+    factor = factor[:, None, None]
+    return jnp.clip(factor * plane + (1.0 - factor) * other, 0.0, 1.0)
 
 
 def _gaussian(sigma: jax.Array, size: int) -> jax.Array:
@@ -318,5 +347,7 @@ def _coins(keys: jax.Array, probability: float) -> jax.Array:
     return jax.vmap(lambda key: jax.random.uniform(key))(keys) < probability
 
 
-def _where(condition: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
-    return jnp.where(condition[:, None, None, None], yes, no)
+def _where(condition: jax.Array, yes: Planes, no: Planes) -> Planes:
+    mine = condition[:, None, None]
+    red, green, blue = (jnp.where(mine, y, n) for y, n in zip(yes, no, strict=True))
+    return red, green, blue

@@ -7,7 +7,7 @@ float32.
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ def attention(
     dropout_noise: jax.Array | None = None,
     site: str = "",
     implementation: Implementation = "auto",
+    tokens: int | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention over several heads.
 
@@ -44,6 +45,8 @@ def attention(
         site: name of this attention in the model, for the dropout.
         implementation: ``xla``, ``cudnn`` (wherever there is neither mask nor dropout) or ``auto``
             (the same, but only where it was measured faster).
+        tokens: how many keys there are; those beyond are padding (``padded_length``), which nobody
+            sees, and what a query of a padding token gives is finite, no more. None: all.
 
     Returns:
         [..., Q, H, d] in the dtype of ``query``; zeros for a query that sees no key.
@@ -51,14 +54,10 @@ def attention(
     Raises:
         ValueError: dropout without ``dropout_noise``.
     """
-    measured_faster = (
-        jax.default_backend() == "gpu"
-        and query.dtype in (jnp.bfloat16, jnp.float16)
-        and key.shape[-3] >= CUDNN_MIN_KEYS
-    )
-    asked = implementation == "cudnn" or (implementation == "auto" and measured_faster)
-    if asked and mask is None and dropout_rate == 0.0:
-        return _cudnn_attention(query, key, value)
+    tokens = key.shape[-3] if tokens is None else tokens
+    if mask is None and dropout_rate == 0.0 and _by_cudnn(tokens, query.dtype, implementation):
+        return _cudnn_attention(query, key, value, tokens)
+    key, value = key[..., :tokens, :, :], value[..., :tokens, :, :]
     if dropout_rate > 0.0 and dropout_noise is None:
         raise ValueError("dropout_rate > 0 needs dropout_noise")
 
@@ -68,6 +67,30 @@ def attention(
         return dropout(weights, dropout_rate, dropout_noise, site)
 
     return _xla_attention(query, key, value, mask, drop)
+
+
+def padded_length(tokens: int, dtype: jnp.dtype, implementation: Implementation = "auto") -> int:
+    """To how many tokens a sequence is best padded for self-attention without mask or dropout.
+
+    cuDNN's kernel takes even lengths only. Padding the sequence once costs less than the queries,
+    keys and values of every layer, forward and backward (docs/perf.md).
+
+    Args:
+        tokens: of the sequence.
+        dtype: compute dtype.
+        implementation: as in ``attention``.
+    """
+    return tokens + tokens % 2 if _by_cudnn(tokens, dtype, implementation) else tokens
+
+
+def _by_cudnn(keys: int, dtype: Any, implementation: Implementation) -> bool:
+    """Whether attention to so many keys, all of them seen, is left to cuDNN."""
+    measured_faster = (
+        jax.default_backend() == "gpu"
+        and dtype in (jnp.bfloat16, jnp.float16)
+        and keys >= CUDNN_MIN_KEYS
+    )
+    return implementation == "cudnn" or (implementation == "auto" and measured_faster)
 
 
 def _xla_attention(
@@ -164,8 +187,10 @@ def _scores_backward(
 _scores.defvjp(_scores_forward, _scores_backward)
 
 
-def _cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Fused attention; odd lengths are padded, because cuDNN takes even ones only."""
+def _cudnn_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, tokens: int
+) -> jax.Array:
+    """Fused attention to the first ``tokens`` keys; odd lengths are padded to even ones."""
     queries, keys = query.shape[-3], key.shape[-3]
     rows = math.prod(query.shape[:-3])
 
@@ -173,15 +198,16 @@ def _cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.
         x = x.reshape(-1, *x.shape[-3:])
         return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
 
-    def lengths(tokens: int) -> jax.Array | None:
-        return jnp.full((rows,), tokens, jnp.int32) if queries % 2 or keys % 2 else None
+    def lengths(count: int) -> jax.Array | None:
+        all_real = tokens == keys and queries % 2 == 0 and keys % 2 == 0
+        return None if all_real else jnp.full((rows,), count, jnp.int32)
 
     out = jax.nn.dot_product_attention(
         padded(query),
         padded(key),
         padded(value),
         query_seq_lengths=lengths(queries),
-        key_value_seq_lengths=lengths(keys),
+        key_value_seq_lengths=lengths(tokens),
         implementation="cudnn",
     )
     return out[:, :queries].reshape(query.shape)

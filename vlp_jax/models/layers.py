@@ -5,12 +5,14 @@ Parameters are float32; ``dtype`` is the compute dtype. Layer norms and softmax 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.linear import default_kernel_init
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from vlp_jax.infra.sharding import constrain_batch
@@ -28,10 +30,20 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """x times the normal distribution function, exactly (arXiv 1606.08415).
+
+    By the error function of 0 to 4, which JAX's own, by its complement, spends three times the
+    arithmetic on to be exact in the far tail: there this one is off by 3e-8 x (docs/perf.md).
+    """
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1.0 + jax.lax.erf(math.sqrt(0.5) * wide))).astype(x.dtype)
+
+
 # Computed again for the gradient: a few operations, while to keep what they come to would write two
 # more arrays as wide as the widest of a block, and read them later (docs/perf.md).
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": jax.checkpoint(lambda x: jax.nn.gelu(x, approximate=False)),
+    "gelu": jax.checkpoint(gelu),
     "gelu_tanh": jax.checkpoint(lambda x: jax.nn.gelu(x, approximate=True)),
     "quick_gelu": jax.checkpoint(quick_gelu),
 }
@@ -163,6 +175,37 @@ Dense = functools.partial(nn.Dense, dot_general=dense_product)
 DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=dense_product)
 
 
+class HeadProjection(nn.Module):
+    """A dense layer to heads: [..., D] -> [..., H, d]; parameters as ``nn.DenseGeneral`` has them.
+
+    The bias is added before the heads are told apart, where XLA leaves it to the matrix product;
+    after that it would be a pass of its own over memory (docs/perf.md).
+
+    Attributes:
+        heads: H and d.
+        dtype: compute dtype.
+    """
+
+    heads: tuple[int, int]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Project every token."""
+        width, flat = x.shape[-1], math.prod(self.heads)
+
+        def kernel_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            return default_kernel_init(key, (width, flat)).reshape(shape)
+
+        kernel = self.param("kernel", kernel_init, (width, *self.heads))
+        bias = self.param("bias", nn.initializers.zeros_init(), self.heads)
+        dimensions = (((x.ndim - 1,), (0,)), ((), ()))
+        kernel = kernel.reshape(width, flat).astype(self.dtype)
+        x = dense_product(x.astype(self.dtype), kernel, dimensions)
+        x = x + bias.reshape((1,) * (x.ndim - 1) + (flat,)).astype(self.dtype)
+        return x.reshape(*x.shape[:-1], *self.heads)
+
+
 class KeyValue(NamedTuple):
     """What attention reads of a run of tokens, projected once and read by many queries.
 
@@ -218,9 +261,9 @@ class Attention(nn.Module):
         """Name the four projections."""
         c = self.config
         heads = (c.heads, c.width // c.heads)
-        self.query = DenseGeneral(heads, dtype=c.dtype)
-        self.key = DenseGeneral(heads, dtype=c.dtype)
-        self.value = DenseGeneral(heads, dtype=c.dtype)
+        self.query = HeadProjection(heads, c.dtype)
+        self.key = HeadProjection(heads, c.dtype)
+        self.value = HeadProjection(heads, c.dtype)
         self.out = DenseGeneral(c.width, axis=(-2, -1), dtype=c.dtype)
 
     def __call__(
@@ -229,6 +272,7 @@ class Attention(nn.Module):
         context: jax.Array | None,
         mask: jax.Array | None,
         noise: Noise,
+        tokens: int | None = None,
     ) -> jax.Array:
         """Attend.
 
@@ -240,12 +284,14 @@ class Attention(nn.Module):
             context: [..., K, D] with the leading dimensions of ``x``; None: self-attention.
             mask: bool [..., Q, K] or None.
             noise: of the dropout on attention weights, or None.
+            tokens: real ones of what is attended to, see ``attention``; None: all.
 
         Returns:
             [..., Q, D].
         """
         query = self.query(x)
-        return self._attend(query, self.project(x if context is None else context), mask, noise)
+        context = self.project(x if context is None else context)
+        return self._attend(query, context, mask, noise, tokens)
 
     def project(self, context: jax.Array) -> KeyValue:
         """Keys and values of a context: [..., K, D] -> [..., K, H, d] each."""
@@ -281,11 +327,17 @@ class Attention(nn.Module):
         return self.out(attention_over_memory(self.query(x), memory.key, memory.value, mask))
 
     def _attend(
-        self, query: jax.Array, context: KeyValue, mask: jax.Array | None, noise: Noise
+        self,
+        query: jax.Array,
+        context: KeyValue,
+        mask: jax.Array | None,
+        noise: Noise,
+        tokens: int | None = None,
     ) -> jax.Array:
         c = self.config
         if self.is_mutable_collection("intermediates"):
-            self.sow("intermediates", "weights", attention_weights(query, context.key, mask))
+            keys = context.key[..., :tokens, :, :]
+            self.sow("intermediates", "weights", attention_weights(query, keys, mask))
         out = attention(
             query,
             context.key,
@@ -295,6 +347,7 @@ class Attention(nn.Module):
             dropout_noise=noise,
             site=site(self, "weights"),
             implementation=c.attention,
+            tokens=tokens,
         )
         return self.out(out)
 
@@ -347,6 +400,7 @@ class Block(nn.Module):
         context: jax.Array | None = None,
         context_mask: jax.Array | None = None,
         noise: Noise = None,
+        tokens: int | None = None,
     ) -> jax.Array:
         """Apply the block.
 
@@ -356,13 +410,14 @@ class Block(nn.Module):
             context: [B, K, D], read by cross-attention.
             context_mask: bool [B or 1, S * N or N, K].
             noise: of the dropout, or None.
+            tokens: real ones of a stream, those beyond are padding; None: all.
 
         Returns:
             Same shape as ``x``.
         """
         if self.self_attention:
             h = self._enter("self_attention", x)
-            out = self.attend_self(h, None, mask, noise)
+            out = self.attend_self(h, None, mask, noise, tokens)
             x = self._leave("self_attention", x, out, noise)
         if self.cross_attention:
             if context is None:

@@ -19,6 +19,7 @@ from vlp_jax.compress.buckets import View
 from vlp_jax.compress.patch_scaling import kernel_resize, position_resize, sincos_positions
 from vlp_jax.compress.token_dropout import kept_patches, take_patches
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.attention import padded_length
 from vlp_jax.models.layers import ACTIVATIONS, Block, BlockConfig, Noise, dense_product, norm
 
 CONV_STRIDE = 4  # of the convolutions of the stem ``conv``
@@ -149,11 +150,14 @@ class ViT(nn.Module):
         first = class_token.astype(x.dtype) + class_position.astype(x.dtype)
         first = jnp.broadcast_to(first, (len(x), 1, block.width))
         x = jnp.concatenate([first, x + positions.astype(x.dtype)], axis=1)
+        if noise is None or not block.dropout:
+            length = padded_length(view.tokens, block.dtype, block.attention)
+            x = jnp.pad(x, ((0, 0), (0, length - view.tokens), (0, 0)))
         if c.pre_norm:
             x = norm(block, "pre_norm")(x)
         for layer in range(c.depth):
-            x = Block(block, name=f"block_{layer:02d}")(x, noise=noise)
-        return norm(block, "norm")(x)
+            x = Block(block, name=f"block_{layer:02d}")(x, noise=noise, tokens=view.tokens)
+        return norm(block, "norm")(x[:, : view.tokens])
 
     def _side(self, patch_size: int) -> int:
         """Side of a patch where it is projected."""
