@@ -233,9 +233,7 @@ def blur(view: Planes, sigma: jax.Array, where: jax.Array) -> Planes:
     size = view[0].shape[-1]
     kernel = jnp.where(where[:, None, None], _gaussian(sigma, size), jnp.eye(size)[None])
     pictures = jnp.stack(view, axis=1)
-    return _planes(
-        jnp.einsum("byh,bxw,bchw->bcyx", kernel, kernel, pictures, optimize="optimal")
-    )
+    return _planes(jnp.einsum("byh,bxw,bchw->bcyx", kernel, kernel, pictures, optimize="optimal"))
 
 
 def solarize(view: Planes) -> Planes:

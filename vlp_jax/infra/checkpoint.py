@@ -50,6 +50,7 @@ from vlp_jax.infra.manifest import (
     checksums,
     read_manifest,
     score,
+    verify,
     write_manifest,
 )
 from vlp_jax.infra.sharding import by_path, nested
@@ -308,6 +309,26 @@ def _set_aside(path: epath.Path) -> None:
     if aside.exists():
         aside.rmtree()
     path.rename(aside)
+
+
+def restore_step(directory: epath.PathLike, step: int, abstract_state: Any) -> Restored:
+    """Restore one checkpoint of a run that may be going on: nothing is renamed or deleted.
+
+    Args:
+        directory: the checkpoints of a run.
+        step: of the checkpoint.
+        abstract_state: see ``Checkpoints.restore_latest``.
+
+    Raises:
+        FileNotFoundError: there is none of this step.
+        DamagedCheckpointError: it is damaged.
+        CheckpointMismatchError: the state has other paths, shapes or dtypes.
+    """
+    root = epath.Path(directory).resolve() / str(step)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{directory} has no checkpoint of step {step}")
+    verify(root)
+    return _restore(root, step, abstract_state)
 
 
 def _restore(root: epath.Path, step: int, abstract_state: Any) -> Restored:

@@ -187,9 +187,7 @@ def _scores_backward(
 _scores.defvjp(_scores_forward, _scores_backward)
 
 
-def _cudnn_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, tokens: int
-) -> jax.Array:
+def _cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, tokens: int) -> jax.Array:
     """Fused attention to the first ``tokens`` keys; odd lengths are padded to even ones."""
     queries, keys = query.shape[-3], key.shape[-3]
     rows = math.prod(query.shape[:-3])

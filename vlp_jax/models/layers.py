@@ -31,10 +31,10 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution function, exactly (arXiv 1606.08415).
+    """The exact GELU, x times the normal distribution function (arXiv 1606.08415).
 
-    By the error function of 0 to 4, which JAX's own, by its complement, spends three times the
-    arithmetic on to be exact in the far tail: there this one is off by 3e-8 x (docs/perf.md).
+    By the error function. JAX's own takes the complement of it, several times the arithmetic, to be
+    exact in the far tail as well: there this one is off by 3e-8 x (docs/perf.md).
     """
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1.0 + jax.lax.erf(math.sqrt(0.5) * wide))).astype(x.dtype)
@@ -290,8 +290,8 @@ class Attention(nn.Module):
             [..., Q, D].
         """
         query = self.query(x)
-        context = self.project(x if context is None else context)
-        return self._attend(query, context, mask, noise, tokens)
+        read = self.project(x if context is None else context)
+        return self._attend(query, read, mask, noise, tokens)
 
     def project(self, context: jax.Array) -> KeyValue:
         """Keys and values of a context: [..., K, D] -> [..., K, H, d] each."""

@@ -25,7 +25,15 @@ from vlp_jax.train.bucket_schedule import Resolved, Views, resolve
 from vlp_jax.train.optim import optimizer
 from vlp_jax.train.schedule import Budget, learning_rate
 from vlp_jax.train.state import TrainState
-from vlp_jax.train.step import Moment, StepFunction, init_state, make_step, shared_passes
+from vlp_jax.train.step import (
+    GradientFunction,
+    Moment,
+    StepFunction,
+    init_state,
+    make_gradient,
+    make_step,
+    shared_passes,
+)
 
 
 class Program:
@@ -138,6 +146,12 @@ class Program:
             init = jax.jit(self._init, out_shardings=self.state_shardings)
             return init(jax.random.key(self.config.seed))
 
+    @property
+    def moment_spec(self) -> Moment:
+        """Shapes, dtypes and shardings of ``moment``."""
+        number = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.mesh))
+        return Moment._make([number, number])
+
     def batch_specs(self, bucket: StepBucket) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
         """Shapes, dtypes and shardings of the global batches of a bucket."""
         sharding = batch_sharding(self.mesh)
@@ -151,17 +165,18 @@ class Program:
             for name, sizes in bucket
         }
 
-    def step(self, bucket: StepBucket) -> StepFunction:
-        """The update of a bucket, not compiled."""
-        optim = self.config.optim
-        return make_step(
+    def gradient(self, bucket: StepBucket) -> GradientFunction:
+        """The gradient of a bucket's loss, not compiled."""
+        return make_gradient(
             self.objectives,
             {name: section.get("weight", 1.0) for name, section in self.config.objectives.items()},
-            self._optimizer,
-            optim.ema_decay,
-            optim.accumulation,
+            self.config.optim.accumulation,
             bucket,
         )
+
+    def step(self, bucket: StepBucket) -> StepFunction:
+        """The update of a bucket, not compiled."""
+        return make_step(self.gradient(bucket), self._optimizer, self.config.optim.ema_decay)
 
     def lower(self, bucket: StepBucket) -> jax.stages.Lowered:
         """Trace and lower the update of a bucket; the state is donated."""
@@ -171,9 +186,7 @@ class Program:
             out_shardings=(self.state_shardings, replicated(self.mesh)),
         )
         with jax.set_mesh(self.mesh):
-            number = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.mesh))
-            moment = Moment._make([number, number])
-            return jitted.lower(self.state_spec, self.batch_specs(bucket), moment)
+            return jitted.lower(self.state_spec, self.batch_specs(bucket), self.moment_spec)
 
     def bucket(self, planned: Bucket, step: int) -> StepBucket:
         """What update ``step`` is compiled for: the sizes of its batch, and its views."""

@@ -41,6 +41,19 @@ class Moment(NamedTuple):
 
 
 StepFunction = Callable[[TrainState, Batches, Moment], tuple[TrainState, Metrics]]
+GradientFunction = Callable[[TrainState, Batches, Moment], tuple[Any, "Losses"]]
+
+
+class Losses(NamedTuple):
+    """What comes with the gradient of a run's loss.
+
+    Attributes:
+        loss: the weighted sum of all objectives' losses, float32 [].
+        outputs: of every objective, by name.
+    """
+
+    loss: jax.Array
+    outputs: dict[str, LossOutput]
 
 
 def init_state(
@@ -118,15 +131,13 @@ def shared_passes(objectives: Sequence[Objective], accumulation: int) -> tuple[S
     )
 
 
-def make_step(
+def make_gradient(
     objectives: Sequence[Objective],
     weights: Mapping[str, float],
-    optimizer: optax.GradientTransformation,
-    ema_decay: float,
     accumulation: int,
     bucket: StepBucket,
-) -> StepFunction:
-    """The update function of one bucket, to be jitted with the state donated.
+) -> GradientFunction:
+    """The gradient of a run's loss in one bucket.
 
     Objectives of one batch share a pass of the image tower, forward and backward, and with it one
     noise of its dropout (``shared_passes``); where an objective is alone, its own noise is used.
@@ -134,22 +145,19 @@ def make_step(
     Args:
         objectives: all objectives of the run.
         weights: factor of each objective's loss, by name.
-        optimizer: see ``vlp_jax.train.optim``.
-        ema_decay: of the moving average; 0: none.
-        accumulation: micro-batches in one update, taken in strides from the global batch.
+        accumulation: micro-batches, taken in strides from the global batch.
         bucket: static sizes.
 
     Returns:
-        ``step(state, batches, moment) -> (state, metrics)``, metrics float32 [] each. The rate is
-        an argument, so that runs of any length and peak share one program.
+        ``gradient(state, batches, moment) -> (gradient of the parameters, losses)``; everything
+        random in it follows from ``state.rng`` and ``state.step``.
     """
     buckets = dict(bucket)
     whole = tuple(o for o in objectives if _whole(o, accumulation))
     split = tuple(o for o in objectives if not _whole(o, accumulation))
     shared = shared_passes(objectives, accumulation)
 
-    def step(state: TrainState, batches: Batches, moment: Moment) -> tuple[TrainState, Metrics]:
-        learning_rate = moment.learning_rate
+    def gradient(state: TrainState, batches: Batches, moment: Moment) -> tuple[Any, Losses]:
         step_rng = jax.random.fold_in(state.rng, state.step)
         keys = {
             objective.name: jax.random.fold_in(step_rng, index)
@@ -191,7 +199,29 @@ def make_step(
             grads = jax.tree.map(lambda total, g, f=factor: total + f * g, grads, part)
             loss += factor * output.loss.sum
             outputs[objective.name] = output
+        return grads, Losses(loss, outputs)
 
+    return gradient
+
+
+def make_step(
+    gradient: GradientFunction, optimizer: optax.GradientTransformation, ema_decay: float
+) -> StepFunction:
+    """The update function of one bucket, to be jitted with the state donated.
+
+    Args:
+        gradient: of the bucket, see ``make_gradient``.
+        optimizer: see ``vlp_jax.train.optim``.
+        ema_decay: of the moving average; 0: none.
+
+    Returns:
+        ``step(state, batches, moment) -> (state, metrics)``, metrics float32 [] each. The rate is
+        an argument, so that runs of any length and peak share one program.
+    """
+
+    def step(state: TrainState, batches: Batches, moment: Moment) -> tuple[TrainState, Metrics]:
+        learning_rate = moment.learning_rate
+        grads, (loss, outputs) = gradient(state, batches, moment)
         grad_norm = global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)

@@ -1,0 +1,363 @@
+"""Measure the gradient error of compressed images along a run, and derive a schedule from it.
+
+    python -m vlp_jax.main --config=configs/invariance.py:moco_v3 --workdir=runs/pilot \\
+        --config.checkpoint.every_percent=25.0 --config.checkpoint.keep_latest=9
+    python -m tools.gradient_error --config=configs/invariance.py:moco_v3 --workdir=runs/pilot \\
+        --config.compression.schedule=staged \\
+        --config.compression.buckets="('p16@64','p8@64k16','p8@64k32','whole')"
+    python -m vlp_jax.main --config=configs/invariance.py:moco_v3 --workdir=runs/fast \\
+        --config.compression.file=runs/pilot/gradient_error/schedule.json
+
+At every checkpoint of the run, and at its fresh parameters, the gradients of the same batches are
+compared in every bucket of ``config.compression`` (``vlp_jax.train.gradient_error``). Batches are
+those that follow the checkpoint in the run's order. Costs are measured here, on the update of each
+bucket, unless ``config.compression.costs`` gives them.
+
+Writes to ``WORKDIR/gradient_error`` (or ``--out``): ``table.md``, ``gradient_error.png``,
+``results.json``, and ``schedule.json``: at each checkpoint the bucket of the least cost-adjusted
+error, under costs that never fall, for ``config.compression.file``.
+"""
+
+import copy
+import dataclasses
+import json
+import pathlib
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from etils import epath
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict, config_flags
+
+from vlp_jax.data.loader import Loader
+from vlp_jax.infra.checkpoint import restore_step
+from vlp_jax.infra.checkpoint_reader import steps_of
+from vlp_jax.infra.command import bad_input, parse_flags
+from vlp_jax.infra.compilation import enable_compile_cache, set_gpu_flags
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.files import write_text
+from vlp_jax.infra.hardware import device_facts
+from vlp_jax.infra.mesh import global_batch
+from vlp_jax.infra.metrics import read_metrics
+from vlp_jax.train.bucket_schedule import Resolved, bucket_text
+from vlp_jax.train.gradient_error import (
+    MIN_BATCHES,
+    Estimate,
+    GradientErrors,
+    Probed,
+    derive,
+    stages_at,
+)
+from vlp_jax.train.initial import CHECKPOINT_FOLDER
+from vlp_jax.train.program import Program
+from vlp_jax.train.setup import TOKENIZER_FILE, Setup, prepare
+from vlp_jax.train.state import TrainState
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "of the run, with compression.buckets")
+_WORKDIR = flags.DEFINE_string("workdir", None, "of the run whose checkpoints are looked at")
+_STEPS = flags.DEFINE_list("checkpoints", None, "their steps; 0: fresh parameters; by default all")
+_BATCHES = flags.DEFINE_integer(
+    "batches", 64, "batches compared at each checkpoint", lower_bound=MIN_BATCHES
+)
+_UPDATE_COST = flags.DEFINE_float(
+    "update_cost", 1.0, "what one update may cost, in updates of whole images", lower_bound=1e-6
+)
+_TAIL = flags.DEFINE_float(
+    "tail_percent", 0.0, "share of the derived schedule, at its end, for whole images", 0.0, 99.0
+)
+_OUT = flags.DEFINE_string("out", None, "folder to write to; by default WORKDIR/gradient_error")
+
+_TIMED, _REPEATS = 8, 3  # updates in one timing, and timings
+_AHEAD = 4  # batches on the devices at a time, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Of one checkpoint.
+
+    Attributes:
+        step: its updates.
+        progress: share of its run's budget.
+        estimates: of every bucket, in the order of the config's.
+    """
+
+    step: int
+    progress: float
+    estimates: Sequence[Estimate]
+
+
+def measure(config: ConfigDict, workdir: pathlib.Path, out: pathlib.Path) -> None:
+    """Measure, derive, and write everything that the module names.
+
+    Args:
+        config: of the run, with ``compression.buckets``.
+        workdir: of the run.
+        out: made if absent.
+
+    Raises:
+        ConfigError, ValueError, OSError: the message names the key or the file.
+    """
+    checkpoints, total = _checkpoints(workdir)
+    if not config.compression.schedule or config.compression.file:
+        raise ConfigError(
+            "compression.schedule",
+            "says what is to be compared, together with compression.buckets",
+            "Give both, and no compression.file",
+        )
+    config.tokenizer.path = str(workdir / TOKENIZER_FILE)
+    config.checkpoint.best_metric = ""
+    with config.unlocked():
+        config.evals = ConfigDict()
+    if config.compile_cache != "off":
+        enable_compile_cache(config.compile_cache or workdir / "compile_cache")
+    with tempfile.TemporaryDirectory() as scratch:
+        setup = prepare(config, pathlib.Path(scratch))
+        program, names = setup.program, [bucket_text(b) for b in setup.program.compression.buckets]
+        out.mkdir(parents=True, exist_ok=True)
+        errors = GradientErrors(program, program.compression.buckets)
+        fresh, _ = setup.first_state()
+        costs = program.compression.costs
+        if not config.compression.costs:
+            costs = _measured_costs(setup, fresh)
+        found = []
+        for step in checkpoints:
+            state = fresh if step == 0 else _restore(workdir, step, program)
+            estimates = errors.measure(
+                state, _probed(setup, errors, step), costs, _UPDATE_COST.value
+            )
+            found.append(Measured(step, _progress(workdir, step, total), estimates))
+            print(_table(names, costs, found[-1]), flush=True)
+    _write(out, setup, names, costs, found, errors)
+
+
+def _checkpoints(workdir: pathlib.Path) -> tuple[list[int], int]:
+    """Steps to look at, in order, and the updates of the run."""
+    facts = workdir / "run.json"
+    if not facts.is_file():
+        raise ValueError(f"--workdir={workdir} holds no run: {facts.name} is absent")
+    there = [0, *sorted(steps_of(_folder(workdir)))]
+    asked = there
+    if _STEPS.value:
+        if not all(step.isdigit() for step in _STEPS.value):
+            raise ValueError(f"--checkpoints={','.join(_STEPS.value)}: write steps, such as 0,500")
+        asked = sorted({int(step) for step in _STEPS.value})
+        missing = sorted(set(asked) - set(there))
+        if missing:
+            raise ValueError(
+                f"--checkpoints: {workdir} has none of step {missing[0]}; there are "
+                f"{', '.join(map(str, there))}"
+            )
+    return asked, json.loads(facts.read_text())["total_steps"]
+
+
+def _folder(workdir: pathlib.Path) -> epath.Path:
+    return epath.Path(workdir) / CHECKPOINT_FOLDER
+
+
+def _restore(workdir: pathlib.Path, step: int, program: Program) -> TrainState:
+    state: TrainState = restore_step(_folder(workdir), step, program.state_spec).state
+    return state
+
+
+def _progress(workdir: pathlib.Path, step: int, total: int) -> float:
+    """Share of the budget that the run had spent: of updates, where it did not compress."""
+    spent = {
+        record["step"]: record["compression/budget_share"]
+        for record in read_metrics(workdir)
+        if "compression/budget_share" in record and record["step"] <= step
+    }
+    if spent and step:
+        return float(spent[max(spent)])
+    return min(1.0, step / total)
+
+
+def _probed(setup: Setup, errors: GradientErrors, start: int) -> Any:
+    """The batches that follow a checkpoint, put on the devices one after the other."""
+    steps = range(start, start + _BATCHES.value)
+    errors.compile(dict.fromkeys(setup.plan.batch(step).bucket for step in steps))
+    with Loader(
+        setup.plan,
+        steps.start,
+        steps.stop,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        workers=setup.config.data.workers,
+        threads=setup.config.data.threads,
+        prefetch=max(setup.config.data.threads, _AHEAD),
+        extra_fields=setup.program.extra_fields,
+    ) as loader:
+        for step, host in zip(steps, loader, strict=True):
+            arrays = global_batch(host, setup.mesh)
+            batches = dict.fromkeys(setup.program.batch_names, arrays)
+            yield Probed(step, setup.plan.batch(step).bucket, batches)
+
+
+def _measured_costs(setup: Setup, state: TrainState) -> tuple[float, ...]:
+    """What an update of each bucket costs, as a share of one of whole images."""
+    program = setup.program
+    planned = setup.plan.batch(0)
+    with Loader(setup.plan, 0, 1, threads=0, extra_fields=program.extra_fields) as loader:
+        arrays = global_batch(next(loader), setup.mesh)
+    batches = dict.fromkeys(program.batch_names, arrays)
+    seconds = {}
+    for views in dict.fromkeys(((), *program.compression.buckets)):
+        sizes = dataclasses.replace(planned.bucket, views=views)
+        step = program.lower(tuple((name, sizes) for name in program.batch_names)).compile()
+        own, moment = jax.tree.map(jnp.copy, state), program.moment(0)
+        timings = []
+        for repeat in range(_REPEATS + 1):
+            begun = time.perf_counter()
+            for _ in range(_TIMED):
+                own, _ = step(own, batches, moment)
+            jax.block_until_ready(own)
+            if repeat:  # the first one warms up
+                timings.append((time.perf_counter() - begun) / _TIMED)
+        seconds[views] = statistics.median(timings)
+    return tuple(seconds[views] / seconds[()] for views in program.compression.buckets)
+
+
+def _table(names: Sequence[str], costs: Sequence[float], measured: Measured) -> str:
+    """Of one checkpoint, in Markdown; figures relative to the variance of whole images."""
+    lines = [
+        f"Step {measured.step:,}, {measured.progress:.0%} of the budget; in units of the mean of "
+        "the buckets' variances, +- one standard error",
+        "",
+        "| bucket | cost | squared bias | variance | CA-MSE | by Adam's scale: bias | CA-MSE |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    unit = float(np.mean([e.variance for e in measured.estimates])) or 1.0
+    adam = float(np.mean([e.adam_mse for e in measured.estimates])) or 1.0
+    least = min(e.mse for e in measured.estimates)
+    for name, cost, e in zip(names, costs, measured.estimates, strict=True):
+        mark = "**" if e.mse == least else ""
+        lines.append(
+            f"| `{name}` | {cost:.3f} | {e.bias / unit:.4f} ± {e.bias_error / unit:.4f} "
+            f"| {e.variance / unit:.3f} ± {e.variance_error / unit:.3f} "
+            f"| {mark}{e.mse / unit:.3f}{mark} ± {e.mse_error / unit:.3f} "
+            f"| {e.adam_bias / adam:.4f} | {e.adam_mse / adam:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _write(
+    out: pathlib.Path,
+    setup: Setup,
+    names: Sequence[str],
+    costs: Sequence[float],
+    found: Sequence[Measured],
+    errors: GradientErrors,
+) -> None:
+    program = setup.program
+    mse = np.array([[estimate.mse for estimate in m.estimates] for m in found])
+    choices = derive(mse, costs)
+    facts = {"command": shlex.join(["python", "-m", "tools.gradient_error", *sys.argv[1:]])}
+    facts |= device_facts()
+    order = list(dict.fromkeys(choices))
+    stages = stages_at([m.progress for m in found], [order.index(choice) for choice in choices])
+    schedule = Resolved(
+        tuple(program.compression.buckets[choice] for choice in order),
+        tuple(costs[choice] for choice in order),
+        stages,
+        (),
+        _TAIL.value / 100,
+    )
+    schedule.write(out / "schedule.json", program.made_for, facts)
+    results = {
+        "costs": dict(zip(names, costs, strict=True)),
+        "update_cost": _UPDATE_COST.value,
+        "batches": _BATCHES.value,
+        "checkpoints": [
+            {
+                "step": m.step,
+                "progress": m.progress,
+                "choice": names[choice],
+                "estimates": {
+                    name: {k: v if np.isfinite(v) else None for k, v in e._asdict().items()}
+                    for name, e in zip(names, m.estimates, strict=True)
+                },
+            }
+            for m, choice in zip(found, choices, strict=True)
+        ],
+        "compile_seconds": round(sum(errors.seconds.values()), 1),
+        "facts": facts,
+    }
+    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+    parts = [f"`{facts['command']}`\n", *(_table(names, costs, m) for m in found)]
+    ends = [0.0, *(end for end, _ in stages)]
+    parts.append("Derived schedule:\n\n| of the budget | bucket | cost |\n| --- | --- | ---: |")
+    table = "\n".join(parts)
+    for start, (end, number) in zip(ends, stages, strict=False):
+        chosen = order[number]
+        table += f"\n| {start:.0%} to {end:.0%} | `{names[chosen]}` | {costs[chosen]:.3f} |"
+    write_text(out / "table.md", table + "\n")
+    _draw(out / "gradient_error.png", names, costs, found, choices)
+    print(table.rsplit("Derived schedule", 1)[1].strip(": \n"))
+    print(f"written: {out}")
+
+
+def _draw(
+    file: pathlib.Path,
+    names: Sequence[str],
+    costs: Sequence[float],
+    found: Sequence[Measured],
+    choices: Sequence[int],
+) -> None:
+    """Cost-adjusted error, squared bias and cost-adjusted variance over the run."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    panels = figure.subplots(1, 3)
+    progress = [100 * m.progress for m in found]
+    # Scales differ from one checkpoint to the next by far: each is its own unit.
+    units = np.array([np.mean([e.variance for e in m.estimates]) for m in found])
+    for index, (name, cost) in enumerate(zip(names, costs, strict=True)):
+        mine = [m.estimates[index] for m in found]
+        curves = (
+            ([e.mse for e in mine], [e.mse_error for e in mine]),
+            ([e.bias for e in mine], [e.bias_error for e in mine]),
+            ([cost * e.variance for e in mine], [cost * e.variance_error for e in mine]),
+        )
+        for axes, (values, spreads) in zip(panels, curves, strict=True):
+            axes.errorbar(
+                progress,
+                np.array(values) / units,
+                np.array(spreads) / units,
+                marker="o",
+                markersize=3,
+                capsize=2,
+                label=f"{name} (cost {cost:.2f})",
+            )
+    chosen = [m.estimates[choice].mse for m, choice in zip(found, choices, strict=True)]
+    panels[0].plot(progress, np.array(chosen) / units, "k*", markersize=11, label="derived")
+    titles = ("cost-adjusted error", "squared bias", "cost-adjusted variance")
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title)
+        axes.set_xlabel("share of the budget, %")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("in units of the buckets' mean variance")
+    panels[0].legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure what the command line names."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected {argv[1]!r}")
+    if _CONFIG.value is None or not _WORKDIR.value:
+        raise app.UsageError("--config=configs/NAME.py and --workdir=RUN are needed")
+    workdir = pathlib.Path(_WORKDIR.value)
+    with bad_input():
+        out = pathlib.Path(_OUT.value) if _OUT.value else workdir / "gradient_error"
+        measure(copy.deepcopy(_CONFIG.value), workdir, out)
+
+
+if __name__ == "__main__":
+    set_gpu_flags()
+    app.run(main, flags_parser=parse_flags)
