@@ -49,9 +49,9 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
-        # The public code of caption metrics, with which tests compare ours where it is installed;
-        # nothing else needs it. It is 104 MB, part Java, and its BLEU not for commercial use.
-        "parity": ["pycocoevalcap>=1.2"],
+        # Public code with which tests compare ours where it is installed; nothing else needs it.
+        # That of the caption metrics is 104 MB, part Java, and its BLEU not for commercial use.
+        "parity": ["pycocoevalcap>=1.2", "scikit-learn>=1.5"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "test": ["mypy>=1.15", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.11"],
         "wandb": ["wandb>=0.19"],

@@ -8,7 +8,13 @@ from tests.evals.conftest import announced
 from vlp_jax.data.augment import normalize
 from vlp_jax.data.build import build_source
 from vlp_jax.evals import build_evaluators
-from vlp_jax.evals.neighbours import TEMPERATURE, rankme, uniformity, weighted_votes
+from vlp_jax.evals.neighbours import (
+    TEMPERATURE,
+    alignment,
+    rankme,
+    uniformity,
+    weighted_votes,
+)
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import make_mesh
 from vlp_jax.models.vit import ViT
@@ -86,6 +92,13 @@ def test_uniformity_is_lower_the_more_even_they_lie():
     one /= np.linalg.norm(one, axis=1, keepdims=True)
     assert uniformity(even) < uniformity(one) < uniformity(np.tile(even[:1], (9, 1))) + 1e-9
     assert uniformity(np.tile(even[:1], (9, 1))) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_alignment_is_of_pictures_that_agree_in_every_label():
+    units = np.eye(4)[[0, 1, 2, 0]]
+    labels = {"shape": np.array([1, 1, 1, 1]), "colour": np.array([0, 0, 5, 0])}
+    assert alignment(units, labels) == pytest.approx((2 + 0 + 2) / 3)
+    assert alignment(units, {"shape": np.arange(4)}) is None
 
 
 @pytest.mark.parametrize(

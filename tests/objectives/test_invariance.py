@@ -196,7 +196,7 @@ def test_a_collapse_is_no_accuracy(kind, batch):
     flat = jax.tree.map(jnp.zeros_like, params[f"{kind}_{last}"])
     output = objective.loss({**params, f"{kind}_{last}": flat}, extras, batch, KEY, SIZES)
     figures = {name: float(mean.sum / mean.weight) for name, mean in output.metrics.items()}
-    assert figures == {"accuracy": 0.0, "embedding_std": 0.0}
+    assert figures == {"accuracy": 0.0, "embedding_std": 0.0, "alignment": 0.0}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,9 @@ from vlp_jax.evals.base import EvalContext, Evaluator
 from vlp_jax.evals.captioning import Captioning
 from vlp_jax.evals.cloze import Cloze
 from vlp_jax.evals.explain import Explain
+from vlp_jax.evals.few_shot import FewShot
 from vlp_jax.evals.heldout import Heldout
+from vlp_jax.evals.linear_probe import LinearProbe
 from vlp_jax.evals.neighbours import Neighbours
 from vlp_jax.evals.reconstruction import Reconstruction
 from vlp_jax.evals.retrieval import Retrieval
@@ -18,7 +20,9 @@ EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {
     "captioning": Captioning,
     "cloze": Cloze,
     "explain": Explain,
+    "few_shot": FewShot,
     "heldout": Heldout,
+    "linear_probe": LinearProbe,
     "neighbours": Neighbours,
     "reconstruction": Reconstruction,
     "retrieval": Retrieval,

@@ -129,7 +129,7 @@ class Invariance(Defaults, abc.ABC):
 
     @abc.abstractmethod
     def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embedded:
-        """Unit vectors that ``compare`` takes, float32 [B, E] each; the first view's come first.
+        """Unit vectors that ``compare`` takes, float32 [B, E] each; both views' come first.
 
         Args:
             params: of the run.
@@ -160,7 +160,12 @@ class Invariance(Defaults, abc.ABC):
         extras, target = self.renewed(params, extras, drawn)
         embedded = self.embeddings(params, target, drawn)
         losses, metrics = self.compare(embedded, valid)
-        metrics = {**metrics, "embedding_std": spread(embedded[0], valid)}
+        apart = jnp.square(embedded[0] - embedded[1]).sum(axis=1)
+        metrics = {
+            **metrics,
+            "embedding_std": spread(embedded[0], valid),
+            "alignment": valid_mean(jax.lax.stop_gradient(apart), valid),
+        }
         return LossOutput(valid_mean(losses, valid), extras, metrics)
 
     def init(
