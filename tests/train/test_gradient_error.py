@@ -196,7 +196,7 @@ def test_products_of_sketches_are_those_of_the_trees_on_average():
     one, other = ({"a": draw.normal(size=(300, 100)), "b": draw.normal(size=50)} for _ in range(2))
     other = {key: 0.5 * one[key] + other[key] for key in other}
     flat = [np.concatenate([np.ravel(t["a"]), t["b"]]) for t in (one, other)]
-    a, b = (np.asarray(sketch(jax.tree.map(jnp.asarray, t))) for t in (one, other))
+    a, b = (np.asarray(sketch(jax.tree.map(jnp.asarray, t), jnp.uint32(7))) for t in (one, other))
     norm = np.linalg.norm(flat[0]) * np.linalg.norm(flat[1])
     assert abs(a @ b - flat[0] @ flat[1]) < 4 * norm / np.sqrt(len(a))
     assert a @ a == pytest.approx(flat[0] @ flat[0], rel=0.06)

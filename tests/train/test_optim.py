@@ -141,6 +141,19 @@ def test_matches_optax_adamw() -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)
 
 
+@pytest.mark.parametrize(("progress", "decay"), [(0.0, 0.04), (0.5, 0.22), (1.0, 0.4)])
+def test_decay_goes_along_a_cosine_to_its_end(progress: float, decay: float) -> None:
+    config = optim_config()
+    config.update(weight_decay=0.04, final_weight_decay=0.4)
+    transform = optimizer(config, WEIGHTS)
+    updates, _ = transform.update(
+        GRADIENTS, transform.init(WEIGHTS), WEIGHTS, progress=jnp.float32(progress)
+    )
+    expected = [[1.0 + decay * 1.0, decay * -2.0]]
+    np.testing.assert_allclose(updates["kernel"], expected, atol=1e-5)
+    np.testing.assert_allclose(updates["bias"], [-1.0], rtol=1e-5)  # vectors do not decay
+
+
 @pytest.mark.parametrize(("clip", "scale"), [(0.0, 1.0), (1.0, 0.2), (50.0, 1.0)])
 def test_clipping_by_global_norm(clip: float, scale: float) -> None:
     """Seen through a large eps, with which Adam's first step is linear in the gradient (norm 5)."""

@@ -40,6 +40,8 @@ _LATER: Mapping[str, Any] = {
         "tail_percent": 0.0,
     },
     "model.image.positions": "learned",
+    "model.image.drop_path": 0.0,
+    "optim.final_weight_decay": None,
 }
 # A rate that ends above this share of its peak has not been annealed.
 _ANNEALED = 0.2
@@ -354,7 +356,7 @@ def _plain(config: ConfigDict, without: Iterable[str]) -> dict[str, Any]:
         section.pop(last, None)
     for key, value in _LATER.items():
         section, last = _parent(result, key)
-        if section.get(last) == value:
+        if last in section and section[last] == value:
             del section[last]
     return result
 

@@ -6,7 +6,7 @@ is that of ``infra/checkpoint.py``.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -48,6 +48,7 @@ def load_params(
     step: int | Literal["latest", "best"] = "latest",
     subtree: str | Sequence[str] = "params",
     ranking: tuple[str, BestMode] | None = None,
+    overlays: Sequence[str] | Callable[[Mapping[str, Any]], Sequence[str]] = (),
 ) -> Restored:
     """Read one subtree of a checkpoint, without knowing the type of the state it was saved in.
 
@@ -58,6 +59,8 @@ def load_params(
             that is there is read.
         ranking: metric and mode of the best one; by default those that the newest checkpoint was
             to be ranked by.
+        overlays: paths of subtrees whose leaves take the place of those of the same path within
+            the first; or what gives them for the extra.
 
     Returns:
         The subtree as nested dicts of NumPy arrays in the dtypes saved, its step, and the extra.
@@ -65,7 +68,7 @@ def load_params(
     Raises:
         FileNotFoundError: there is no such checkpoint.
         DamagedCheckpointError: it is damaged (for "latest" and "best": all candidates are).
-        CheckpointMismatchError: it has no such subtree.
+        CheckpointMismatchError: it has no such subtree, or a leaf of an overlay has no place in it.
     """
     root, manifest = _find(epath.Path(directory).resolve(), step, ranking)
     asked = [subtree] if isinstance(subtree, str) else subtree
@@ -75,15 +78,24 @@ def load_params(
         raise CheckpointMismatchError(
             f"{root} holds no {' or '.join(map(repr, asked))}; its top level is {', '.join(there)}"
         )
-    prefix = f"{found[0]}/"
+    extra = read_extra(root)
+    places: dict[str, str] = {}  # path in the result -> where it is read
+    for part in (found[0], *(overlays(extra) if callable(overlays) else overlays)):
+        own = {p.removeprefix(f"{part}/"): p for p in manifest.arrays if p.startswith(f"{part}/")}
+        lost = sorted(set(own) - set(places)) if places else []
+        if lost or not own:
+            problem = f"holds {lost[0]}, which {found[0]} does not" if own else "is absent"
+            raise CheckpointMismatchError(f"{root}: {part} {problem}")
+        places |= own
+    wanted = set(places.values())
     abstract = {
         path: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
         for path, (shape, dtype) in manifest.arrays.items()
-        if path.startswith(prefix)
+        if path in wanted
     }
     restored = read_arrays(root, abstract, as_numpy=True)
-    params = nested({path.removeprefix(prefix): leaf for path, leaf in restored.items()})
-    return Restored(params, manifest.step, read_extra(root))
+    params = nested({path: restored[place] for path, place in places.items()})
+    return Restored(params, manifest.step, extra)
 
 
 def has_checkpoint(directory: epath.PathLike) -> bool:

@@ -55,10 +55,11 @@ def _uniform_bits(shape: tuple[int, ...], noise: jax.Array, site: str) -> jax.Ar
         along_axis = np.arange(shape[axis], dtype=np.uint32) * np.uint32(stride)
         bits += jax.lax.broadcast_in_dim(along_axis, shape, (axis,))
         stride *= shape[axis]
-    return _mix(_mix(bits) ^ jnp.broadcast_to(second, shape))
+    return mix_bits(mix_bits(bits) ^ jnp.broadcast_to(second, shape))
 
 
-def _mix(bits: jax.Array) -> jax.Array:
+def mix_bits(bits: jax.Array) -> jax.Array:
+    """Bits that look random, by Murmur3's finaliser: uint32 -> uint32, one to one."""
     bits ^= bits >> jnp.uint32(16)
     bits *= jnp.uint32(0x85EBCA6B)
     bits ^= bits >> jnp.uint32(13)

@@ -168,6 +168,51 @@ class ProjectionHead(nn.Module):
         return sum(2.0 * a * b for a, b in itertools.pairwise(widths))
 
 
+class PrototypeHead(nn.Module):
+    """How near features are to prototypes: [B, F] -> float32 [B, K], cosines.
+
+    As DINO's head: dense layers with GELU between them to a bottleneck, whose unit vectors are
+    multiplied with unit prototypes.
+
+    Attributes:
+        layers: dense layers.
+        hidden_dim: width of all but the last.
+        embedding_dim: of the bottleneck.
+        prototypes: K.
+        dtype: compute dtype of the dense layers.
+    """
+
+    layers: int
+    hidden_dim: int
+    embedding_dim: int
+    prototypes: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Compare features with all prototypes."""
+        small = nn.initializers.truncated_normal(0.02)
+        widths = [*[self.hidden_dim] * (self.layers - 1), self.embedding_dim]
+        for layer, width in enumerate(widths):
+            name = f"dense_{layer}"
+            x = Dense(width, dtype=self.dtype, kernel_init=small, name=name)(x)
+            if layer < self.layers - 1:
+                x = ACTIVATIONS["gelu"](x)
+        kernel = self.param("prototypes", small, (self.embedding_dim, self.prototypes))
+        near = jnp.dot(
+            unit(x.astype(jnp.float32)).astype(self.dtype),
+            unit(kernel.T).T.astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return near
+
+    def flops(self, features: int) -> float:
+        """Forward FLOPs of one example with so many features."""
+        hidden = [self.hidden_dim] * (self.layers - 1)
+        widths = [features, *hidden, self.embedding_dim, self.prototypes]
+        return sum(2.0 * a * b for a, b in itertools.pairwise(widths))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _at_most(limit: float, x: jax.Array) -> jax.Array:
     """The smaller of both; beyond the limit the gradient leads back, and no further out.

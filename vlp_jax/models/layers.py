@@ -61,6 +61,8 @@ class BlockConfig:
         norm_eps: added to the variance.
         activation: key of ``ACTIVATIONS``.
         dropout: rate on attention weights and on the output of every branch.
+        drop_path: probability that a branch is left out for an example (stochastic depth, arXiv
+            1603.09382); those that stay weigh more.
         attention: implementation asked of ``attention``.
         dtype: compute dtype.
     """
@@ -72,6 +74,7 @@ class BlockConfig:
     norm_eps: float = 1e-5
     activation: str = "gelu"
     dropout: float = 0.0
+    drop_path: float = 0.0
     attention: Implementation = "auto"
     dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype("float32"))
 
@@ -84,6 +87,8 @@ class BlockConfig:
             raise ValueError(
                 f"model.attention={self.attention!r} is none of {get_args(Implementation)}"
             )
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"drop_path {self.drop_path} is no probability below 1")
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm {self.norm!r} is neither 'pre' nor 'post'")
 
@@ -479,7 +484,11 @@ class Block(nn.Module):
     def _leave(self, name: str, x: jax.Array, out: jax.Array, noise: Noise) -> jax.Array:
         """Add what a branch has made of it."""
         c = self.config
-        x = row_major(x + drop(self, name, out, c.dropout, noise))
+        out = drop(self, name, out, c.dropout, noise)
+        if noise is not None and c.drop_path:
+            ones = jnp.ones((len(out),) + (1,) * (out.ndim - 1), out.dtype)
+            out = out * drop(self, f"{name}_path", ones, c.drop_path, noise)
+        x = row_major(x + out)
         return row_major(self._norm(name)(x)) if c.norm == "post" else x
 
     def _norm(self, branch: str) -> nn.LayerNorm:

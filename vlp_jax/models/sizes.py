@@ -123,6 +123,7 @@ def model_config(size: str) -> ConfigDict:
                 "stem": "patch",
                 "pre_norm": False,
                 "positions": "learned",
+                "drop_path": 0.0,
                 **chosen["image"],
             },
             "text": {**block, "norm": "pre", **chosen["text"]},

@@ -50,6 +50,11 @@ class ViTConfig:
     pre_norm: bool = False
     positions: Literal["learned", "sincos"] = "learned"
 
+    def block_of(self, layer: int) -> BlockConfig:
+        """What a block is: the probability to be left out rises linearly to the last one's."""
+        rate = self.block.drop_path * layer / max(1, self.depth - 1)
+        return dataclasses.replace(self.block, drop_path=rate)
+
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
             raise ValueError(
@@ -156,7 +161,9 @@ class ViT(nn.Module):
         if c.pre_norm:
             x = norm(block, "pre_norm")(x)
         for layer in range(c.depth):
-            x = Block(block, name=f"block_{layer:02d}")(x, noise=noise, tokens=view.tokens)
+            x = Block(c.block_of(layer), name=f"block_{layer:02d}")(
+                x, noise=noise, tokens=view.tokens
+            )
         return norm(block, "norm")(x[:, : view.tokens])
 
     def _side(self, patch_size: int) -> int:

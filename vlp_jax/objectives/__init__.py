@@ -13,6 +13,7 @@ from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import Objective
 from vlp_jax.objectives.classification import NLVR2, VQA, Classification
 from vlp_jax.objectives.contrastive import ITC, ITM
+from vlp_jax.objectives.dino import DINO
 from vlp_jax.objectives.flm import FLM
 from vlp_jax.objectives.invariance import MoCoV3, SimCLR, SimSiam
 from vlp_jax.objectives.single_stream import AR, MLM, PrefixLM
@@ -30,6 +31,7 @@ OBJECTIVES: Mapping[str, type[Any]] = {  # each an ``Objective``
     "simclr": SimCLR,
     "simsiam": SimSiam,
     "moco_v3": MoCoV3,
+    "dino": DINO,
 }
 
 # Keys of a section that are read here or by the step, and arguments that are not keys.

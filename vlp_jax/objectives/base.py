@@ -62,6 +62,9 @@ class Objective(Protocol):
             statistics), so that gradient accumulation must not cut the batch.
         extra_fields: keys of ``data.batch.EXTRA_FIELDS`` that it reads.
         views: how many views of a bucket it tells apart.
+        served: key of its extras that hold what takes the place of parameters of the same name
+            where the model is used: by evaluators, and by runs that start from this one. Empty:
+            nothing does.
         image_encoder: the model by which its loss encodes the batch's ``image``, through
             ``image_tokens`` alone; several objectives of one batch then share one pass. None: it
             encodes no image, or in a way of its own.
@@ -77,6 +80,8 @@ class Objective(Protocol):
     def extra_fields(self) -> tuple[str, ...]: ...  # noqa: D102
     @property
     def views(self) -> int: ...  # noqa: D102
+    @property
+    def served(self) -> str: ...  # noqa: D102
     @property
     def image_encoder(self) -> VisionLanguageModel | None: ...  # noqa: D102
     @classmethod
@@ -130,6 +135,7 @@ class Defaults:
     splittable: ClassVar[bool] = True
     extra_fields: ClassVar[tuple[str, ...]] = ()
     views: ClassVar[int] = 1
+    served: ClassVar[str] = ""
 
     @property
     def image_encoder(self) -> VisionLanguageModel | None:

@@ -25,7 +25,7 @@ from vlp_jax.data.augment import Recipe, random_view, standardize
 from vlp_jax.data.batch import PAIRS, Batch
 from vlp_jax.infra.errors import ConfigError, unknown_key
 from vlp_jax.models.flops import vit_flops
-from vlp_jax.models.heads import ProjectionHead, unit
+from vlp_jax.models.heads import ProjectionHead, PrototypeHead, unit
 from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.models.vit import ViT
 from vlp_jax.objectives.base import (
@@ -35,6 +35,8 @@ from vlp_jax.objectives.base import (
     LossOutput,
     Mean,
     Params,
+    Seen,
+    batch_noise,
     example_keys,
     seen_part,
     zeros,
@@ -42,6 +44,7 @@ from vlp_jax.objectives.base import (
 from vlp_jax.objectives.similarity import info_nce, nt_xent, spread, valid_mean
 
 TOWER = "image_tower"
+_PATHS = 0xD9  # folded into a picture's key for the paths that are dropped
 
 Embedded = tuple[jax.Array, ...]
 Compared = tuple[jax.Array, Mapping[str, Mean]]
@@ -60,11 +63,11 @@ class Heads(NamedTuple):
     """What an objective puts on the class token.
 
     Attributes:
-        projector: to the space of the embeddings.
+        projector: to the space that is compared.
         predictor: from the query's embedding to the key's; None: there is none.
     """
 
-    projector: ProjectionHead
+    projector: ProjectionHead | PrototypeHead
     predictor: ProjectionHead | None
 
 
@@ -114,12 +117,14 @@ class Invariance(Defaults, abc.ABC):
         _ = self.recipes  # checks its keys
 
     @property
-    def recipes(self) -> tuple[Recipe, Recipe]:
-        """How each of the two views is made."""
+    def recipes(self) -> tuple[Recipe, ...]:
+        """How each of the two pictures is made; the last counts for those beyond."""
         key = f"objectives.{self.name}.augment"
         return (
-            _recipe(self.first_recipe, self.augment, key),
-            _recipe(self.second_recipe, {**self.augment, **self.augment_second}, f"{key}_second"),
+            view_recipe(self.first_recipe, self.augment, key),
+            view_recipe(
+                self.second_recipe, {**self.augment, **self.augment_second}, f"{key}_second"
+            ),
         )
 
     @property
@@ -204,7 +209,13 @@ class Invariance(Defaults, abc.ABC):
         return f"{self.name}_{kind}"
 
     def _project(
-        self, params: Params, drawn: Drawn, picture: int, index: int, salt: int = 0
+        self,
+        params: Params,
+        drawn: Drawn,
+        picture: int,
+        index: int,
+        salt: int = 0,
+        trained: bool = True,
     ) -> jax.Array:
         """Embed one picture of every image: float32 [B, E].
 
@@ -214,21 +225,32 @@ class Invariance(Defaults, abc.ABC):
             picture: 0 or 1, which random view of the image.
             index: of the bucket's views, what is encoded of it.
             salt: for a second pass over the same picture, which drops other patches.
+            trained: whether the pass has a gradient; one without drops no paths.
         """
         batch, rng, bucket, train = drawn
         key = jax.random.fold_in(rng, picture)
         seen = seen_part(jax.random.fold_in(key, salt), batch, bucket, train, index)
+        return self._embed(params, drawn, picture, seen, trained)
+
+    def _embed(
+        self, params: Params, drawn: Drawn, picture: int, seen: Seen | None, trained: bool
+    ) -> jax.Array:
+        """What the projector makes of what is seen of a picture; None: all, at the own size."""
         own = self.model.config.image.image_size
+        key = jax.random.fold_in(drawn.rng, picture)
+        keys = example_keys(key, drawn.batch["position"])
+        recipe = self.recipes[min(picture, len(self.recipes) - 1)]
         size = own if seen is None else seen.view.image_size
-        keys = example_keys(key, batch["position"])
-        view = random_view(batch["image"], keys, self.recipes[picture], size, own)
-        tower = ViT(self.model.config.image)
+        view = random_view(drawn.batch["image"], keys, recipe, size, own)
+        drops = drawn.train and trained and self.model.config.image.block.drop_path
+        noise = batch_noise(jax.random.fold_in(key, _PATHS), drawn.batch, train=bool(drops))
         variables = {"params": params[TOWER]}
-        tokens = tower.apply(variables, standardize(view), None, *(seen or (None, None)))
+        tower = ViT(self.model.config.image)
+        tokens = tower.apply(variables, standardize(view), noise, *(seen or (None, None)))
         return self._head("projector", params, jnp.asarray(tokens)[:, 0])
 
     def _head(self, kind: str, params: Params, x: jax.Array) -> jax.Array:
-        head: ProjectionHead = getattr(self.heads, kind)
+        head: nn.Module = getattr(self.heads, kind)
         return jnp.asarray(head.apply({"params": params[self._key(kind)]}, x))
 
     def _mlp(self, layers: int, last_norm: bool, hidden_dim: int | None = None) -> ProjectionHead:
@@ -251,7 +273,7 @@ class SimCLR(Invariance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_temperature(self)
+        check_temperature(self, "temperature")
 
     @property
     def heads(self) -> Heads:
@@ -312,34 +334,24 @@ class SimSiam(Invariance):
 
 
 @dataclasses.dataclass(frozen=True)
-class MoCoV3(Invariance):
-    """Queries of a trained network against keys of its moving average (arXiv 2104.02057).
+class Momentum(Invariance):
+    """Two networks, one of which is the moving average of the other and makes its keys.
 
-    Both directions count. The extras hold ``target``, the moving average of tower and projector,
-    float32; it is renewed in each update before the keys are made.
+    The extras hold ``target``, the moving average of tower and projector, float32; it is renewed in
+    each update before the keys are made.
 
     Attributes:
-        temperature: of the softmax.
         momentum: of the moving average at first; it rises to 1 along a cosine over the budget.
     """
 
-    temperature: float = 0.2
     momentum: float = 0.99
-
-    second_recipe = Recipe(blur=0.1, solarize=0.2)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_temperature(self)
         if not 0.0 <= self.momentum < 1.0:
             raise ConfigError(
                 f"objectives.{self.name}.momentum", f"{self.momentum}", "Use a number in [0, 1)"
             )
-
-    @property
-    def heads(self) -> Heads:
-        """A projector of three layers and a predictor of two, each with a last norm."""
-        return Heads(self._mlp(3, last_norm=True), self._mlp(2, last_norm=True))
 
     def init(
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
@@ -347,24 +359,6 @@ class MoCoV3(Invariance):
         """Parameters as of the base; the moving average starts from them."""
         params, _ = super().init(rng, batch_spec)
         return params, {"target": jax.tree.map(jnp.copy, self._averaged(params))}
-
-    def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embedded:
-        """Queries of both pictures, then their keys: unit vectors, float32 [B, E] each."""
-        queries = [
-            self._head("predictor", params, self._project(params, drawn, picture, 0))
-            for picture in (0, 1)
-        ]
-        target = jax.lax.stop_gradient(target)
-        keys = [self._project(target, drawn, picture, 1, salt=1) for picture in (0, 1)]
-        return tuple(unit(x) for x in (*queries, *jax.lax.stop_gradient(keys)))
-
-    def compare(self, embedded: Embedded, valid: jax.Array) -> Compared:
-        """Sum of both directions' cross-entropies, times twice the temperature."""
-        one, other, key_one, key_other = embedded
-        first, right = info_nce(one @ key_other.T / self.temperature, valid)
-        second, also_right = info_nce(other @ key_one.T / self.temperature, valid)
-        accuracy = valid_mean((right + also_right) / 2, valid)
-        return 2 * self.temperature * (first + second), {"accuracy": accuracy}
 
     def renewed(self, params: Params, extras: Extras, drawn: Drawn) -> tuple[Extras, Params]:
         """The moving average, renewed; outside training the parameters themselves make the keys.
@@ -379,12 +373,11 @@ class MoCoV3(Invariance):
             extras["target"],
             self._averaged(params),
         )
-        return {"target": target}, target
+        return {**extras, "target": target}, target
 
     def started_from(self, params: Params, extras: Extras) -> Extras:
         """The moving average starts from the parameters that were read."""
-        del extras
-        return {"target": jax.tree.map(jnp.copy, self._averaged(params))}
+        return {**extras, "target": jax.tree.map(jnp.copy, self._averaged(params))}
 
     def momentum_at(self, progress: jax.Array | float) -> jax.Array:
         """Of the moving average, at a share of the budget: float32 []."""
@@ -406,16 +399,67 @@ class MoCoV3(Invariance):
         return {name: params[name] for name in names}
 
 
-def _check_temperature(objective: SimCLR | MoCoV3) -> None:
-    if not 0.0 < objective.temperature < float("inf"):
+@dataclasses.dataclass(frozen=True)
+class MoCoV3(Momentum):
+    """Queries of a trained network against keys of its moving average (arXiv 2104.02057).
+
+    Both directions count.
+
+    Attributes:
+        temperature: of the softmax.
+    """
+
+    temperature: float = 0.2
+
+    second_recipe = Recipe(blur=0.1, solarize=0.2)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_temperature(self, "temperature")
+
+    @property
+    def heads(self) -> Heads:
+        """A projector of three layers and a predictor of two, each with a last norm."""
+        return Heads(self._mlp(3, last_norm=True), self._mlp(2, last_norm=True))
+
+    def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embedded:
+        """Queries of both pictures, then their keys: unit vectors, float32 [B, E] each."""
+        queries = [
+            self._head("predictor", params, self._project(params, drawn, picture, 0))
+            for picture in (0, 1)
+        ]
+        target = jax.lax.stop_gradient(target)
+        keys = [
+            self._project(target, drawn, picture, 1, salt=1, trained=False) for picture in (0, 1)
+        ]
+        return tuple(unit(x) for x in (*queries, *jax.lax.stop_gradient(keys)))
+
+    def compare(self, embedded: Embedded, valid: jax.Array) -> Compared:
+        """Sum of both directions' cross-entropies, times twice the temperature."""
+        one, other, key_one, key_other = embedded
+        first, right = info_nce(one @ key_other.T / self.temperature, valid)
+        second, also_right = info_nce(other @ key_one.T / self.temperature, valid)
+        accuracy = valid_mean((right + also_right) / 2, valid)
+        return 2 * self.temperature * (first + second), {"accuracy": accuracy}
+
+
+def check_temperature(objective: Invariance, key: str) -> None:
+    """Raise a ConfigError that names the key where its value is no temperature."""
+    value = getattr(objective, key)
+    if not 0.0 < value < float("inf"):
         raise ConfigError(
-            f"objectives.{objective.name}.temperature",
-            f"{objective.temperature} is no temperature",
+            f"objectives.{objective.name}.{key}",
+            f"{value} is no temperature",
             "Use a number above 0",
         )
 
 
-def _recipe(default: Recipe, section: Mapping[str, Any], key: str) -> Recipe:
+def view_recipe(default: Recipe, section: Mapping[str, Any], key: str) -> Recipe:
+    """A recipe with the keys of a section.
+
+    Raises:
+        ConfigError: a key is none of a recipe's, or its value makes no sense.
+    """
     known = list(inspect.signature(Recipe).parameters)
     for name in section:
         if name not in known:

@@ -230,9 +230,12 @@ def _completed(old: Mapping[str, Any]) -> dict[str, Any]:
     default: dict[str, Any] = json.loads(default_config().to_json_best_effort())
     model = {**old.get("model", {})}
     if "image" in model:
-        model["image"] = {"positions": default["model"]["image"]["positions"], **model["image"]}
-    later = {"compression": default["compression"], **old}
-    return {**later, "model": model} if model else later
+        image = {key: default["model"]["image"][key] for key in ("positions", "drop_path")}
+        model["image"] = {**image, **model["image"]}
+    found = {"compression": default["compression"], **old}
+    if "optim" in old:
+        found["optim"] = {"final_weight_decay": None, **old["optim"]}
+    return {**found, "model": model} if model else found
 
 
 def _placeless(data: Mapping[str, Any]) -> dict[str, Any]:

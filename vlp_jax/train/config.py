@@ -35,9 +35,10 @@ is not here is an error that names it, whether it comes from the file or from a 
                     (a schedule with its costs, in place of all but the tail). total_* and the
                     durations of `schedule` then count updates of whole images, and the run has as
                     many more as these would have cost; every_* count updates
-    optim           AdamW: b1, b2, eps, weight_decay, no_decay (paths without decay), clip_norm
-                    (0: none), ema_decay (0: none), accumulation (micro-batches), groups (name ->
-                    pattern and rate_factor), max_skipped (non-finite updates in a row)
+    optim           AdamW: b1, b2, eps, weight_decay, final_weight_decay (reached along a cosine;
+                    None: constant), no_decay (paths without decay), clip_norm (0: none), ema_decay
+                    (0: none), accumulation (micro-batches), groups (name -> pattern and
+                    rate_factor), max_skipped (non-finite updates in a row)
     schedule        peak, warmup_*, decay, cooldown_*, final_factor
     evals           name -> type, every_*, and what the evaluator takes; each also runs at the end;
                     with on="best" only then, on the best checkpoint by checkpoint.best_metric (for
@@ -54,7 +55,7 @@ import functools
 import math
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from vlp_jax.infra.errors import ConfigError, unknown_key
 from vlp_jax.models.sizes import model_config
@@ -112,6 +113,7 @@ def default_config(size: str = "tiny") -> ConfigDict:
                 "b2": 0.98,
                 "eps": 1e-8,
                 "weight_decay": 0.01,
+                "final_weight_decay": config_dict.placeholder(float),
                 "no_decay": "(embedding|class_token)$",
                 "clip_norm": 1.0,
                 "ema_decay": 0.0,

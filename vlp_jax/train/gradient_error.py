@@ -39,6 +39,7 @@ import optax
 from vlp_jax.compress.buckets import Bucket, StepBucket
 from vlp_jax.infra.compilation import CompiledSteps
 from vlp_jax.infra.mesh import replicated
+from vlp_jax.models.dropout import mix_bits
 from vlp_jax.train.bucket_schedule import Views
 from vlp_jax.train.optim import global_norm, rate_factors
 from vlp_jax.train.program import Program
@@ -46,6 +47,7 @@ from vlp_jax.train.state import TrainState
 from vlp_jax.train.step import Batches, Moment
 
 MIN_BATCHES = 4  # two pairs that share no batch
+_SALT = 0x51AC7
 SKETCH = 8_192  # numbers that stand for a gradient in the standard errors
 
 
@@ -151,8 +153,9 @@ class GradientErrors:
             marks: list[list[jax.Array]] = [[] for _ in self._arms]
             for batch in probed:
                 moment = self._program.moment(batch.step)
-                number = jax.device_put(np.int32(batch.step), replicated(mesh))
-                common = (state, batch.batches, moment, number, scales)
+                numbers = (np.int32(batch.step), np.uint32(_SALT))
+                numbers = jax.device_put(numbers, replicated(mesh))
+                common = (state, batch.batches, moment, *numbers, scales)
                 whole = self._steps[self._key(batch.planned, ())]
                 first, reference, mark = whole(*common, nothing, reference)
                 marks[0].append(mark)
@@ -198,6 +201,7 @@ class GradientErrors:
             batches: Batches,
             moment: Moment,
             step: jax.Array,
+            salt: jax.Array,
             scales: Any,
             first: Any,
             sums: Any,
@@ -209,7 +213,7 @@ class GradientErrors:
             squares = jnp.stack(
                 [_square(vector), _scaled(vector, scales), _square(own), _scaled(own, scales)]
             )
-            mark = jnp.concatenate([sketch(vector), squares])
+            mark = jnp.concatenate([sketch(vector, salt), squares])
             return own if whole else (), jax.tree.map(jnp.add, sums, vector), mark
 
         params = jax.tree.map(
@@ -223,7 +227,7 @@ class GradientErrors:
 
         jitted = jax.jit(
             arm,
-            donate_argnums=6,
+            donate_argnums=7,
             out_shardings=(self._shardings if whole else (), self._shardings, everywhere),
         )
         with jax.set_mesh(program.mesh):
@@ -232,6 +236,7 @@ class GradientErrors:
                 program.batch_specs(key),
                 program.moment_spec,
                 number(jnp.int32),
+                number(jnp.uint32),
                 params,
                 params,
                 params,
@@ -330,12 +335,17 @@ def _root(variance: float) -> float:
     return math.sqrt(max(variance, 0.0))
 
 
-def sketch(tree: Any) -> jax.Array:
+def sketch(tree: Any, salt: jax.Array) -> jax.Array:
     """A random projection of a tree whose products are, on average, the tree's: float32 [SKETCH].
 
     Every number is added, with a sign of its own, to one of the sums (a count sketch). The signs
-    are a hash of the number's place, the same in every call, for drawing as many would take longer
-    than the gradient.
+    are a hash of the number's place and the salt, for drawing as many would take longer than the
+    gradient.
+
+    Args:
+        tree: floating arrays.
+        salt: uint32 [], the same for sketches that are multiplied. On the device: from constants
+            alone, XLA would evaluate all signs while it compiles.
     """
     total, first = jnp.zeros(SKETCH), 0
     for leaf in jax.tree.leaves(tree):
@@ -343,17 +353,11 @@ def sketch(tree: Any) -> jax.Array:
         flat = jnp.pad(leaf.reshape(-1), (0, rows * SKETCH - leaf.size)).reshape(rows, SKETCH)
         place = jax.lax.broadcasted_iota(jnp.uint32, (rows, SKETCH), 0) * np.uint32(SKETCH)
         place += jax.lax.broadcasted_iota(jnp.uint32, (rows, SKETCH), 1) + np.uint32(first)
-        sums = jnp.where(_hash(place) >> np.uint32(31) > 0, flat, -flat).sum(axis=0)
+        signs = mix_bits(mix_bits(place) ^ salt) >> np.uint32(31)
+        sums = jnp.where(signs > 0, flat, -flat).sum(axis=0)
         total += jnp.roll(sums, first % SKETCH)  # small leaves lie side by side
         first = (first + leaf.size) % 2**32
     return total
-
-
-def _hash(x: jax.Array) -> jax.Array:
-    """Bits that look random, by the finaliser of MurmurHash3: uint32 -> uint32."""
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    return x ^ (x >> np.uint32(16))
 
 
 def _square(tree: Any) -> jax.Array:

@@ -10,6 +10,7 @@ say what became of every tensor.
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.manifest import DamagedCheckpointError
 from vlp_jax.infra.sharding import by_path, nested
 from vlp_jax.models.pretrained import is_parameter_file, load_metadata, load_parameters
+from vlp_jax.objectives import OBJECTIVES
 
 CHECKPOINT_FOLDER = "checkpoints"
 KEY = "init_from"
@@ -58,7 +60,8 @@ class Origin:
 def read_origin(path: str | pathlib.Path, checkpoint: str = "latest") -> Origin:
     """Read parameters and their company.
 
-    The moving average is taken where the run has one: it is what its evaluators saw.
+    What its evaluators saw is taken: the moving average where the run has one, and what objectives
+    put in the place of parameters (``Objective.served``).
 
     Args:
         path: of a workdir, a checkpoint, or a parameter file.
@@ -108,9 +111,21 @@ def read_origin(path: str | pathlib.Path, checkpoint: str = "latest") -> Origin:
 
 def _restored(folder: pathlib.Path, step: int | Literal["latest", "best"]) -> Restored:
     try:
-        return load_params(folder, step, ("extras/ema", "params"))
+        return load_params(folder, step, ("extras/ema", "params"), overlays=_served)
     except DamagedCheckpointError as error:  # of another run: this one's input is bad
         raise ConfigError(KEY, str(error), "Or name another checkpoint of it") from error
+
+
+def served_paths(served_extras: Mapping[str, str]) -> tuple[str, ...]:
+    """Where a state keeps what takes the place of parameters; see ``Program.served_extras``."""
+    return tuple(f"extras/objectives/{name}/{key}" for name, key in served_extras.items())
+
+
+def _served(extra: Mapping[str, Any]) -> tuple[str, ...]:
+    """The same, of the run that wrote a checkpoint with this beside it."""
+    sections = extra["config"].get("objectives", {})
+    kinds = {name: OBJECTIVES.get(section.get("type", name)) for name, section in sections.items()}
+    return served_paths({name: kind.served for name, kind in kinds.items() if kind and kind.served})
 
 
 def _which(checkpoint: str) -> int | Literal["latest", "best"]:

@@ -40,6 +40,7 @@ from vlp_jax.train.facts import (
     write_bad_examples,
     write_facts,
 )
+from vlp_jax.train.initial import served_paths
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import to_steps
 from vlp_jax.train.setup import Setup, plain
@@ -336,7 +337,7 @@ def _evaluate(
     Returns:
         Their figures, none where none is due; None where a signal has cut them short.
     """
-    params = state.extras["ema"] or state.params
+    params = setup.program.served(state)
     due = [
         name
         for name, every in setup.eval_steps.items()
@@ -356,9 +357,10 @@ def _evaluate_best(
     if not setup.on_best:
         return True
     subtree = "extras/ema" if setup.config.optim.ema_decay else "params"
+    overlays = served_paths(setup.program.served_extras)
     ranking = setup.config.checkpoint.best_metric, setup.config.checkpoint.best_mode
     try:
-        best = load_params(checkpoints.directory, "best", subtree, ranking)
+        best = load_params(checkpoints.directory, "best", subtree, ranking, overlays)
     except FileNotFoundError as error:
         raise ConfigError(
             "checkpoint.best_metric",

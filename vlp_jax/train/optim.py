@@ -16,17 +16,19 @@ from vlp_jax.infra.errors import ConfigError, section_arguments
 from vlp_jax.infra.sharding import leaf_path
 
 
-def optimizer(config: ConfigDict, params: Any) -> optax.GradientTransformation:
+def optimizer(config: ConfigDict, params: Any) -> optax.GradientTransformationExtraArgs:
     """Clip, Adam, decoupled decay, and each group's factor; the step applies the rate.
 
     Args:
-        config: ``config.optim``: ``b1``, ``b2``, ``eps``, ``weight_decay``, ``no_decay`` (regular
-            expression of paths without decay, beside all vectors), ``clip_norm`` (0: none),
-            ``groups``, see ``rate_factors``.
+        config: ``config.optim``: ``b1``, ``b2``, ``eps``, ``weight_decay``,
+            ``final_weight_decay`` (None: the same all along; else it is reached along a cosine over
+            the budget), ``no_decay`` (regular expression of paths without decay, beside all
+            vectors), ``clip_norm`` (0: none), ``groups``, see ``rate_factors``.
         params: tree of arrays or shapes.
 
     Returns:
-        A transformation whose updates, times minus the learning rate, are added to the parameters.
+        A transformation whose updates, times minus the learning rate, are added to the parameters;
+        ``update`` takes ``progress``, the share of the budget that is spent, float32 [].
 
     Raises:
         ConfigError: ``no_decay`` is no regular expression, or a group is wrong.
@@ -34,7 +36,7 @@ def optimizer(config: ConfigDict, params: Any) -> optax.GradientTransformation:
     factors = rate_factors(config, params)
     parts = [
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask(config, params)),
+        _decayed(config, decay_mask(config, params)),
         optax.stateless(
             lambda updates, _: jax.tree.map(lambda u, factor: u * factor, updates, factors)
         ),
@@ -42,6 +44,22 @@ def optimizer(config: ConfigDict, params: Any) -> optax.GradientTransformation:
     if config.clip_norm:
         parts.insert(0, optax.stateless(lambda updates, _: _clipped(updates, config.clip_norm)))
     return optax.chain(*parts)
+
+
+def _decayed(config: ConfigDict, mask: Any) -> optax.GradientTransformation:
+    """Adds each parameter, times the decay of the moment, where the mask is True."""
+    first, last = config.weight_decay, config.final_weight_decay
+    if last is None:
+        return optax.add_decayed_weights(first, mask=mask)
+
+    def update(
+        updates: Any, state: optax.OptState, params: Any, *, progress: jax.Array
+    ) -> tuple[Any, optax.OptState]:
+        decay = last + (first - last) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        decayed = jax.tree.map(lambda u, p, on: u + decay * p if on else u, updates, params, mask)
+        return decayed, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def global_norm(tree: Any) -> jax.Array:

@@ -214,6 +214,22 @@ class Program:
         rate, progress = self._rates[step], np.float32(self.schedule.progress(step))
         return Moment(*jax.device_put((rate, progress), replicated(self.mesh)))
 
+    def served(self, state: TrainState) -> Any:
+        """The parameters that evaluators see.
+
+        The moving average where there is one, and what objectives put in the place of parameters
+        (``Objective.served``).
+        """
+        params = state.extras["ema"] or state.params
+        for name, key in self.served_extras.items():
+            params = {**params, **state.extras["objectives"][name][key]}
+        return params
+
+    @property
+    def served_extras(self) -> dict[str, str]:
+        """Objective -> key of its extras that take the place of parameters, where there are any."""
+        return {o.name: o.served for o in self.objectives if o.served}
+
     def observe(self, state: TrainState, values: Mapping[str, float]) -> TrainState:
         """Let objectives learn from an evaluation: their extras after it, where they belong.
 

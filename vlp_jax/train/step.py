@@ -205,7 +205,7 @@ def make_gradient(
 
 
 def make_step(
-    gradient: GradientFunction, optimizer: optax.GradientTransformation, ema_decay: float
+    gradient: GradientFunction, optimizer: optax.GradientTransformationExtraArgs, ema_decay: float
 ) -> StepFunction:
     """The update function of one bucket, to be jitted with the state donated.
 
@@ -223,7 +223,9 @@ def make_step(
         learning_rate = moment.learning_rate
         grads, (loss, outputs) = gradient(state, batches, moment)
         grad_norm = global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, progress=moment.progress
+        )
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
         extras = {
             **state.extras,

@@ -1,0 +1,206 @@
+"""DINO against NumPy: targets, centre, temperatures, and what evaluators see of it."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import (
+    BUCKET,
+    IMAGE_SIZE,
+    TOKENS,
+    compile_run,
+    make_batch,
+    make_program,
+    tiny_config,
+    tiny_model,
+)
+
+from vlp_jax.compress.buckets import Bucket, View
+from vlp_jax.data.batch import batch_spec
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.mesh import make_mesh
+from vlp_jax.models.heads import PrototypeHead
+from vlp_jax.objectives.base import PROGRESS
+from vlp_jax.objectives.dino import DINO
+from vlp_jax.objectives.invariance import Drawn
+
+KEY = jax.random.key(7)
+SIZES = BUCKET[0][1]
+HEAD = {"hidden_dim": 24, "embedding_dim": 8, "prototypes": 12, "small_crops": 2}
+SMALL = {**HEAD, "small_size": 8}
+HALF = View(IMAGE_SIZE, 8, 2)
+
+
+def built(**arguments):
+    objective = DINO(model=tiny_model(), name="dino", **{**SMALL, **arguments})
+    params, extras = objective.init(jax.random.key(0), batch_spec(SIZES, 1))
+    return objective, params, extras
+
+
+def config_of(**overrides):
+    config = tiny_config(**overrides)
+    with config.unlocked():
+        config.objectives = {"dino": SMALL}
+    return config
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rows = make_batch()
+    rows["valid"][-3:] = False
+    return jax.tree.map(jnp.asarray, rows)
+
+
+def softmax(x):
+    e = np.exp(x - x.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def test_the_loss_is_that_of_its_paper(batch):
+    """All pairs of a teacher's crop and another of the student, and the centre after it."""
+    objective, params, extras = built(teacher_temperature=0.07, first_teacher_temperature=0.04)
+    extras = {**extras, "centre": jnp.linspace(-0.2, 0.2, 12)}
+    now = {**batch, PROGRESS: jnp.float32(0.05)}  # half of the warm-up
+    output = objective.loss(params, extras, now, KEY, SIZES)
+    *student, one, other = (
+        np.asarray(x, np.float64)
+        for x in objective.embeddings(
+            params, output.extras["target"], Drawn(batch, KEY, SIZES, True)
+        )
+    )
+    assert len(student) == 4
+    centre, rows = np.asarray(extras["centre"], np.float64), np.asarray(batch["valid"])
+    total, count = 0.0, 0
+    for index, teacher in enumerate((one, other)):
+        target = softmax((teacher - centre) / 0.055)
+        for crop, cosines in enumerate(student):
+            if crop != index:
+                total -= (target * np.log(softmax(cosines / 0.1))).sum(axis=1)[rows].mean()
+                count += 1
+    assert count == 6
+    assert float(output.loss.sum / output.loss.weight) == pytest.approx(total / count, rel=1e-4)
+    mean = np.concatenate([one[rows], other[rows]]).mean(axis=0)
+    np.testing.assert_allclose(output.extras["centre"], 0.9 * centre + 0.1 * mean, atol=1e-6)
+    entropy = -(softmax((one - centre) / 0.055) * np.log(softmax((one - centre) / 0.055))).sum(1)
+    found = output.metrics["teacher_entropy"]
+    assert float(found.sum / found.weight) == pytest.approx(entropy[rows].mean(), rel=1e-4)
+
+
+def test_outside_training_nothing_is_renewed(batch):
+    objective, params, extras = built()
+    output = objective.loss(params, extras, batch, KEY, SIZES, train=False)
+    chex.assert_trees_all_equal(output.extras, extras)
+
+
+def test_neither_target_nor_frozen_prototypes_have_a_gradient(batch):
+    objective, params, extras = built(frozen_prototypes=0.1)
+
+    def gradient(progress):
+        now = {**batch, PROGRESS: jnp.float32(progress)}
+
+        def loss(params, target):
+            own = {**extras, "target": target}
+            return objective.loss(params, own, now, KEY, SIZES).loss.sum
+
+        return jax.grad(loss, argnums=(0, 1))(params, extras["target"])
+
+    early, target = gradient(0.05)
+    chex.assert_trees_all_equal(target, jax.tree.map(jnp.zeros_like, target))
+    late, _ = gradient(0.2)
+    head = "dino_projector"
+    assert not np.asarray(early[head]["prototypes"]).any()
+    assert np.asarray(late[head]["prototypes"]).any()
+    assert np.asarray(early[head]["dense_0"]["kernel"]).any()
+
+
+def test_prototypes_are_compared_by_cosine():
+    head = PrototypeHead(3, 16, 8, 12, jnp.dtype("float32"))
+    x = jax.random.normal(KEY, (5, 10))
+    params = head.init(KEY, x)
+    near = head.apply(params, x)
+    assert float(jnp.abs(near).max()) <= 1 + 1e-5
+    scaled = jax.tree.map(jnp.copy, params)
+    scaled["params"]["prototypes"] = 3.0 * scaled["params"]["prototypes"]
+    np.testing.assert_allclose(head.apply(scaled, x), near, atol=1e-6)
+    assert head.flops(10) == 2 * (10 * 16 + 16 * 16 + 16 * 8 + 8 * 12)
+
+
+def test_small_crops_are_encoded_at_their_own_size():
+    objective, *_ = built()
+    assert objective.small_view == View.whole(8, 8)
+    default = DINO(model=tiny_model(), name="dino", **HEAD)
+    assert default.small_view == View.whole(8, 8)  # three sevenths of 16, in patches of 8
+    more = DINO(model=tiny_model(), name="dino", **{**SMALL, "small_crops": 4})
+    one = (more.flops(0) - objective.flops(0)) / 2
+    assert one == pytest.approx(objective._pass_flops(View.whole(8, 8), trained=True))
+
+
+def test_students_and_teachers_are_compressed_apart(batch):
+    objective, params, extras = built()
+
+    def embedded(*views):
+        bucket = Bucket(TOKENS, IMAGE_SIZE, views)
+        drawn = Drawn(batch, KEY, bucket, True)
+        return [np.asarray(x) for x in objective.embeddings(params, extras["target"], drawn)]
+
+    whole = View.whole(IMAGE_SIZE, 8)
+    plain, same = embedded(), embedded(whole)
+    student, teacher = embedded(HALF, whole), embedded(whole, HALF)
+    for index, (a, b, c, d) in enumerate(zip(plain, same, student, teacher, strict=True)):
+        np.testing.assert_array_equal(a, b)
+        assert (a != c).any() == (index < 2), index  # small crops stay whole
+        assert (a != d).any() == (index >= 4), index
+
+
+def test_eight_devices_equal_one():
+    results = []
+    for mesh in (None, make_mesh(data=4, fsdp=2)):
+        run = compile_run(config_of(**{"optim.eps": 1e-3}), mesh)
+        state, metrics = run(run.init(), make_batch(), make_batch(seed=1))
+        results.append((jax.device_get((state.params, state.extras["objectives"])), metrics))
+    (one, first), (eight, second) = results
+    for name in first:
+        assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name
+    chex.assert_trees_all_close(one, eight, rtol=2e-3, atol=2e-5)
+
+
+def test_evaluators_see_the_teacher():
+    program = make_program(config_of())
+    state = program.init()
+    extras = state.extras["objectives"]["dino"]
+    moved = {**extras, "target": jax.tree.map(lambda x: x + 1.0, extras["target"])}
+    state = state.replace(extras={**state.extras, "objectives": {"dino": moved}})
+    served = program.served(state)
+    chex.assert_trees_all_equal(served["image_tower"], moved["target"]["image_tower"])
+    assert set(served) == set(state.params)
+
+
+def test_paths_of_the_student_are_dropped_and_none_of_the_teacher(batch):
+    results = []
+    for rate in (0.0, 0.5):
+        model = tiny_model(**{"image.drop_path": rate, "image.depth": 2})
+        objective = DINO(model=model, name="dino", **SMALL)
+        params, extras = objective.init(jax.random.key(0), batch_spec(SIZES, 1))
+        drawn = Drawn(batch, KEY, SIZES, True)
+        results.append(
+            [np.asarray(x) for x in objective.embeddings(params, extras["target"], drawn)]
+        )
+    for index, (plain, dropped) in enumerate(zip(*results, strict=True)):
+        assert (plain != dropped).any() == (index < 4), index
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"teacher_temperature": 0.0}, "teacher_temperature: 0.0 is no temperature"),
+        ({"centre_momentum": 1.0}, "centre_momentum: 1.0"),
+        ({"small_size": 12}, "small_size: patches of 8 px do not divide"),
+        ({"small_crops": -1}, "small_crops: -1"),
+        ({"prototypes": 0}, "prototypes: 0 features"),
+        ({"augment_small": {"blurr": 1.0}}, "augment_small.blurr"),
+    ],
+)
+def test_bad_arguments_name_the_key(arguments, message):
+    with pytest.raises(ConfigError, match=rf"objectives\.dino\.{message}"):
+        built(**arguments)

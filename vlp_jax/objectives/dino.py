@@ -1,0 +1,213 @@
+"""DINO: a student that finds the prototypes of its own moving average (arXiv 2104.14294).
+
+Two large crops of every image and several small ones pass the student, the large ones the teacher
+as well. Each crop of the student is to name the prototypes that the teacher names for another crop;
+the teacher's cosines lose their running mean and are sharpened, without which all images would get
+one answer, or none. Recipe: fact sheet of accelerated invariance pretraining, section 7.
+
+A bucket's first view is what the student encodes of its large crops, the second what the teacher
+does; small crops are encoded whole, by the tower's own patches.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from vlp_jax.compress.buckets import Bucket, View
+from vlp_jax.data.augment import Recipe
+from vlp_jax.data.batch import Batch
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.heads import PrototypeHead
+from vlp_jax.objectives.base import PROGRESS, Extras, LossOutput, Mean, Params, Seen, example_keys
+from vlp_jax.objectives.invariance import (
+    Compared,
+    Drawn,
+    Embedded,
+    Heads,
+    Momentum,
+    check_temperature,
+    view_recipe,
+)
+from vlp_jax.objectives.similarity import valid_mean
+
+_LARGE = 2  # crops that the teacher sees
+
+
+@dataclasses.dataclass(frozen=True)
+class DINO(Momentum):
+    """Self-distillation without labels.
+
+    The extras hold ``target`` (see ``Momentum``), which evaluators and later runs use in place of
+    the student, and ``centre``, the running mean of the teacher's cosines, float32 [K].
+
+    Attributes:
+        prototypes: K.
+        temperature: of the student's softmax.
+        teacher_temperature: of the teacher's, at the end of its warm-up.
+        first_teacher_temperature: at its begin.
+        teacher_warmup: share of the budget over which it rises.
+        centre_momentum: of the running mean.
+        frozen_prototypes: share of the budget, at its begin, in which prototypes are not trained.
+        small_crops: how many.
+        small_size: their side in pixels, a multiple of the tower's patch size; 0: three sevenths of
+            the images' size, rounded to one.
+        augment_small: keys of ``data.augment.Recipe`` for small crops.
+    """
+
+    hidden_dim: int = 2048
+    embedding_dim: int = 256
+    momentum: float = 0.996
+    prototypes: int = 65_536
+    temperature: float = 0.1
+    teacher_temperature: float = 0.04
+    first_teacher_temperature: float = 0.04
+    teacher_warmup: float = 0.1
+    centre_momentum: float = 0.9
+    frozen_prototypes: float = 0.01
+    small_crops: int = 8
+    small_size: int = 0
+    augment_small: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    served: ClassVar[str] = "target"
+    widths = ("hidden_dim", "embedding_dim", "prototypes")
+    first_recipe = Recipe(scale=(0.4, 1.0))
+    second_recipe = Recipe(scale=(0.4, 1.0), blur=0.1, solarize=0.2)
+    small_recipe: ClassVar[Recipe] = Recipe(scale=(0.05, 0.4), blur=0.5)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("temperature", "teacher_temperature", "first_teacher_temperature"):
+            check_temperature(self, key)
+        key = f"objectives.{self.name}"
+        for name in ("teacher_warmup", "centre_momentum", "frozen_prototypes"):
+            share = getattr(self, name)
+            if not 0.0 <= share < 1.0:
+                raise ConfigError(f"{key}.{name}", f"{share}", "Use a number in [0, 1)")
+        if self.small_crops < 0:
+            raise ConfigError(f"{key}.small_crops", f"{self.small_crops}", "Use 0 or more")
+        _ = self.small_view  # checks its size
+
+    @property
+    def small_view(self) -> View:
+        """What is encoded of a small crop."""
+        image = self.model.config.image
+        patch = image.patch_size
+        size = self.small_size or max(1, round(3 / 7 * image.image_size / patch)) * patch
+        try:
+            return View.whole(size, patch)
+        except ValueError as error:
+            raise ConfigError(
+                f"objectives.{self.name}.small_size", str(error), f"Use a multiple of {patch}"
+            ) from error
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """How the first large crop, the second, and the small ones are made."""
+        key = f"objectives.{self.name}.augment_small"
+        section = {**self.augment, **self.augment_small}
+        return (*super().recipes, view_recipe(self.small_recipe, section, key))
+
+    @property
+    def heads(self) -> Heads:
+        """Three layers and the prototypes; no predictor."""
+        dtype = self.model.config.image.block.dtype
+        sizes = (self.hidden_dim, self.embedding_dim, self.prototypes)
+        return Heads(PrototypeHead(3, *sizes, dtype), None)
+
+    def init(
+        self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> tuple[Params, Extras]:
+        """Parameters as of the base, and a centre of zeros."""
+        params, extras = super().init(rng, batch_spec)
+        return params, {**extras, "centre": jnp.zeros(self.prototypes)}
+
+    def loss(
+        self,
+        params: Params,
+        extras: Extras,
+        batch: Batch,
+        rng: jax.Array,
+        bucket: Bucket,
+        train: bool = True,
+    ) -> LossOutput:
+        """Mean over the valid images of the cross-entropies of all pairs of different crops."""
+        drawn, valid = Drawn(batch, rng, bucket, train), batch["valid"]
+        progress = batch.get(PROGRESS, jnp.zeros(()))
+        extras, target = self.renewed(params, extras, drawn)
+        head = self._key("projector")
+        frozen = jnp.where(progress < self.frozen_prototypes, 0.0, 1.0)
+        prototypes = params[head]["prototypes"]
+        still = jax.lax.stop_gradient(prototypes)
+        own = {**params[head], "prototypes": still + frozen * (prototypes - still)}
+        *student, one, other = self.embeddings({**params, head: own}, target, drawn)
+        teacher = (one, other)
+        sharpened = [
+            jax.nn.softmax((t - extras["centre"][None]) / self._teacher_temperature(progress))
+            for t in teacher
+        ]
+        losses, metrics = self.compare((*student, *sharpened), valid)
+        if train:
+            weights = valid.astype(jnp.float32)[:, None]
+            mean = sum((weights * t).sum(axis=0) for t in teacher)
+            mean /= len(teacher) * jnp.maximum(weights.sum(), 1.0)
+            rest = 1.0 - self.centre_momentum
+            extras = {**extras, "centre": self.centre_momentum * extras["centre"] + rest * mean}
+        return LossOutput(valid_mean(losses, valid), extras, metrics)
+
+    def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embedded:
+        """Cosines with the prototypes, float32 [B, K]: the student's crops, then the teacher's."""
+        student = [self._project(params, drawn, picture, 0) for picture in range(_LARGE)]
+        keys = example_keys(drawn.rng, drawn.batch["position"])  # not read: nothing is dropped
+        small = Seen(self.small_view, keys)
+        student += [
+            self._embed(params, drawn, _LARGE + crop, small, trained=True)
+            for crop in range(self.small_crops)
+        ]
+        target = jax.lax.stop_gradient(target)
+        teacher = [
+            self._project(target, drawn, picture, 1, salt=1, trained=False)
+            for picture in range(_LARGE)
+        ]
+        return (*student, *jax.lax.stop_gradient(teacher))
+
+    def compare(self, embedded: Embedded, valid: jax.Array) -> Compared:
+        """Mean cross-entropy of the student's crops with the teacher's answers to other crops.
+
+        Args:
+            embedded: cosines of the student's crops, then the answers of the teacher to the large
+                ones, whose rows sum to 1.
+            valid: bool [B].
+        """
+        *student, one, other = embedded
+        logs = [jax.nn.log_softmax(cosines / self.temperature) for cosines in student]
+        pairs = [
+            -(answer * log).sum(axis=1)
+            for index, answer in enumerate((one, other))
+            for crop, log in enumerate(logs)
+            if crop != index
+        ]
+        losses = sum(pairs[1:], pairs[0]) / len(pairs)
+        entropy = -(one * jnp.log(jnp.maximum(one, 1e-30))).sum(axis=1)
+        right = 1.0 * (logs[1].argmax(axis=1) == one.argmax(axis=1))
+        usage = jnp.where(valid[:, None], one, 0.0).sum(axis=0)
+        usage /= jnp.maximum(usage.sum(), 1e-30)
+        spread = -(usage * jnp.log(jnp.maximum(usage, 1e-30))).sum()
+        return losses, {
+            "accuracy": valid_mean(right, valid),
+            "teacher_entropy": valid_mean(entropy, valid),
+            # Over the whole batch: near 0 where all images get one answer.
+            "batch_entropy": Mean(spread, jnp.ones(())),
+        }
+
+    def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
+        """As of the base, and the small crops."""
+        small = self.small_crops * self._pass_flops(self.small_view, trained=True)
+        return super().flops(text_length, bucket) + small
+
+    def _teacher_temperature(self, progress: jax.Array) -> jax.Array:
+        first, last = self.first_teacher_temperature, self.teacher_temperature
+        share = jnp.minimum(1.0, progress / max(self.teacher_warmup, 1e-9))
+        return first + (last - first) * share
