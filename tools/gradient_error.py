@@ -77,7 +77,7 @@ _TAIL = flags.DEFINE_float(
 )
 _OUT = flags.DEFINE_string("out", None, "folder to write to; by default WORKDIR/gradient_error")
 
-_TIMED, _REPEATS = 8, 3  # updates in one timing, and timings
+_TIMED, _SECONDS, _REPEATS = 8, 2.0, 3  # updates in a timing, or as many as fit, and timings
 _AHEAD = 4  # batches on the devices at a time, at most
 
 
@@ -219,15 +219,15 @@ def _measured_costs(setup: Setup, state: TrainState) -> tuple[float, ...]:
     steps.compile(keys.values(), lambda key: program.lower(key).compile)
     moment, seconds = program.moment(0), {}
     for views, key in keys.items():
-        own, timings = jax.tree.map(jnp.copy, state), []
-        for repeat in range(_REPEATS + 1):
+        own, timings, updates = jax.tree.map(jnp.copy, state), [], 1
+        for _ in range(_REPEATS + 1):
             begun = time.perf_counter()
-            for _ in range(_TIMED):
+            for _ in range(updates):
                 own, _ = steps[key](own, batches, moment)
             jax.block_until_ready(own)
-            if repeat:  # the first one warms up
-                timings.append((time.perf_counter() - begun) / _TIMED)
-        seconds[views] = statistics.median(timings)
+            timings.append((time.perf_counter() - begun) / updates)
+            updates = min(_TIMED, max(1, round(_SECONDS / timings[-1])))
+        seconds[views] = statistics.median(timings[1:])  # the first one warms up
     return tuple(seconds[views] / seconds[()] for views in program.compression.buckets)
 
 

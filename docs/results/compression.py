@@ -51,6 +51,7 @@ def get_config(objective: str) -> ConfigDict:
     config.model.image.patch_size = 4
     config.data.threads = 8
     config.data.prefetch = 16
+    config.data.cache_workers = 16
     config.log.every_steps = 100
     config.log.tensorboard = False
     config.checkpoint.every_percent = 25.0
