@@ -1,7 +1,7 @@
 """Accelerated against uncompressed pretraining by invariance: see compression.md.
 
     python -m docs.results.compression run OUT --gpus=4 --workers=3
-    python -m docs.results.compression table OUT
+    python -m docs.results.compression table OUT   # or docs/results/compression, the archive
 
 ``run`` trains, for each objective, a pilot of whole images, measures the gradient error of every
 bucket along it and derives a schedule (``tools.gradient_error``, alone on its GPU); then it trains
@@ -338,10 +338,13 @@ def main() -> None:
     if options.what == "run":
         options.out.mkdir(parents=True, exist_ok=True)
         Runner(options.out, options.gpus, options.workers, options.seconds).run()
+    archive = options.out / "runs.jsonl"
     rows = results(options.out)
-    with open(options.out / "results.jsonl", "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    (options.out / "table.md").write_text(table(rows))
+    if rows:
+        with open(archive, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    else:  # an archive alone
+        rows = [json.loads(line) for line in archive.read_text().splitlines()]
     print(table(rows))
 
 
