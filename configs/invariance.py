@@ -6,8 +6,8 @@
     python -m tools.bench step --config=configs/invariance.py:moco_v3,base --batch=256
 
 The argument is OBJECTIVE[,SIZE]: `moco_v3`, `simclr`, `simsiam` or `dino`; a size of
-models/sizes.py (`mini` by default; `base` is a ViT-B/16 at 224 px). A run of FLM or of a task starts
-from such a tower by --config.init_from.
+models/sizes.py (`mini` by default; `base` is a ViT-B/16 at 224 px). A run of FLM or of a task
+starts from such a tower by --config.init_from.
 
 Data: `scenes`, level hard, whose captions are not read. Recipes of MoCo v3, SimCLR (SLIP's) and
 DINO: fact sheet of accelerated invariance pretraining, section 7; MoCo v3's random patch projection

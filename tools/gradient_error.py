@@ -54,11 +54,11 @@ from vlp_jax.train.gradient_error import (
     MIN_BATCHES,
     Estimate,
     GradientErrors,
-    Probed,
     derive,
     stages_at,
 )
 from vlp_jax.train.initial import CHECKPOINT_FOLDER
+from vlp_jax.train.online import probe_batches
 from vlp_jax.train.program import Program
 from vlp_jax.train.setup import TOKENIZER_FILE, Setup, prepare
 from vlp_jax.train.state import TrainState
@@ -78,7 +78,6 @@ _TAIL = flags.DEFINE_float(
 _OUT = flags.DEFINE_string("out", None, "folder to write to; by default WORKDIR/gradient_error")
 
 _TIMED, _SECONDS, _REPEATS = 8, 2.0, 3  # updates in a timing, or as many as fit, and timings
-_AHEAD = 4  # batches on the devices at a time, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +131,10 @@ def measure(config: ConfigDict, workdir: pathlib.Path, out: pathlib.Path) -> Non
         found = []
         for step in checkpoints:
             state = fresh if step == 0 else _restore(workdir, step, program)
-            estimates = errors.measure(
-                state, _probed(setup, errors, step), costs, _UPDATE_COST.value
-            )
+            steps = range(step, step + _BATCHES.value)
+            errors.compile(dict.fromkeys(setup.plan.batch(t).bucket for t in steps))
+            probed = probe_batches(program, setup.plan, step, _BATCHES.value)
+            estimates = errors.measure(state, probed, costs, _UPDATE_COST.value)
             found.append(Measured(step, _progress(workdir, step, total), estimates))
             print(_table(names, costs, found[-1]), flush=True)
     _write(out, setup, names, costs, found, errors)
@@ -179,27 +179,6 @@ def _progress(workdir: pathlib.Path, step: int, total: int) -> float:
     if spent and step:
         return float(spent[max(spent)])
     return min(1.0, step / total)
-
-
-def _probed(setup: Setup, errors: GradientErrors, start: int) -> Any:
-    """The batches that follow a checkpoint, put on the devices one after the other."""
-    steps = range(start, start + _BATCHES.value)
-    errors.compile(dict.fromkeys(setup.plan.batch(step).bucket for step in steps))
-    with Loader(
-        setup.plan,
-        steps.start,
-        steps.stop,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-        workers=setup.config.data.workers,
-        threads=setup.config.data.threads,
-        prefetch=max(setup.config.data.threads, _AHEAD),
-        extra_fields=setup.program.extra_fields,
-    ) as loader:
-        for step, host in zip(steps, loader, strict=True):
-            arrays = global_batch(host, setup.mesh)
-            batches = dict.fromkeys(setup.program.batch_names, arrays)
-            yield Probed(step, setup.plan.batch(step).bucket, batches)
 
 
 def _measured_costs(setup: Setup, state: TrainState) -> tuple[float, ...]:

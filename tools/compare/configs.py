@@ -38,6 +38,8 @@ _LATER: Mapping[str, Any] = {
         **dict.fromkeys(("schedule", "file"), ""),
         **{key: [] for key in ("buckets", "costs", "shares")},
         "tail_percent": 0.0,
+        "decisions": 10,
+        "overhead_percent": 5.0,
     },
     "model.image.positions": "learned",
     "model.image.drop_path": 0.0,

@@ -21,6 +21,9 @@ Kinds, fact sheet of accelerated invariance pretraining, section 3:
     reversed   the same, from the last to the first
     linear     the cost rises linearly with the budget spent; the bucket nearest to it is used
     random     drawn for each update, so that each gets its share of the budget
+    online     decided during the run, by the gradient errors of its own batches, in one of
+               ``decisions`` equal parts of the budget after the other; costs never fall. What
+               was decided is kept in the state (``train.online``)
 
 With ``tail_percent`` the last part of the budget goes to whole images, after any of them. A
 ``file`` (``tools.bench buckets --out``) holds buckets, costs and stages. What a run was begun with
@@ -47,7 +50,7 @@ from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, View
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
 
-KINDS = ("constant", "staged", "reversed", "linear", "random")
+KINDS = ("constant", "staged", "reversed", "linear", "random", "online")
 WHOLE = "whole"
 _VIEW = re.compile(r"p(\d+)@(\d+)(?:k(\d+))?")
 _BLOCK = 4096  # random draws at a time
@@ -66,12 +69,14 @@ class BucketSchedule:
         costs: of an update in each, as a share of one of whole images.
         index: int [T], the bucket of each update.
         spent: float64 [T + 1], updates of whole images that would have cost as much as all before.
+        decided_at: the updates before which an online schedule is decided.
     """
 
     buckets: tuple[Views, ...]
     costs: tuple[float, ...]
     index: np.ndarray
     spent: np.ndarray
+    decided_at: tuple[int, ...] = ()
 
     @property
     def total_steps(self) -> int:
@@ -80,8 +85,10 @@ class BucketSchedule:
 
     @property
     def compresses(self) -> bool:
-        """Whether anything but whole images is encoded."""
-        return any(self.buckets[number] for number in np.unique(self.index))
+        """Whether anything but whole images is, or may be, encoded."""
+        return bool(self.decided_at) or any(
+            self.buckets[number] for number in np.unique(self.index)
+        )
 
     def views(self, step: int) -> Views:
         """What update ``step`` encodes; after the last one, what that encodes."""
@@ -109,6 +116,7 @@ class Resolved:
         stages: in order; None: drawn at random.
         shares: of the budget, of each bucket, where it is drawn.
         tail: share of the budget, at its end, for whole images.
+        decisions: parts of the budget that an online schedule is decided for; 0: there are none.
     """
 
     buckets: tuple[Views, ...]
@@ -116,6 +124,7 @@ class Resolved:
     stages: Stages | None
     shares: tuple[float, ...] = ()
     tail: float = 0.0
+    decisions: int = 0
 
     @classmethod
     def read(cls, file: pathlib.Path, made_for: Mapping[str, Any] | None = None) -> "Resolved":
@@ -138,6 +147,7 @@ class Resolved:
                 stages and [(float(end), int(number)) for end, number in stages],
                 tuple(float(share) for share in held["shares"]),
                 float(held["tail"]),
+                int(held.get("decisions", 0)),
             )
             theirs = dict(held["made_for"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -171,23 +181,37 @@ class Resolved:
             "stages": self.stages,
             "shares": self.shares,
             "tail": self.tail,
+            "decisions": self.decisions,
             "made_for": made_for,
             "facts": facts,
         }
         write_text(file, json.dumps(held, indent=2) + "\n")
 
-    def over(self, full_steps: int, seed: int) -> BucketSchedule:
+    def over(self, full_steps: int, seed: int, decided: Sequence[int] = ()) -> BucketSchedule:
         """The schedule of a run.
 
         Args:
             full_steps: the budget, in updates of whole images.
             seed: of the run, for what is drawn.
+            decided: buckets of the first parts of an online schedule; the last one counts for the
+                parts that follow, and before the first decision it is the cheapest.
         """
         buckets, costs = self.buckets, self.costs
         if self.tail and () not in buckets:
             buckets, costs = (*buckets, ()), (*costs, 1.0)
         budget = full_steps * (1 - self.tail)
-        if self.stages is None:
+        decided_at: tuple[int, ...] = ()
+        if self.decisions:
+            numbers = [*decided, *[(*decided, 0)[max(0, len(decided) - 1)]] * self.decisions]
+            parts = [((i + 1) / self.decisions, numbers[i]) for i in range(self.decisions)]
+            index, spent = _in_stages(budget, costs, parts)
+            begins = [budget * i / self.decisions for i in range(self.decisions)]
+            # Half an update is what the rounding of a part's end may be off by.
+            decided_at = tuple(
+                int(np.searchsorted(spent, begin - costs[max(numbers[i - 1], 0)] / 2 - 1e-9))
+                for i, begin in enumerate(begins)
+            )
+        elif self.stages is None:
             index, spent = _random(budget, costs[: len(self.shares)], self.shares, seed)
         else:
             index, spent = _in_stages(budget, costs, self.stages)
@@ -195,7 +219,7 @@ class Resolved:
         if rest:
             index = np.concatenate([index, np.full(rest, buckets.index(()), np.int8)])
             spent = np.concatenate([spent, spent[-1] + np.arange(1.0, rest + 1)])
-        return BucketSchedule(buckets, costs, index, spent)
+        return BucketSchedule(buckets, costs, index, spent, decided_at)
 
     def _sound(self) -> bool:
         count = len(self.buckets)
@@ -205,7 +229,7 @@ class Resolved:
             and math.isclose(ends[-1], 1.0, rel_tol=1e-9)
             and all(0 <= number < count for _, number in self.stages or ())
             if ends
-            else len(self.shares) == count
+            else len(self.shares) == count or self.decisions > 0
         )
         positive = all(0 < cost < math.inf for cost in self.costs)
         return 0 < count == len(self.costs) <= MAX_SCHEDULED_BUCKETS and positive and staged
@@ -262,6 +286,9 @@ def resolve(
     buckets = _buckets(config, whole, num_views)
     costs = _costs(config, buckets, cost_of)
     shares = _shares(config, len(buckets))
+    if kind == "online":
+        _check_online(config, costs)
+        return Resolved(buckets, costs, None, (), tail, config.decisions)
     stages = None if kind == "random" else stages_of(config, costs)
     return Resolved(buckets, costs, stages, shares, tail)
 
@@ -288,25 +315,42 @@ def stages_of(config: ConfigDict, costs: Sequence[float]) -> Stages:
             )
         return [(1.0, 0)]
     if kind == "linear":
-        if any(after <= before for before, after in itertools.pairwise(costs)) or count < 2:
-            raise ConfigError(
-                "compression.buckets",
-                f"their costs {tuple(round(cost, 3) for cost in costs)} do not rise, as a linear "
-                "schedule needs",
-                "Order them from the cheapest to the dearest",
-            )
+        _check_rising(costs, "linear")
         middles = [(a + b) / 2 for a, b in itertools.pairwise(costs)]
         rise = costs[-1] - costs[0]
         ends = [(middle - costs[0]) / rise for middle in middles]
         return [*zip(ends, range(count - 1), strict=True), (1.0, count - 1)]
-    if kind == "random":
+    if kind in ("random", "online"):
         raise ConfigError(
-            "compression.schedule", "'random' has no stages to be written", "Use another kind"
+            "compression.schedule", f"{kind!r} has no stages to be written", "Use another kind"
         )
     order = range(count) if kind == "staged" else range(count - 1, -1, -1)
     shares = _shares(config, count)
     ends = [*itertools.accumulate(shares[number] for number in order)][:-1]
     return [*zip([*ends, 1.0], order, strict=True)]  # 1, whatever a sum of shares comes to
+
+
+def _check_rising(costs: Sequence[float], kind: str) -> None:
+    if any(after <= before for before, after in itertools.pairwise(costs)) or len(costs) < 2:
+        raise ConfigError(
+            "compression.buckets",
+            f"their costs {tuple(round(cost, 3) for cost in costs)} do not rise, as {kind!r} needs",
+            "Order them from the cheapest to the dearest",
+        )
+
+
+def _check_online(config: ConfigDict, costs: Sequence[float]) -> None:
+    _check_rising(costs, "online")
+    if config.shares:
+        raise ConfigError("compression.shares", "are not read by 'online'", "Remove them")
+    if config.decisions < 1:
+        raise ConfigError("compression.decisions", f"{config.decisions}", "Use 1 or more")
+    if not 0.0 < config.overhead_percent < 100.0:
+        raise ConfigError(
+            "compression.overhead_percent",
+            f"{config.overhead_percent}",
+            "Use a share above 0 and below 100",
+        )
 
 
 def parse_bucket(text: str, key: str, whole: View) -> Views:

@@ -217,7 +217,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], watched: bool) 
         new: config of this one.
         watched: whether an objective learns from evaluators.
     """
-    old = _completed(old)
+    old = completed(old)
     free = {*FREE_KEYS} - ({"evals"} if watched else set())
     keys = [key for key in new if key not in free and old.get(key) != new[key]]
     before, now = _placeless(old.get("data", {})), _placeless(new["data"])
@@ -225,14 +225,15 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], watched: bool) 
     return sorted({*keys} - {"data"} | {f"data.{key}" for key in inside})
 
 
-def _completed(old: Mapping[str, Any]) -> dict[str, Any]:
+def completed(old: Mapping[str, Any]) -> dict[str, Any]:
     """The config of an earlier version, with the keys that came since, at their defaults."""
     default: dict[str, Any] = json.loads(default_config().to_json_best_effort())
     model = {**old.get("model", {})}
     if "image" in model:
         image = {key: default["model"]["image"][key] for key in ("positions", "drop_path")}
         model["image"] = {**image, **model["image"]}
-    found = {"compression": default["compression"], **old}
+    compression = {**default["compression"], **old.get("compression", {})}
+    found = {**old, "compression": compression}
     if "optim" in old:
         found["optim"] = {"final_weight_decay": None, **old["optim"]}
     return {**found, "model": model} if model else found

@@ -32,9 +32,11 @@ is not here is an error that names it, whether it comes from the file or from a 
                     (cheapest first), schedule (empty: whole images), costs (of an update in each,
                     as a share of one of whole images; empty: by FLOPs), shares (of the budget;
                     empty: equal), tail_percent (of the budget, at its end, for whole images), file
-                    (a schedule with its costs, in place of all but the tail). total_* and the
-                    durations of `schedule` then count updates of whole images, and the run has as
-                    many more as these would have cost; every_* count updates
+                    (a schedule with its costs, in place of all but the tail), decisions (of an
+                    online schedule) and overhead_percent (of the budget, at most, that they may
+                    cost on top). total_* and the durations of `schedule` then count updates of
+                    whole images, and the run has as many more as these would have cost; every_*
+                    count updates
     optim           AdamW: b1, b2, eps, weight_decay, final_weight_decay (reached along a cosine;
                     None: constant), no_decay (paths without decay), clip_norm (0: none), ema_decay
                     (0: none), accumulation (micro-batches), groups (name -> pattern and
@@ -107,6 +109,8 @@ def default_config(size: str = "tiny") -> ConfigDict:
                 "shares": (),
                 "tail_percent": 0.0,
                 "file": "",
+                "decisions": 10,
+                "overhead_percent": 5.0,
             },
             "optim": {
                 "b1": 0.9,

@@ -133,6 +133,7 @@ class GradientErrors:
         probed: Iterable[Probed],
         costs: Sequence[float],
         update_cost: float = 1.0,
+        first: int = 0,
     ) -> list[Estimate]:
         """The estimates of every bucket at one state.
 
@@ -141,29 +142,30 @@ class GradientErrors:
             probed: ``MIN_BATCHES`` or more batches; their sizes must be compiled.
             costs: of an update in each bucket, as a share of one of whole images.
             update_cost: C, what one update may cost, in updates of whole images.
+            first: buckets before this one are left out.
 
         Raises:
             ValueError: too few batches; or a gradient is not finite.
         """
-        mesh = self._program.mesh
+        mesh, buckets = self._program.mesh, self._buckets[first:]
         with jax.set_mesh(mesh):
             scales = self._scales(state.params, state.opt_state)
             nothing, reference = self._zeros(), self._zeros()
-            sums = [self._zeros() for _ in self._buckets]
-            marks: list[list[jax.Array]] = [[] for _ in self._arms]
+            sums = [self._zeros() for _ in buckets]
+            marks: list[list[jax.Array]] = [[] for _ in ((), *buckets)]
             for batch in probed:
                 moment = self._program.moment(batch.step)
                 numbers = (np.int32(batch.step), np.uint32(_SALT))
                 numbers = jax.device_put(numbers, replicated(mesh))
                 common = (state, batch.batches, moment, *numbers, scales)
                 whole = self._steps[self._key(batch.planned, ())]
-                first, reference, mark = whole(*common, nothing, reference)
+                gradient, reference, mark = whole(*common, nothing, reference)
                 marks[0].append(mark)
-                for index, views in enumerate(self._buckets):
+                for index, views in enumerate(buckets):
                     if not views:
                         continue  # whole images: no difference
                     arm = self._steps[self._key(batch.planned, views)]
-                    _, sums[index], mark = arm(*common, first, sums[index])
+                    _, sums[index], mark = arm(*common, gradient, sums[index])
                     marks[index + 1].append(mark)
             count = len(marks[0])
             if count < MIN_BATCHES:
@@ -171,8 +173,8 @@ class GradientErrors:
             norms = [jax.device_get(self._finish(s, reference, scales)) for s in sums]
         sketches = [np.asarray(jax.device_get(mark), np.float64) for mark in marks]
         estimates = []
-        for index, views in enumerate(self._buckets):
-            ratio = costs[index] / update_cost
+        for index, views in enumerate(buckets):
+            ratio = costs[first + index] / update_cost
             mark = sketches[index + 1] if views else _undivided(sketches[0])
             estimates.append(_estimate(norms[index], sketches[0], mark, ratio))
         if not np.isfinite([estimate[:3] for estimate in estimates]).all():

@@ -86,6 +86,11 @@ class Clock:
     paused: float = 0.0
     trained: dict[StepBucket, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
+    @property
+    def seconds(self) -> float:
+        """Of training."""
+        return max(time.perf_counter() - self.started - self.paused, 1e-9)
+
     @contextlib.contextmanager
     def pausing(self) -> Iterator[None]:
         """Time that is not training."""
@@ -100,7 +105,7 @@ class Clock:
 
     def speed(self, program: Program, peak: float) -> dict[str, float]:
         """Samples/s, MFU and the share of the time that the step waited for input."""
-        seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
+        seconds = self.seconds
         examples = sum(count for count, _ in self.trained.values())
         flops = sum(
             count * program.flops(dict.fromkeys(program.batch_names, tokens / count), bucket)
@@ -127,7 +132,7 @@ def train(setup: Setup) -> ExitCode:
     Raises:
         RunStopped: too many bad updates or examples; the message names the last checkpoint.
     """
-    config, program, mesh, total = setup.config, setup.program, setup.mesh, setup.total_steps
+    config, program, mesh = setup.config, setup.program, setup.mesh
     primary = jax.process_index() == 0
     if config.compile_cache != "off":
         enable_compile_cache(config.compile_cache or setup.workdir / "compile_cache")
@@ -143,7 +148,7 @@ def train(setup: Setup) -> ExitCode:
             Loader(
                 setup.plan,
                 start,
-                total,
+                max(start, program.longest),
                 host=jax.process_index(),
                 hosts=jax.process_count(),
                 workers=config.data.workers,
@@ -155,8 +160,9 @@ def train(setup: Setup) -> ExitCode:
         profiler = stack.enter_context(
             ProfilerWindow(setup.workdir / PROFILE_FOLDER, **config.profile.to_dict())
         )
-        log_every = to_steps(config.log, "log", "every", setup.budget) or total
-        save_every = to_steps(config.checkpoint, "checkpoint", "every", setup.budget) or total
+        longest = program.longest
+        log_every = to_steps(config.log, "log", "every", setup.budget) or longest
+        save_every = to_steps(config.checkpoint, "checkpoint", "every", setup.budget) or longest
         facts = run_facts(setup, None if restored is None else setup.workdir)
 
         # Restore or begin, and compile every bucket ahead of its first use. ----------------------
@@ -172,9 +178,13 @@ def train(setup: Setup) -> ExitCode:
                     rich.print(loaded_table(loaded, config.init_from))
         else:
             state = restored.state
+            program.follow(state)
         peak = _matmul_peak()
         steps = _compile(setup, primary)
         compiled = {bucket_label(key): seconds for key, seconds in steps.seconds.items()}
+        if setup.decider is not None:
+            setup.decider.compile()
+            compiled["decisions"] = setup.decider.compile_seconds
         facts |= {
             "matmul_peak_tflops": round(peak / 1e12, 2),
             "compile_seconds": {label: round(seconds, 1) for label, seconds in compiled.items()},
@@ -185,7 +195,7 @@ def train(setup: Setup) -> ExitCode:
         stack.callback(lambda: write_bad_examples(setup, loader.bad.places(), primary))
         writer = open_writer(
             setup.workdir,
-            total,
+            setup.total_steps,
             primary=primary,
             resume_step=None if restored is None else start,
             tensorboard=config.log.tensorboard,
@@ -198,7 +208,7 @@ def train(setup: Setup) -> ExitCode:
         # Train. ----------------------------------------------------------------------------------
         guard = stack.enter_context(PreemptionGuard())
         queue: collections.deque[Any] = collections.deque()
-        clock, step, saved = Clock(), start, start
+        clock, step, saved, trained = Clock(), start, start, 0.0
         ranking = config.checkpoint.best_metric.partition("/")[0]
         ranks_every = setup.eval_steps.get(ranking) if config.checkpoint.keep_best else None
         evaluated: dict[str, float] | None = {}  # None: a signal came before the end
@@ -209,7 +219,11 @@ def train(setup: Setup) -> ExitCode:
                 checkpoints.rank(step, _ranked(setup, evaluated))
         # Without jit, the constants of a step are transfers.
         guarded = "allow" if config.debug else "disallow"
-        while step < total and not guard.requested:
+        while step < setup.total_steps and not guard.requested:
+            if setup.decider is not None and setup.decider.is_due(step):
+                with clock.pausing():
+                    state, values = setup.decider.decide(state, step)
+                    writer.write(step, values)
             waiting = time.perf_counter()
             host, planned = _next(loader), setup.plan.batch(step)
             if step == start:
@@ -229,7 +243,7 @@ def train(setup: Setup) -> ExitCode:
                     counters = jax.device_get({name: finished[name] for name in _COUNTERS})
                     _check_health(setup, counters, step - QUEUED_STEPS, checkpoints)
 
-            if step % log_every == 0 or step == total:
+            if step % log_every == 0 or step == setup.total_steps:
                 values = {k: float(v) for k, v in jax.device_get(metrics).items()}
                 _check_health(setup, values, step, checkpoints)
                 used = memory()
@@ -241,13 +255,14 @@ def train(setup: Setup) -> ExitCode:
                     | {"data/fingerprint": float(planned.fingerprint())}
                     | _compression(program, step - 1),
                 )
+                trained += clock.seconds
                 clock = Clock()
 
             with clock.pausing():
                 evaluated = _evaluate(setup, state, step, writer, guard)
                 if evaluated:
                     state = program.observe(state, evaluated)
-                if evaluated is not None and step < total:
+                if evaluated is not None and step < setup.total_steps:
                     ranked = _ranked(setup, evaluated)
                     if is_save_due(step, saved, save_every, bool(ranked), ranks_every):
                         checkpoints.save(step, state, ranked, setup.checkpoint_extra())
@@ -257,13 +272,18 @@ def train(setup: Setup) -> ExitCode:
         extra = setup.checkpoint_extra() | {_EVALUATED: evaluated is not None}
         checkpoints.save(step, state, _ranked(setup, evaluated or {}), extra)
         checkpoints.wait()
-        preempted = step < total or evaluated is None
+        preempted = step < setup.total_steps or evaluated is None
+        if setup.decider is not None and trained:
+            # Since this start of the run; what was logged, so all but its last updates.
+            share = setup.decider.seconds / (setup.decider.seconds + trained)
+            facts["decisions_share_of_time"] = round(share, 4)
         if not preempted:
             preempted = not _evaluate_best(setup, checkpoints, step, writer, guard)
         facts |= {
             "status": "preempted" if preempted else "finished",
             "step": step,
             "end": now(),
+            "total_steps": setup.total_steps,
             "bad_examples": dict(loader.bad.counts + collections.Counter(facts["bad_examples"])),
         }
     if primary:

@@ -42,7 +42,10 @@ class Program:
     Attributes:
         objectives: of the run.
         compression: the buckets of the run and what they cost.
-        schedule: which bucket each update encodes.
+        schedule: which bucket each update encodes, as far as it is decided.
+        longest: updates of the run, at most.
+        full_steps: the budget, in updates of whole images.
+        decided: buckets of the parts of an online schedule, as far as they are decided.
         state_spec: shapes, dtypes and shardings of the state.
     """
 
@@ -83,7 +86,10 @@ class Program:
         )
         for view in itertools.chain.from_iterable(self.compression.buckets):
             model.config.image.check_view(view, "compression.buckets")
-        self.schedule = self.compression.over(budget.total_steps or 1, config.seed)
+        self.full_steps = budget.total_steps or 1
+        self.schedule = self.compression.over(self.full_steps, config.seed)
+        self.decided: tuple[int, ...] = ()
+        self.longest = self.schedule.total_steps
         self._learning_rate = learning_rate(config.schedule, budget)
         spec = jax.eval_shape(self._init, jax.random.key(0))
         self.state_spec: TrainState = jax.tree.map(
@@ -104,6 +110,7 @@ class Program:
             lambda params: optimizer(self.config.optim, params),
             key,
             ema=self.config.optim.ema_decay > 0,
+            decisions=self.compression.decisions,
         )
 
     @property
@@ -196,11 +203,22 @@ class Program:
     def buckets(self, planned: Sequence[Bucket]) -> tuple[StepBucket, ...]:
         """Every bucket of the run: its batches' sizes with each of the views they may meet."""
         views = {self.schedule.buckets[number] for number in np.unique(self.schedule.index)}
+        if self.compression.decisions:
+            views = set(self.schedule.buckets)
         return tuple(
             tuple((name, dataclasses.replace(sizes, views=some)) for name in self.batch_names)
             for some in sorted(views)
             for sizes in planned
         )
+
+    def follow(self, state: TrainState) -> None:
+        """Take up what the state has decided of an online schedule."""
+        if not self.compression.decisions:
+            return
+        numbers = jax.device_get(state.extras["decided"]).tolist()
+        self.decided = tuple(number for number in numbers if number >= 0)
+        self.schedule = self.compression.over(self.full_steps, self.config.seed, self.decided)
+        self.__dict__.pop("_rates", None)  # of the schedule before
 
     @functools.cached_property
     def _rates(self) -> np.ndarray:

@@ -44,12 +44,14 @@ from vlp_jax.train.checks import (
     check_figure,
     check_teachers,
     check_texts,
+    completed,
     judged_on_best,
     source_facts,
     without_foreign_heads,
 )
 from vlp_jax.train.config import check_keys
 from vlp_jax.train.initial import CHECKPOINT_FOLDER, Origin, read_origin
+from vlp_jax.train.online import Decider
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import Budget, to_steps
 from vlp_jax.train.state import TrainState
@@ -80,6 +82,7 @@ class Setup:
         missing_images: images that the annotations name and that are not there.
         source_facts: what a resumed run must find again, by source; see ``checks.source_facts``.
         unknown_tokens: by source, the share of the tokens of words that are <unk>.
+        decider: of an online schedule of buckets; None: there is none.
     """
 
     config: ConfigDict
@@ -98,12 +101,12 @@ class Setup:
     missing_images: int
     source_facts: dict[str, dict[str, Any]]
     unknown_tokens: dict[str, float]
+    decider: Decider | None
 
     @property
     def total_steps(self) -> int:
-        """Updates of the whole run."""
-        assert self.budget.total_steps is not None
-        return self.budget.total_steps
+        """Updates of the whole run; of an online schedule, as far as it is decided."""
+        return self.program.schedule.total_steps
 
     def open_checkpoints(self) -> Checkpoints:
         """The checkpoints of the workdir."""
@@ -275,6 +278,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         missing_images(sources),
         facts,
         unknown,
+        Decider(program, plan) if program.compression.decisions else None,
     )
 
 
@@ -355,7 +359,7 @@ def _kept_schedule(config: ConfigDict, workdir: pathlib.Path, begun: bool) -> Re
     file, old = workdir / SCHEDULE_FILE, workdir / CONFIG_FILE
     if not begun or not file.exists() or not old.exists():
         return None
-    before = json.loads(old.read_text()).get("compression")
+    before = completed(json.loads(old.read_text()))["compression"]
     return Resolved.read(file) if before == plain(config)["compression"] else None
 
 

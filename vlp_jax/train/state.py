@@ -13,8 +13,10 @@ class TrainState(flax.struct.PyTreeNode):
         step: int32 [], updates attempted; also the index of the next global batch.
         params: float32 tree.
         extras: ``objectives`` (by name, what each carries), ``ema`` (moving average of ``params``,
-            or empty), ``skipped`` int32 [] updates skipped so far, ``skipped_in_a_row`` int32 [],
-            ``replaced`` int32 [] damaged records replaced so far.
+            or empty), ``decided`` int32 [decisions] where the schedule of buckets is an online one
+            (the bucket of each part of the budget, -1 before it is decided), ``skipped`` int32 []
+            updates skipped so far, ``skipped_in_a_row`` int32 [], ``replaced`` int32 [] damaged
+            records replaced so far.
         opt_state: of the optimiser.
         rng: PRNG key of the run; steps fold their number into it.
     """

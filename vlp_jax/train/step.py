@@ -62,6 +62,7 @@ def init_state(
     optimizer_of: Callable[[Any], optax.GradientTransformation],
     rng: jax.Array,
     ema: bool,
+    decisions: int = 0,
 ) -> TrainState:
     """A fresh state. Objectives that share a module agree on its parameters.
 
@@ -74,6 +75,7 @@ def init_state(
         optimizer_of: from a parameter tree to the optimiser.
         rng: PRNG key of the run.
         ema: whether to keep a moving average of the parameters.
+        decisions: of an online schedule of buckets.
     """
     init_rng, run_rng = jax.random.split(rng)
     params: dict[str, Any] = {}
@@ -88,6 +90,7 @@ def init_state(
         extras={
             "objectives": extras,
             "ema": jax.tree.map(jnp.copy, params) if ema else {},
+            **({"decided": jnp.full(decisions, -1, jnp.int32)} if decisions else {}),
             **{name: jnp.zeros((), jnp.int32) for name in counters},
         },
         opt_state=optimizer_of(params).init(params),
