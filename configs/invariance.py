@@ -1,18 +1,19 @@
-"""Pretraining on images alone: two random views of a picture are to have one embedding.
+"""Pretraining on images alone: by invariance of random views, or by masked pixels.
 
     python -m vlp_jax.main --config=configs/invariance.py:moco_v3 --workdir=runs/moco
     python -m vlp_jax.main --config=configs/invariance.py:simclr,small --workdir=runs/simclr \\
         --config.compression.schedule=staged --config.compression.buckets="('p16@64','p8@64')"
     python -m tools.bench step --config=configs/invariance.py:moco_v3,base --batch=256
 
-The argument is OBJECTIVE[,SIZE]: `moco_v3`, `simclr`, `simsiam` or `dino`; a size of
+The argument is OBJECTIVE[,SIZE]: `moco_v3`, `simclr`, `simsiam`, `dino` or `mim` (MAE); a size of
 models/sizes.py (`mini` by default; `base` is a ViT-B/16 at 224 px). A run of FLM or of a task
 starts from such a tower by --config.init_from.
 
 Data: `scenes`, level hard, whose captions are not read. Recipes of MoCo v3, SimCLR (SLIP's) and
 DINO: fact sheet of accelerated invariance pretraining, section 7; MoCo v3's random patch projection
 is frozen. DINO has two small crops here, of three sevenths of the side, and 4,096 prototypes;
-`dino,base` its eight and 65,536. SimSiam's with AdamW is a choice of ours. The peak rate is that of
+`dino,base` its eight and 65,536; the decoder of `mim` half the width here, `mim,base` that of MAE.
+SimSiam's with AdamW is a choice of ours. The peak rate is that of
 a batch of 256: for another one, scale --config.schedule.peak with it. Ours differ in how towers are
 initialised, and in that views are cut from pictures already reduced to data.image_size. Colour
 jitter, blur and small crops hide colours and most of a scene: what a tower is to tell apart must
@@ -30,6 +31,7 @@ _RECIPES = {
     "simclr": (1.9e-4, 0.1, 0.98),
     "simsiam": (1.5e-4, 0.1, 0.999),
     "dino": (5e-4, 0.04, 0.999),
+    "mim": (1.5e-4, 0.05, 0.95),
 }
 
 
@@ -68,6 +70,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
             config.optim.update(final_weight_decay=0.4, clip_norm=3.0)
             if size != "base":
                 config.objectives.dino.update(small_crops=2, prototypes=4_096)
+        if objective == "mim":
+            image.positions = "sincos"
+            if size != "base":
+                config.objectives.mim.update(decoder_width=128, decoder_depth=4, decoder_heads=4)
         if objective == "moco_v3":
             image.positions = "sincos"
             frozen = {"pattern": "image_tower/patch_embedding", "rate_factor": 0.0}

@@ -16,6 +16,7 @@ from vlp_jax.objectives.contrastive import ITC, ITM
 from vlp_jax.objectives.dino import DINO
 from vlp_jax.objectives.flm import FLM
 from vlp_jax.objectives.invariance import MoCoV3, SimCLR, SimSiam
+from vlp_jax.objectives.mim import MIM
 from vlp_jax.objectives.single_stream import AR, MLM, PrefixLM
 
 OBJECTIVES: Mapping[str, type[Any]] = {  # each an ``Objective``
@@ -32,6 +33,7 @@ OBJECTIVES: Mapping[str, type[Any]] = {  # each an ``Objective``
     "simsiam": SimSiam,
     "moco_v3": MoCoV3,
     "dino": DINO,
+    "mim": MIM,
 }
 
 # Keys of a section that are read here or by the step, and arguments that are not keys.

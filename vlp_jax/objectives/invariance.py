@@ -250,7 +250,7 @@ class Invariance(Defaults, abc.ABC):
         return self._head("projector", params, jnp.asarray(tokens)[:, 0])
 
     def _head(self, kind: str, params: Params, x: jax.Array) -> jax.Array:
-        head: nn.Module = getattr(self.heads, kind)
+        head: ProjectionHead | PrototypeHead = getattr(self.heads, kind)
         return jnp.asarray(head.apply({"params": params[self._key(kind)]}, x))
 
     def _mlp(self, layers: int, last_norm: bool, hidden_dim: int | None = None) -> ProjectionHead:

@@ -1,0 +1,162 @@
+"""Masked image modelling: hidden patches are the target, and only they."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import TOKENS, Run, make_batch, make_program, tiny_config, tiny_model
+
+from vlp_jax.compress.buckets import Bucket, View
+from vlp_jax.compress.token_dropout import kept_patches
+from vlp_jax.data.augment import random_view, standardize
+from vlp_jax.data.batch import batch_spec
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.mesh import make_mesh
+from vlp_jax.models.image_decoder import ImageDecoder
+from vlp_jax.models.vit import ViT
+from vlp_jax.objectives.base import example_keys
+from vlp_jax.objectives.mim import _KEPT, MIM, scaled_patches
+
+KEY = jax.random.key(7)
+SIZE, PATCH = 32, 8
+SIZES = Bucket(TOKENS, SIZE)
+SMALL = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+
+
+def built(**arguments):
+    model = tiny_model(**arguments.pop("model", {}))
+    model = model.clone(config=_sized(model.config))
+    objective = MIM(model=model, name="mim", **{**SMALL, **arguments})
+    params, extras = objective.init(jax.random.key(0), batch_spec(SIZES, 1))
+    return objective, params, extras
+
+
+def _sized(config):
+    return dataclasses.replace(config, image=dataclasses.replace(config.image, image_size=SIZE))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rows = make_batch(image_size=SIZE)
+    rows["valid"][-3:] = False
+    return jax.tree.map(jnp.asarray, rows)
+
+
+def test_the_loss_is_the_error_of_hidden_patches(batch):
+    """With a decoder of zeros, what is predicted is its bias, and the error can be told."""
+    objective, params, extras = built()
+    decoder = jax.tree.map(jnp.zeros_like, params["mim_decoder"])
+    bias = jnp.linspace(-1.0, 1.0, 3 * PATCH**2)
+    decoder["pixels"] = {**decoder["pixels"], "bias": bias}
+    output = objective.loss({**params, "mim_decoder": decoder}, extras, batch, KEY, SIZES)
+    keys = example_keys(KEY, batch["position"])
+    view = standardize(random_view(batch["image"], keys, objective.recipe, SIZE, SIZE))
+    target = np.asarray(scaled_patches(view, PATCH), np.float64)
+    np.testing.assert_allclose(target.mean(axis=-1), 0, atol=1e-5)
+    chosen = example_keys(jax.random.fold_in(KEY, _KEPT), batch["position"])
+    kept = np.asarray(kept_patches(chosen, 16, 4))
+    losses = []
+    for row in np.flatnonzero(batch["valid"]):
+        hidden = np.setdiff1d(np.arange(16), kept[row])
+        losses.append(np.square(target[row, hidden] - np.asarray(bias)[None]).mean())
+    assert float(output.loss.sum / output.loss.weight) == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_the_decoder_puts_tokens_where_their_patches_lie():
+    """Without blocks, each place reads its own token, or the learned one."""
+    objective, *_ = built()
+    config = objective.decoder.config
+    decoder = ImageDecoder(dataclasses.replace(config, depth=0))
+    view = View(SIZE, PATCH, 3)
+    kept = jnp.array([[1, 4, 9], [0, 2, 15]])
+    tokens = jax.random.normal(KEY, (2, 4, 32))
+    params = decoder.init(KEY, tokens, kept, view)
+    plain = decoder.apply(params, tokens, kept, view)
+    assert plain.shape == (2, 16, 3 * PATCH**2)
+    moved = decoder.apply(params, tokens.at[0, 2].add(1.0), kept, view)
+    changed = np.abs(np.asarray(moved - plain)).max(axis=-1) > 1e-6
+    assert np.argwhere(changed).tolist() == [[0, 4]]
+    # Places that were not kept differ by their positions alone, the same in both images.
+    both_hidden = [p for p in range(16) if p not in (1, 4, 9, 0, 2, 15)]
+    np.testing.assert_allclose(plain[0, both_hidden], plain[1, both_hidden], atol=1e-6)
+
+
+def test_hidden_pixels_do_not_reach_the_tower(batch):
+    objective, params, _ = built()
+    chosen = example_keys(jax.random.fold_in(KEY, _KEPT), batch["position"])
+    kept = np.asarray(kept_patches(chosen, 16, 4))
+    hidden = int(np.setdiff1d(np.arange(16), kept[0])[0])
+
+    def tokens(pixels):
+        view = objective.encoded(None)
+        return ViT(objective.model.config.image).apply(
+            {"params": params["image_tower"]}, pixels, None, view, chosen
+        )[0]
+
+    pixels = jax.random.normal(KEY, (16, SIZE, SIZE, 3))
+    y, x = divmod(hidden, 4)
+    touched = pixels.at[0, y * PATCH : (y + 1) * PATCH, x * PATCH : (x + 1) * PATCH].add(9.0)
+    np.testing.assert_array_equal(tokens(pixels), tokens(touched))
+
+
+def test_a_bucket_bounds_what_is_kept_and_scales_patches(batch):
+    objective, params, extras = built()
+    assert objective.encoded(None).kept == 4
+    two = Bucket(TOKENS, SIZE, (View(SIZE, PATCH, 2),))
+    assert objective.encoded(two).kept == 2
+    assert objective.encoded(Bucket(TOKENS, SIZE, (View.whole(SIZE, 16),))).kept == 1
+    assert objective.flops(0, two) < objective.flops(0)
+    for bucket in (two, Bucket(TOKENS, SIZE, (View.whole(SIZE, 16),))):
+        output = objective.loss(params, extras, batch, KEY, bucket)
+        assert np.isfinite(float(output.loss.sum))
+
+
+def config_of(**overrides):
+    config = tiny_config(**{"data.image_size": SIZE, **overrides})
+    with config.unlocked():
+        config.objectives = {"mim": SMALL}
+    return config
+
+
+def compiled(config, mesh=None):
+    program = make_program(config, mesh)
+    return Run(program, program.lower((("pairs", SIZES),)).compile())
+
+
+def test_eight_devices_and_micro_batches_equal_one():
+    results = []
+    for mesh, parts in ((None, 1), (make_mesh(data=4, fsdp=2), 1), (None, 4)):
+        config = config_of(**{"optim.eps": 1e-3, "optim.accumulation": parts})
+        run = compiled(config, mesh)
+        state, metrics = run(run.init(), make_batch(image_size=SIZE))
+        results.append((jax.device_get(state.params), metrics["loss"]))
+    for params, loss in results[1:]:
+        assert loss == pytest.approx(results[0][1], rel=1e-5)
+        chex.assert_trees_all_close(params, results[0][0], rtol=2e-3, atol=2e-5)
+
+
+def test_an_update_trains_and_the_loss_falls():
+    config = config_of(**{"schedule.peak": 3e-3, "schedule.warmup_steps": 0})
+    run = compiled(config)
+    state, first = run(run.init(), make_batch(image_size=SIZE))
+    for _ in range(30):
+        state, last = run(state, make_batch(image_size=SIZE))
+    assert last["loss"] < first["loss"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kept_share": 1.0}, r"objectives\.mim\.kept_share: 1.0"),
+        ({"decoder_depth": 0}, r"objectives\.mim\.decoder_depth: 0"),
+        ({"decoder_heads": 3}, r"objectives\.mim\.decoder_width: width 16 is not a multiple"),
+        ({"augment": {"blurr": 1.0}}, r"objectives\.mim\.augment\.blurr"),
+        ({"model": {"image.stem": "conv"}}, r"model\.image\.stem: 'conv'"),
+    ],
+)
+def test_bad_arguments_name_the_key(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        built(**arguments)

@@ -1,0 +1,178 @@
+"""Masked image modelling: a few patches are encoded, the pixels of the others are predicted (MAE).
+
+As in arXiv 2111.06377: a random crop and flip, a quarter of the patches kept by the same token
+dropout as everywhere else, so that the rest costs the tower nothing; a small decoder; the loss is
+the mean squared error of the pixels of patches that were not encoded, each patch scaled to zero
+mean and unit variance.
+
+A bucket's view says by what patches the image is encoded and how many are kept at most. Whatever
+the patch size, a patch's target has as many pixels as the model's own: the crop is made at that
+size for it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlp_jax.compress.buckets import Bucket, View, view_of
+from vlp_jax.compress.token_dropout import kept_patches
+from vlp_jax.data.augment import Recipe, random_view, standardize
+from vlp_jax.data.batch import PAIRS, Batch
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.flops import vit_flops
+from vlp_jax.models.image_decoder import ImageDecoder, ImageDecoderConfig
+from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.models.vit import ViT
+from vlp_jax.objectives.base import Defaults, Extras, LossOutput, Params, example_keys, zeros
+from vlp_jax.objectives.invariance import TOWER, view_recipe
+from vlp_jax.objectives.similarity import valid_mean
+
+_RECIPE = Recipe(scale=(0.2, 1.0), jitter=0.0, grey=0.0, blur=0.0)
+_KEPT = 0x3A5  # folded into a step's key for the choice of patches
+
+
+@dataclasses.dataclass(frozen=True)
+class MIM(Defaults):
+    """Masked autoencoding of pixels.
+
+    Attributes:
+        model: the shared encoder, of which only the image tower is used.
+        name: key in ``config.objectives``.
+        batch_name: named batch it reads.
+        kept_share: of the patches, how many are encoded at most, rounded.
+        decoder_width, decoder_depth, decoder_heads: geometry of the decoder.
+        augment: keys of ``data.augment.Recipe``.
+    """
+
+    model: VisionLanguageModel
+    name: str
+    batch_name: str = PAIRS
+    kept_share: float = 0.25
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    augment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    splittable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        key = f"objectives.{self.name}"
+        if not 0.0 < self.kept_share < 1.0:
+            raise ConfigError(
+                f"{key}.kept_share", f"{self.kept_share}", "Use a share above 0 and below 1"
+            )
+        for name in ("decoder_width", "decoder_depth", "decoder_heads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{key}.{name}", f"{getattr(self, name)}", "Use 1 or more")
+        if self.model.config.image.block.dropout:
+            raise ConfigError(
+                "model.image.dropout",
+                f"{self.model.config.image.block.dropout}: {key} has no dropout",
+                "Set it to 0",
+            )
+        if self.model.config.image.stem != "patch":
+            raise ConfigError(
+                "model.image.stem",
+                f"{self.model.config.image.stem!r}: its convolutions carry pixels of the patches "
+                f"that {key} hides to those that are encoded",
+                "Use patch",
+            )
+        if self.model.config.image.view.patches < 2:
+            raise ConfigError("data.image_size", "one patch leaves none to predict", "Raise it")
+        try:
+            _ = self.decoder
+        except ValueError as error:
+            raise ConfigError(f"{key}.decoder_width", str(error), "Choose one that fits") from error
+        _ = self.recipe  # checks its keys
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the view of an image is made."""
+        return view_recipe(_RECIPE, self.augment, f"objectives.{self.name}.augment")
+
+    @property
+    def decoder(self) -> ImageDecoder:
+        """Its decoder."""
+        image = self.model.config.image
+        block = dataclasses.replace(
+            image.block,
+            width=self.decoder_width,
+            heads=self.decoder_heads,
+            mlp_width=4 * self.decoder_width,
+            norm="pre",
+            drop_path=0.0,
+        )
+        outputs = 3 * image.patch_size**2
+        return ImageDecoder(ImageDecoderConfig(block, self.decoder_depth, image.view.grid, outputs))
+
+    def encoded(self, bucket: Bucket | None) -> View:
+        """What is encoded of an image: at least one patch, and not all."""
+        view = view_of(bucket) or self.model.config.image.view
+        most = min(max(1, round(self.kept_share * view.patches)), view.patches - 1)
+        return dataclasses.replace(view, kept=min(view.kept, most))
+
+    def init(
+        self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> tuple[Params, Extras]:
+        """Parameters of the tower and the decoder; no extras."""
+        view = self.model.config.image.view
+        rows = len(zeros(batch_spec)["image"])
+        image = jnp.zeros((rows, view.image_size, view.image_size, 3))
+        tokens, variables = nn.init_with_output(lambda model: model.image_tower(image), self.model)(
+            rng
+        )
+        kept = jnp.broadcast_to(jnp.arange(view.kept)[None], (rows, view.kept))
+        own = self.decoder.init(jax.random.fold_in(rng, 1), tokens, kept, view)
+        params = {TOWER: variables["params"][TOWER], self._key: own["params"]}
+        return params, {}
+
+    def loss(
+        self,
+        params: Params,
+        extras: Extras,
+        batch: Batch,
+        rng: jax.Array,
+        bucket: Bucket,
+        train: bool = True,
+    ) -> LossOutput:
+        """Mean over the valid images of the error of their hidden patches."""
+        image = self.model.config.image
+        view = self.encoded(bucket if train else None)
+        keys = example_keys(rng, batch["position"])
+        chosen = example_keys(jax.random.fold_in(rng, _KEPT), batch["position"])
+        kept = kept_patches(chosen, view.patches, view.kept)
+        size, own = view.grid * image.patch_size, image.image_size
+        seen = standardize(random_view(batch["image"], keys, self.recipe, view.image_size, own))
+        target = seen
+        if size != view.image_size:
+            target = standardize(random_view(batch["image"], keys, self.recipe, size, own))
+        tokens = ViT(image).apply({"params": params[TOWER]}, seen, None, view, chosen)
+        found = self.decoder.apply({"params": params[self._key]}, jnp.asarray(tokens), kept, view)
+        error = jnp.square(jnp.asarray(found) - scaled_patches(target, image.patch_size))
+        hidden = ~(kept[:, :, None] == jnp.arange(view.patches)[None, None]).any(axis=1)
+        losses = jnp.where(hidden, error.mean(axis=-1), 0.0).sum(axis=1) / hidden.sum(axis=1)
+        return LossOutput(valid_mean(losses, batch["valid"]), extras, {})
+
+    def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
+        """Forward FLOPs of one example."""
+        del text_length
+        image, view = self.model.config.image, self.encoded(bucket)
+        return vit_flops(image, view) + self.decoder.config.flops(image.block.width, view)
+
+    @property
+    def _key(self) -> str:
+        """Key of the decoder's parameters."""
+        return f"{self.name}_decoder"
+
+
+def scaled_patches(pixels: jax.Array, side: int) -> jax.Array:
+    """Patches, each with zero mean and unit variance: [B, S, S, 3] -> [B, P, side * side * 3]."""
+    grid = pixels.shape[1] // side
+    x = pixels.reshape(len(pixels), grid, side, grid, side, 3).transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(len(pixels), grid * grid, side * side * 3)
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)
