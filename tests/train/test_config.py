@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from golden import check_golden
 from ml_collections import ConfigDict
-from tiny import BATCH, Run, make_batch, make_program
+from tiny import BATCH, VOCABULARY, Run, make_batch, make_program
 
-from configs import language_objective
+from configs import invariance, language_objective
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import batch_spec
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.sizes import build_model
+from vlp_jax.objectives import build_objectives
 from vlp_jax.train.config import check_keys, default_config
 from vlp_jax.train.schedule import Budget, to_steps
 from vlp_jax.train.setup import with_durations
@@ -184,6 +186,19 @@ def test_shipped_config_builds(name: str) -> None:
     program = make_program(config)
     assert program.state_spec.step.shape == ()
     assert {objective.batch_name for objective in program.objectives} == {"pairs"}
+
+
+@pytest.mark.parametrize("size", ["", "base"])
+@pytest.mark.parametrize("objective", ["moco_v3", "simclr", "simsiam", "dino", "mim"])
+def test_every_image_objective_has_a_config(objective: str, size: str) -> None:
+    config = invariance.get_config(f"{objective},{size}")
+    check_keys(config)
+    model = build_model(config.model, 50, 3, config.data.image_size)
+    [built] = build_objectives(config.objectives, model, VOCABULARY)
+    assert built.name == objective
+    patches = {"": 64, "base": 196}[size]
+    assert model.config.image.view.patches == patches
+    assert built.flops(0) > 0
 
 
 @pytest.mark.parametrize(
