@@ -11,7 +11,7 @@ import pytest
 from tests.tiny_config import get_config
 from tests.tools.compared import METRIC, Command, named
 from tools.compare import measure
-from tools.compare.configs import CommandError
+from tools.compare.configs import CommandError, NamedConfig, cost_digest
 from tools.compare.measure import (
     Trainer,
     calibration,
@@ -20,10 +20,12 @@ from tools.compare.measure import (
     group_scores,
     training_intervals,
 )
-from tools.compare.records import Group
+from tools.compare.records import Calibration, Group, Measurement
 from vlp_jax.infra.artifacts import Gallery, Table
+from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.train.loop import RunStopped
+from vlp_jax.train.setup import prepare
 
 
 def speed(step: int, rate: float, wait: float) -> dict[str, float]:
@@ -115,6 +117,57 @@ def test_accelerators_are_traced_before_what_is_measured(
     # Whole, over before the second half begins, and not the first use of a bucket.
     expected = (interval, interval) if device_ms else (config.profile.start_step, 0)
     assert (window.start_step, window.num_steps) == expected
+
+
+def compressed(**compression):
+    config = get_config()
+    config.total_steps = 40
+    config.compression.update({"buckets": ("p16@16", "whole"), "schedule": "staged"})
+    config.compression.update(compression)
+    return NamedConfig("tiny", "tiny.py", config.lock())
+
+
+def test_compressed_updates_cost_their_measured_share_of_one_of_whole_images(tmp_path):
+    named_config = compressed(costs=(0.25, 1.0))
+    config = named_config.run(steps=40, seed=0, step_seconds=0.1, save_seconds=60.0, overrides={})
+    setup = prepare(config, tmp_path / "run")
+    assert setup.total_steps == 80 + 20  # half the budget in each
+    assert measure._spent(setup, 80) == pytest.approx(20)
+    assert measure._spent(setup, 100) == pytest.approx(40)
+    flops = [
+        setup.program.flops({"pairs": mean_length(setup)}, setup.program.bucket(planned, step))
+        for planned in [setup.plan.batch(0).bucket]
+        for step in (0, 99)
+    ]
+    expected = 0.8 * flops[0] + 0.2 * flops[1]
+    assert measure._flops_per_sample(setup) == pytest.approx(expected)
+    calibrated = Calibration(100.0, 99.0, 101.0, 3, 32, 0.0, 1.0)
+    ran = Measurement("finished", "", 100, 1600, 1.0, 0.0, 1.0, 1.0, {}, spent=40.0)
+    assert ran.seconds(calibrated) == pytest.approx(4.0)
+    assert dataclasses.replace(ran, spent=None).seconds(calibrated) == pytest.approx(10.0)
+    # What one of whole images costs is measured without the schedule, once for both.
+    plain = NamedConfig("tiny", "tiny.py", get_config().lock())
+    digests = {cost_digest(c.calibration(steps=6, overrides={})) for c in (named_config, plain)}
+    assert len(digests) == 1
+
+
+def mean_length(setup):
+    batches = range(min(setup.total_steps, setup.plan.window_batches))
+    return sum(setup.plan.batch(t).length.mean() for t in batches) / len(batches)
+
+
+@pytest.mark.parametrize(
+    ("compression", "message"),
+    [
+        ({}, "compression.costs: are those of FLOPs"),
+        ({"schedule": "online", "costs": (0.5, 1.0)}, "compression.schedule: the decisions"),
+    ],
+)
+def test_costs_that_nobody_has_measured_are_refused(compression, message):
+    with pytest.raises(ConfigError, match=message):
+        compressed(**compression).run(
+            steps=40, seed=0, step_seconds=0.1, save_seconds=60.0, overrides={}
+        )
 
 
 def test_damaged_data_is_a_fault_to_mend_and_no_score(tmp_path, monkeypatch):

@@ -390,7 +390,7 @@ class Cells:
             runner.versions,
             runner.commit,
             measured,
-            None if calibration is None else measured.steps * calibration.seconds,
+            None if calibration is None else measured.seconds(calibration),
         )
         text = json.dumps(result.to_json(), indent=2, allow_nan=False)
         write_text(workdir / RESULT_FILE, text + "\n")

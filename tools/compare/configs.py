@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from vlp_jax.infra.errors import ConfigError, unknown_key
 from vlp_jax.objectives import learns_from
-from vlp_jax.train.config import OPEN_SECTIONS
+from vlp_jax.train.config import OPEN_SECTIONS, default_config
 from vlp_jax.train.schedule import UNITS
 
 # Keys that change neither what a run computes nor what its training time is.
@@ -86,17 +86,26 @@ class NamedConfig:
         return _teachers(self.config)
 
     def check_cost(self) -> None:
-        """Refuse a config whose updates do not all cost the same: a budget buys none of them yet.
+        """Refuse a config that compresses images at costs nobody has measured.
+
+        The length of a run is its budget in updates of whole images, of which one is measured here;
+        what its buckets cost, as shares of that, comes with the config.
 
         Raises:
-            ConfigError: it compresses images.
+            ConfigError: the costs are those of FLOPs, or the schedule spends more than its budget.
         """
         section = self.config.compression
-        if section.schedule or section.file:
+        if section.schedule == "online":
             raise ConfigError(
                 "compression.schedule",
-                "the time of an update is measured of one bucket, and this config has several",
-                "Compare configs of whole images",
+                "the decisions of 'online' take time beside the updates, which are all that counts",
+                "Compare the schedule that tools.gradient_error derives",
+            )
+        if section.schedule and not section.costs:
+            raise ConfigError(
+                "compression.costs",
+                "are those of FLOPs, and a comparison by time needs measured ones",
+                "Take compression.file of `tools.bench buckets --out`, or give the costs",
             )
 
     def run(
@@ -136,6 +145,7 @@ class NamedConfig:
             overrides: values by dotted key.
         """
         config = with_overrides(self.config, {**overrides, "name": self.label})
+        config.compression = default_config().compression  # whole images are the unit of costs
         window = config.data.window_batches
         interval = window * -(-steps // (CALIBRATION_INTERVALS * window))
         _set_duration(config, "total", CALIBRATION_INTERVALS * interval)

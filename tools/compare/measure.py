@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import gc
-import math
 import os
 import platform
 import statistics
@@ -123,6 +122,7 @@ class Trainer:
             flops_per_sample=_flops_per_sample(setup),
             metrics=final_metrics(records),
             groups=group_scores(workdir),
+            spent=_spent(setup, steps),
         )
 
     def _train(self, config: ConfigDict, workdir: Path) -> Setup | None:
@@ -233,12 +233,25 @@ def group_scores(workdir: Path) -> tuple[Group, ...]:
 
 
 def _flops_per_sample(setup: Setup) -> float:
-    """Model FLOPs of a training example of mean text length; one window holds all lengths."""
+    """Model FLOPs of a training example of mean text length; one window holds all lengths.
+
+    Where images are compressed, the mean over the run's updates.
+    """
+    program = setup.program
     batches = range(min(setup.total_steps, setup.plan.window_batches))
     mean = float(np.mean([setup.plan.batch(t).length.mean() for t in batches]))
-    flops = setup.program.flops(dict.fromkeys(setup.program.batch_names, mean))
-    assert math.isfinite(flops)
-    return float(flops)
+    lengths = dict.fromkeys(program.batch_names, mean)
+    planned = setup.plan.batch(0).bucket
+    _, first, counts = np.unique(program.schedule.index, return_index=True, return_counts=True)
+    flops = [program.flops(lengths, program.bucket(planned, int(step))) for step in first]
+    assert np.isfinite(flops).all()
+    return float(np.average(flops, weights=counts))
+
+
+def _spent(setup: Setup, steps: int) -> float | None:
+    """What so many updates cost, in updates of whole images; None where all are such."""
+    schedule = setup.program.schedule
+    return float(schedule.spent[steps]) if schedule.compresses else None
 
 
 def _cpu(backend: str) -> dict[str, str | int]:

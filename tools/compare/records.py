@@ -89,6 +89,7 @@ class Measurement:
         flops_per_sample: model FLOPs of one example in an update.
         metrics: figures of its evaluators at the end.
         groups: scores by group, of the evaluators that know groups.
+        spent: updates of whole images that would have cost as much; None: as many as ``steps``.
     """
 
     status: Literal["finished", "stopped"]
@@ -101,6 +102,11 @@ class Measurement:
     flops_per_sample: float
     metrics: Mapping[str, float]
     groups: tuple[Group, ...] = ()
+    spent: float | None = None
+
+    def seconds(self, calibration: Calibration) -> float:
+        """Of training: updates times the cost of one, those of compressed images by their share."""
+        return (self.steps if self.spent is None else self.spent) * calibration.seconds
 
 
 @dataclasses.dataclass(frozen=True)
