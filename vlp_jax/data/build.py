@@ -24,9 +24,15 @@ from vlp_jax.data.folder import Folder
 from vlp_jax.data.making import found_or_made
 from vlp_jax.data.plan import Plan
 from vlp_jax.data.planned import PlannedSource
-from vlp_jax.data.scenes import Scenes, ScenesEntailment, ScenesNLVR2, ScenesVQA
+from vlp_jax.data.scenes import (
+    Scenes,
+    ScenesEntailment,
+    ScenesLabels,
+    ScenesNLVR2,
+    ScenesVQA,
+)
 from vlp_jax.data.source import Source, Worded
-from vlp_jax.data.tasks import NLVR2, VQA, VisualEntailment
+from vlp_jax.data.tasks import NLVR2, VQA, ImageLabels, VisualEntailment
 from vlp_jax.data.tasks.annotated import AnnotatedImages
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.errors import ConfigError, section_arguments
@@ -37,10 +43,12 @@ SOURCES: Mapping[str, type] = {
     "scenes_vqa": ScenesVQA,
     "scenes_nlvr2": ScenesNLVR2,
     "scenes_entailment": ScenesEntailment,
+    "scenes_labels": ScenesLabels,
     "folder": Folder,
     "vqa": VQA,
     "nlvr2": NLVR2,
     "visual_entailment": VisualEntailment,
+    "image_labels": ImageLabels,
 }
 # Keys of a source's section that are read here and not by the source.
 _RESERVED = ("type", "weight", "split", "cache")

@@ -96,6 +96,23 @@ class ClassificationHead(nn.Module):
         return classifier(x.astype(jnp.float32))
 
 
+class LinearHead(nn.Module):
+    """A linear layer in float32, zero at first: [B, F] -> float32 [B, C].
+
+    Attributes:
+        num_classes: C.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits of features."""
+        zero = nn.initializers.zeros_init()
+        dense = Dense(self.num_classes, dtype=jnp.float32, kernel_init=zero, name="classifier")
+        return dense(x.astype(jnp.float32))
+
+
 def apply_head(
     head: ClassificationHead, params: Any, x: jax.Array, noise: Noise = None
 ) -> jax.Array:

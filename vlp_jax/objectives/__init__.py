@@ -15,6 +15,7 @@ from vlp_jax.objectives.classification import NLVR2, VQA, Classification
 from vlp_jax.objectives.contrastive import ITC, ITM
 from vlp_jax.objectives.dino import DINO
 from vlp_jax.objectives.flm import FLM
+from vlp_jax.objectives.image_classification import ImageClassification
 from vlp_jax.objectives.invariance import MoCoV3, SimCLR, SimSiam
 from vlp_jax.objectives.mim import MIM
 from vlp_jax.objectives.single_stream import AR, MLM, PrefixLM
@@ -29,6 +30,7 @@ OBJECTIVES: Mapping[str, type[Any]] = {  # each an ``Objective``
     "vqa": VQA,
     "nlvr2": NLVR2,
     "entailment": Classification,
+    "image_classification": ImageClassification,
     "simclr": SimCLR,
     "simsiam": SimSiam,
     "moco_v3": MoCoV3,

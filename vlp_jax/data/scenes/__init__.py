@@ -1,5 +1,6 @@
 """A procedural image-text world: pictures, captions, questions and masks as pure functions."""
 
+from vlp_jax.data.scenes.labels import ScenesLabels as ScenesLabels
 from vlp_jax.data.scenes.questions import ANSWERS as ANSWERS
 from vlp_jax.data.scenes.questions import KINDS as KINDS
 from vlp_jax.data.scenes.questions import Question as Question
