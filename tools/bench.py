@@ -34,7 +34,13 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket, bucket_label
+from vlp_jax.compress.buckets import (
+    MAX_SCHEDULED_BUCKETS,
+    WHOLE,
+    StepBucket,
+    bucket_label,
+    bucket_text,
+)
 from vlp_jax.data.batch import batch_spec
 from vlp_jax.data.captions import batch_maxima, fit_edges
 from vlp_jax.data.plan import Plan
@@ -46,7 +52,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.hardware import device_facts, measure_matmul_peak, memory
 from vlp_jax.infra.mesh import global_batch, make_mesh
 from vlp_jax.infra.preemption import ExitCode
-from vlp_jax.train.bucket_schedule import WHOLE, bucket_text, stages_of
+from vlp_jax.train.bucket_schedule import stages_of
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import Budget
 

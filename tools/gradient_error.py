@@ -38,7 +38,7 @@ from etils import epath
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict, config_flags
 
-from vlp_jax.compress.buckets import StepBucket
+from vlp_jax.compress.buckets import StepBucket, bucket_text
 from vlp_jax.data.loader import Loader
 from vlp_jax.infra.checkpoint import restore_step
 from vlp_jax.infra.checkpoint_reader import steps_of
@@ -49,7 +49,7 @@ from vlp_jax.infra.files import write_text
 from vlp_jax.infra.hardware import device_facts
 from vlp_jax.infra.mesh import global_batch
 from vlp_jax.infra.metrics import read_metrics
-from vlp_jax.train.bucket_schedule import Resolved, bucket_text
+from vlp_jax.train.bucket_schedule import Resolved
 from vlp_jax.train.gradient_error import (
     MIN_BATCHES,
     Estimate,

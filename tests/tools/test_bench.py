@@ -10,8 +10,8 @@ from tiny import make_program
 from tiny_config import get_config
 
 from tests.conftest import REPO
+from vlp_jax.compress.buckets import bucket_text
 from vlp_jax.infra.preemption import ExitCode
-from vlp_jax.train.bucket_schedule import bucket_text
 
 TASKS = """
 from tests.tiny_config import get_config as tiny

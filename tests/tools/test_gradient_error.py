@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from tests.conftest import REPO
 from tests.tiny_config import get_config
+from vlp_jax.compress.buckets import WHOLE, bucket_text
 from vlp_jax.infra.preemption import ExitCode
-from vlp_jax.train.bucket_schedule import WHOLE, bucket_text
 from vlp_jax.train.loop import train
 from vlp_jax.train.setup import prepare
 

@@ -10,16 +10,14 @@ import pytest
 from ml_collections import ConfigDict
 from tiny import BUCKET, IMAGE_SIZE, TOKENS, make_batch, make_program, tiny_config
 
-from vlp_jax.compress.buckets import Bucket, View
+from vlp_jax.compress.buckets import Bucket, View, bucket_text, parse_bucket
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch, make_mesh
 from vlp_jax.train import program as program_module
 from vlp_jax.train.bucket_schedule import (
     BucketSchedule,
     Resolved,
-    bucket_text,
     count_buckets,
-    parse_bucket,
     resolve,
     stages_of,
 )

@@ -1,7 +1,13 @@
-"""Buckets: the static sizes of a step, one compiled program each."""
+"""Buckets: the static sizes of a step, one compiled program each, and how configs write them."""
 
 import dataclasses
+import re
+from typing import Any
 
+from vlp_jax.infra.errors import ConfigError
+
+WHOLE = "whole"  # a bucket of everything, at the model's own sizes
+_VIEW = re.compile(r"p(\d+)@(\d+)(?:k(\d+))?")
 MAX_SCHEDULED_BUCKETS = 16  # more compiles than this cost more than the padding they save
 
 
@@ -90,3 +96,52 @@ def bucket_label(bucket: StepBucket) -> str:
         "/".join((f"{sizes.text_length}x{sizes.image_size}", *(v.label for v in sizes.views)))
         for _, sizes in bucket
     )
+
+
+Views = tuple[View, ...]  # of one bucket; none: everything, at the model's own sizes
+
+
+def parse_bucket(text: str, key: str, whole: View) -> Views:
+    """The views of a bucket from its text, such as ``p16@224k49/p16@224`` or ``whole``.
+
+    Args:
+        text: as in ``compression.buckets``.
+        key: of the config, for messages.
+        whole: all of an image at the model's own sizes; of that alone, a bucket is ``whole``.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if text == WHOLE:
+        return ()
+    views = parse_views(text, key)
+    while len(views) > 1 and views[-1] == views[-2]:  # the last counts for those beyond
+        views = views[:-1]
+    return () if views == (whole,) else views
+
+
+def bucket_text(views: Views) -> str:
+    """What ``parse_bucket`` reads."""
+    return "/".join(view.label for view in views) or WHOLE
+
+
+def parse_views(text: Any, key: str) -> Views:
+    """The views of a bucket other than ``whole``; see ``parse_bucket``."""
+    views = []
+    for part in str(text).split("/"):
+        match = _VIEW.fullmatch(part)
+        if match is None:
+            alone = f" ({WHOLE} stands alone)" if part == WHOLE else ""
+            raise ConfigError(
+                key,
+                f"{text!r} is no bucket{alone}",
+                "Write patch and image size in pixels and how many patches are kept, such as "
+                f"p16@224k49, or {WHOLE}",
+            )
+        patch, image, kept = (int(number or 0) for number in match.groups())
+        try:
+            view = View.whole(image, patch)
+            views.append(dataclasses.replace(view, kept=kept) if match.group(3) else view)
+        except ValueError as error:
+            raise ConfigError(key, f"{text!r}: {error}", "Choose sizes that fit") from error
+    return tuple(views)

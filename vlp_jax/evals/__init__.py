@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from vlp_jax.evals.base import EvalContext, Evaluator
 from vlp_jax.evals.captioning import Captioning
 from vlp_jax.evals.cloze import Cloze
+from vlp_jax.evals.compressed import Compressed
 from vlp_jax.evals.explain import Explain
 from vlp_jax.evals.few_shot import FewShot
 from vlp_jax.evals.heldout import Heldout
@@ -19,6 +20,7 @@ from vlp_jax.infra.errors import ConfigError, section_arguments
 EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {
     "captioning": Captioning,
     "cloze": Cloze,
+    "compressed": Compressed,
     "explain": Explain,
     "few_shot": FewShot,
     "heldout": Heldout,

@@ -39,24 +39,28 @@ import itertools
 import json
 import math
 import pathlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, View
+from vlp_jax.compress.buckets import (
+    MAX_SCHEDULED_BUCKETS,
+    WHOLE,
+    View,
+    Views,
+    bucket_text,
+    parse_bucket,
+    parse_views,
+)
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
 
 KINDS = ("constant", "staged", "reversed", "linear", "random", "online")
-WHOLE = "whole"
-_VIEW = re.compile(r"p(\d+)@(\d+)(?:k(\d+))?")
 _BLOCK = 4096  # random draws at a time
 _FILE = "compression.file"
 
-Views = tuple[View, ...]  # of one bucket; none: everything, at the model's own sizes
 Stages = Sequence[tuple[float, int]]  # (share of the budget at its end, bucket), in order
 
 
@@ -139,7 +143,7 @@ class Resolved:
         """
         try:
             held = json.loads(file.read_text())
-            buckets = tuple(() if t == WHOLE else _views(t, _FILE) for t in held["buckets"])
+            buckets = tuple(() if t == WHOLE else parse_views(t, _FILE) for t in held["buckets"])
             stages = held["stages"]
             found = cls(
                 buckets,
@@ -353,57 +357,12 @@ def _check_online(config: ConfigDict, costs: Sequence[float]) -> None:
         )
 
 
-def parse_bucket(text: str, key: str, whole: View) -> Views:
-    """The views of a bucket from its text, such as ``p16@224k49/p16@224`` or ``whole``.
-
-    Args:
-        text: as in ``compression.buckets``.
-        key: of the config, for messages.
-        whole: all of an image at the model's own sizes; of that alone, a bucket is ``whole``.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    if text == WHOLE:
-        return ()
-    views = _views(text, key)
-    while len(views) > 1 and views[-1] == views[-2]:  # the last counts for those beyond
-        views = views[:-1]
-    return () if views == (whole,) else views
-
-
-def bucket_text(views: Views) -> str:
-    """What ``parse_bucket`` reads."""
-    return "/".join(view.label for view in views) or WHOLE
-
-
 def count_buckets(config: ConfigDict) -> int:
     """How many buckets a section of ``compression`` names, before they are checked."""
     count = len(config.buckets) or 1
     if config.file:
         count = len(Resolved.read(pathlib.Path(config.file)).buckets)
     return count + (config.tail_percent > 0 and WHOLE not in config.buckets)
-
-
-def _views(text: Any, key: str) -> Views:
-    views = []
-    for part in str(text).split("/"):
-        match = _VIEW.fullmatch(part)
-        if match is None:
-            alone = f" ({WHOLE} stands alone)" if part == WHOLE else ""
-            raise ConfigError(
-                key,
-                f"{text!r} is no bucket{alone}",
-                "Write patch and image size in pixels and how many patches are kept, such as "
-                f"p16@224k49, or {WHOLE}",
-            )
-        patch, image, kept = (int(number or 0) for number in match.groups())
-        try:
-            view = View.whole(image, patch)
-            views.append(dataclasses.replace(view, kept=kept) if match.group(3) else view)
-        except ValueError as error:
-            raise ConfigError(key, f"{text!r}: {error}", "Choose sizes that fit") from error
-    return tuple(views)
 
 
 def _buckets(config: ConfigDict, whole: View, num_views: int) -> tuple[Views, ...]:

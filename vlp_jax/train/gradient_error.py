@@ -36,11 +36,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vlp_jax.compress.buckets import Bucket, StepBucket
+from vlp_jax.compress.buckets import Bucket, StepBucket, Views
 from vlp_jax.infra.compilation import CompiledSteps
 from vlp_jax.infra.mesh import replicated
 from vlp_jax.models.dropout import mix_bits
-from vlp_jax.train.bucket_schedule import Views
 from vlp_jax.train.optim import global_norm, rate_factors
 from vlp_jax.train.program import Program
 from vlp_jax.train.state import TrainState

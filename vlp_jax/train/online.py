@@ -22,11 +22,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from vlp_jax.compress.buckets import bucket_text
 from vlp_jax.data.loader import Loader
 from vlp_jax.data.plan import Plan
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch
-from vlp_jax.train.bucket_schedule import bucket_text
 from vlp_jax.train.gradient_error import MIN_BATCHES, GradientErrors, Probed
 from vlp_jax.train.program import Program
 from vlp_jax.train.state import TrainState

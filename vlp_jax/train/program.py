@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vlp_jax.compress.buckets import Bucket, StepBucket, view_of
+from vlp_jax.compress.buckets import Bucket, StepBucket, Views, view_of
 from vlp_jax.data.batch import FIELDS, batch_spec
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.mesh import batch_sharding, check_batch_size, replicated
@@ -21,7 +21,7 @@ from vlp_jax.infra.sharding import shardings
 from vlp_jax.models.flops import image_flops
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives
-from vlp_jax.train.bucket_schedule import Resolved, Views, resolve
+from vlp_jax.train.bucket_schedule import Resolved, resolve
 from vlp_jax.train.optim import optimizer
 from vlp_jax.train.schedule import Budget, learning_rate
 from vlp_jax.train.state import TrainState
