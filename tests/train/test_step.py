@@ -25,7 +25,7 @@ from vlp_jax.objectives.base import Defaults, LossOutput, Mean, batch_noise, enc
 from vlp_jax.objectives.classification import NLVR2, VQA, Classification
 from vlp_jax.train import program as program_module
 from vlp_jax.train.state import TrainState
-from vlp_jax.train.step import Moment, init_state, make_step, shared_passes
+from vlp_jax.train.step import Moment, init_state, make_gradient, make_step, shared_passes
 
 FIRST, SECOND = make_batch(seed=1), make_batch(seed=2)
 MOMENT = Moment(jnp.float32(0.1), jnp.float32(0.0))
@@ -354,7 +354,7 @@ def test_a_shared_pass_has_one_noise() -> None:
         """A fresh state, and from the number of a step to the losses of its update."""
         state = init_state(readers, specs, lambda params: optimizer, jax.random.key(0), ema=False)
         weights = {reader.name: 1.0 for reader in readers}
-        update = jax.jit(make_step(readers, weights, optimizer, 0.0, 1, BUCKET))
+        update = jax.jit(make_step(make_gradient(readers, weights, 1, BUCKET), optimizer, 0.0))
 
         def losses(step: int) -> list[float]:
             _, metrics = update(state.replace(step=jnp.int32(step)), batch, MOMENT)
@@ -446,7 +446,7 @@ def test_accumulation_respects_coupled_objectives(splittable: bool) -> None:
     state = init_state(
         [objective], {"pairs": {}}, lambda params: optimizer, jax.random.key(0), ema=False
     )
-    step = make_step([objective], {"coupled": 1.0}, optimizer, 0.0, 2, BUCKET)
+    step = make_step(make_gradient([objective], {"coupled": 1.0}, 2, BUCKET), optimizer, 0.0)
     new, metrics = jax.jit(step)(state, {"pairs": FIRST}, MOMENT)
     lengths = FIRST["text_length"].astype(np.float64)
     parts = [lengths[0::2], lengths[1::2]] if splittable else [lengths]

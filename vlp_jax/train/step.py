@@ -208,7 +208,7 @@ def make_gradient(
 
 
 def make_step(
-    gradient: GradientFunction, optimizer: optax.GradientTransformationExtraArgs, ema_decay: float
+    gradient: GradientFunction, optimizer: optax.GradientTransformation, ema_decay: float
 ) -> StepFunction:
     """The update function of one bucket, to be jitted with the state donated.
 
@@ -221,6 +221,7 @@ def make_step(
         ``step(state, batches, moment) -> (state, metrics)``, metrics float32 [] each. The rate is
         an argument, so that runs of any length and peak share one program.
     """
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def step(state: TrainState, batches: Batches, moment: Moment) -> tuple[TrainState, Metrics]:
         learning_rate = moment.learning_rate
