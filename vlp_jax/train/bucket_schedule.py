@@ -206,15 +206,14 @@ class Resolved:
         budget = full_steps * (1 - self.tail)
         decided_at: tuple[int, ...] = ()
         if self.decisions:
-            numbers = [*decided, *[(*decided, 0)[max(0, len(decided) - 1)]] * self.decisions]
-            parts = [((i + 1) / self.decisions, numbers[i]) for i in range(self.decisions)]
+            count = self.decisions
+            numbers = [*decided, *[decided[-1] if decided else 0] * (count - len(decided))]
+            parts = [((i + 1) / count, number) for i, number in enumerate(numbers)]
             index, spent = _in_stages(budget, costs, parts)
-            begins = [budget * i / self.decisions for i in range(self.decisions)]
-            # Half an update is what the rounding of a part's end may be off by.
-            decided_at = tuple(
-                int(np.searchsorted(spent, begin - costs[max(numbers[i - 1], 0)] / 2 - 1e-9))
-                for i, begin in enumerate(begins)
-            )
+            # A part ends up to half of its last update before or after its share.
+            slack = [0.0, *(costs[number] / 2 for number in numbers[:-1])]
+            begins = [budget * i / count - slack[i] - 1e-9 for i in range(count)]
+            decided_at = tuple(int(step) for step in np.searchsorted(spent, begins))
         elif self.stages is None:
             index, spent = _random(budget, costs[: len(self.shares)], self.shares, seed)
         else:

@@ -148,7 +148,7 @@ def train(setup: Setup) -> ExitCode:
             Loader(
                 setup.plan,
                 start,
-                max(start, program.longest),
+                program.longest,
                 host=jax.process_index(),
                 hosts=jax.process_count(),
                 workers=config.data.workers,
