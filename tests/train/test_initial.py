@@ -18,6 +18,7 @@ from vlp_jax.data.batch import EXTRA_FIELDS, FIELDS, batch_spec
 from vlp_jax.data.decode import decode_image
 from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.manifest import CheckpointMismatchError
 from vlp_jax.models.pretrained import Metadata, save_parameters
 from vlp_jax.objectives import build_objectives
 from vlp_jax.objectives.classification import Classification
@@ -81,6 +82,27 @@ def test_parameters_geometry_tokenizer_and_readout_are_taken_over(origin, tmp_pa
     assert "vocabulary_head" in {
         r.parameter.split("/")[0] or r.sources[0].split("/")[0] for r in report.of("unused")
     }
+
+
+def test_of_a_student_and_its_teacher_the_teacher_is_handed_on(tmp_path):
+    """What evaluators saw of the run, and the predictor would."""
+    dino = {"hidden_dim": 16, "embedding_dim": 8, "prototypes": 8, "small_size": 8}
+    setup = prepare(small_config({"dino": dino}), tmp_path)
+    state, _ = setup.first_state()
+    extras = state.extras["objectives"]["dino"]
+    moved = {**extras, "target": jax.tree.map(lambda x: x + 1.0, extras["target"])}
+    state = state.replace(extras={**state.extras, "objectives": {"dino": moved}})
+    with setup.open_checkpoints() as checkpoints:
+        checkpoints.save(0, state, {}, setup.checkpoint_extra())
+        checkpoints.wait()
+    found = read_origin(tmp_path).params()
+    jax.tree.map(
+        np.testing.assert_array_equal, found["image_tower"], moved["target"]["image_tower"]
+    )
+    with pytest.raises(CheckpointMismatchError, match="extras/absent is absent"):
+        load_params(tmp_path / "checkpoints", overlays=("extras/absent",))
+    with pytest.raises(CheckpointMismatchError, match=r"holds .* which params does not"):
+        load_params(tmp_path / "checkpoints", overlays=("extras/objectives/dino",))
 
 
 def test_a_begun_run_needs_its_origin_no_more(origin, tmp_path):
