@@ -124,13 +124,6 @@ def test_calibration_asks_what_training_learns_from_only_at_its_end():
     assert config.config.evals.reconstruction.every_steps == 40, "the original is not touched"
 
 
-def test_a_config_whose_updates_differ_in_cost_is_refused():
-    """A budget of seconds would be booked at the cost of one of its buckets."""
-    buckets = {"compression.schedule": "staged", "compression.buckets": ("p16@16", "whole")}
-    with pytest.raises(ConfigError, match=r"compression\.schedule: the time of an update"):
-        run_config(named(**buckets))
-
-
 def test_an_override_that_does_not_fit_names_the_key():
     with pytest.raises(ConfigError, match=r"optim.weightdecay: unknown key. Perhaps you mean"):
         run_config(named(), **{"optim.weightdecay": 0.9})

@@ -20,8 +20,19 @@ from vlp_jax.train.setup import prepare
 BUCKETS = ("p16@16", "p8@16k2", WHOLE)
 
 
+# An objective that compiles fast.
+FILE = """
+from tests.tiny_config import get_config as tiny
+def get_config():
+    config = tiny()
+    config.objectives = {"itc": {"embedding_dim": 8}}
+    return config
+"""
+
+
 def pilot_config(cache: pathlib.Path) -> ConfigDict:
     config = get_config()
+    config.objectives = {"itc": {"embedding_dim": 8}}
     config.total_steps = 4
     config.checkpoint.every_steps = 2
     config.checkpoint.keep_latest = 9
@@ -43,12 +54,14 @@ def pilot(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, pathl
 def tool(
     workdir: pathlib.Path, cache: pathlib.Path, *flags: str
 ) -> subprocess.CompletedProcess[str]:
+    file = workdir.parent / "config.py"
+    file.write_text(FILE)
     return subprocess.run(
         [
             sys.executable,
             "-m",
             "tools.gradient_error",
-            f"--config={REPO / 'tests' / 'tiny_config.py'}",
+            f"--config={file}",
             f"--workdir={workdir}",
             f"--config.compile_cache={cache}",
             *flags,
