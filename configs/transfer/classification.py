@@ -24,7 +24,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The config of the run; ``arg`` is DATA or DATA,SIZE."""
     config, which = base("classification", arg, ("scenes", "pack", "folder"))
     config.data.num_edges = 1  # no text is read
-    config.model.image.dropout = 0.0
     with config.unlocked():
         if which == "scenes":
             config.data.sources.images = {**scenes("scenes_labels"), "label": "shape"}

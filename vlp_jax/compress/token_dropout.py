@@ -1,4 +1,4 @@
-"""Token dropout: a random part of an image's patches is encoded, and none of the rest.
+"""Patches of an image, and token dropout: a random part of them is encoded, none of the rest.
 
 Uniform for each sample by itself, with a static number of patches kept (fact sheet of accelerated
 invariance pretraining, sections 1 and 6). Positions are added before anything is dropped, so that a
@@ -31,6 +31,18 @@ def kept_patches(keys: jax.Array, patches: int, kept: int) -> jax.Array:
     noise = jax.vmap(lambda key: jax.random.uniform(key, (patches,)))(keys)
     _, chosen = jax.lax.top_k(noise, kept)
     return jnp.sort(chosen.astype(jnp.int32), axis=1)
+
+
+def are_kept(kept: jax.Array, patches: int) -> jax.Array:
+    """Which of all patches are among the kept ones: int32 [B, K] -> bool [B, P]."""
+    return (kept[:, :, None] == jnp.arange(patches)[None, None]).any(axis=1)
+
+
+def split_patches(x: jax.Array, side: int) -> jax.Array:
+    """Squares of a picture, row by row: [B, S, S, C] -> [B, P, side * side * C]."""
+    grid, channels = x.shape[1] // side, x.shape[-1]
+    x = x.reshape(len(x), grid, side, grid, side, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(len(x), grid * grid, side * side * channels)
 
 
 def take_patches(x: jax.Array, indices: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ from vlp_jax.evals.scores.vqa import vqa_accuracy
 from vlp_jax.infra.artifacts import Card, Gallery, Picture, Span, Table
 from vlp_jax.infra.mesh import global_batch, replicated
 from vlp_jax.objectives.base import Params
-from vlp_jax.objectives.classification import Classification, known_only
+from vlp_jax.objectives.classification import Classifier, known_only
 
 MAJORITY_SAMPLE = 5000  # training examples that the majority answer is counted on
 CARDS = 12
@@ -77,7 +77,7 @@ class Task:
         if controls:
             kinds = ("text_only", "image_shuffled", "majority")
             self.figures += tuple(f"accuracy_{kind}" for kind in kinds)
-        self._objective = context.objective(name, objective, Classification)
+        self._objective = context.objective(name, objective, Classifier)
         fields = self._objective.extra_fields
         self._set = FixedSet(context, name, source, split, num_examples, batch_size, fields)
         self._source = uncached(self._set.source)

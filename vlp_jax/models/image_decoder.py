@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from vlp_jax.compress.buckets import View
 from vlp_jax.compress.patch_scaling import sincos_positions
-from vlp_jax.compress.token_dropout import take_patches
+from vlp_jax.compress.token_dropout import are_kept, take_patches
 from vlp_jax.models.flops import block_flops
 from vlp_jax.models.layers import Block, BlockConfig, Dense, norm
 
@@ -65,8 +65,7 @@ class ImageDecoder(nn.Module):
         block = c.block
         x = Dense(block.width, dtype=block.dtype, name="embedding")(tokens)
         masked = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, block.width))
-        places = jnp.arange(view.patches)
-        seen = (kept[:, :, None] == places[None, None]).any(axis=1)  # [B, P]
+        seen = are_kept(kept, view.patches)
         # Kept patches lie in their order: how many lie up to a place is the number of its own.
         number = jnp.maximum(jnp.cumsum(seen, axis=1) - 1, 0)
         patches = jnp.where(seen[..., None], take_patches(x[:, 1:], number), masked.astype(x.dtype))

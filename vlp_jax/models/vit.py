@@ -17,7 +17,7 @@ from flax.linen.linear import default_kernel_init
 
 from vlp_jax.compress.buckets import View
 from vlp_jax.compress.patch_scaling import kernel_resize, position_resize, sincos_positions
-from vlp_jax.compress.token_dropout import kept_patches, take_patches
+from vlp_jax.compress.token_dropout import kept_patches, split_patches, take_patches
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.attention import padded_length
 from vlp_jax.models.layers import ACTIVATIONS, Block, BlockConfig, Noise, dense_product, norm
@@ -182,9 +182,7 @@ class ViT(nn.Module):
                 x = ACTIVATIONS[c.block.activation](x)
         # A stride-p convolution of width p is a matrix product; the product is what every backend
         # runs fast and differentiates cheaply.
-        side, grid, channels = self._side(view.patch_size), view.grid, x.shape[-1]
-        x = x.reshape(len(x), grid, side, grid, side, channels)
-        return x.transpose(0, 1, 3, 2, 4, 5).reshape(len(x), grid * grid, side * side * channels)
+        return split_patches(x, self._side(view.patch_size))
 
     def _positions(self, view: View) -> tuple[jax.Array, jax.Array]:
         """Of the patches, float32 [P, D], and of the class token, [1, 1, D]."""

@@ -5,6 +5,7 @@ a pooler and an MLP. Nothing is computed that it does not read: no vocabulary he
 reconstructor's queries only one.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
@@ -36,8 +37,8 @@ from vlp_jax.objectives.readout import Kind, Readout
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification(Defaults):
-    """One of several classes: ``label`` int32 [B]; also the base of the other tasks.
+class Classifier(Defaults, abc.ABC):
+    """One of several classes: ``label`` int32 [B]; what tasks on texts and on images share.
 
     Its head lies in the parameters under ``<name>_head``.
 
@@ -46,14 +47,12 @@ class Classification(Defaults):
         name: key in ``config.objectives``.
         num_classes: C, as many as the source has at least.
         batch_name: named batch it reads.
-        readout: how text and image are read together, see ``objectives.readout``.
     """
 
     model: VisionLanguageModel
     name: str
     num_classes: int
     batch_name: str = PAIRS
-    readout: Kind = "query"
 
     extra_fields: ClassVar[tuple[str, ...]] = ("label",)
 
@@ -64,6 +63,68 @@ class Classification(Defaults):
                 f"{self.num_classes} classes leave nothing to tell apart",
                 "Use as many as the source has",
             )
+
+    @property
+    def head_name(self) -> str:
+        """Key of the head's parameters."""
+        return f"{self.name}_head"
+
+    @abc.abstractmethod
+    def logits(
+        self,
+        params: Params,
+        batch: Batch,
+        noise: jax.Array | None = None,
+        seen: Seen | None = None,
+    ) -> jax.Array:
+        """Scores of the classes: float32 [B, C]."""
+
+    def loss(
+        self,
+        params: Params,
+        extras: Extras,
+        batch: Batch,
+        rng: jax.Array,
+        bucket: Bucket,
+        train: bool = True,
+    ) -> LossOutput:
+        """Loss and accuracy."""
+        logits = self.judged(params, batch, rng, bucket, train)
+        rows = batch["valid"].astype(jnp.float32)
+        count = rows.sum()
+        loss = (self.row_losses(logits, batch) * rows).sum()
+        score = (self.row_scores(logits, batch) * rows).sum()
+        return LossOutput(Mean(loss, count), extras, {"accuracy": Mean(score, count)})
+
+    def judged(
+        self, params: Params, batch: Batch, rng: jax.Array, bucket: Bucket, train: bool
+    ) -> jax.Array:
+        """The scores that ``loss`` judges: float32 [B, C]."""
+        seen = seen_part(rng, batch, bucket, train)
+        return self.logits(params, batch, batch_noise(rng, batch, train), seen)
+
+    def row_losses(self, logits: jax.Array, batch: Batch) -> jax.Array:
+        """Cross-entropy: float32 [B, C] -> [B]."""
+        label = batch["label"][:, None]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), label, axis=1)[:, 0]
+
+    def row_scores(self, logits: jax.Array, batch: Batch) -> jax.Array:
+        """1 where the best class is right: float32 [B, C] -> [B]."""
+        return 1.0 * (logits.argmax(axis=1) == batch["label"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(Classifier):
+    """One of several classes by a text and an image; also the base of the other tasks.
+
+    Attributes:
+        readout: how text and image are read together, see ``objectives.readout``.
+    """
+
+    readout: Kind = "query"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         _ = self.reader  # checks the key
 
     @property
@@ -80,11 +141,6 @@ class Classification(Defaults):
     def head(self) -> ClassificationHead:
         """From the vector to logits."""
         return ClassificationHead(self.model.config.text, self.num_classes)
-
-    @property
-    def head_name(self) -> str:
-        """Key of the head's parameters."""
-        return f"{self.name}_head"
 
     def init(
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
@@ -113,33 +169,6 @@ class Classification(Defaults):
 
         features = nn.apply(forward, self.model)({"params": params})
         return apply_head(self.head, params[self.head_name], features, noise)
-
-    def loss(
-        self,
-        params: Params,
-        extras: Extras,
-        batch: Batch,
-        rng: jax.Array,
-        bucket: Bucket,
-        train: bool = True,
-    ) -> LossOutput:
-        """Loss and accuracy."""
-        seen = seen_part(rng, batch, bucket, train)
-        logits = self.logits(params, batch, batch_noise(rng, batch, train), seen)
-        rows = batch["valid"].astype(jnp.float32)
-        count = rows.sum()
-        loss = (self.row_losses(logits, batch) * rows).sum()
-        score = (self.row_scores(logits, batch) * rows).sum()
-        return LossOutput(Mean(loss, count), extras, {"accuracy": Mean(score, count)})
-
-    def row_losses(self, logits: jax.Array, batch: Batch) -> jax.Array:
-        """Cross-entropy: float32 [B, C] -> [B]."""
-        label = batch["label"][:, None]
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), label, axis=1)[:, 0]
-
-    def row_scores(self, logits: jax.Array, batch: Batch) -> jax.Array:
-        """1 where the best class is right: float32 [B, C] -> [B]."""
-        return 1.0 * (logits.argmax(axis=1) == batch["label"])
 
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of one example; by formula over real tokens."""

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from vlp_jax.compress.buckets import Bucket, View
 from vlp_jax.data.augment import Recipe
@@ -29,9 +30,9 @@ from vlp_jax.objectives.invariance import (
     Heads,
     Momentum,
     check_temperature,
-    view_recipe,
 )
 from vlp_jax.objectives.similarity import valid_mean
+from vlp_jax.objectives.tower import check_share, view_recipe
 
 _LARGE = 2  # crops that the teacher sees
 
@@ -81,13 +82,12 @@ class DINO(Momentum):
         super().__post_init__()
         for key in ("temperature", "teacher_temperature", "first_teacher_temperature"):
             check_temperature(self, key)
-        key = f"objectives.{self.name}"
-        for name in ("teacher_warmup", "centre_momentum", "frozen_prototypes"):
-            share = getattr(self, name)
-            if not 0.0 <= share < 1.0:
-                raise ConfigError(f"{key}.{name}", f"{share}", "Use a number in [0, 1)")
+        for key in ("teacher_warmup", "centre_momentum", "frozen_prototypes"):
+            check_share(self, key)
         if self.small_crops < 0:
-            raise ConfigError(f"{key}.small_crops", f"{self.small_crops}", "Use 0 or more")
+            raise ConfigError(
+                f"objectives.{self.name}.small_crops", f"{self.small_crops}", "Use 0 or more"
+            )
         _ = self.small_view  # checks its size
 
     @property
@@ -153,8 +153,8 @@ class DINO(Momentum):
             weights = valid.astype(jnp.float32)[:, None]
             mean = sum((weights * t).sum(axis=0) for t in teacher)
             mean /= len(teacher) * jnp.maximum(weights.sum(), 1.0)
-            rest = 1.0 - self.centre_momentum
-            extras = {**extras, "centre": self.centre_momentum * extras["centre"] + rest * mean}
+            centre = optax.incremental_update(mean, extras["centre"], 1.0 - self.centre_momentum)
+            extras = {**extras, "centre": centre}
         return LossOutput(valid_mean(losses, valid), extras, metrics)
 
     def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embedded:
@@ -190,16 +190,14 @@ class DINO(Momentum):
             if crop != index
         ]
         losses = sum(pairs[1:], pairs[0]) / len(pairs)
-        entropy = -(one * jnp.log(jnp.maximum(one, 1e-30))).sum(axis=1)
         right = 1.0 * (logs[1].argmax(axis=1) == one.argmax(axis=1))
         usage = jnp.where(valid[:, None], one, 0.0).sum(axis=0)
         usage /= jnp.maximum(usage.sum(), 1e-30)
-        spread = -(usage * jnp.log(jnp.maximum(usage, 1e-30))).sum()
         return losses, {
             "accuracy": valid_mean(right, valid),
-            "teacher_entropy": valid_mean(entropy, valid),
+            "teacher_entropy": valid_mean(_entropy(one), valid),
             # Over the whole batch: near 0 where all images get one answer.
-            "batch_entropy": Mean(spread, jnp.ones(())),
+            "batch_entropy": Mean(_entropy(usage), jnp.ones(())),
         }
 
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
@@ -211,3 +209,8 @@ class DINO(Momentum):
         first, last = self.first_teacher_temperature, self.teacher_temperature
         share = jnp.minimum(1.0, progress / max(self.teacher_warmup, 1e-9))
         return first + (last - first) * share
+
+
+def _entropy(chances: jax.Array) -> jax.Array:
+    """In nats: [..., K] -> [...]."""
+    return jax.scipy.special.entr(chances).sum(axis=-1)

@@ -7,40 +7,33 @@ is created.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vlp_jax.compress.buckets import Bucket, view_of
-from vlp_jax.data.augment import Recipe, normalize, random_view, standardize
+from vlp_jax.data.augment import Recipe, normalize
 from vlp_jax.data.batch import Batch
-from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.flops import vit_flops
 from vlp_jax.models.heads import LinearHead
-from vlp_jax.models.vision_language import VisionLanguageModel
-from vlp_jax.models.vit import ViT
-from vlp_jax.objectives.base import (
-    Extras,
-    LossOutput,
-    Mean,
-    Params,
-    Seen,
-    batch_noise,
-    example_keys,
-    seen_part,
-    zeros,
+from vlp_jax.objectives.base import Extras, Params, Seen, batch_noise, seen_part
+from vlp_jax.objectives.classification import Classifier
+from vlp_jax.objectives.tower import (
+    check_share,
+    init_tower,
+    random_pixels,
+    size_seen,
+    tower_tokens,
+    view_recipe,
 )
-from vlp_jax.objectives.classification import Classification
-from vlp_jax.objectives.invariance import TOWER, view_recipe
 
 _RECIPE = Recipe(jitter=0.0, grey=0.0, blur=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageClassification(Classification):
-    """One of several classes by the image alone: ``label`` int32 [B].
+class ImageClassification(Classifier):
+    """One of several classes by the image alone.
 
     Attributes:
         label_smoothing: share of the target that is spread over all classes.
@@ -51,16 +44,9 @@ class ImageClassification(Classification):
     label_smoothing: float = 0.0
     augment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    image_encoder: ClassVar[VisionLanguageModel | None] = None
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ConfigError(
-                f"objectives.{self.name}.label_smoothing",
-                f"{self.label_smoothing}",
-                "Use a number in [0, 1)",
-            )
+        check_share(self, "label_smoothing")
         _ = self.recipe  # checks its keys
 
     @property
@@ -69,7 +55,7 @@ class ImageClassification(Classification):
         return view_recipe(_RECIPE, self.augment, f"objectives.{self.name}.augment")
 
     @property
-    def classifier(self) -> LinearHead:
+    def head(self) -> LinearHead:
         """From the class token to logits."""
         return LinearHead(self.num_classes)
 
@@ -77,13 +63,9 @@ class ImageClassification(Classification):
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
     ) -> tuple[Params, Extras]:
         """Parameters of the tower and the head; no extras."""
-        size = self.model.config.image.image_size
-        image = jnp.zeros((len(zeros(batch_spec)["image"]), size, size, 3))
-        tokens, variables = nn.init_with_output(lambda model: model.image_tower(image), self.model)(
-            rng
-        )
-        head = self.classifier.init(jax.random.fold_in(rng, 1), tokens[:, 0])["params"]
-        return {TOWER: variables["params"][TOWER], self.head_name: head}, {}
+        params, tokens = init_tower(self.model, rng, batch_spec)
+        head = self.head.init(jax.random.fold_in(rng, 1), tokens[:, 0])["params"]
+        return {**params, self.head_name: head}, {}
 
     def logits(
         self,
@@ -92,36 +74,25 @@ class ImageClassification(Classification):
         noise: jax.Array | None = None,
         seen: Seen | None = None,
     ) -> jax.Array:
-        """Scores of the classes for whole images: float32 [B, C]."""
+        """Scores of the classes for the images as they are: float32 [B, C]."""
         return self._scores(params, normalize(batch["image"]), noise, seen)
 
-    def loss(
-        self,
-        params: Params,
-        extras: Extras,
-        batch: Batch,
-        rng: jax.Array,
-        bucket: Bucket,
-        train: bool = True,
-    ) -> LossOutput:
-        """Loss and accuracy; of a random view in training."""
+    def judged(
+        self, params: Params, batch: Batch, rng: jax.Array, bucket: Bucket, train: bool
+    ) -> jax.Array:
+        """The scores that ``loss`` judges, in training those of a random view."""
+        if not train:
+            return self.logits(params, batch)
+        image = self.model.config.image
         seen = seen_part(rng, batch, bucket, train)
-        if train:
-            own = self.model.config.image.image_size
-            size = own if seen is None else seen.view.image_size
-            keys = example_keys(rng, batch["position"])
-            pixels = standardize(random_view(batch["image"], keys, self.recipe, size, own))
-        else:
-            pixels = normalize(batch["image"])
-        logits = self._scores(params, pixels, batch_noise(rng, batch, train), seen)
-        rows = batch["valid"].astype(jnp.float32)
-        losses = self.row_losses(logits, batch)
-        if self.label_smoothing:
-            even = -jax.nn.log_softmax(logits).mean(axis=1)
-            losses = (1.0 - self.label_smoothing) * losses + self.label_smoothing * even
-        score = (self.row_scores(logits, batch) * rows).sum()
-        metrics = {"accuracy": Mean(score, rows.sum())}
-        return LossOutput(Mean((losses * rows).sum(), rows.sum()), extras, metrics)
+        pixels = random_pixels(batch, rng, self.recipe, size_seen(image, seen), image)
+        return self._scores(params, pixels, batch_noise(rng, batch, train), seen)
+
+    def row_losses(self, logits: jax.Array, batch: Batch) -> jax.Array:
+        """Cross-entropy with smoothed labels: float32 [B, C] -> [B]."""
+        even = -jax.nn.log_softmax(logits).mean(axis=1)
+        share = self.label_smoothing
+        return (1.0 - share) * super().row_losses(logits, batch) + share * even
 
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of one example; the head is left out."""
@@ -131,7 +102,5 @@ class ImageClassification(Classification):
     def _scores(
         self, params: Params, pixels: jax.Array, noise: jax.Array | None, seen: Seen | None
     ) -> jax.Array:
-        tower = ViT(self.model.config.image)
-        tokens = tower.apply({"params": params[TOWER]}, pixels, noise, *(seen or (None, None)))
-        feature = jnp.asarray(tokens)[:, 0]
-        return jnp.asarray(self.classifier.apply({"params": params[self.head_name]}, feature))
+        tokens = tower_tokens(self.model.config.image, params, pixels, noise, seen)
+        return jnp.asarray(self.head.apply({"params": params[self.head_name]}, tokens[:, 0]))

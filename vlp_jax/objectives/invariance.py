@@ -12,22 +12,20 @@ the size that each pass encodes.
 
 import abc
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 from vlp_jax.compress.buckets import Bucket, View, view_of
-from vlp_jax.data.augment import Recipe, random_view, standardize
+from vlp_jax.data.augment import Recipe
 from vlp_jax.data.batch import PAIRS, Batch
-from vlp_jax.infra.errors import ConfigError, unknown_key
+from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.flops import vit_flops
 from vlp_jax.models.heads import ProjectionHead, PrototypeHead, unit
 from vlp_jax.models.vision_language import VisionLanguageModel
-from vlp_jax.models.vit import ViT
 from vlp_jax.objectives.base import (
     PROGRESS,
     Defaults,
@@ -37,13 +35,20 @@ from vlp_jax.objectives.base import (
     Params,
     Seen,
     batch_noise,
-    example_keys,
     seen_part,
-    zeros,
 )
 from vlp_jax.objectives.similarity import info_nce, nt_xent, spread, valid_mean
+from vlp_jax.objectives.tower import (
+    TOWER,
+    check_no_dropout,
+    check_share,
+    init_tower,
+    random_pixels,
+    size_seen,
+    tower_tokens,
+    view_recipe,
+)
 
-TOWER = "image_tower"
 _PATHS = 0xD9  # folded into a picture's key for the paths that are dropped
 
 Embedded = tuple[jax.Array, ...]
@@ -107,13 +112,7 @@ class Invariance(Defaults, abc.ABC):
                 raise ConfigError(
                     f"objectives.{self.name}.{key}", f"{width!r} features", "Use 1 or more"
                 )
-        if self.model.config.image.block.dropout:
-            raise ConfigError(
-                "model.image.dropout",
-                f"{self.model.config.image.block.dropout}: objectives.{self.name} has no dropout, "
-                "for its views differ enough",
-                "Set it to 0",
-            )
+        check_no_dropout(self.model, self.name)
         _ = self.recipes  # checks its keys
 
     @property
@@ -177,12 +176,7 @@ class Invariance(Defaults, abc.ABC):
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
     ) -> tuple[Params, Extras]:
         """Parameters of the tower and the heads; no extras."""
-        size = self.model.config.image.image_size
-        image = jnp.zeros((len(zeros(batch_spec)["image"]), size, size, 3))
-        tokens, variables = nn.init_with_output(lambda model: model.image_tower(image), self.model)(
-            rng
-        )
-        params = {TOWER: variables["params"][TOWER]}
+        params, tokens = init_tower(self.model, rng, batch_spec)
         feature = tokens[:, 0]
         for index, (kind, head) in enumerate(self.heads._asdict().items(), start=1):
             if head is not None:
@@ -236,18 +230,14 @@ class Invariance(Defaults, abc.ABC):
         self, params: Params, drawn: Drawn, picture: int, seen: Seen | None, trained: bool
     ) -> jax.Array:
         """What the projector makes of what is seen of a picture; None: all, at the own size."""
-        own = self.model.config.image.image_size
+        image = self.model.config.image
         key = jax.random.fold_in(drawn.rng, picture)
-        keys = example_keys(key, drawn.batch["position"])
         recipe = self.recipes[min(picture, len(self.recipes) - 1)]
-        size = own if seen is None else seen.view.image_size
-        view = random_view(drawn.batch["image"], keys, recipe, size, own)
-        drops = drawn.train and trained and self.model.config.image.block.drop_path
-        noise = batch_noise(jax.random.fold_in(key, _PATHS), drawn.batch, train=bool(drops))
-        variables = {"params": params[TOWER]}
-        tower = ViT(self.model.config.image)
-        tokens = tower.apply(variables, standardize(view), noise, *(seen or (None, None)))
-        return self._head("projector", params, jnp.asarray(tokens)[:, 0])
+        pixels = random_pixels(drawn.batch, key, recipe, size_seen(image, seen), image)
+        drops = bool(drawn.train and trained and image.block.drop_path)
+        noise = batch_noise(jax.random.fold_in(key, _PATHS), drawn.batch, train=drops)
+        tokens = tower_tokens(image, params, pixels, noise, seen)
+        return self._head("projector", params, tokens[:, 0])
 
     def _head(self, kind: str, params: Params, x: jax.Array) -> jax.Array:
         head: ProjectionHead | PrototypeHead = getattr(self.heads, kind)
@@ -348,10 +338,7 @@ class Momentum(Invariance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.momentum < 1.0:
-            raise ConfigError(
-                f"objectives.{self.name}.momentum", f"{self.momentum}", "Use a number in [0, 1)"
-            )
+        check_share(self, "momentum")
 
     def init(
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
@@ -368,11 +355,8 @@ class Momentum(Invariance):
         if not drawn.train:
             return extras, self._averaged(params)
         momentum = self.momentum_at(drawn.batch.get(PROGRESS, 0.0))
-        target = jax.tree.map(
-            lambda old, new: momentum * old + (1.0 - momentum) * jax.lax.stop_gradient(new),
-            extras["target"],
-            self._averaged(params),
-        )
+        new = jax.lax.stop_gradient(self._averaged(params))
+        target = optax.incremental_update(new, extras["target"], 1.0 - momentum)
         return {**extras, "target": target}, target
 
     def started_from(self, params: Params, extras: Extras) -> Extras:
@@ -381,8 +365,7 @@ class Momentum(Invariance):
 
     def momentum_at(self, progress: jax.Array | float) -> jax.Array:
         """Of the moving average, at a share of the budget: float32 []."""
-        rest = (1.0 - self.momentum) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-        return 1.0 - rest
+        return jnp.asarray(1.0 - optax.cosine_decay_schedule(1.0 - self.momentum, 1)(progress))
 
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of two queries; keys have no backward pass, so that a third of them counts.
@@ -452,19 +435,3 @@ def check_temperature(objective: Invariance, key: str) -> None:
             f"{value} is no temperature",
             "Use a number above 0",
         )
-
-
-def view_recipe(default: Recipe, section: Mapping[str, Any], key: str) -> Recipe:
-    """A recipe with the keys of a section.
-
-    Raises:
-        ConfigError: a key is none of a recipe's, or its value makes no sense.
-    """
-    known = list(inspect.signature(Recipe).parameters)
-    for name in section:
-        if name not in known:
-            raise unknown_key(f"{key}.{name}", known)
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
-    recipe = dataclasses.replace(default, **values)
-    recipe.check(key)
-    return recipe

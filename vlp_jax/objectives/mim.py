@@ -12,24 +12,28 @@ size for it.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vlp_jax.compress.buckets import Bucket, View, view_of
-from vlp_jax.compress.token_dropout import kept_patches
-from vlp_jax.data.augment import Recipe, random_view, standardize
+from vlp_jax.compress.token_dropout import are_kept, kept_patches, split_patches
+from vlp_jax.data.augment import Recipe
 from vlp_jax.data.batch import PAIRS, Batch
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.flops import vit_flops
 from vlp_jax.models.image_decoder import ImageDecoder, ImageDecoderConfig
 from vlp_jax.models.vision_language import VisionLanguageModel
-from vlp_jax.models.vit import ViT
-from vlp_jax.objectives.base import Defaults, Extras, LossOutput, Params, example_keys, zeros
-from vlp_jax.objectives.invariance import TOWER, view_recipe
+from vlp_jax.objectives.base import Defaults, Extras, LossOutput, Params, Seen, example_keys
 from vlp_jax.objectives.similarity import valid_mean
+from vlp_jax.objectives.tower import (
+    check_no_dropout,
+    init_tower,
+    random_pixels,
+    tower_tokens,
+    view_recipe,
+)
 
 _RECIPE = Recipe(scale=(0.2, 1.0), jitter=0.0, grey=0.0, blur=0.0)
 _KEPT = 0x3A5  # folded into a step's key for the choice of patches
@@ -57,8 +61,6 @@ class MIM(Defaults):
     decoder_heads: int = 16
     augment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    splittable: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         key = f"objectives.{self.name}"
         if not 0.0 < self.kept_share < 1.0:
@@ -68,12 +70,7 @@ class MIM(Defaults):
         for name in ("decoder_width", "decoder_depth", "decoder_heads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{key}.{name}", f"{getattr(self, name)}", "Use 1 or more")
-        if self.model.config.image.block.dropout:
-            raise ConfigError(
-                "model.image.dropout",
-                f"{self.model.config.image.block.dropout}: {key} has no dropout",
-                "Set it to 0",
-            )
+        check_no_dropout(self.model, self.name)
         if self.model.config.image.stem != "patch":
             raise ConfigError(
                 "model.image.stem",
@@ -120,15 +117,10 @@ class MIM(Defaults):
     ) -> tuple[Params, Extras]:
         """Parameters of the tower and the decoder; no extras."""
         view = self.model.config.image.view
-        rows = len(zeros(batch_spec)["image"])
-        image = jnp.zeros((rows, view.image_size, view.image_size, 3))
-        tokens, variables = nn.init_with_output(lambda model: model.image_tower(image), self.model)(
-            rng
-        )
-        kept = jnp.broadcast_to(jnp.arange(view.kept)[None], (rows, view.kept))
+        params, tokens = init_tower(self.model, rng, batch_spec)
+        kept = jnp.broadcast_to(jnp.arange(view.kept)[None], (len(tokens), view.kept))
         own = self.decoder.init(jax.random.fold_in(rng, 1), tokens, kept, view)
-        params = {TOWER: variables["params"][TOWER], self._key: own["params"]}
-        return params, {}
+        return {**params, self._key: own["params"]}, {}
 
     def loss(
         self,
@@ -142,18 +134,16 @@ class MIM(Defaults):
         """Mean over the valid images of the error of their hidden patches."""
         image = self.model.config.image
         view = self.encoded(bucket if train else None)
-        keys = example_keys(rng, batch["position"])
         chosen = example_keys(jax.random.fold_in(rng, _KEPT), batch["position"])
         kept = kept_patches(chosen, view.patches, view.kept)
-        size, own = view.grid * image.patch_size, image.image_size
-        seen = standardize(random_view(batch["image"], keys, self.recipe, view.image_size, own))
-        target = seen
+        pixels = random_pixels(batch, rng, self.recipe, view.image_size, image)
+        target, size = pixels, view.grid * image.patch_size
         if size != view.image_size:
-            target = standardize(random_view(batch["image"], keys, self.recipe, size, own))
-        tokens = ViT(image).apply({"params": params[TOWER]}, seen, None, view, chosen)
-        found = self.decoder.apply({"params": params[self._key]}, jnp.asarray(tokens), kept, view)
+            target = random_pixels(batch, rng, self.recipe, size, image)
+        tokens = tower_tokens(image, params, pixels, None, Seen(view, chosen))
+        found = self.decoder.apply({"params": params[self._key]}, tokens, kept, view)
         error = jnp.square(jnp.asarray(found) - scaled_patches(target, image.patch_size))
-        hidden = ~(kept[:, :, None] == jnp.arange(view.patches)[None, None]).any(axis=1)
+        hidden = ~are_kept(kept, view.patches)
         losses = jnp.where(hidden, error.mean(axis=-1), 0.0).sum(axis=1) / hidden.sum(axis=1)
         return LossOutput(valid_mean(losses, batch["valid"]), extras, {})
 
@@ -171,8 +161,6 @@ class MIM(Defaults):
 
 def scaled_patches(pixels: jax.Array, side: int) -> jax.Array:
     """Patches, each with zero mean and unit variance: [B, S, S, 3] -> [B, P, side * side * 3]."""
-    grid = pixels.shape[1] // side
-    x = pixels.reshape(len(pixels), grid, side, grid, side, 3).transpose(0, 1, 3, 2, 4, 5)
-    x = x.reshape(len(pixels), grid * grid, side * side * 3)
+    x = split_patches(pixels, side)
     x = x - x.mean(axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)

@@ -17,7 +17,7 @@ from vlp_jax.evals.base import has_figure
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.objectives import learns_from
 from vlp_jax.objectives.base import Objective
-from vlp_jax.objectives.classification import Classification
+from vlp_jax.objectives.classification import Classifier
 from vlp_jax.train.config import default_config
 from vlp_jax.train.initial import Origin
 from vlp_jax.train.schedule import UNITS
@@ -92,7 +92,7 @@ def check_classes(sources: Mapping[str, Source], objectives: Sequence[Objective]
             )
     for objective in objectives:
         needed = len(having.get(first, ()))
-        if isinstance(objective, Classification) and needed > objective.num_classes:
+        if isinstance(objective, Classifier) and needed > objective.num_classes:
             raise ConfigError(
                 f"objectives.{objective.name}.num_classes",
                 f"{objective.num_classes} classes, but data.sources.{first} has {needed}",
@@ -169,7 +169,7 @@ def without_foreign_heads(
     having = [source.classes for source in sources.values() if source.classes]
     if not having or not origin.classes or tuple(origin.classes) == tuple(having[0]):
         return origin
-    heads = {o.head_name for o in objectives if isinstance(o, Classification)}
+    heads = {o.head_name for o in objectives if isinstance(o, Classifier)}
     arrays = {
         path: array for path, array in origin.arrays.items() if path.split("/")[0] not in heads
     }

@@ -55,7 +55,7 @@ def _decayed(config: ConfigDict, mask: Any) -> optax.GradientTransformation:
     def update(
         updates: Any, state: optax.OptState, params: Any, *, progress: jax.Array
     ) -> tuple[Any, optax.OptState]:
-        decay = last + (first - last) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        decay = last + optax.cosine_decay_schedule(first - last, 1)(progress)
         decayed = jax.tree.map(lambda u, p, on: u + decay * p if on else u, updates, params, mask)
         return decayed, state
 

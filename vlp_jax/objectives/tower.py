@@ -1,0 +1,112 @@
+"""The image tower by itself: what objectives and evaluators of images alone share.
+
+The tower lies in the parameters under ``TOWER``, where the vision-language model has it, so that a
+run of either kind can start from one of the other.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlp_jax.data.augment import Recipe, random_view, standardize
+from vlp_jax.data.batch import Batch
+from vlp_jax.infra.errors import ConfigError, unknown_key
+from vlp_jax.models.layers import Noise
+from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.models.vit import ViT, ViTConfig
+from vlp_jax.objectives.base import Params, Seen, example_keys, zeros
+
+TOWER = "image_tower"
+
+
+def init_tower(
+    model: VisionLanguageModel, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+) -> tuple[Params, jax.Array]:
+    """Parameters of the tower alone, and the tokens [B, I, D] that it makes of black pictures."""
+    size = model.config.image.image_size
+    image = jnp.zeros((len(zeros(batch_spec)["image"]), size, size, 3))
+    tokens, variables = nn.init_with_output(lambda model: model.image_tower(image), model)(rng)
+    return {TOWER: variables["params"][TOWER]}, jnp.asarray(tokens)
+
+
+def tower_tokens(
+    config: ViTConfig,
+    params: Params,
+    pixels: jax.Array,
+    noise: Noise = None,
+    seen: Seen | None = None,
+) -> jax.Array:
+    """Tokens [B, I, D] of pictures, the class token first.
+
+    Args:
+        config: geometry of the tower.
+        params: with the tower's under ``TOWER``.
+        pixels: normalised, floating [B, S, S, 3], at the size of what is seen.
+        noise: of dropout and dropped paths, or None.
+        seen: what is encoded; None: everything.
+    """
+    return jnp.asarray(
+        ViT(config).apply({"params": params[TOWER]}, pixels, noise, *(seen or (None, None)))
+    )
+
+
+def random_pixels(
+    batch: Batch, rng: jax.Array, recipe: Recipe, size: int, config: ViTConfig
+) -> jax.Array:
+    """A random view of every image, normalised: float32 [B, size, size, 3].
+
+    Args:
+        batch: with ``image`` and ``position``.
+        rng: of the view; keys fold in the position.
+        recipe: how it is made.
+        size: of the view in pixels.
+        config: of the tower, to whose own size a blur is measured.
+    """
+    keys = example_keys(rng, batch["position"])
+    return standardize(random_view(batch["image"], keys, recipe, size, config.image_size))
+
+
+def size_seen(config: ViTConfig, seen: Seen | None) -> int:
+    """Side in pixels of what is encoded."""
+    return config.image_size if seen is None else seen.view.image_size
+
+
+def view_recipe(default: Recipe, section: Mapping[str, Any], key: str) -> Recipe:
+    """A recipe with the keys of a section.
+
+    Raises:
+        ConfigError: a key is none of a recipe's, or its value makes no sense.
+    """
+    known = list(inspect.signature(Recipe).parameters)
+    for name in section:
+        if name not in known:
+            raise unknown_key(f"{key}.{name}", known)
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
+    recipe = dataclasses.replace(default, **values)
+    recipe.check(key)
+    return recipe
+
+
+def check_no_dropout(model: VisionLanguageModel, name: str) -> None:
+    """Raise a ConfigError where the tower has dropout, which objective ``name`` does not apply."""
+    rate = model.config.image.block.dropout
+    if rate:
+        raise ConfigError(
+            "model.image.dropout",
+            f"{rate}: objectives.{name} has no dropout, for its views differ enough",
+            "Set it to 0",
+        )
+
+
+def check_share(objective: Any, key: str) -> None:
+    """Raise a ConfigError that names the key where its value is not in [0, 1)."""
+    value = getattr(objective, key)
+    if not 0.0 <= value < 1.0:
+        raise ConfigError(
+            f"objectives.{objective.name}.{key}", f"{value}", "Use a number in [0, 1)"
+        )
