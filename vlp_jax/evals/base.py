@@ -72,6 +72,7 @@ class EvalContext:
         sources: training sources of the run by name.
         edges: increasing text lengths that the training plan pads to.
         workdir: where artefacts go, below ``artifacts/``; None: nowhere.
+        shared: what several evaluators use, by its arguments (``features.LabelledSets.of``).
     """
 
     config: ConfigDict
@@ -81,6 +82,7 @@ class EvalContext:
     sources: Mapping[str, Source]
     edges: tuple[int, ...]
     workdir: pathlib.Path | None
+    shared: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, compare=False)
 
     def objective(self, evaluator: str, name: str, kind: type[T]) -> T:
         """The objective that ``evals.<evaluator>.objective`` names.

@@ -22,14 +22,14 @@ from vlp_jax.compress.buckets import View, bucket_text, parse_bucket
 from vlp_jax.compress.token_dropout import kept_patches
 from vlp_jax.data.augment import normalize, resize
 from vlp_jax.evals.base import EvalContext
+from vlp_jax.evals.features import Rows, compute_rows, tower_config, unit
 from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.evals.pictures import enlarge
 from vlp_jax.infra.artifacts import Card, Gallery, Picture, Row, Table
 from vlp_jax.infra.errors import ConfigError
-from vlp_jax.infra.mesh import global_batch, replicated
-from vlp_jax.models.sizes import build_model
-from vlp_jax.models.vit import ViT
-from vlp_jax.objectives.base import Params, example_keys
+from vlp_jax.infra.mesh import replicated
+from vlp_jax.objectives.base import Params, Seen, example_keys
+from vlp_jax.objectives.tower import tower_tokens
 
 TEMPERATURE = 0.1
 _DIMMED = 0.25  # brightness of a patch that was dropped
@@ -78,13 +78,9 @@ class Compressed:
         self._context, self._name = context, name
         self._draws, self._shown = draws, shown
         self._set = FixedSet(context, name, source, split, num_examples, batch_size)
-        config, vocabulary = context.config, context.tokenizer.vocabulary
-        model = build_model(
-            config.model, vocabulary.size, vocabulary.mask_id, config.data.image_size
-        )
-        self._image = model.config.image
+        self._image = tower_config(context)
         key = f"evals.{name}.buckets"
-        texts = tuple(buckets) or tuple(config.compression.buckets)
+        texts = tuple(buckets) or tuple(context.config.compression.buckets)
         parsed = [parse_bucket(text, key, self._image.view) for text in texts]
         self._views: tuple[View, ...] = tuple(dict.fromkeys(v[0] for v in parsed if v))
         if not self._views:
@@ -100,7 +96,7 @@ class Compressed:
 
     def run(self, params: Params, step: int = 0) -> Iterator[tuple[str, float]]:
         """Encode the set whole and compressed; see the class for the metrics."""
-        whole, parts, records, positions = self._embed(params)
+        whole, parts, embedded = self._embed(params)
         moved = 1.0 - np.einsum("vdne,ne->vn", parts, whole) / self._draws
         losses = np.stack([self._losses(whole, part) for part in parts])
         rows: list[Row] = []
@@ -115,55 +111,42 @@ class Compressed:
             yield from ((f"{name}/{kind}", value) for kind, value in figures.items())
             rows.append((name, view.tokens, *figures.values()))
         ranking = np.argsort(-losses.mean(axis=0), kind="stable")
-        self._write(ranking, records, moved, losses)
+        self._write(ranking, embedded.records, moved, losses)
         columns = ("bucket", "tokens", "moved", "loss", "loss of the worst tenth")
         note = "Moved: one minus the cosine with the whole picture's token."
         self._context.save(
             f"{self._name}_buckets",
             Table(f"{self._name}: what buckets change", columns, tuple(rows), note, step=step),
         )
-        self._save_gallery(ranking[: self._shown], records, positions, moved, losses, step)
+        self._save_gallery(ranking[: self._shown], embedded, moved, losses, step)
 
     def _encode(self, params: Params, image: jax.Array, positions: jax.Array) -> jax.Array:
-        """Class tokens of each batch row: [1 + V * draws, B, D], the whole ones first."""
-        tower = ViT(self._image)
+        """Class tokens of every row: [B, 1 + V * draws, D], that of the whole picture first."""
         pixels = normalize(image)
+        seen = [
+            Seen(view, _keys(draw, positions))
+            for view in self._views
+            for draw in range(self._draws)
+        ]
+        found = [tower_tokens(self._image, params, pixels)]
+        found += [
+            tower_tokens(self._image, params, resize(pixels, one.view.image_size), None, one)
+            for one in seen
+        ]
+        return jnp.stack([tokens[:, 0].astype(jnp.float32) for tokens in found], axis=1)
 
-        def token(*arguments: object) -> jax.Array:
-            tokens = tower.apply({"params": params["image_tower"]}, *arguments)
-            return jnp.asarray(tokens)[:, 0].astype(jnp.float32)
-
-        found = [token(pixels)]
-        for view in self._views:
-            for draw in range(self._draws):
-                keys = _keys(draw, positions)
-                found.append(token(resize(pixels, view.image_size), None, view, keys))
-        return jnp.stack(found)
-
-    def _embed(self, params: Params) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Unit vectors of whole [n, D] and of compressed pictures [V, draws, n, D], and which.
-
-        Their records and positions are int [n] each.
-        """
-        mesh = self._context.mesh
-        tokens, records, positions = [], [], []
-        with jax.set_mesh(mesh):
-            for t, host in enumerate(self._set.host_batches()):
-                names = ("image", "valid", "position")
-                arrays = global_batch({k: host[k] for k in names}, mesh)
-                valid = np.asarray(jax.device_get(self._set.gather(arrays["valid"])))
-                place = np.asarray(jax.device_get(self._set.gather(arrays["position"])))
-                found = self._tokens(params, arrays["image"], arrays["position"])
-                tokens.append(np.asarray(jax.device_get(found))[:, valid])
-                records.append(self._set.plan.batch(t).record[valid])
-                positions.append(place[valid])
-        everything = np.concatenate(tokens, axis=1)
-        everything -= everything[:1].mean(axis=1, keepdims=True)
-        everything /= np.maximum(np.linalg.norm(everything, axis=-1, keepdims=True), 1e-12)
-        parts = everything[1:].reshape(
-            len(self._views), self._draws, everything.shape[1], everything.shape[2]
+    def _embed(self, params: Params) -> tuple[np.ndarray, np.ndarray, Rows]:
+        """Unit vectors of whole pictures [n, D] and of compressed ones [V, draws, n, D]."""
+        rows = compute_rows(
+            self._set,
+            self._set.plan,
+            self._set.host_batches(),
+            lambda batch: self._tokens(params, batch["image"], batch["position"]),
         )
-        return everything[0], parts, np.concatenate(records), np.concatenate(positions)
+        tokens = np.moveaxis(rows.values, 1, 0)
+        tokens = unit(tokens - tokens[:1].mean(axis=1, keepdims=True))
+        shape = (len(self._views), self._draws, *tokens.shape[1:])
+        return tokens[0], tokens[1:].reshape(shape), rows
 
     @staticmethod
     def _losses(whole: np.ndarray, part: np.ndarray) -> np.ndarray:
@@ -197,8 +180,7 @@ class Compressed:
     def _save_gallery(
         self,
         rows: np.ndarray,
-        records: np.ndarray,
-        positions: np.ndarray,
+        embedded: Rows,
         moved: np.ndarray,
         losses: np.ndarray,
         step: int,
@@ -208,10 +190,12 @@ class Compressed:
             return
         size, cards = self._context.config.data.image_size, []
         for rank, row in enumerate(rows.tolist(), start=1):
-            image = self._set.source.image(int(records[row]), size)
+            image = self._set.source.image(int(embedded.records[row]), size)
             pictures = [Picture.from_array(enlarge(image), "whole")]
             for view in self._views:
-                kept = kept_patches(_keys(0, jnp.array([positions[row]])), view.patches, view.kept)
+                kept = kept_patches(
+                    _keys(0, jnp.array([embedded.positions[row]])), view.patches, view.kept
+                )
                 shown = _dimmed(image, np.asarray(kept[0]), view.grid)
                 pictures.append(Picture.from_array(enlarge(shown), bucket_text((view,))))
             table = tuple(
@@ -221,13 +205,13 @@ class Compressed:
             cards.append(
                 Card(
                     images=tuple(pictures),
-                    title=f"{rank}: {self._set.source.caption(int(records[row]), 0)}",
+                    title=f"{rank}: {self._set.source.caption(int(embedded.records[row]), 0)}",
                     columns=("bucket", "moved", "loss"),
                     rows=table,
                 )
             )
         note = (
-            f"Of {len(records):,} pictures, those that are told worst from others once compressed. "
+            f"Of {len(embedded.records):,} pictures, those that are told worst from others once compressed. "
             "Dropped patches are dimmed, as the first draw has chosen them."
         )
         self._context.save(

@@ -1,14 +1,16 @@
-"""Class tokens of labelled pictures: what evaluators that judge a frozen image tower share."""
+"""Class tokens of pictures: what evaluators that judge a frozen image tower share."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vlp_jax.data.augment import normalize
-from vlp_jax.data.batch import HostBatch
+from vlp_jax.data.batch import Batch, HostBatch
 from vlp_jax.data.cache import uncached
 from vlp_jax.data.eval_plan import EvalPlan
 from vlp_jax.data.source import Labelled, Source
@@ -17,8 +19,23 @@ from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch, replicated
 from vlp_jax.models.sizes import build_model
-from vlp_jax.models.vit import ViT
+from vlp_jax.models.vit import ViTConfig
 from vlp_jax.objectives.base import Params
+from vlp_jax.objectives.tower import tower_tokens
+
+
+class Rows(NamedTuple):
+    """Of the pictures of a set that could be read, n of them.
+
+    Attributes:
+        values: float32 [n, ...], what was computed of each.
+        records: int64 [n].
+        positions: int32 [n], see ``data.batch.FIELDS``.
+    """
+
+    values: np.ndarray
+    records: np.ndarray
+    positions: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +49,44 @@ class Features:
 
     values: np.ndarray
     labels: Mapping[str, np.ndarray]
+
+
+def tower_config(context: EvalContext) -> ViTConfig:
+    """Geometry of the run's image tower."""
+    config, vocabulary = context.config, context.tokenizer.vocabulary
+    model = build_model(config.model, vocabulary.size, vocabulary.mask_id, config.data.image_size)
+    return model.config.image
+
+
+def compute_rows(
+    fixed: FixedSet,
+    plan: EvalPlan,
+    batches: Iterable[HostBatch],
+    compute: Callable[[Batch], jax.Array],
+) -> Rows:
+    """Compute something of every picture of a set.
+
+    Args:
+        fixed: the set, or one that is read like it.
+        plan: of the batches.
+        batches: this process's rows of each.
+        compute: from ``image`` and ``position`` of a global batch to [B, ...], on every process.
+    """
+    mesh = fixed.context.mesh
+    rows = []
+    with jax.set_mesh(mesh):
+        for t, host in enumerate(batches):
+            batch = global_batch({k: host[k] for k in ("image", "position", "valid")}, mesh)
+            valid = np.asarray(jax.device_get(fixed.gather(batch["valid"])))
+            planned, found = plan.batch(t), np.asarray(jax.device_get(compute(batch)))
+            rows.append(Rows(found[valid], planned.record[valid], planned.position[valid]))
+    return Rows(*(np.concatenate(parts) for parts in zip(*rows, strict=True)))
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors of length one; zeros stay: [..., D]."""
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.asarray(vectors / np.maximum(norms, 1e-12))
 
 
 class LabelledSets:
@@ -81,39 +136,44 @@ class LabelledSets:
         self._labelled = _labelled(name, source, train), _labelled(name, source, self._set.source)
         self._train_plan = fixed_plan(context, train, self.num_train, self._set.plan.batch_size)
         self.names = tuple(self._labelled[0].labels(np.arange(1)))
-        config, vocabulary = context.config, context.tokenizer.vocabulary
-        model = build_model(
-            config.model, vocabulary.size, vocabulary.mask_id, config.data.image_size
-        )
-        tower = ViT(model.config.image)
+        image = tower_config(context)
 
-        def features(params: Params, image: jax.Array) -> jax.Array:
-            tokens = tower.apply({"params": params["image_tower"]}, normalize(image))
-            return jnp.asarray(tokens)[:, 0].astype(jnp.float32)
+        def features(params: Params, pixels: jax.Array) -> jax.Array:
+            return tower_tokens(image, params, normalize(pixels))[:, 0].astype(jnp.float32)
 
         self._features = jax.jit(features, out_shardings=replicated(context.mesh))
+        self._embedded: tuple[Any, tuple[Features, Features]] | None = None
+
+    @classmethod
+    def of(cls, context: EvalContext, name: str, *arguments: Any) -> Self:
+        """One for all evaluators of a run that ask for the same sets; see the constructor."""
+        if arguments not in context.shared:
+            context.shared[arguments] = cls(context, name, *arguments)
+        sets: Self = context.shared[arguments]
+        return sets
 
     def embed(self, params: Params) -> tuple[Features, Features]:
-        """Features of the training pictures and of those held out."""
-        train = read(self._context.config, self._train_plan, self._set.rows)
-        return (
-            self._embed(params, self._train_plan, train, self._labelled[0]),
-            self._embed(params, self._set.plan, self._set.host_batches(), self._labelled[1]),
-        )
+        """Features of the training pictures and of those held out.
+
+        They are kept, so that the evaluators of one evaluation read and encode the sets once.
+        """
+        leaf = jax.tree.leaves(params)[0]
+        if self._embedded is None or self._embedded[0]() is not leaf:
+            train = read(self._context.config, self._train_plan, self._set.rows)
+            both = (
+                self._embed(params, self._train_plan, train, self._labelled[0]),
+                self._embed(params, self._set.plan, self._set.host_batches(), self._labelled[1]),
+            )
+            self._embedded = weakref.ref(leaf), both  # the parameters themselves may go
+        return self._embedded[1]
 
     def _embed(
         self, params: Params, plan: EvalPlan, batches: Iterable[HostBatch], source: Labelled
     ) -> Features:
-        mesh = self._context.mesh
-        features, records = [], []
-        with jax.set_mesh(mesh):
-            for t, host in enumerate(batches):
-                arrays = global_batch({k: host[k] for k in ("image", "valid")}, mesh)
-                valid = np.asarray(jax.device_get(self._set.gather(arrays["valid"])))
-                found = jax.device_get(self._features(params, arrays["image"]))
-                features.append(found[valid])
-                records.append(plan.batch(t).record[valid])
-        return Features(np.concatenate(features), source.labels(np.concatenate(records)))
+        rows = compute_rows(
+            self._set, plan, batches, lambda batch: self._features(params, batch["image"])
+        )
+        return Features(rows.values, source.labels(rows.records))
 
 
 def _labelled(evaluator: str, name: str, source: Source) -> Labelled:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from vlp_jax.evals.base import EvalContext
-from vlp_jax.evals.features import Features, LabelledSets
+from vlp_jax.evals.features import Features, LabelledSets, unit
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.objectives.base import Params
 
@@ -64,7 +64,9 @@ class FewShot:
         for key, value in given.items():
             if value < least[key]:
                 raise ConfigError(f"evals.{name}.{key}", f"{value}", f"Use {least[key]} or more")
-        self._sets = LabelledSets(context, name, source, split, num_examples, num_train, batch_size)
+        self._sets = LabelledSets.of(
+            context, name, source, split, num_examples, num_train, batch_size
+        )
         self._ways, self._shots, self._queries, self._episodes = ways, shots, queries, episodes
         kinds = ("accuracy", "accuracy_std")
         self.figures = tuple(f"{label}/{kind}" for label in self._sets.names for kind in kinds)
@@ -113,7 +115,7 @@ def episode_accuracy(supports: np.ndarray, queries: np.ndarray) -> np.ndarray:
         float [E].
     """
     mean = supports.mean(axis=(1, 2), keepdims=True)
-    supports, queries = _unit(supports - mean), _unit(queries - mean)
+    supports, queries = unit(supports - mean), unit(queries - mean)
     centres = supports.mean(axis=2)  # [E, W, D]
     distance = np.square(centres).sum(axis=-1)[:, None, None] - 2.0 * np.einsum(
         "ewqd,evd->ewqv", queries, centres
@@ -126,7 +128,3 @@ def _by_class(labels: np.ndarray, least: int) -> dict[int, np.ndarray]:
     """Rows of every class that has so many."""
     rows = {int(c): np.flatnonzero(labels == c) for c in np.unique(labels)}
     return {c: r for c, r in rows.items() if len(r) >= least}
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

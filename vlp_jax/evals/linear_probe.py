@@ -90,7 +90,9 @@ class LinearProbe:
             raise ConfigError(
                 f"evals.{name}.max_iterations", f"{max_iterations} fit nothing", "Use 1 or more"
             )
-        self._sets = LabelledSets(context, name, source, split, num_examples, num_train, batch_size)
+        self._sets = LabelledSets.of(
+            context, name, source, split, num_examples, num_train, batch_size
+        )
         if self._sets.num_train < _CHOSEN_ON:
             raise ConfigError(
                 f"evals.{name}.num_train",

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from vlp_jax.evals.base import EvalContext
-from vlp_jax.evals.features import LabelledSets
+from vlp_jax.evals.features import LabelledSets, unit
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.objectives.base import Params
 
@@ -60,7 +60,9 @@ class Neighbours:
         Raises:
             ConfigError: an argument does not fit; the message names its key.
         """
-        self._sets = LabelledSets(context, name, source, split, num_examples, num_train, batch_size)
+        self._sets = LabelledSets.of(
+            context, name, source, split, num_examples, num_train, batch_size
+        )
         if not 1 <= k <= self._sets.num_train:
             raise ConfigError(
                 f"evals.{name}.k",
@@ -83,7 +85,7 @@ class Neighbours:
                 f"evals: {len(known)} of {self._sets.num_train} training pictures could be read, "
                 f"fewer than the {self._k} neighbours that vote"
             )
-        unit_known, unit_asked = _unit(known), _unit(asked.values)
+        unit_known, unit_asked = unit(known), unit(asked.values)
         cosine, nearest = _nearest(unit_asked, unit_known, self._k)
         for label, values in train.labels.items():
             truth, votes = asked.labels[label], weighted_votes(values[nearest], cosine)
@@ -147,8 +149,3 @@ def _nearest(asked: np.ndarray, known: np.ndarray, k: int) -> tuple[np.ndarray, 
         found.append((np.take_along_axis(cosine, nearest, axis=1), nearest))
     cosines, indices = zip(*found, strict=True)
     return np.concatenate(cosines), np.concatenate(indices)
-
-
-def _unit(features: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(features, axis=1, keepdims=True)
-    return features / np.maximum(norms, 1e-12)
