@@ -25,7 +25,6 @@ import pathlib
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +48,7 @@ from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.command import bad_input, check_length, fail, parse_flags
 from vlp_jax.infra.compilation import CompiledSteps, set_gpu_flags
 from vlp_jax.infra.errors import ConfigError
-from vlp_jax.infra.hardware import device_facts, measure_matmul_peak, memory
+from vlp_jax.infra.hardware import device_facts, measure_matmul_peak, memory, timings
 from vlp_jax.infra.mesh import global_batch, make_mesh
 from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.train.bucket_schedule import stages_of
@@ -158,25 +157,19 @@ def bench_step(config: Any) -> dict[str, Any]:
     steps: CompiledSteps[StepBucket, Any] = CompiledSteps(limit=MAX_SCHEDULED_BUCKETS)
     # Before the device is busy: compiling measures kernels on it.
     steps.compile(dict.fromkeys(keys), lambda key: program.lower(key).compile)
-    state = program.init()
+    state, moment, metrics = program.init(), program.moment(0), {}
 
-    moment = program.moment(0)
-
-    def run(state: Any, count: int) -> Any:
+    def run(count: int) -> Any:
+        nonlocal state, metrics
         for t in range(count):
             index = t % len(planned)
-            step = steps[keys[index]]
-            state, metrics = step(state, dict.fromkeys(names, batches[index]), moment)
-        return state, metrics
+            batch = dict.fromkeys(names, batches[index])
+            state, metrics = steps[keys[index]](state, batch, moment)
+        return state
 
-    state, _ = run(state, len(planned))
-    seconds = []
-    for _ in range(_REPEATS.value):
-        jax.block_until_ready(state)
-        started = time.perf_counter()
-        state, metrics = run(state, _STEPS.value)
-        jax.block_until_ready(state)
-        seconds.append((time.perf_counter() - started) / _STEPS.value)
+    jax.block_until_ready(run(len(planned)))
+    count = _STEPS.value
+    seconds = [each / count for each in timings(lambda: run(count), _REPEATS.value)]
     loss, skipped = float(metrics["loss"]), int(metrics["skipped"])
     if skipped or not math.isfinite(loss):
         raise FloatingPointError(

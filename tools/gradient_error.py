@@ -20,13 +20,13 @@ error, under costs that never fall, for ``config.compression.file``.
 
 import copy
 import dataclasses
+import functools
 import json
 import pathlib
 import shlex
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,15 +39,14 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict, config_flags
 
 from vlp_jax.compress.buckets import StepBucket, bucket_text
-from vlp_jax.data.loader import Loader
+from vlp_jax.data.build import open_loader
 from vlp_jax.infra.checkpoint import restore_step
 from vlp_jax.infra.checkpoint_reader import steps_of
 from vlp_jax.infra.command import bad_input, parse_flags
 from vlp_jax.infra.compilation import CompiledSteps, enable_compile_cache, set_gpu_flags
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
-from vlp_jax.infra.hardware import device_facts
-from vlp_jax.infra.mesh import global_batch
+from vlp_jax.infra.hardware import device_facts, timings
 from vlp_jax.infra.metrics import read_metrics
 from vlp_jax.train.bucket_schedule import Resolved
 from vlp_jax.train.gradient_error import (
@@ -55,11 +54,10 @@ from vlp_jax.train.gradient_error import (
     Estimate,
     GradientErrors,
     derive,
+    probe_batches,
     stages_at,
 )
 from vlp_jax.train.initial import CHECKPOINT_FOLDER
-from vlp_jax.train.online import probe_batches
-from vlp_jax.train.program import Program
 from vlp_jax.train.setup import TOKENIZER_FILE, Setup, prepare
 from vlp_jax.train.state import TrainState
 
@@ -130,7 +128,9 @@ def measure(config: ConfigDict, workdir: pathlib.Path, out: pathlib.Path) -> Non
             costs = _measured_costs(setup, fresh)
         found = []
         for step in checkpoints:
-            state = fresh if step == 0 else _restore(workdir, step, program)
+            state = fresh
+            if step:
+                state = restore_step(_folder(workdir), step, program.state_spec).state
             steps = range(step, step + _BATCHES.value)
             errors.compile(dict.fromkeys(setup.plan.batch(t).bucket for t in steps))
             probed = probe_batches(program, setup.plan, step, _BATCHES.value)
@@ -164,11 +164,6 @@ def _folder(workdir: pathlib.Path) -> epath.Path:
     return epath.Path(workdir) / CHECKPOINT_FOLDER
 
 
-def _restore(workdir: pathlib.Path, step: int, program: Program) -> TrainState:
-    state: TrainState = restore_step(_folder(workdir), step, program.state_spec).state
-    return state
-
-
 def _progress(workdir: pathlib.Path, step: int, total: int) -> float:
     """Share of the budget that the run had spent: of updates, where it did not compress."""
     spent = {
@@ -183,35 +178,34 @@ def _progress(workdir: pathlib.Path, step: int, total: int) -> float:
 
 def _measured_costs(setup: Setup, state: TrainState) -> tuple[float, ...]:
     """What an update of each bucket costs, as a share of one of whole images."""
-    program = setup.program
-    planned = setup.plan.batch(0)
-    with Loader(setup.plan, 0, 1, threads=0, extra_fields=program.extra_fields) as loader:
-        arrays = global_batch(next(loader), setup.mesh)
-    batches = dict.fromkeys(program.batch_names, arrays)
+    program, planned = setup.program, setup.plan.batch(0).bucket
+    with open_loader(setup.config, setup.plan, range(1), program.extra_fields) as loader:
+        batches = program.batches(next(loader))
     keys = {
-        views: tuple(
-            (name, dataclasses.replace(planned.bucket, views=views)) for name in program.batch_names
-        )
+        views: program.with_views(planned, views)
         for views in dict.fromkeys(((), *program.compression.buckets))
     }
     steps: CompiledSteps[StepBucket, Any] = CompiledSteps(limit=len(keys))
     steps.compile(keys.values(), lambda key: program.lower(key).compile)
     moment, seconds = program.moment(0), {}
     for views, key in keys.items():
-        own, timings, updates = jax.tree.map(jnp.copy, state), [], 1
-        for _ in range(_REPEATS + 1):
-            begun = time.perf_counter()
-            for _ in range(updates):
+        own = jax.tree.map(jnp.copy, state)
+
+        def run(count: int, key: StepBucket = key) -> Any:
+            nonlocal own
+            for _ in range(count):
                 own, _ = steps[key](own, batches, moment)
-            jax.block_until_ready(own)
-            timings.append((time.perf_counter() - begun) / updates)
-            updates = min(_TIMED, max(1, round(_SECONDS / timings[-1])))
-        seconds[views] = statistics.median(timings[1:])  # the first one warms up
+            return own
+
+        run(1)  # warms up
+        [one] = timings(functools.partial(run, 1), 1)
+        count = min(_TIMED, max(1, round(_SECONDS / one)))
+        seconds[views] = statistics.median(timings(functools.partial(run, count), _REPEATS)) / count
     return tuple(seconds[views] / seconds[()] for views in program.compression.buckets)
 
 
 def _table(names: Sequence[str], costs: Sequence[float], measured: Measured) -> str:
-    """Of one checkpoint, in Markdown; figures relative to the variance of whole images."""
+    """Of one checkpoint, in Markdown; figures relative to the mean variance of the buckets."""
     lines = [
         f"Step {measured.step:,}, {measured.progress:.0%} of the budget; in units of the mean of "
         "the buckets' variances, +- one standard error",
@@ -276,16 +270,16 @@ def _write(
         "facts": facts,
     }
     write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
-    parts = [f"`{facts['command']}`\n", *(_table(names, costs, m) for m in found)]
-    ends = [0.0, *(end for end, _ in stages)]
-    parts.append("Derived schedule:\n\n| of the budget | bucket | cost |\n| --- | --- | ---: |")
-    table = "\n".join(parts)
-    for start, (end, number) in zip(ends, stages, strict=False):
-        chosen = order[number]
-        table += f"\n| {start:.0%} to {end:.0%} | `{names[chosen]}` | {costs[chosen]:.3f} |"
-    write_text(out / "table.md", table + "\n")
+    derived, start = ["| of the budget | bucket | cost |", "| --- | --- | ---: |"], 0.0
+    for end, number in stages:
+        name, cost = names[order[number]], costs[order[number]]
+        derived.append(f"| {start:.0%} to {end:.0%} | `{name}` | {cost:.3f} |")
+        start = end
+    tables = [f"`{facts['command']}`\n", *(_table(names, costs, m) for m in found)]
+    tables += ["Derived schedule:\n", *derived]
+    write_text(out / "table.md", "\n".join(tables) + "\n")
     _draw(out / "gradient_error.png", names, costs, found, choices)
-    print(table.rsplit("Derived schedule", 1)[1].strip(": \n"))
+    print("\n".join(derived))
     print(f"written: {out}")
 
 

@@ -21,6 +21,7 @@ from vlp_jax.train.gradient_error import (
     sketch,
     stages_at,
 )
+from vlp_jax.train.program import Program
 from vlp_jax.train.state import TrainState
 from vlp_jax.train.step import Moment
 
@@ -35,6 +36,8 @@ class Quadratic:
     Batch k has x = noise of variance NOISE^2 in each of SIZE numbers. The bucket's gradient has
     that noise, and on top a bias of OFFSET and a noise of its own of variance OWN_NOISE^2.
     """
+
+    with_views = Program.with_views
 
     def __init__(self) -> None:
         self.mesh = make_mesh(devices=jax.devices()[:1])

@@ -7,6 +7,7 @@ import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -21,9 +22,10 @@ from vlp_jax.data.captions import (
 )
 from vlp_jax.data.eval_plan import EvalPlan
 from vlp_jax.data.folder import Folder
+from vlp_jax.data.loader import Loader
 from vlp_jax.data.making import found_or_made
 from vlp_jax.data.plan import Plan
-from vlp_jax.data.planned import PlannedSource
+from vlp_jax.data.planned import BatchPlan, PlannedSource
 from vlp_jax.data.scenes import (
     Scenes,
     ScenesEntailment,
@@ -195,6 +197,33 @@ def build_eval_plan(
     captions = EncodedCaptions(source, tokenizer, config.data.max_text_length, store=False)
     return EvalPlan(
         PlannedSource(source, captions), num_examples, batch_size, edges, config.data.image_size
+    )
+
+
+def open_loader(
+    config: ConfigDict, plan: BatchPlan, steps: range, extra_fields: Sequence[str] = ()
+) -> Loader:
+    """The loader of a run on this process.
+
+    Args:
+        config: of the run; ``data.workers``, ``data.threads`` and ``data.prefetch`` apply.
+        plan: what is in each batch.
+        steps: whose batches are read.
+        extra_fields: keys of ``batch.EXTRA_FIELDS`` to read beside the standard ones.
+
+    Raises:
+        ConfigError: see ``Loader``.
+    """
+    return Loader(
+        plan,
+        steps.start,
+        steps.stop,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        workers=config.data.workers,
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+        extra_fields=extra_fields,
     )
 
 

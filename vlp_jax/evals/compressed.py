@@ -193,9 +193,8 @@ class Compressed:
             image = self._set.source.image(int(embedded.records[row]), size)
             pictures = [Picture.from_array(enlarge(image), "whole")]
             for view in self._views:
-                kept = kept_patches(
-                    _keys(0, jnp.array([embedded.positions[row]])), view.patches, view.kept
-                )
+                keys = _keys(0, jnp.array([embedded.positions[row]]))
+                kept = kept_patches(keys, view.patches, view.kept)
                 shown = _dimmed(image, np.asarray(kept[0]), view.grid)
                 pictures.append(Picture.from_array(enlarge(shown), bucket_text((view,))))
             table = tuple(
@@ -211,8 +210,8 @@ class Compressed:
                 )
             )
         note = (
-            f"Of {len(embedded.records):,} pictures, those that are told worst from others once compressed. "
-            "Dropped patches are dimmed, as the first draw has chosen them."
+            f"Of {len(embedded.records):,} pictures, those that are told worst from others once "
+            "compressed. Dropped patches are dimmed, as the first draw has chosen them."
         )
         self._context.save(
             self._name, Gallery("Hurt most by compression", tuple(cards), note, step=step)

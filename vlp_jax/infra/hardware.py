@@ -11,6 +11,7 @@ import math
 import platform
 import resource
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -126,6 +127,16 @@ def measure_matmul_peak(
         jax.block_until_ready(_chained_products(carried, fixed, setting.chain))
         best = min(best, time.perf_counter() - started)
     return 2 * setting.size**3 * setting.chain / best
+
+
+def timings(run: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of each of some runs, whose results are waited for."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - started)
+    return seconds
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlp_jax.models.layers import ACTIVATIONS, BlockConfig, Dense, Noise, drop, norm
+from vlp_jax.models.dense import Dense
+from vlp_jax.models.layers import ACTIVATIONS, BlockConfig, Noise, drop, norm
 
 MAX_SCALE = 100.0  # of the contrastive logits, as in CLIP
 

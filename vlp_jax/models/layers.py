@@ -4,15 +4,13 @@ Parameters are float32; ``dtype`` is the compute dtype. Layer norms and softmax 
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Literal, NamedTuple, Self, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.linear import default_kernel_init
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from vlp_jax.infra.sharding import constrain_batch
@@ -22,6 +20,7 @@ from vlp_jax.models.attention import (
     attention_over_memory,
     attention_weights,
 )
+from vlp_jax.models.dense import Dense, DenseGeneral, HeadProjection
 from vlp_jax.models.dropout import dropout
 
 
@@ -115,100 +114,6 @@ def row_major(x: jax.Array) -> jax.Array:
     if jax.default_backend() != "gpu":
         return x
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
-
-
-DimensionNumbers = tuple[
-    tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]
-]
-
-
-def dense_product(
-    x: jax.Array, kernel: jax.Array, dimension_numbers: DimensionNumbers, precision: Any = None
-) -> jax.Array:
-    """The product of a dense layer, for the ``dot_general`` of flax's layers.
-
-    Its rule for the gradient of the kernel yields that gradient in the kernel's own layout. JAX's
-    rule yields the transpose, which XLA undoes inside the optimiser's update at a quarter of its
-    speed: 8 of 128 ms of an update of the base model (docs/perf.md).
-
-    Args:
-        x: [..., in...].
-        kernel: [in..., out...].
-        dimension_numbers: the last dimensions of ``x`` against the first of ``kernel``, no batch.
-        precision: of the products.
-
-    Returns:
-        [..., out...].
-    """
-    (contracted, against), batched = dimension_numbers
-    count = len(contracted)
-    expected = tuple(range(x.ndim - count, x.ndim)), tuple(range(count))
-    if (tuple(contracted), tuple(against)) != expected or any(batched):
-        raise ValueError(f"not the product of a dense layer: {dimension_numbers}")
-    return _dense_product(x, kernel, count, precision)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dense_product(x: jax.Array, kernel: jax.Array, count: int, precision: Any) -> jax.Array:
-    last, first = tuple(range(x.ndim - count, x.ndim)), tuple(range(count))
-    return jax.lax.dot_general(x, kernel, ((last, first), ((), ())), precision=precision)
-
-
-def _dense_product_forward(
-    x: jax.Array, kernel: jax.Array, count: int, precision: Any
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _dense_product(x, kernel, count, precision), (x, kernel)
-
-
-def _dense_product_backward(
-    count: int, precision: Any, residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, kernel = residuals
-    rows = tuple(range(x.ndim - count))
-    out_of_cotangent = tuple(range(len(rows), cotangent.ndim))
-    out_of_kernel = tuple(range(count, kernel.ndim))
-    dot = functools.partial(jax.lax.dot_general, precision=precision)
-    return (
-        dot(cotangent, kernel, ((out_of_cotangent, out_of_kernel), ((), ()))),
-        dot(x, cotangent, ((rows, rows), ((), ()))),
-    )
-
-
-_dense_product.defvjp(_dense_product_forward, _dense_product_backward)
-
-Dense = functools.partial(nn.Dense, dot_general=dense_product)
-DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=dense_product)
-
-
-class HeadProjection(nn.Module):
-    """A dense layer to heads: [..., D] -> [..., H, d]; parameters as ``nn.DenseGeneral`` has them.
-
-    The bias is added before the heads are told apart, where XLA leaves it to the matrix product;
-    after that it would be a pass of its own over memory (docs/perf.md).
-
-    Attributes:
-        heads: H and d.
-        dtype: compute dtype.
-    """
-
-    heads: tuple[int, int]
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Project every token."""
-        width, flat = x.shape[-1], math.prod(self.heads)
-
-        def kernel_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return default_kernel_init(key, (width, flat)).reshape(shape)
-
-        kernel = self.param("kernel", kernel_init, (width, *self.heads))
-        bias = self.param("bias", nn.initializers.zeros_init(), self.heads)
-        dimensions = (((x.ndim - 1,), (0,)), ((), ()))
-        kernel = kernel.reshape(width, flat).astype(self.dtype)
-        x = dense_product(x.astype(self.dtype), kernel, dimensions)
-        x = x + bias.reshape((1,) * (x.ndim - 1) + (flat,)).astype(self.dtype)
-        return x.reshape(*x.shape[:-1], *self.heads)
 
 
 class KeyValue(NamedTuple):

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from vlp_jax.compress.buckets import View
-from vlp_jax.models.layers import ACTIVATIONS, Block, BlockConfig, Dense, Noise, drop, norm
+from vlp_jax.models.dense import Dense
+from vlp_jax.models.layers import ACTIVATIONS, Block, BlockConfig, Noise, drop, norm
 from vlp_jax.models.vit import ViT, ViTConfig
 
 VOCABULARY_MULTIPLE = 128  # odd vocabularies compile for minutes and run slowly

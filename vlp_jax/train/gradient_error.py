@@ -26,9 +26,8 @@ Parameters that are not trained do not count. What the optimiser makes of an err
 beside it: the same figures of gradients divided by Adam's root of their mean square.
 """
 
-import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +35,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vlp_jax.compress.buckets import Bucket, StepBucket, Views
+from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, Bucket, StepBucket, Views
+from vlp_jax.data.build import open_loader
+from vlp_jax.data.plan import Plan
 from vlp_jax.infra.compilation import CompiledSteps
 from vlp_jax.infra.mesh import replicated
 from vlp_jax.models.dropout import mix_bits
@@ -101,7 +102,8 @@ class GradientErrors:
         """
         self._program = program
         self._buckets = tuple(buckets)
-        self._steps: CompiledSteps[StepBucket, Any] = CompiledSteps(limit=256)
+        most = MAX_SCHEDULED_BUCKETS * (1 + len(self._buckets))
+        self._steps: CompiledSteps[StepBucket, Any] = CompiledSteps(limit=most)
         spec = program.state_spec
         factors = rate_factors(program.config.optim, spec.params)
         self._trained = jax.tree.map(lambda factor: float(factor > 0), factors)
@@ -110,7 +112,10 @@ class GradientErrors:
             lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), spec.params),
             out_shardings=self._shardings,
         )
-        self._scales = jax.jit(self._adam_scales, out_shardings=self._shardings)
+        optim = program.config.optim
+        self._scales = jax.jit(
+            lambda state: _adam_scales(state, optim.b2, optim.eps), out_shardings=self._shardings
+        )
         self._finish = jax.jit(_norms, out_shardings=replicated(program.mesh))
 
     @property
@@ -120,9 +125,8 @@ class GradientErrors:
 
     def compile(self, planned: Iterable[Bucket]) -> None:
         """Compile what batches of these sizes need, and is not there yet."""
-        wanted = [
-            self._key(sizes, views) for sizes in planned for views in dict.fromkeys(self._arms)
-        ]
+        arms = dict.fromkeys(((), *self._buckets))
+        wanted = [self._program.with_views(sizes, views) for sizes in planned for views in arms]
         new = [key for key in dict.fromkeys(wanted) if key not in self._steps.seconds]
         self._steps.compile(new, lambda key: self._lower(key).compile)
 
@@ -148,7 +152,7 @@ class GradientErrors:
         """
         mesh, buckets = self._program.mesh, self._buckets[first:]
         with jax.set_mesh(mesh):
-            scales = self._scales(state.params, state.opt_state)
+            scales = self._scales(state.opt_state)
             nothing, reference = self._zeros(), self._zeros()
             sums = [self._zeros() for _ in buckets]
             marks: list[list[jax.Array]] = [[] for _ in ((), *buckets)]
@@ -157,13 +161,13 @@ class GradientErrors:
                 numbers = (np.int32(batch.step), np.uint32(_SALT))
                 numbers = jax.device_put(numbers, replicated(mesh))
                 common = (state, batch.batches, moment, *numbers, scales)
-                whole = self._steps[self._key(batch.planned, ())]
+                whole = self._steps[self._program.with_views(batch.planned, ())]
                 gradient, reference, mark = whole(*common, nothing, reference)
                 marks[0].append(mark)
                 for index, views in enumerate(buckets):
                     if not views:
                         continue  # whole images: no difference
-                    arm = self._steps[self._key(batch.planned, views)]
+                    arm = self._steps[self._program.with_views(batch.planned, views)]
                     _, sums[index], mark = arm(*common, gradient, sums[index])
                     marks[index + 1].append(mark)
             count = len(marks[0])
@@ -182,15 +186,6 @@ class GradientErrors:
                 "checkpoint from before the run diverged"
             )
         return estimates
-
-    @property
-    def _arms(self) -> tuple[Views, ...]:
-        """Whole images, then every bucket."""
-        return ((), *self._buckets)
-
-    def _key(self, planned: Bucket, views: Views) -> StepBucket:
-        sizes = dataclasses.replace(planned, views=views)
-        return tuple((name, sizes) for name in self._program.batch_names)
 
     def _lower(self, key: StepBucket) -> jax.stages.Lowered:
         """One arm on one batch: its gradient less the first one's, added to the sums."""
@@ -243,23 +238,20 @@ class GradientErrors:
                 params,
             )
 
-    def _adam_scales(self, params: Any, opt_state: Any) -> Any:
-        """What Adam multiplies a gradient by; NaN before its first update."""
-        optim = self._program.config.optim
-        adam = optax.tree.get(opt_state, "ScaleByAdamState")
-        corrected = 1.0 - optim.b2 ** adam.count.astype(jnp.float32)
-        return jax.tree.map(
-            lambda p, nu: jnp.broadcast_to(
-                jnp.where(
-                    adam.count > 0,
-                    1.0 / (jnp.sqrt(nu / jnp.maximum(corrected, 1e-30)) + optim.eps),
-                    jnp.nan,
-                ),
-                p.shape,
-            ),
-            params,
-            adam.nu,
-        )
+
+def _adam_scales(opt_state: Any, b2: float, eps: float) -> Any:
+    """What Adam multiplies a gradient by; NaN before its first update."""
+    adam = optax.tree.get(opt_state, "ScaleByAdamState")
+    squares = optax.tree.bias_correction(adam.nu, b2, adam.count)
+    return jax.tree.map(lambda nu: 1.0 / (jnp.sqrt(nu) + eps), squares)
+
+
+def probe_batches(program: Program, plan: Plan, start: int, count: int) -> Iterator[Probed]:
+    """The batches of the updates from ``start`` on, put on the devices one after the other."""
+    steps = range(start, start + count)
+    with open_loader(program.config, plan, steps, program.extra_fields) as loader:
+        for step, host in zip(steps, loader, strict=True):
+            yield Probed(step, plan.batch(step).bucket, program.batches(host))
 
 
 def _norms(total: Any, reference: Any, scales: Any) -> tuple[jax.Array, jax.Array]:

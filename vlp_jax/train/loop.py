@@ -18,6 +18,7 @@ import rich
 
 from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket, bucket_label
 from vlp_jax.data.batch import HostBatch
+from vlp_jax.data.build import open_loader
 from vlp_jax.data.loader import Loader
 from vlp_jax.data.source import NothingReadable
 from vlp_jax.infra.checkpoint import Checkpoints
@@ -25,7 +26,6 @@ from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.compilation import CompiledSteps, enable_compile_cache
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.hardware import measure_matmul_peak, memory
-from vlp_jax.infra.mesh import global_batch
 from vlp_jax.infra.metrics import MetricWriter, open_writer, read_metrics, results_table, strict
 from vlp_jax.infra.preemption import ExitCode, Interrupted, PreemptionGuard
 from vlp_jax.infra.profiling import PROFILE_FOLDER, ProfilerWindow
@@ -132,7 +132,7 @@ def train(setup: Setup) -> ExitCode:
     Raises:
         RunStopped: too many bad updates or examples; the message names the last checkpoint.
     """
-    config, program, mesh = setup.config, setup.program, setup.mesh
+    config, program = setup.config, setup.program
     primary = jax.process_index() == 0
     if config.compile_cache != "off":
         enable_compile_cache(config.compile_cache or setup.workdir / "compile_cache")
@@ -145,17 +145,7 @@ def train(setup: Setup) -> ExitCode:
         if restored is not None:
             setup.check_same_data(restored.extra)
         loader = stack.enter_context(
-            Loader(
-                setup.plan,
-                start,
-                program.longest,
-                host=jax.process_index(),
-                hosts=jax.process_count(),
-                workers=config.data.workers,
-                threads=config.data.threads,
-                prefetch=config.data.prefetch,
-                extra_fields=program.extra_fields,
-            )
+            open_loader(config, setup.plan, range(start, program.longest), program.extra_fields)
         )
         profiler = stack.enter_context(
             ProfilerWindow(setup.workdir / PROFILE_FOLDER, **config.profile.to_dict())
@@ -230,7 +220,7 @@ def train(setup: Setup) -> ExitCode:
                 clock = Clock()  # until here reading began: nothing was trained
             else:
                 clock.waited += time.perf_counter() - waiting
-            batches = {name: global_batch(host, mesh) for name in program.batch_names}
+            batches = program.batches(host)
             bucket, moment = program.bucket(planned.bucket, step), program.moment(step)
             with profiler.step(step), jax.transfer_guard(guarded):
                 state, metrics = steps[bucket](state, batches, moment)

@@ -16,18 +16,14 @@ the run what share of the time they took together.
 """
 
 import time
-from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
 
 from vlp_jax.compress.buckets import bucket_text
-from vlp_jax.data.loader import Loader
 from vlp_jax.data.plan import Plan
 from vlp_jax.infra.errors import ConfigError
-from vlp_jax.infra.mesh import global_batch
-from vlp_jax.train.gradient_error import MIN_BATCHES, GradientErrors, Probed
+from vlp_jax.train.gradient_error import MIN_BATCHES, GradientErrors, probe_batches
 from vlp_jax.train.program import Program
 from vlp_jax.train.state import TrainState
 
@@ -117,24 +113,3 @@ class Decider:
             "compression/decided": float(choice),
             "compression/probe_seconds": taken,
         }
-
-
-def probe_batches(program: Program, plan: Plan, start: int, count: int) -> Iterator[Probed]:
-    """The batches of the updates from ``start`` on, put on the devices one after the other."""
-    data = program.config.data
-    with Loader(
-        plan,
-        start,
-        start + count,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-        workers=data.workers,
-        threads=data.threads,
-        prefetch=data.prefetch,
-        extra_fields=program.extra_fields,
-    ) as loader:
-        for step, host in zip(range(start, start + count), loader, strict=True):
-            batches: dict[str, Any] = dict.fromkeys(
-                program.batch_names, global_batch(host, program.mesh)
-            )
-            yield Probed(step, plan.batch(step).bucket, batches)

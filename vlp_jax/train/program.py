@@ -1,7 +1,6 @@
 """What a config compiles to: a sharded state, and one step for every bucket."""
 
 import dataclasses
-import functools
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -14,9 +13,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlp_jax.compress.buckets import Bucket, StepBucket, Views, view_of
-from vlp_jax.data.batch import FIELDS, batch_spec
+from vlp_jax.data.batch import FIELDS, Batch, HostBatch, batch_spec
 from vlp_jax.data.vocabulary import Vocabulary
-from vlp_jax.infra.mesh import batch_sharding, check_batch_size, replicated
+from vlp_jax.infra.mesh import batch_sharding, check_batch_size, global_batch, replicated
 from vlp_jax.infra.sharding import shardings
 from vlp_jax.models.flops import image_flops
 from vlp_jax.models.sizes import build_model
@@ -91,6 +90,7 @@ class Program:
         self.decided: tuple[int, ...] = ()
         self.longest = self.schedule.total_steps
         self._learning_rate = learning_rate(config.schedule, budget)
+        self._rates: np.ndarray | None = None  # of every update of the schedule, once asked for
         spec = jax.eval_shape(self._init, jax.random.key(0))
         self.state_spec: TrainState = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -197,7 +197,11 @@ class Program:
 
     def bucket(self, planned: Bucket, step: int) -> StepBucket:
         """What update ``step`` is compiled for: the sizes of its batch, and its views."""
-        sizes = dataclasses.replace(planned, views=self.schedule.views(step))
+        return self.with_views(planned, self.schedule.views(step))
+
+    def with_views(self, planned: Bucket, views: Views) -> StepBucket:
+        """The key of an update that encodes these views of a batch of these sizes."""
+        sizes = dataclasses.replace(planned, views=views)
         return tuple((name, sizes) for name in self.batch_names)
 
     def buckets(self, planned: Sequence[Bucket]) -> tuple[StepBucket, ...]:
@@ -205,11 +209,7 @@ class Program:
         views = {self.schedule.buckets[number] for number in np.unique(self.schedule.index)}
         if self.compression.decisions:
             views = set(self.schedule.buckets)
-        return tuple(
-            tuple((name, dataclasses.replace(sizes, views=some)) for name in self.batch_names)
-            for some in sorted(views)
-            for sizes in planned
-        )
+        return tuple(self.with_views(sizes, some) for some in sorted(views) for sizes in planned)
 
     def follow(self, state: TrainState) -> None:
         """Take up what the state has decided of an online schedule."""
@@ -218,17 +218,18 @@ class Program:
         numbers = jax.device_get(state.extras["decided"]).tolist()
         self.decided = tuple(number for number in numbers if number >= 0)
         self.schedule = self.compression.over(self.full_steps, self.config.seed, self.decided)
-        self.__dict__.pop("_rates", None)  # of the schedule before
+        self._rates = None
 
-    @functools.cached_property
-    def _rates(self) -> np.ndarray:
-        """The learning rate of every step: float32 [total]."""
-        spent = jnp.asarray(self.schedule.spent[:-1], jnp.float32)
-        return np.asarray(jax.jit(jax.vmap(self._learning_rate))(spent))
+    def batches(self, host: HostBatch) -> dict[str, Batch]:
+        """A host batch, put on the devices as every named batch."""
+        return dict.fromkeys(self.batch_names, global_batch(host, self.mesh))
 
     def moment(self, step: int) -> Moment:
         """Where the run stands at an update, on its devices; after the last, as at the last."""
         step = min(step, self.schedule.total_steps - 1)
+        if self._rates is None:
+            spent = jnp.asarray(self.schedule.spent[:-1], jnp.float32)
+            self._rates = np.asarray(jax.jit(jax.vmap(self._learning_rate))(spent))
         rate, progress = self._rates[step], np.float32(self.schedule.progress(step))
         return Moment(*jax.device_put((rate, progress), replicated(self.mesh)))
 
@@ -287,6 +288,5 @@ class Program:
     def _relative_flops(self, views: Views, text_length: float) -> float:
         """FLOPs of an update of these views, as a share of one of whole images."""
         lengths = dict.fromkeys(self.batch_names, text_length)
-        sizes = Bucket(round(text_length), self.config.data.image_size, views)
-        bucket = tuple((name, sizes) for name in self.batch_names)
-        return self.flops(lengths, bucket) / self.flops(lengths)
+        sizes = Bucket(round(text_length), self.config.data.image_size)
+        return self.flops(lengths, self.with_views(sizes, views)) / self.flops(lengths)

@@ -223,7 +223,23 @@ class AnnotatedImages:
         return fault is None
 
 
-class LabelledSentences(AnnotatedImages, abc.ABC):
+class LabelledExamples(AnnotatedImages):
+    """Base of the sources whose target is a class.
+
+    Attributes:
+        classes: what the targets index.
+    """
+
+    extra_fields: tuple[str, ...] = ("label",)
+    classes: tuple[str, ...]
+
+    def extras(self, record: int, size: int) -> Mapping[str, np.ndarray]:
+        """``label``: int32 []."""
+        del size
+        return {"label": np.asarray(self._targets[record], np.int32)}
+
+
+class LabelledSentences(LabelledExamples, abc.ABC):
     """Pictures and sentences about them, each with a label: a ``Source`` of one split.
 
     A subclass names its files and classes and says how their entries are read.
@@ -233,8 +249,6 @@ class LabelledSentences(AnnotatedImages, abc.ABC):
         published: our name of a split -> its publisher's.
     """
 
-    extra_fields: tuple[str, ...] = ("label",)
-    classes: tuple[str, ...]
     files: tuple[str, ...]
     published: Mapping[str, str]
 
@@ -298,11 +312,6 @@ class LabelledSentences(AnnotatedImages, abc.ABC):
             max_side=max_side,
             max_pixels=max_pixels,
         )
-
-    def extras(self, record: int, size: int) -> Mapping[str, np.ndarray]:
-        """``label``: int32 []."""
-        del size
-        return {"label": np.asarray(self._targets[record], np.int32)}
 
     @staticmethod
     @abc.abstractmethod

@@ -15,13 +15,12 @@ reads texts is told the answer.
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from vlp_jax.data.decode import MAX_PIXELS, MAX_SIDE
 from vlp_jax.data.files import field, inside
-from vlp_jax.data.tasks.annotated import AnnotatedImages, Example, read_list
+from vlp_jax.data.tasks.annotated import Example, LabelledExamples, read_list
 from vlp_jax.data.tasks.columns import Columns
 from vlp_jax.infra.errors import ConfigError
 
@@ -31,14 +30,12 @@ _FOLDERS: Mapping[str, tuple[str, ...]] = {"val": ("val", "validation", "valid")
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 
 
-class ImageLabels(AnnotatedImages):
+class ImageLabels(LabelledExamples):
     """Pictures and the class of each: a ``Source`` of one split.
 
     Attributes:
         classes: names of the classes, sorted.
     """
-
-    extra_fields: tuple[str, ...] = ("label",)
 
     def __init__(
         self,
@@ -80,35 +77,32 @@ class ImageLabels(AnnotatedImages):
         columns = Columns(groups, f"{key.rpartition('.')[0]}.groups")
         file = folder / (annotations or LABELS_FILE)
         if annotations or file.is_file():
-            named = _of_list(file, columns)
+            examples = _of_list(file, columns)
+            known = {example.target for example in examples if example.split == _TRAIN}
         else:
             file = folder
-            named = _of_folders(folder, split, key)
             if groups:
                 raise ConfigError(
                     f"{key.rpartition('.')[0]}.groups",
                     f"{folder} has folders of classes, and no columns",
                     "Set it to ()",
                 )
-        known = {example.target for example in named if example.split == _TRAIN}
+            examples = _of_folders(folder, split, key)
+            known = {path.name for path in _class_folders(folder, _TRAIN, key)}
         if not known:
             raise ValueError(f"{file}: no picture of split {_TRAIN!r}, whose classes are learned")
         self.classes = tuple(sorted(known))
-        unknown = sorted({e.target for e in named if e.split == split} - known)
+        index = {class_name: number for number, class_name in enumerate(self.classes)}
+        unknown = sorted({e.target for e in examples if e.split == split} - known)
         if unknown:
             raise ValueError(
                 f"{file}: split {split!r} has class {unknown[0]!r}, which no training picture has; "
                 "remove its pictures, or add some to the training split"
             )
-        index = {class_name: number for number, class_name in enumerate(self.classes)}
-        examples = [
-            example._replace(target=index[example.target])
-            for example in named
-            if example.split == split
-        ]
+        examples = [example._replace(target=index.get(example.target)) for example in examples]
         super().__init__(
             folder,
-            examples or named,
+            examples,
             split,
             file,
             name=name,
@@ -119,14 +113,9 @@ class ImageLabels(AnnotatedImages):
             max_pixels=max_pixels,
         )
 
-    def extras(self, record: int, size: int) -> Mapping[str, np.ndarray]:
-        """``label``: int32 []."""
-        del size
-        return {"label": np.asarray(self._targets[record], np.int32)}
-
     def labels(self, records: np.ndarray) -> dict[str, np.ndarray]:
         """``class``: int32 [n]."""
-        return {"class": np.array([self._targets[r] for r in np.asarray(records).tolist()], int)}
+        return {"class": np.asarray(self._targets, np.int32)[records]}
 
 
 def _of_list(file: pathlib.Path, columns: Columns) -> list[Example]:
@@ -135,7 +124,9 @@ def _of_list(file: pathlib.Path, columns: Columns) -> list[Example]:
         raise FileNotFoundError(f"{file} not found")
     examples = []
     for where, item in read_list(file, ()):
-        class_name = _text(item, where)
+        class_name = field(item, "name", str, where)
+        if not class_name:
+            raise ValueError(f"{where}: the name of its class is empty")
         examples.append(
             Example(
                 ((inside(field(item, "image", str, where), where),),),
@@ -148,31 +139,24 @@ def _of_list(file: pathlib.Path, columns: Columns) -> list[Example]:
     return examples
 
 
-def _text(item: Any, where: str) -> str:
-    name = field(item, "name", str, where)
-    if not name:
-        raise ValueError(f"{where}: the name of its class is empty")
-    return str(name)
-
-
 def _of_folders(root: pathlib.Path, split: str, key: str) -> list[Example]:
-    """All pictures of the training split and of another."""
-    examples: list[Example] = []
-    for part in dict.fromkeys((_TRAIN, split)):
-        of_split = next(
-            (root / name for name in _FOLDERS.get(part, (part,)) if (root / name).is_dir()), None
-        )
-        if of_split is None:
-            raise FileNotFoundError(
-                f"{key}={root}: neither {LABELS_FILE} nor a folder {part!r} with a folder for each "
-                "class"
-            )
-        for folder in sorted(path for path in of_split.iterdir() if path.is_dir()):
-            for path in sorted(folder.rglob("*")):
-                if path.suffix.lower() in _SUFFIXES:
-                    place = path.relative_to(root).as_posix()
-                    examples.append(Example(((place,),), part, _spoken(folder.name), folder.name))
-    return examples
+    """All pictures of a split."""
+    return [
+        Example(((path.relative_to(root).as_posix(),),), split, _spoken(folder.name), folder.name)
+        for folder in _class_folders(root, split, key)
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in _SUFFIXES
+    ]
+
+
+def _class_folders(root: pathlib.Path, split: str, key: str) -> list[pathlib.Path]:
+    """The folder of every class of a split; what is in them is not looked at."""
+    for name in _FOLDERS.get(split, (split,)):
+        if (root / name).is_dir():
+            return sorted(path for path in (root / name).iterdir() if path.is_dir())
+    raise FileNotFoundError(
+        f"{key}={root}: neither {LABELS_FILE} nor a folder {split!r} with a folder for each class"
+    )
 
 
 def _spoken(name: str) -> str:
