@@ -2,8 +2,8 @@
 
     python -m vlp_jax.main --config=docs/results/compression.py:moco_v3,derived --workdir=DIR
 
-The argument is OBJECTIVE[,ARM]: `moco_v3`, `simclr` or `dino`, and how its images are encoded, by the
-costs in compression/OBJECTIVE/ (of `tools.gradient_error`, see compression.sh):
+The argument is OBJECTIVE[,ARM]: `moco_v3`, `simclr` or `dino`, and how its images are encoded, by
+the costs in compression/OBJECTIVE/ (of `tools.gradient_error`, see compression.sh):
 
     whole          all of them (by default); its run is the pilot whose gradients are looked at
     derived        the schedule derived there; derived20: its last 20 % on whole images

@@ -22,8 +22,9 @@ from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives.classification import Classification
 from vlp_jax.train.checks import changed_keys, check_texts, without_foreign_heads
+from vlp_jax.train.evaluation import is_save_due
 from vlp_jax.train.initial import Origin, read_origin
-from vlp_jax.train.loop import RunStopped, _check_health, is_save_due, train
+from vlp_jax.train.loop import RunStopped, _check_health, train
 from vlp_jax.train.setup import plain, prepare
 
 

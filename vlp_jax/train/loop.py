@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,15 +22,13 @@ from vlp_jax.data.build import open_loader
 from vlp_jax.data.loader import Loader
 from vlp_jax.data.source import NothingReadable
 from vlp_jax.infra.checkpoint import Checkpoints
-from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.compilation import CompiledSteps, enable_compile_cache
-from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.hardware import measure_matmul_peak, memory
-from vlp_jax.infra.metrics import MetricWriter, open_writer, read_metrics, results_table, strict
-from vlp_jax.infra.preemption import ExitCode, Interrupted, PreemptionGuard
+from vlp_jax.infra.metrics import open_writer, read_metrics, results_table, strict
+from vlp_jax.infra.preemption import ExitCode, PreemptionGuard
 from vlp_jax.infra.profiling import PROFILE_FOLDER, ProfilerWindow
 from vlp_jax.infra.report import write_report
-from vlp_jax.objectives.base import Params
+from vlp_jax.train.evaluation import evaluate, evaluate_best, is_save_due, ranked
 from vlp_jax.train.facts import (
     BAD_EXAMPLES_FILE,
     facts_table,
@@ -40,11 +38,9 @@ from vlp_jax.train.facts import (
     write_bad_examples,
     write_facts,
 )
-from vlp_jax.train.initial import served_paths
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import to_steps
 from vlp_jax.train.setup import Setup, plain
-from vlp_jax.train.state import TrainState
 from vlp_jax.train.step import StepFunction
 
 # Steps that may wait on the device: enough to hide the host, few enough to hold few batches.
@@ -203,10 +199,10 @@ def train(setup: Setup) -> ExitCode:
         ranks_every = setup.eval_steps.get(ranking) if config.checkpoint.keep_best else None
         evaluated: dict[str, float] | None = {}  # None: a signal came before the end
         if restored is not None and not restored.extra.get(_EVALUATED, True):
-            evaluated = _evaluate(setup, state, step, writer, guard)
+            evaluated = evaluate(setup, state, step, writer, guard)
             if evaluated:
                 state = program.observe(state, evaluated)
-                checkpoints.rank(step, _ranked(setup, evaluated))
+                checkpoints.rank(step, ranked(setup, evaluated))
         # Without jit, the constants of a step are transfers.
         guarded = "allow" if config.debug else "disallow"
         while step < setup.total_steps and not guard.requested:
@@ -249,18 +245,18 @@ def train(setup: Setup) -> ExitCode:
                 clock = Clock()
 
             with clock.pausing():
-                evaluated = _evaluate(setup, state, step, writer, guard)
+                evaluated = evaluate(setup, state, step, writer, guard)
                 if evaluated:
                     state = program.observe(state, evaluated)
                 if evaluated is not None and step < setup.total_steps:
-                    ranked = _ranked(setup, evaluated)
-                    if is_save_due(step, saved, save_every, bool(ranked), ranks_every):
-                        checkpoints.save(step, state, ranked, setup.checkpoint_extra())
+                    scores = ranked(setup, evaluated)
+                    if is_save_due(step, saved, save_every, bool(scores), ranks_every):
+                        checkpoints.save(step, state, scores, setup.checkpoint_extra())
                         saved = step
 
         # Save and report. ------------------------------------------------------------------------
         extra = setup.checkpoint_extra() | {_EVALUATED: evaluated is not None}
-        checkpoints.save(step, state, _ranked(setup, evaluated or {}), extra)
+        checkpoints.save(step, state, ranked(setup, evaluated or {}), extra)
         checkpoints.wait()
         preempted = step < setup.total_steps or evaluated is None
         if setup.decider is not None and trained:
@@ -268,7 +264,7 @@ def train(setup: Setup) -> ExitCode:
             share = setup.decider.seconds / (setup.decider.seconds + trained)
             facts["decisions_share_of_time"] = round(share, 4)
         if not preempted:
-            preempted = not _evaluate_best(setup, checkpoints, step, writer, guard)
+            preempted = not evaluate_best(setup, checkpoints, step, writer, guard)
         facts |= {
             "status": "preempted" if preempted else "finished",
             "step": step,
@@ -287,28 +283,6 @@ def train(setup: Setup) -> ExitCode:
         summary = {"workdir": str(setup.workdir), "report": str(report), "step": step}
         print(json.dumps(summary | {"metrics": strict(latest)}, allow_nan=False), flush=True)
     return ExitCode.PREEMPTED if preempted else ExitCode.OK
-
-
-def is_save_due(
-    step: int, saved: int, save_every: int, ranked: bool, ranks_every: int | None
-) -> bool:
-    """Whether a checkpoint is written after an update.
-
-    Periods are rounded each by itself, and a checkpoint is a candidate for the best only if it was
-    evaluated as it is. So where evaluations are the rarer, each has its checkpoint; where they are
-    as frequent or more, a checkpoint that is due waits for the next of them.
-
-    Args:
-        step: updates made.
-        saved: of the last checkpoint, or of the start.
-        save_every: updates between two checkpoints.
-        ranked: whether the evaluator that ranks checkpoints has just run.
-        ranks_every: updates between two of its runs; None: there is none, or only at the end.
-    """
-    often = ranks_every is not None and ranks_every <= save_every
-    if ranked and often:
-        return step // save_every != saved // save_every
-    return (ranked and ranks_every is not None) or (step % save_every == 0 and not often)
 
 
 def _next(loader: Loader) -> HostBatch:
@@ -337,83 +311,6 @@ def _compile(setup: Setup, primary: bool) -> CompiledSteps[StepBucket, StepFunct
 
     steps.compile(program.buckets(setup.plan.buckets()), lower, done)
     return steps
-
-
-def _evaluate(
-    setup: Setup, state: TrainState, step: int, writer: MetricWriter, guard: PreemptionGuard
-) -> dict[str, float] | None:
-    """Run the evaluators that are due, on the moving average where there is one.
-
-    Returns:
-        Their figures, none where none is due; None where a signal has cut them short.
-    """
-    params = setup.program.served(state)
-    due = [
-        name
-        for name, every in setup.eval_steps.items()
-        if name not in setup.on_best
-        and (step == setup.total_steps or (every and step % every == 0))
-    ]
-    values = _run(setup, due, params, step, guard)
-    if values:
-        writer.write(step, values)
-    return values
-
-
-def _evaluate_best(
-    setup: Setup, checkpoints: Checkpoints, step: int, writer: MetricWriter, guard: PreemptionGuard
-) -> bool:
-    """Run the evaluators that ask for the best checkpoint; False where a signal cut them short."""
-    if not setup.on_best:
-        return True
-    subtree = "extras/ema" if setup.config.optim.ema_decay else "params"
-    overlays = served_paths(setup.program.served_extras)
-    ranking = setup.config.checkpoint.best_metric, setup.config.checkpoint.best_mode
-    try:
-        best = load_params(checkpoints.directory, "best", subtree, ranking, overlays)
-    except FileNotFoundError as error:
-        raise ConfigError(
-            "checkpoint.best_metric",
-            f"no evaluation has given {setup.config.checkpoint.best_metric!r}, so that there is no "
-            f"best checkpoint for {', '.join(sorted(setup.on_best))}",
-            "Name another figure of evals and start the run again, which trains nothing anew",
-        ) from error
-    params = jax.tree.map(
-        lambda leaf, spec: jax.device_put(leaf, spec.sharding),
-        best.state,
-        setup.program.state_spec.params,
-    )
-    values = _run(setup, sorted(setup.on_best), params, best.step, guard)
-    if values is not None:
-        writer.write(step, values | {f"{name}/step": best.step for name in setup.on_best})
-    return values is not None
-
-
-def _run(
-    setup: Setup, names: Iterable[str], params: Params, step: int, guard: PreemptionGuard
-) -> dict[str, float] | None:
-    """The figures of some evaluators; None where a signal has cut them short.
-
-    Of several processes, one must not leave the others alone in a collective: there, the signal
-    waits for the end.
-    """
-    alone = jax.process_count() == 1
-    values: dict[str, float] = {}
-    try:
-        with guard.interrupting() if alone else contextlib.nullcontext():
-            for name in names:
-                ran = setup.evaluators[name].run(params, step)
-                values |= {f"{name}/{key}": value for key, value in ran}
-    except Interrupted:
-        return None
-    return values
-
-
-def _ranked(setup: Setup, evaluated: Mapping[str, float]) -> Mapping[str, float]:
-    """The metrics of a checkpoint: none where the evaluator that ranks it did not run."""
-    ranking = setup.config.checkpoint.best_metric.partition("/")[0]
-    ran = {name.partition("/")[0] for name in evaluated}
-    return evaluated if ranking in ran else {}
 
 
 def _check_health(
