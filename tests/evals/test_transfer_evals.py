@@ -322,7 +322,7 @@ def test_the_majority_does_without_damaged_training_examples(transfer, monkeypat
             r"'flm' is no objective of type ITC",
         ),
         ({"type": "captioning", "objective": "itc"}, r"'itc' is no objective .* forward stream"),
-        ({"type": "task", "objective": "flm"}, r"'flm' is no objective of type Classification"),
+        ({"type": "task", "objective": "flm"}, r"'flm' is no objective of type Classifier "),
         ({"type": "captioning", "objective": "flm", "beams": 0}, r"evals\.subject: beams=0"),
         (
             {"type": "captioning", "objective": "flm", "max_length": 1000},
