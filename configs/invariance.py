@@ -6,18 +6,19 @@
     python -m tools.bench step --config=configs/invariance.py:moco_v3,base --batch=256
 
 The argument is OBJECTIVE[,SIZE]: `moco_v3`, `simclr`, `simsiam`, `dino` or `mim` (MAE); a size of
-models/sizes.py (`mini` by default; `base` is a ViT-B/16 at 224 px). A run of FLM or of a task
-starts from such a tower by --config.init_from.
+models/sizes.py (`mini` by default; `base` is a ViT-B/16 at 224 px, `resnet50` a ResNet-50 at 224
+px, `resnet18` one for small pictures; `mim` is for transformers alone). A run of FLM or of a task
+starts from such a transformer by --config.init_from.
 
 Data: `scenes`, level hard, whose captions are not read. Recipes of MoCo v3, SimCLR (SLIP's) and
 DINO: fact sheet of accelerated invariance pretraining, section 7; MoCo v3's random patch projection
-is frozen. DINO has two small crops here, of three sevenths of the side, and 4,096 prototypes;
-`dino,base` its eight and 65,536; the decoder of `mim` half the width here, `mim,base` that of MAE.
-SimSiam's with AdamW is a choice of ours. The peak rate is that of
-a batch of 256: for another one, scale --config.schedule.peak with it. Ours differ in how towers are
-initialised, and in that views are cut from pictures already reduced to data.image_size. Colour
-jitter, blur and small crops hide colours and most of a scene: what a tower is to tell apart must
-survive `augment`.
+is frozen. A ResNet gets the same recipes, where the papers use LARS or SGD. DINO has two small
+crops here, of three sevenths of the side, and 4,096 prototypes; `dino,base` its eight and 65,536;
+the decoder of `mim` half the width here, `mim,base` that of MAE. SimSiam's with AdamW is a choice
+of ours. The peak rate is that of a batch of 256: for another one, scale --config.schedule.peak with
+it. Ours differ in how towers are initialised, and in that views are cut from pictures already
+reduced to data.image_size. Colour jitter, blur and small crops hide colours and most of a scene:
+what a tower is to tell apart must survive `augment`.
 Hardware: one GPU. Score to expect: not measured yet.
 """
 
@@ -47,15 +48,19 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.name = objective
     config.total_steps = 20_000
     image = config.model.image
-    image.update(stem="patch", patch_size=8, pre_norm=False, activation="gelu", norm_eps=1e-6)
+    vit = image.get("type", "vit") == "vit"
+    if vit:
+        image.update(stem="patch", patch_size=8, pre_norm=False, activation="gelu", norm_eps=1e-6)
     config.data.image_size = 64
     config.data.batch_size = 256
     config.data.num_edges = 1  # no text is read
     config.data.threads = 16
     config.data.prefetch = 32
+    large = size in ("base", "resnet50")
+    if large:
+        config.data.image_size = 224
     if size == "base":
         image.update(patch_size=16, depth=12)
-        config.data.image_size = 224
     rate, decay, b2 = _RECIPES[objective]
     config.schedule.peak = rate
     config.schedule.decay = "cosine"
@@ -66,15 +71,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.objectives[objective] = {"weight": 1.0}
         config.evals.neighbours = {"source": "scenes", "every_percent": 25.0}
         if objective == "dino":
-            image.drop_path = 0.1
             config.optim.update(final_weight_decay=0.4, clip_norm=3.0)
-            if size != "base":
+            if vit:
+                image.drop_path = 0.1
+            if not large:
                 config.objectives.dino.update(small_crops=2, prototypes=4_096)
-        if objective == "mim":
+        if objective == "mim" and vit:
             image.positions = "sincos"
-            if size != "base":
+            if not large:
                 config.objectives.mim.update(decoder_width=128, decoder_depth=4, decoder_heads=4)
-        if objective == "moco_v3":
+        if objective == "moco_v3" and vit:
             image.positions = "sincos"
             frozen = {"pattern": "image_tower/patch_embedding", "rate_factor": 0.0}
             config.optim.groups.patch_projection = frozen

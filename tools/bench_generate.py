@@ -39,7 +39,7 @@ from vlp_jax.models.decoding import (
     encode_image,
     project_image_flops,
 )
-from vlp_jax.models.flops import text_flops, vit_flops, vocabulary_flops
+from vlp_jax.models.flops import text_flops, tower_flops, vocabulary_flops
 from vlp_jax.models.masks import forward_mask
 from vlp_jax.models.sizes import build_model
 from vlp_jax.models.vision_language import VisionLanguageConfig, VisionLanguageModel
@@ -105,7 +105,7 @@ def bench_generate(
     }
     same = with_cache(params, image)[:, 0] == without_cache(params, image)
     flops = {
-        "encode": vit_flops(model.config.image) + _image_projection_flops(model.config),
+        "encode": tower_flops(model.config.image) + _image_projection_flops(model.config),
         "cached": cached_flops(model.config, max_length),
         "uncached": uncached_flops(model.config, prefixes),
     }
@@ -145,7 +145,7 @@ def uncached_flops(config: VisionLanguageConfig, prefixes: Sequence[int]) -> flo
 
 
 def _image_projection_flops(config: VisionLanguageConfig) -> float:
-    return 2.0 * config.image.tokens * config.image.block.width * config.text.width
+    return 2.0 * config.image.tokens * config.image.width * config.text.width
 
 
 def _init(model: VisionLanguageModel, key: jax.Array, pixels: jax.Array) -> Params:

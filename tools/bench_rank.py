@@ -160,7 +160,7 @@ def pair_flops(itm: ITM, text_length: int) -> tuple[float, float]:
     """FLOPs of matching one pair: with both sides encoded before, and from pixels and tokens."""
     c = itm.model.config
     tower = image_flops(c)
-    projection = 2.0 * c.image.tokens * c.image.block.width * c.text.width
+    projection = 2.0 * c.image.tokens * c.image.width * c.text.width
     lower = _streams(itm) * c.lower_depth * block_flops(c.text, text_length, text_length)
     pair = itm.reader.flops(c, text_length) - projection - lower
     # The texts of a group share keys and values of the image in every block of the upper half.

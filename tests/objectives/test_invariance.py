@@ -31,6 +31,13 @@ KINDS = {"simclr": SimCLR, "simsiam": SimSiam, "moco_v3": MoCoV3}
 HALF = View(IMAGE_SIZE, 8, 2)
 
 
+def embedded_by(objective, params, target, drawn):
+    """The embeddings alone; without batch norms in the tower, a pass renews no parameter."""
+    embedded, after = objective.embeddings(params, target, drawn)
+    assert after is params
+    return embedded
+
+
 def built(kind, **arguments):
     objective = KINDS[kind](model=tiny_model(), name=kind, **HEADS, **arguments)
     params, extras = objective.init(jax.random.key(0), batch_spec(SIZES, 1))
@@ -71,7 +78,7 @@ def info_nce(query, key, temperature):
 
 def test_simclr_is_nt_xent(batch):
     objective, params, extras = built("simclr", temperature=0.5)
-    one, other = objective.embeddings(params, extras, Drawn(batch, KEY, SIZES, True))
+    one, other = embedded_by(objective, params, extras, Drawn(batch, KEY, SIZES, True))
     output = objective.loss(params, extras, batch, KEY, SIZES)
     rows = np.asarray(batch["valid"])
     loss, accuracy = nt_xent(np.asarray(one)[rows], np.asarray(other)[rows], 0.5)
@@ -84,8 +91,8 @@ def test_simclr_is_nt_xent(batch):
 def test_moco_is_info_nce_of_both_directions(batch):
     objective, params, extras = built("moco_v3", temperature=0.5)
     output = objective.loss(params, extras, batch, KEY, SIZES)
-    one, other, key_one, key_other = objective.embeddings(
-        params, output.extras["target"], Drawn(batch, KEY, SIZES, True)
+    one, other, key_one, key_other = embedded_by(
+        objective, params, output.extras["target"], Drawn(batch, KEY, SIZES, True)
     )
     rows = np.asarray(batch["valid"])
     one, other, key_one, key_other = (np.asarray(x)[rows] for x in (one, other, key_one, key_other))
@@ -97,7 +104,7 @@ def test_simsiam_is_the_negative_cosine_of_both_directions(batch):
     objective, params, extras = built("simsiam")
     one, other, from_one, from_other = (
         np.asarray(x, np.float64)
-        for x in objective.embeddings(params, extras, Drawn(batch, KEY, SIZES, True))
+        for x in embedded_by(objective, params, extras, Drawn(batch, KEY, SIZES, True))
     )
     rows = np.asarray(batch["valid"])
     cosines = (from_one * other).sum(axis=1) + (from_other * one).sum(axis=1)
@@ -140,7 +147,7 @@ def test_keys_are_made_by_the_average_after_its_renewal(batch):
     def loss_by(keys_of):
         one, other, key_one, key_other = (
             np.asarray(x)[rows]
-            for x in objective.embeddings(params, keys_of, Drawn(batch, KEY, SIZES, True))
+            for x in embedded_by(objective, params, keys_of, Drawn(batch, KEY, SIZES, True))
         )
         return 2 * 0.5 * (info_nce(one, key_other, 0.5) + info_nce(other, key_one, 0.5))
 
@@ -171,14 +178,14 @@ def test_a_run_that_starts_from_parameters_averages_those():
 
 def test_simsiam_sends_no_gradient_through_what_it_compares_with(batch):
     objective, params, extras = built("simsiam")
-    one, other, *_ = objective.embeddings(params, extras, Drawn(batch, KEY, SIZES, True))
+    one, other, *_ = embedded_by(objective, params, extras, Drawn(batch, KEY, SIZES, True))
 
     def loss(params):
         return objective.loss(params, extras, batch, KEY, SIZES).loss.sum
 
     def with_constants(params):
-        _, _, from_one, from_other = objective.embeddings(
-            params, extras, Drawn(batch, KEY, SIZES, True)
+        _, _, from_one, from_other = embedded_by(
+            objective, params, extras, Drawn(batch, KEY, SIZES, True)
         )
         cosines = (from_one * other).sum(axis=1) + (from_other * one).sum(axis=1)
         return -jnp.where(batch["valid"], cosines, 0.0).sum() / 2
@@ -230,8 +237,8 @@ def test_queries_and_keys_are_compressed_apart(kind):
         return [
             np.asarray(x)
             for x in jax.jit(
-                lambda p: objective.embeddings(
-                    p, extras.get("target"), Drawn(batch, KEY, bucket, True)
+                lambda p: embedded_by(
+                    objective, p, extras.get("target"), Drawn(batch, KEY, bucket, True)
                 )
             )(params)
         ]
@@ -251,13 +258,11 @@ def test_a_view_of_another_size_is_the_same_crop():
     batch = jax.tree.map(jnp.asarray, make_batch())
 
     def tower(views):
-        bucket = Bucket(TOKENS, IMAGE_SIZE, views)
-        return objective.embeddings(params, extras.get("target"), Drawn(batch, KEY, bucket, True))[
-            0
-        ]
+        drawn = Drawn(batch, KEY, Bucket(TOKENS, IMAGE_SIZE, views), True)
+        return embedded_by(objective, params, extras.get("target"), drawn)[0]
 
     near = (tower(()) * tower((View.whole(32, 16),))).sum(axis=1)
-    other = objective.embeddings(params, extras, Drawn(batch, jax.random.key(8), SIZES, True))[0]
+    other = embedded_by(objective, params, extras, Drawn(batch, jax.random.key(8), SIZES, True))[0]
     assert float(near.mean()) > float((tower(()) * other).sum(axis=1).mean()) + 0.1
 
 

@@ -18,8 +18,8 @@ from vlp_jax.evals.base import EvalContext, fixed_plan, read
 from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch, replicated
+from vlp_jax.models.image_tower import ImageTowerConfig
 from vlp_jax.models.sizes import build_model
-from vlp_jax.models.vit import ViTConfig
 from vlp_jax.objectives.base import Params
 from vlp_jax.objectives.tower import tower_tokens
 
@@ -51,7 +51,7 @@ class Features:
     labels: Mapping[str, np.ndarray]
 
 
-def tower_config(context: EvalContext) -> ViTConfig:
+def tower_config(context: EvalContext) -> ImageTowerConfig:
     """Geometry of the run's image tower."""
     config, vocabulary = context.config, context.tokenizer.vocabulary
     model = build_model(config.model, vocabulary.size, vocabulary.mask_id, config.data.image_size)

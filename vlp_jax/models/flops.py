@@ -5,7 +5,9 @@ lowered module's own count in ``tests/models/test_flops.py``.
 """
 
 from vlp_jax.compress.buckets import View
+from vlp_jax.models.image_tower import ImageTowerConfig
 from vlp_jax.models.layers import BlockConfig
+from vlp_jax.models.resnet import ResNetConfig
 from vlp_jax.models.vision_language import VisionLanguageConfig
 from vlp_jax.models.vit import CONV_STRIDE, ViTConfig
 
@@ -47,11 +49,44 @@ def vit_flops(config: ViTConfig, view: View | None = None) -> float:
     return stem + config.depth * block_flops(config.block, view.tokens, view.tokens)
 
 
+def resnet_flops(config: ResNetConfig, view: View | None = None) -> float:
+    """Forward FLOPs of a convolutional tower for one image, or for a smaller one."""
+    side, inputs = (view or config.view).image_size, 3
+    kernel = 3
+    if config.stem == "conv7":
+        side, kernel = side // 2, 7
+    macs = float(side**2 * kernel**2 * inputs * config.channels)
+    if config.stem == "conv7":
+        side //= 2
+    inputs = config.channels
+    for stage, depth in enumerate(config.stages):
+        inner = config.channels * 2**stage
+        outputs = config.width >> (len(config.stages) - 1 - stage)
+        for layer in range(depth):
+            before, stride = side, 2 if stage and not layer else 1
+            side //= stride
+            shortcut = inputs * outputs if inputs != outputs or stride > 1 else 0
+            if config.bottleneck:
+                macs += before**2 * inputs * inner
+                macs += side**2 * (9 * inner * inner + inner * outputs + shortcut)
+            else:
+                macs += side**2 * (9 * inputs * inner + 9 * inner * outputs + shortcut)
+            inputs = outputs
+    return 2.0 * macs
+
+
+def tower_flops(config: ImageTowerConfig, view: View | None = None) -> float:
+    """Forward FLOPs of an image tower of either kind for one image, or for what a view encodes."""
+    if isinstance(config, ResNetConfig):
+        return resnet_flops(config, view)
+    return vit_flops(config, view)
+
+
 def image_flops(config: VisionLanguageConfig, view: View | None = None) -> float:
     """Forward FLOPs of encoding one image: the tower, and the projection of its tokens."""
     image = config.image
-    projection = 2.0 * (view or image.view).tokens * image.block.width * config.text.width
-    return vit_flops(image, view) + projection
+    projection = 2.0 * (view or image.view).tokens * image.width * config.text.width
+    return tower_flops(image, view) + projection
 
 
 def text_flops(
@@ -67,7 +102,7 @@ def text_flops(
     """
     text, image = config.text, config.image
     rows, image_tokens = streams * tokens, (view or image.view).tokens
-    projections = 2.0 * text.width * (rows * text.width + image_tokens * image.block.width)
+    projections = 2.0 * text.width * (rows * text.width + image_tokens * image.width)
     lower = config.lower_depth * block_flops(text, rows, tokens)
     upper = config.upper_depth * block_flops(text, rows, tokens, image_tokens)
     return projections + lower + upper

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from vlp_jax.models.image_tower import ImageTowerConfig
 from vlp_jax.models.layers import BlockConfig
+from vlp_jax.models.resnet import ResNetConfig
 from vlp_jax.models.vision_language import VisionLanguageConfig, VisionLanguageModel
 from vlp_jax.models.vit import ViTConfig
 
@@ -99,19 +101,37 @@ _SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "reconstructor": {"depth": 12},
     },
 }
+# Convolutional towers, for objectives of images alone; text as in the size named.
+_RESNETS: dict[str, tuple[dict[str, Any], str]] = {
+    # For pictures of up to about 64 px.
+    "resnet18": (
+        {"stages": (2, 2, 2, 2), "channels": 64, "bottleneck": False, "stem": "conv3"},
+        "mini",
+    ),
+    "resnet50": (
+        {"stages": (3, 4, 6, 3), "channels": 64, "bottleneck": True, "stem": "conv7"},
+        "base",
+    ),
+}
 
 
 def model_config(size: str) -> ConfigDict:
     """The explicit geometry of a named size, to be changed key by key.
 
     Args:
-        size: ``tiny``, ``mini``, ``small`` or ``base``.
+        size: ``tiny``, ``mini``, ``small`` or ``base``; ``resnet18`` or ``resnet50``, whose image
+            tower is a ResNet and serves the objectives of images alone.
 
     Raises:
         ValueError: the size is none of these.
     """
+    if size in _RESNETS:
+        image, text = _RESNETS[size]
+        config = model_config(text)
+        config.image = ConfigDict({"type": "resnet", **image})
+        return config
     if size not in _SIZES:
-        raise ValueError(f"model size {size!r} is none of {sorted(_SIZES)}")
+        raise ValueError(f"model size {size!r} is none of {sorted([*_SIZES, *_RESNETS])}")
     chosen = _SIZES[size]
     block = {"norm_eps": 1e-5, "activation": "gelu", "dropout": 0.0}
     return ConfigDict(
@@ -152,18 +172,28 @@ def build_model(
         values = {key: value for key, value in section.items() if key in shared}
         return BlockConfig(**values, attention=config.attention, dtype=jnp.dtype(config.dtype))
 
+    def tower(section: ConfigDict) -> ImageTowerConfig:
+        # Configs of earlier checkpoints have neither a type nor positions.
+        kind = section.get("type", "vit")
+        if kind == "resnet":
+            values = {key: value for key, value in section.items() if key != "type"}
+            values["stages"] = tuple(section.stages)
+            return ResNetConfig(image_size, dtype=jnp.dtype(config.dtype), **values)
+        if kind != "vit":
+            raise ValueError(f"model.image.type={kind!r} is neither 'vit' nor 'resnet'")
+        return ViTConfig(
+            block=block(section),
+            depth=section.depth,
+            patch_size=section.patch_size,
+            image_size=image_size,
+            stem=section.stem,
+            pre_norm=section.pre_norm,
+            positions=section.get("positions", "learned"),
+        )
+
     return VisionLanguageModel(
         VisionLanguageConfig(
-            image=ViTConfig(
-                block=block(config.image),
-                depth=config.image.depth,
-                patch_size=config.image.patch_size,
-                image_size=image_size,
-                stem=config.image.stem,
-                pre_norm=config.image.pre_norm,
-                # Configs of earlier checkpoints have no such key.
-                positions=config.image.get("positions", "learned"),
-            ),
+            image=tower(config.image),
             text=block(config.text),
             lower_depth=config.text.lower_depth,
             upper_depth=config.text.upper_depth,

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from vlp_jax.compress.buckets import View
 from vlp_jax.models.dense import Dense
+from vlp_jax.models.image_tower import ImageTowerConfig, image_tower
 from vlp_jax.models.layers import ACTIVATIONS, Block, BlockConfig, Noise, drop, norm
-from vlp_jax.models.vit import ViT, ViTConfig
 
 VOCABULARY_MULTIPLE = 128  # odd vocabularies compile for minutes and run slowly
 
@@ -38,7 +38,7 @@ class VisionLanguageConfig:
         mask_id: token whose embedding starts every reconstruction query.
     """
 
-    image: ViTConfig
+    image: ImageTowerConfig
     text: BlockConfig
     lower_depth: int
     upper_depth: int
@@ -161,7 +161,7 @@ class VisionLanguageModel(nn.Module):
         """Name the submodules; linen creates the parameters of those that are called."""
         c = self.config
         width = c.text.width
-        self.image_tower = ViT(c.image)
+        self.image_tower = image_tower(c.image)
         self.image_projection = Dense(width, dtype=c.text.dtype)
         self.text_embedding = TextEmbedding(c.text, c.padded_vocab_size, c.max_positions)
         self.text_lower = [Block(c.text) for _ in range(c.lower_depth)]

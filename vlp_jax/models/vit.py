@@ -80,6 +80,26 @@ class ViTConfig:
             )
 
     @property
+    def width(self) -> int:
+        """D, features of a token."""
+        return self.block.width
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Compute dtype."""
+        return self.block.dtype
+
+    @property
+    def dropout(self) -> float:
+        """Rate of its dropout."""
+        return self.block.dropout
+
+    @property
+    def drop_path(self) -> float:
+        """Probability that the last block's branches are left out."""
+        return self.block.drop_path
+
+    @property
     def tokens(self) -> int:
         """Image tokens, the class token included."""
         return self.view.tokens
@@ -120,6 +140,7 @@ class ViT(nn.Module):
         noise: Noise = None,
         view: View | None = None,
         keys: jax.Array | None = None,
+        train: bool = False,
     ) -> jax.Array:
         """Encode normalised images.
 
@@ -128,6 +149,7 @@ class ViT(nn.Module):
             noise: of the dropout, or None.
             view: what to encode; None: all, at the model's own sizes.
             keys: PRNG keys [B] that decide which patches stay; needed where some are dropped.
+            train: not used: layer norms know no batch.
 
         Returns:
             [B, I, D] after the final norm, I = ``view.tokens``.
@@ -135,6 +157,7 @@ class ViT(nn.Module):
         Raises:
             ValueError: the images are of another size, or there are no keys to drop by.
         """
+        del train
         c = self.config
         block, view = c.block, view or c.view
         if image.shape[1:3] != (view.image_size, view.image_size):

@@ -1,7 +1,7 @@
 """Losses as pure functions over a parameter tree, one file each family."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from vlp_jax.data.batch import PAIRS
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.errors import ConfigError, section_arguments
+from vlp_jax.models.image_tower import as_vit
 from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import Objective
 from vlp_jax.objectives.classification import NLVR2, VQA, Classification
@@ -16,7 +17,7 @@ from vlp_jax.objectives.contrastive import ITC, ITM
 from vlp_jax.objectives.dino import DINO
 from vlp_jax.objectives.flm import FLM
 from vlp_jax.objectives.image_classification import ImageClassification
-from vlp_jax.objectives.invariance import MoCoV3, SimCLR, SimSiam
+from vlp_jax.objectives.invariance import Invariance, MoCoV3, SimCLR, SimSiam
 from vlp_jax.objectives.mim import MIM
 from vlp_jax.objectives.single_stream import AR, MLM, PrefixLM
 
@@ -118,9 +119,11 @@ def _only_itc(name: str, built: Mapping[str, Objective]) -> ITC:
 
 
 def _build(
-    objective: Callable[..., Objective], name: str, section: ConfigDict, given: Mapping[str, Any]
+    objective: type[Any], name: str, section: ConfigDict, given: Mapping[str, Any]
 ) -> Objective:
     parameters = inspect.signature(objective).parameters
+    if not issubclass(objective, Invariance | ImageClassification):
+        as_vit(given["model"].config.image, f"objectives.{name}")
     arguments = section_arguments(
         section, f"objectives.{name}", set(parameters) - set(_GIVEN), _RESERVED
     )

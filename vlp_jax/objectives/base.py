@@ -45,11 +45,15 @@ class LossOutput(NamedTuple):
             parameters.
         extras: new extras, same structure as those passed in.
         metrics: named means to log.
+        statistics: top-level entries of the parameters that the pass has renewed without a
+            gradient; they replace those of the state, whatever the optimiser makes of them. Only
+            of an objective that is not splittable.
     """
 
     loss: Mean
     extras: Extras
     metrics: Mapping[str, Mean]
+    statistics: Params = {}  # noqa: RUF012 (never changed)
 
 
 class Objective(Protocol):

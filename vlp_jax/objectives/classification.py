@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from vlp_jax.compress.buckets import Bucket, view_of
 from vlp_jax.data.batch import PAIRS, Batch
 from vlp_jax.infra.errors import ConfigError
-from vlp_jax.models.flops import block_flops, vit_flops
+from vlp_jax.models.flops import block_flops, tower_flops
 from vlp_jax.models.heads import ClassificationHead, apply_head
 from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import (
@@ -33,6 +33,7 @@ from vlp_jax.objectives.base import (
     zeros,
 )
 from vlp_jax.objectives.readout import Kind, Readout
+from vlp_jax.objectives.tower import statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,19 +89,20 @@ class Classifier(Defaults):
         train: bool = True,
     ) -> LossOutput:
         """Loss and accuracy."""
-        logits = self.judged(params, batch, rng, bucket, train)
+        logits, params = self.judged(params, batch, rng, bucket, train)
         rows = batch["valid"].astype(jnp.float32)
         count = rows.sum()
         loss = (self.row_losses(logits, batch) * rows).sum()
         score = (self.row_scores(logits, batch) * rows).sum()
-        return LossOutput(Mean(loss, count), extras, {"accuracy": Mean(score, count)})
+        metrics = {"accuracy": Mean(score, count)}
+        return LossOutput(Mean(loss, count), extras, metrics, statistics(params))
 
     def judged(
         self, params: Params, batch: Batch, rng: jax.Array, bucket: Bucket, train: bool
-    ) -> jax.Array:
-        """The scores that ``loss`` judges: float32 [B, C]."""
+    ) -> tuple[jax.Array, Params]:
+        """The scores that ``loss`` judges, float32 [B, C], and the parameters after the pass."""
         seen = seen_part(rng, batch, bucket, train)
-        return self.logits(params, batch, batch_noise(rng, batch, train), seen)
+        return self.logits(params, batch, batch_noise(rng, batch, train), seen), params
 
     def row_losses(self, logits: jax.Array, batch: Batch) -> jax.Array:
         """Cross-entropy: float32 [B, C] -> [B]."""
@@ -172,7 +174,7 @@ class Classification(Classifier):
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of one example; by formula over real tokens."""
         c, view = self.model.config, view_of(bucket)
-        return vit_flops(c.image, view) + self.reader.flops(c, text_length, view)
+        return tower_flops(c.image, view) + self.reader.flops(c, text_length, view)
 
     def _features(
         self,

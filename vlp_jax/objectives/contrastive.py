@@ -22,7 +22,7 @@ from vlp_jax.compress.buckets import Bucket, view_of
 from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import PAIRS, Batch
 from vlp_jax.infra.errors import ConfigError
-from vlp_jax.models.flops import block_flops, image_flops, vit_flops
+from vlp_jax.models.flops import block_flops, image_flops, tower_flops
 from vlp_jax.models.heads import MAX_SCALE, ClassificationHead, ContrastiveHead, apply_head
 from vlp_jax.models.masks import bidirectional_mask
 from vlp_jax.models.vision_language import VisionLanguageModel
@@ -296,7 +296,7 @@ class ITM(Defaults):
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of one example: both towers once, three readings."""
         c, view = self.model.config, view_of(bucket)
-        tower, image = vit_flops(c.image, view), image_flops(c, view)
+        tower, image = tower_flops(c.image, view), image_flops(c, view)
         lower = c.lower_depth * block_flops(c.text, text_length, text_length)
         streams = 2 if self.readout == "query" else 1
         once = streams * lower + (image - tower)  # of a reading, shared by all three

@@ -27,12 +27,13 @@ from vlp_jax.objectives.invariance import (
     Compared,
     Drawn,
     Embedded,
+    Embeddings,
     Heads,
     Momentum,
     check_temperature,
 )
 from vlp_jax.objectives.similarity import valid_mean
-from vlp_jax.objectives.tower import check_share, view_recipe
+from vlp_jax.objectives.tower import check_share, statistics, view_recipe
 
 _LARGE = 2  # crops that the teacher sees
 
@@ -113,7 +114,7 @@ class DINO(Momentum):
     @property
     def heads(self) -> Heads:
         """Three layers and the prototypes; no predictor."""
-        dtype = self.model.config.image.block.dtype
+        dtype = self.model.config.image.dtype
         sizes = (self.hidden_dim, self.embedding_dim, self.prototypes)
         return Heads(PrototypeHead(3, *sizes, dtype), None)
 
@@ -142,7 +143,8 @@ class DINO(Momentum):
         prototypes = params[head]["prototypes"]
         still = jax.lax.stop_gradient(prototypes)
         own = {**params[head], "prototypes": still + frozen * (prototypes - still)}
-        *student, one, other = self.embeddings({**params, head: own}, target, drawn)
+        embedded, params = self.embeddings({**params, head: own}, target, drawn)
+        *student, one, other = embedded
         teacher = (one, other)
         sharpened = [
             jax.nn.softmax((t - extras["centre"][None]) / self._teacher_temperature(progress))
@@ -155,23 +157,20 @@ class DINO(Momentum):
             mean /= len(teacher) * jnp.maximum(weights.sum(), 1.0)
             centre = optax.incremental_update(mean, extras["centre"], 1.0 - self.centre_momentum)
             extras = {**extras, "centre": centre}
-        return LossOutput(valid_mean(losses, valid), extras, metrics)
+        return LossOutput(valid_mean(losses, valid), extras, metrics, statistics(params))
 
-    def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embedded:
+    def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embeddings:
         """Cosines with the prototypes, float32 [B, K]: the student's crops, then the teacher's."""
-        student = [self._project(params, drawn, picture, 0) for picture in range(_LARGE)]
+        student = []
+        for picture in range(_LARGE):
+            cosines, params = self._project(params, drawn, picture, 0)
+            student.append(cosines)
         keys = example_keys(drawn.rng, drawn.batch["position"])  # not read: nothing is dropped
         small = Seen(self.small_view, keys)
-        student += [
-            self._embed(params, drawn, _LARGE + crop, small, trained=True)
-            for crop in range(self.small_crops)
-        ]
-        target = jax.lax.stop_gradient(target)
-        teacher = [
-            self._project(target, drawn, picture, 1, salt=1, trained=False)
-            for picture in range(_LARGE)
-        ]
-        return (*student, *jax.lax.stop_gradient(teacher))
+        for crop in range(self.small_crops):
+            cosines, params = self._embed(params, drawn, _LARGE + crop, small, trained=True)
+            student.append(cosines)
+        return (*student, *self._keys(target, drawn)), params
 
     def compare(self, embedded: Embedded, valid: jax.Array) -> Compared:
         """Mean cross-entropy of the student's crops with the teacher's answers to other crops.

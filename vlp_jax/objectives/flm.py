@@ -49,7 +49,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.flops import (
     reconstructor_flops,
     text_flops,
-    vit_flops,
+    tower_flops,
     vocabulary_flops,
 )
 from vlp_jax.models.masks import token_mask, two_stream_mask
@@ -245,7 +245,7 @@ class FLM(Defaults):
         predictions = text_length - 1
         weighted = sum(weight != 0 for weight in self.loss_weights.values())
         return (
-            vit_flops(c.image, view)
+            tower_flops(c.image, view)
             + text_flops(c, text_length, streams=2, view=view)
             + reconstructor_flops(c, predictions, keys=2 * text_length)
             + vocabulary_flops(c, weighted * predictions)

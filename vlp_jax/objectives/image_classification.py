@@ -15,16 +15,17 @@ import jax.numpy as jnp
 from vlp_jax.compress.buckets import Bucket, view_of
 from vlp_jax.data.augment import Recipe, normalize
 from vlp_jax.data.batch import Batch
-from vlp_jax.models.flops import vit_flops
+from vlp_jax.models.flops import tower_flops
 from vlp_jax.models.heads import LinearHead
+from vlp_jax.models.vit import ViTConfig
 from vlp_jax.objectives.base import Extras, Params, Seen, batch_noise, seen_part
 from vlp_jax.objectives.classification import Classifier
 from vlp_jax.objectives.tower import (
     check_share,
+    encode,
     init_tower,
     random_pixels,
     size_seen,
-    tower_tokens,
     view_recipe,
 )
 
@@ -48,6 +49,11 @@ class ImageClassification(Classifier):
         super().__post_init__()
         check_share(self, "label_smoothing")
         _ = self.recipe  # checks its keys
+
+    @property
+    def splittable(self) -> bool:  # type: ignore[override]
+        """Not where batch norms couple the examples."""
+        return isinstance(self.model.config.image, ViTConfig)
 
     @property
     def recipe(self) -> Recipe:
@@ -75,18 +81,18 @@ class ImageClassification(Classifier):
         seen: Seen | None = None,
     ) -> jax.Array:
         """Scores of the classes for the images as they are: float32 [B, C]."""
-        return self._scores(params, normalize(batch["image"]), noise, seen)
+        return self._scores(params, normalize(batch["image"]), noise, seen)[0]
 
     def judged(
         self, params: Params, batch: Batch, rng: jax.Array, bucket: Bucket, train: bool
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, Params]:
         """The scores that ``loss`` judges, in training those of a random view."""
         if not train:
-            return self.logits(params, batch)
+            return self.logits(params, batch), params
         image = self.model.config.image
         seen = seen_part(rng, batch, bucket, train)
         pixels = random_pixels(batch, rng, self.recipe, size_seen(image, seen), image)
-        return self._scores(params, pixels, batch_noise(rng, batch, train), seen)
+        return self._scores(params, pixels, batch_noise(rng, batch, train), seen, train)
 
     def row_losses(self, logits: jax.Array, batch: Batch) -> jax.Array:
         """Cross-entropy with smoothed labels: float32 [B, C] -> [B]."""
@@ -97,10 +103,17 @@ class ImageClassification(Classifier):
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of one example; the head is left out."""
         del text_length
-        return vit_flops(self.model.config.image, view_of(bucket))
+        return tower_flops(self.model.config.image, view_of(bucket))
 
     def _scores(
-        self, params: Params, pixels: jax.Array, noise: jax.Array | None, seen: Seen | None
-    ) -> jax.Array:
-        tokens = tower_tokens(self.model.config.image, params, pixels, noise, seen)
-        return jnp.asarray(self.head.apply({"params": params[self.head_name]}, tokens[:, 0]))
+        self,
+        params: Params,
+        pixels: jax.Array,
+        noise: jax.Array | None,
+        seen: Seen | None,
+        train: bool = False,
+    ) -> tuple[jax.Array, Params]:
+        """Scores of pictures, and the parameters after the pass."""
+        tokens, params = encode(self.model.config.image, params, pixels, noise, seen, train)
+        scores = self.head.apply({"params": params[self.head_name]}, tokens[:, 0])
+        return jnp.asarray(scores), params

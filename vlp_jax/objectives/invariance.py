@@ -23,7 +23,7 @@ from vlp_jax.compress.buckets import Bucket, View, view_of
 from vlp_jax.data.augment import Recipe
 from vlp_jax.data.batch import PAIRS, Batch
 from vlp_jax.infra.errors import ConfigError
-from vlp_jax.models.flops import vit_flops
+from vlp_jax.models.flops import tower_flops
 from vlp_jax.models.heads import ProjectionHead, PrototypeHead, unit
 from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import (
@@ -39,19 +39,22 @@ from vlp_jax.objectives.base import (
 )
 from vlp_jax.objectives.similarity import info_nce, nt_xent, spread, valid_mean
 from vlp_jax.objectives.tower import (
-    TOWER,
     check_no_dropout,
     check_share,
+    encode,
     init_tower,
     random_pixels,
     size_seen,
-    tower_tokens,
+    statistics,
+    tower_params,
     view_recipe,
 )
 
 _PATHS = 0xD9  # folded into a picture's key for the paths that are dropped
 
 Embedded = tuple[jax.Array, ...]
+Embeddings = tuple[Embedded, Params]  # with the parameters, whose statistics the passes renew
+Projected = tuple[jax.Array, Params]
 Compared = tuple[jax.Array, Mapping[str, Mean]]
 
 
@@ -132,7 +135,7 @@ class Invariance(Defaults, abc.ABC):
         """Its heads."""
 
     @abc.abstractmethod
-    def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embedded:
+    def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embeddings:
         """Unit vectors that ``compare`` takes, float32 [B, E] each; both views' come first.
 
         Args:
@@ -162,7 +165,7 @@ class Invariance(Defaults, abc.ABC):
         """Mean over the valid images of what ``compare`` gives."""
         drawn, valid = Drawn(batch, rng, bucket, train), batch["valid"]
         extras, target = self.renewed(params, extras, drawn)
-        embedded = self.embeddings(params, target, drawn)
+        embedded, params = self.embeddings(params, target, drawn)
         losses, metrics = self.compare(embedded, valid)
         apart = jnp.square(embedded[0] - embedded[1]).sum(axis=1)
         metrics = {
@@ -170,7 +173,7 @@ class Invariance(Defaults, abc.ABC):
             "embedding_std": spread(embedded[0], valid),
             "alignment": valid_mean(jax.lax.stop_gradient(apart), valid),
         }
-        return LossOutput(valid_mean(losses, valid), extras, metrics)
+        return LossOutput(valid_mean(losses, valid), extras, metrics, statistics(params))
 
     def init(
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
@@ -193,7 +196,7 @@ class Invariance(Defaults, abc.ABC):
     def _pass_flops(self, view: View | None, trained: bool) -> float:
         """Of one view; the predictor follows a trained network alone."""
         image, heads = self.model.config.image, self.heads
-        total = vit_flops(image, view) + heads.projector.flops(image.block.width)
+        total = tower_flops(image, view) + heads.projector.flops(image.width)
         if trained and heads.predictor is not None:
             total += heads.predictor.flops(self.embedding_dim)
         return total
@@ -210,8 +213,8 @@ class Invariance(Defaults, abc.ABC):
         index: int,
         salt: int = 0,
         trained: bool = True,
-    ) -> jax.Array:
-        """Embed one picture of every image: float32 [B, E].
+    ) -> Projected:
+        """Embed one picture of every image: float32 [B, E], and the parameters after it.
 
         Args:
             params: of the tower and the projector.
@@ -228,23 +231,23 @@ class Invariance(Defaults, abc.ABC):
 
     def _embed(
         self, params: Params, drawn: Drawn, picture: int, seen: Seen | None, trained: bool
-    ) -> jax.Array:
+    ) -> Projected:
         """What the projector makes of what is seen of a picture; None: all, at the own size."""
         image = self.model.config.image
         key = jax.random.fold_in(drawn.rng, picture)
         recipe = self.recipes[min(picture, len(self.recipes) - 1)]
         pixels = random_pixels(drawn.batch, key, recipe, size_seen(image, seen), image)
-        drops = bool(drawn.train and trained and image.block.drop_path)
+        drops = bool(drawn.train and trained and image.drop_path)
         noise = batch_noise(jax.random.fold_in(key, _PATHS), drawn.batch, train=drops)
-        tokens = tower_tokens(image, params, pixels, noise, seen)
-        return self._head("projector", params, tokens[:, 0])
+        tokens, params = encode(image, params, pixels, noise, seen, drawn.train)
+        return self._head("projector", params, tokens[:, 0]), params
 
     def _head(self, kind: str, params: Params, x: jax.Array) -> jax.Array:
         head: ProjectionHead | PrototypeHead = getattr(self.heads, kind)
         return jnp.asarray(head.apply({"params": params[self._key(kind)]}, x))
 
     def _mlp(self, layers: int, last_norm: bool, hidden_dim: int | None = None) -> ProjectionHead:
-        dtype = self.model.config.image.block.dtype
+        dtype = self.model.config.image.dtype
         width = self.hidden_dim if hidden_dim is None else hidden_dim
         return ProjectionHead(layers, width, self.embedding_dim, last_norm, dtype)
 
@@ -270,10 +273,12 @@ class SimCLR(Invariance):
         """A projector of three layers."""
         return Heads(self._mlp(3, last_norm=False), None)
 
-    def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embedded:
+    def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embeddings:
         """Unit vectors of both views: float32 [B, E] each."""
         del target
-        return tuple(unit(self._project(params, drawn, view, view)) for view in (0, 1))
+        one, params = self._project(params, drawn, 0, 0)
+        other, params = self._project(params, drawn, 1, 1)
+        return (unit(one), unit(other)), params
 
     def compare(self, embedded: Embedded, valid: jax.Array) -> Compared:
         """Mean cross-entropy of both views of every image."""
@@ -307,12 +312,13 @@ class SimSiam(Invariance):
         predictor = self._mlp(2, last_norm=False, hidden_dim=self.predictor_dim)
         return Heads(self._mlp(3, last_norm=True), predictor)
 
-    def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embedded:
+    def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embeddings:
         """Embeddings of both views, then their predictions: unit vectors, float32 [B, E] each."""
         del target
-        plain = [self._project(params, drawn, view, view) for view in (0, 1)]
-        predicted = [self._head("predictor", params, z) for z in plain]
-        return tuple(unit(x) for x in (*plain, *predicted))
+        one, params = self._project(params, drawn, 0, 0)
+        other, params = self._project(params, drawn, 1, 1)
+        predicted = [self._head("predictor", params, z) for z in (one, other)]
+        return tuple(unit(x) for x in (one, other, *predicted)), params
 
     def compare(self, embedded: Embedded, valid: jax.Array) -> Compared:
         """Mean of the negative cosines of both directions."""
@@ -376,10 +382,18 @@ class Momentum(Invariance):
         query = self._pass_flops(view_of(bucket, 0), trained=True)
         return 2 * query + 2 * self._pass_flops(view_of(bucket, 1), trained=False) / 3
 
+    def _keys(self, target: Params, drawn: Drawn) -> list[jax.Array]:
+        """What the moving average makes of both pictures, without a gradient: [B, E] each."""
+        target = jax.lax.stop_gradient(target)
+        keys = [
+            self._project(target, drawn, picture, 1, salt=1, trained=False)[0] for picture in (0, 1)
+        ]
+        return list(jax.lax.stop_gradient(keys))
+
     def _averaged(self, params: Params) -> Params:
         """What the moving average is of."""
-        names = (TOWER, self._key("projector"))
-        return {name: params[name] for name in names}
+        head = self._key("projector")
+        return {**tower_params(params), head: params[head]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,17 +419,13 @@ class MoCoV3(Momentum):
         """A projector of three layers and a predictor of two, each with a last norm."""
         return Heads(self._mlp(3, last_norm=True), self._mlp(2, last_norm=True))
 
-    def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embedded:
+    def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embeddings:
         """Queries of both pictures, then their keys: unit vectors, float32 [B, E] each."""
-        queries = [
-            self._head("predictor", params, self._project(params, drawn, picture, 0))
-            for picture in (0, 1)
-        ]
-        target = jax.lax.stop_gradient(target)
-        keys = [
-            self._project(target, drawn, picture, 1, salt=1, trained=False) for picture in (0, 1)
-        ]
-        return tuple(unit(x) for x in (*queries, *jax.lax.stop_gradient(keys)))
+        one, params = self._project(params, drawn, 0, 0)
+        other, params = self._project(params, drawn, 1, 0)
+        queries = [self._head("predictor", params, z) for z in (one, other)]
+        keys = self._keys(target, drawn)
+        return tuple(unit(x) for x in (*queries, *keys)), params
 
     def compare(self, embedded: Embedded, valid: jax.Array) -> Compared:
         """Sum of both directions' cross-entropies, times twice the temperature."""

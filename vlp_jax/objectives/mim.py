@@ -24,7 +24,9 @@ from vlp_jax.data.batch import PAIRS, Batch
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.flops import vit_flops
 from vlp_jax.models.image_decoder import ImageDecoder, ImageDecoderConfig
+from vlp_jax.models.image_tower import as_vit
 from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.models.vit import ViTConfig
 from vlp_jax.objectives.base import Defaults, Extras, LossOutput, Params, Seen, example_keys
 from vlp_jax.objectives.similarity import valid_mean
 from vlp_jax.objectives.tower import (
@@ -71,20 +73,26 @@ class MIM(Defaults):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{key}.{name}", f"{getattr(self, name)}", "Use 1 or more")
         check_no_dropout(self.model, self.name)
-        if self.model.config.image.stem != "patch":
+        _ = self.image  # refuses a convolutional tower
+        if self.image.stem != "patch":
             raise ConfigError(
                 "model.image.stem",
-                f"{self.model.config.image.stem!r}: its convolutions carry pixels of the patches "
+                f"{self.image.stem!r}: its convolutions carry pixels of the patches "
                 f"that {key} hides to those that are encoded",
                 "Use patch",
             )
-        if self.model.config.image.view.patches < 2:
+        if self.image.view.patches < 2:
             raise ConfigError("data.image_size", "one patch leaves none to predict", "Raise it")
         try:
             _ = self.decoder
         except ValueError as error:
             raise ConfigError(f"{key}.decoder_width", str(error), "Choose one that fits") from error
         _ = self.recipe  # checks its keys
+
+    @property
+    def image(self) -> ViTConfig:
+        """Geometry of the tower."""
+        return as_vit(self.model.config.image, f"objectives.{self.name}")
 
     @property
     def recipe(self) -> Recipe:
@@ -94,7 +102,7 @@ class MIM(Defaults):
     @property
     def decoder(self) -> ImageDecoder:
         """Its decoder."""
-        image = self.model.config.image
+        image = self.image
         block = dataclasses.replace(
             image.block,
             width=self.decoder_width,
@@ -108,7 +116,7 @@ class MIM(Defaults):
 
     def encoded(self, bucket: Bucket | None) -> View:
         """What is encoded of an image: at least one patch, and not all."""
-        view = view_of(bucket) or self.model.config.image.view
+        view = view_of(bucket) or self.image.view
         most = min(max(1, round(self.kept_share * view.patches)), view.patches - 1)
         return dataclasses.replace(view, kept=min(view.kept, most))
 
@@ -116,7 +124,7 @@ class MIM(Defaults):
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
     ) -> tuple[Params, Extras]:
         """Parameters of the tower and the decoder; no extras."""
-        view = self.model.config.image.view
+        view = self.image.view
         params, tokens = init_tower(self.model, rng, batch_spec)
         kept = jnp.broadcast_to(jnp.arange(view.kept)[None], (len(tokens), view.kept))
         own = self.decoder.init(jax.random.fold_in(rng, 1), tokens, kept, view)
@@ -132,7 +140,7 @@ class MIM(Defaults):
         train: bool = True,
     ) -> LossOutput:
         """Mean over the valid images of the error of their hidden patches."""
-        image = self.model.config.image
+        image = self.image
         view = self.encoded(bucket if train else None)
         chosen = example_keys(jax.random.fold_in(rng, _KEPT), batch["position"])
         kept = kept_patches(chosen, view.patches, view.kept)
@@ -150,7 +158,7 @@ class MIM(Defaults):
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of one example."""
         del text_length
-        image, view = self.model.config.image, self.encoded(bucket)
+        image, view = self.image, self.encoded(bucket)
         return vit_flops(image, view) + self.decoder.config.flops(image.block.width, view)
 
     @property

@@ -30,7 +30,7 @@ from vlp_jax.compress.buckets import Bucket, view_of
 from vlp_jax.data.batch import PAIRS, Batch
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.errors import ConfigError
-from vlp_jax.models.flops import text_flops, vit_flops, vocabulary_flops
+from vlp_jax.models.flops import text_flops, tower_flops, vocabulary_flops
 from vlp_jax.models.masks import bidirectional_mask, forward_mask, token_mask
 from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import (
@@ -149,7 +149,7 @@ class SingleStream(Defaults, abc.ABC):
         """Forward FLOPs of one example; by formula over real tokens, padding not counted."""
         c, view = self.model.config, view_of(bucket)
         return (
-            vit_flops(c.image, view)
+            tower_flops(c.image, view)
             + text_flops(c, text_length, streams=1, view=view)
             + vocabulary_flops(c, self.predictions(text_length))
         )

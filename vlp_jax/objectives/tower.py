@@ -1,13 +1,15 @@
 """The image tower by itself: what objectives and evaluators of images alone share.
 
 The tower lies in the parameters under ``TOWER``, where the vision-language model has it, so that a
-run of either kind can start from one of the other.
+run of either kind can start from one of the other. Running statistics of a ResNet's batch norms lie
+beside it under ``STATISTICS``: they are served, averaged and saved as parameters are, but replaced
+by every update (``LossOutput.statistics``) where those are trained.
 """
 
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,12 +18,25 @@ import jax.numpy as jnp
 from vlp_jax.data.augment import Recipe, random_view, standardize
 from vlp_jax.data.batch import Batch
 from vlp_jax.infra.errors import ConfigError, unknown_key
+from vlp_jax.models.image_tower import ImageTowerConfig, image_tower
 from vlp_jax.models.layers import Noise
 from vlp_jax.models.vision_language import VisionLanguageModel
-from vlp_jax.models.vit import ViT, ViTConfig
 from vlp_jax.objectives.base import Params, Seen, example_keys, zeros
 
 TOWER = "image_tower"
+STATISTICS = "image_tower_statistics"
+
+
+class Encoded(NamedTuple):
+    """What a pass of the tower makes.
+
+    Attributes:
+        tokens: [B, I, D], the class token (of a ResNet: the mean) first.
+        params: those that the pass was given, with renewed statistics.
+    """
+
+    tokens: jax.Array
+    params: Params
 
 
 def init_tower(
@@ -31,32 +46,70 @@ def init_tower(
     size = model.config.image.image_size
     image = jnp.zeros((len(zeros(batch_spec)["image"]), size, size, 3))
     tokens, variables = nn.init_with_output(lambda model: model.image_tower(image), model)(rng)
-    return {TOWER: variables["params"][TOWER]}, jnp.asarray(tokens)
+    params = {TOWER: variables["params"][TOWER]}
+    if "batch_stats" in variables:
+        params[STATISTICS] = variables["batch_stats"][TOWER]
+    return params, jnp.asarray(tokens)
+
+
+def tower_params(params: Params) -> Params:
+    """What of a model's parameters the tower has: its own, and its statistics where it has any."""
+    return {key: params[key] for key in (TOWER, STATISTICS) if key in params}
+
+
+def statistics(params: Params) -> Params:
+    """``LossOutput.statistics`` of parameters that a training pass has renewed."""
+    return {key: params[key] for key in (STATISTICS,) if key in params}
+
+
+def encode(
+    config: ImageTowerConfig,
+    params: Params,
+    pixels: jax.Array,
+    noise: Noise = None,
+    seen: Seen | None = None,
+    train: bool = False,
+) -> Encoded:
+    """One pass of the tower over pictures.
+
+    Args:
+        config: geometry of the tower.
+        params: with the tower's under ``TOWER`` and ``STATISTICS``.
+        pixels: normalised, floating [B, S, S, 3], at the size of what is seen.
+        noise: of dropout and dropped paths, or None.
+        seen: what is encoded; None: everything.
+        train: batch norms read the batch, and their statistics are renewed.
+    """
+    variables = {"params": params[TOWER]}
+    renewing = train and STATISTICS in params
+    if STATISTICS in params:
+        variables["batch_stats"] = params[STATISTICS]
+    tokens, renewed = image_tower(config).apply(
+        variables,
+        pixels,
+        noise,
+        *(seen or (None, None)),
+        train=train,
+        mutable=["batch_stats"] if renewing else [],
+    )
+    if renewing:
+        params = {**params, STATISTICS: jax.lax.stop_gradient(renewed["batch_stats"])}
+    return Encoded(jnp.asarray(tokens), params)
 
 
 def tower_tokens(
-    config: ViTConfig,
+    config: ImageTowerConfig,
     params: Params,
     pixels: jax.Array,
     noise: Noise = None,
     seen: Seen | None = None,
 ) -> jax.Array:
-    """Tokens [B, I, D] of pictures, the class token first.
-
-    Args:
-        config: geometry of the tower.
-        params: with the tower's under ``TOWER``.
-        pixels: normalised, floating [B, S, S, 3], at the size of what is seen.
-        noise: of dropout and dropped paths, or None.
-        seen: what is encoded; None: everything.
-    """
-    return jnp.asarray(
-        ViT(config).apply({"params": params[TOWER]}, pixels, noise, *(seen or (None, None)))
-    )
+    """Tokens [B, I, D] of pictures by ``encode``, outside training."""
+    return encode(config, params, pixels, noise, seen).tokens
 
 
 def random_pixels(
-    batch: Batch, rng: jax.Array, recipe: Recipe, size: int, config: ViTConfig
+    batch: Batch, rng: jax.Array, recipe: Recipe, size: int, config: ImageTowerConfig
 ) -> jax.Array:
     """A random view of every image, normalised: float32 [B, size, size, 3].
 
@@ -71,7 +124,7 @@ def random_pixels(
     return standardize(random_view(batch["image"], keys, recipe, size, config.image_size))
 
 
-def size_seen(config: ViTConfig, seen: Seen | None) -> int:
+def size_seen(config: ImageTowerConfig, seen: Seen | None) -> int:
     """Side in pixels of what is encoded."""
     return config.image_size if seen is None else seen.view.image_size
 
@@ -94,7 +147,7 @@ def view_recipe(default: Recipe, section: Mapping[str, Any], key: str) -> Recipe
 
 def check_no_dropout(model: VisionLanguageModel, name: str) -> None:
     """Raise a ConfigError where the tower has dropout, which objective ``name`` does not apply."""
-    rate = model.config.image.block.dropout
+    rate = model.config.image.dropout
     if rate:
         raise ConfigError(
             "model.image.dropout",

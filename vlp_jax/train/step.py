@@ -17,6 +17,7 @@ from vlp_jax.objectives.base import (
     LossOutput,
     Mean,
     Objective,
+    Params,
     batch_noise,
     encode_image,
     seen_part,
@@ -231,6 +232,7 @@ def make_step(
             grads, state.opt_state, state.params, progress=moment.progress
         )
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        params = {**params, **_renewed(outputs)}
         extras = {
             **state.extras,
             "objectives": {name: output.extras for name, output in outputs.items()},
@@ -270,6 +272,18 @@ def make_step(
         return new_state, {name: value.astype(jnp.float32) for name, value in metrics.items()}
 
     return step
+
+
+def _renewed(outputs: Mapping[str, LossOutput]) -> Params:
+    """What passes have renewed of the parameters; the mean where several renew the same."""
+    found: dict[str, list[Params]] = {}
+    for output in outputs.values():
+        for name, tree in output.statistics.items():
+            found.setdefault(name, []).append(tree)
+    return {
+        name: jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *trees)
+        for name, trees in found.items()
+    }
 
 
 def _whole(objective: Objective, accumulation: int) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from vlp_jax.models.image_tower import as_vit
 from vlp_jax.models.pretrained import naming, pixels
 from vlp_jax.models.pretrained.converted import (
     Converted,
@@ -143,6 +144,7 @@ def _convert_torch_image(
     fed: Pixels,
     trained: Pixels | None,
 ) -> Converted:
+    image = as_vit(config.image, str(weights.file))
     there = weights.arrays
     mae = weights.settings.get("model_type") == "vit_mae" or any(
         name.startswith(("decoder.", "decoder_")) for name in there
@@ -173,12 +175,12 @@ def _convert_torch_image(
         activation=family.activation,
         norm_eps=family.norm_eps,
     )
-    if family is _OPEN_CLIP and config.image.block.activation == family.activation:
+    if family is _OPEN_CLIP and image.block.activation == family.activation:
         notes += (
             f"config.model.image.activation is {family.activation!r}, as in OpenAI's weights; "
             "most of open_clip's own (LAION, DataComp) have 'gelu', and the names do not tell",
         )
-    width = config.image.block.width
+    width = image.block.width
     leaves = [
         Leaf(
             "image_tower/class_token",
@@ -203,7 +205,7 @@ def _convert_torch_image(
             f"image_tower/block_{layer:02d}",
             f"{blocks}{layer}.",
             family.block,
-            config.image.block.heads,
+            image.block.heads,
             there,
         )
     refuse_surplus(weights, leaves, blocks, depth)
@@ -308,7 +310,7 @@ def _check_image(
     heads: int | None = None,
 ) -> tuple[str, ...]:
     """Compare the geometry of a checkpoint with the config; returns notes."""
-    c, section = config.image, "model.image"
+    c, section = as_vit(config.image, str(weights.file)), "model.image"
     expect(weights, f"{section}.stem", c.stem, "patch")
     expect(weights, f"{section}.patch_size", c.patch_size, patch_size)
     expect(weights, f"{section}.width", c.block.width, width)

@@ -1,0 +1,230 @@
+"""Residual convolutional network (arXiv 1512.03385), its strides in the 3 x 3 convolutions.
+
+It serves the objectives of images alone beside the transformer, and speaks its language: the mean
+of the last grid stands where the class token does, the cells of the grid behind it. What a step
+encodes may be a smaller image; a convolution cannot leave patches out.
+
+Batch norms read the whole global batch in training, and running statistics elsewhere. Those are
+not trained: they lie in the parameters under ``objectives.tower.STATISTICS`` and every update
+replaces them.
+"""
+
+import dataclasses
+import functools
+from typing import ClassVar, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlp_jax.compress.buckets import View
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.layers import Noise
+
+_MOMENTUM, _EPSILON = 0.9, 1e-5  # of the norms
+_EXPANSION = 4  # of a bottleneck's features
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetConfig:
+    """Geometry of a convolutional image tower.
+
+    Attributes:
+        image_size: side of the image in pixels, a multiple of ``patch_size``.
+        stages: residual blocks of each stage, such as (3, 4, 6, 3); every stage but the first
+            halves the grid and doubles the features.
+        channels: features inside the blocks of the first stage.
+        bottleneck: blocks of three convolutions that end in four times their features, as from 50
+            layers on; else of two.
+        stem: ``conv7`` (7 x 7 of stride 2, then a maximum over 3 x 3 of stride 2) or ``conv3`` (3 x
+            3 of stride 1 alone, for small pictures: arXiv 2002.05709, appendix B.9).
+        dtype: compute dtype; norms compute in float32.
+    """
+
+    image_size: int
+    stages: tuple[int, ...] = (3, 4, 6, 3)
+    channels: int = 64
+    bottleneck: bool = True
+    stem: Literal["conv7", "conv3"] = "conv7"
+    dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype("float32"))
+
+    dropout: ClassVar[float] = 0.0
+    drop_path: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.stages or min(self.stages) < 1:
+            raise ValueError(f"model.image.stages={self.stages} needs 1 or more blocks a stage")
+        if self.channels < 1:
+            raise ValueError(f"model.image.channels={self.channels} must be 1 or more")
+        if self.stem not in ("conv7", "conv3"):
+            raise ValueError(f"model.image.stem={self.stem!r} is neither 'conv7' nor 'conv3'")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"data.image_size={self.image_size} is no multiple of {self.patch_size}, the "
+                "stride of the last grid of the ResNet in model.image"
+            )
+
+    @property
+    def width(self) -> int:
+        """D, features of a token."""
+        last = self.channels * 2 ** (len(self.stages) - 1)
+        return last * _EXPANSION if self.bottleneck else last
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels between cells of the last grid."""
+        return (4 if self.stem == "conv7" else 1) * 2 ** (len(self.stages) - 1)
+
+    @property
+    def view(self) -> View:
+        """The whole image."""
+        return View.whole(self.image_size, self.patch_size)
+
+    @property
+    def tokens(self) -> int:
+        """Cells of the last grid, and their mean."""
+        return self.view.tokens
+
+    def check_view(self, view: View, key: str) -> None:
+        """Refuse a view that this tower cannot encode.
+
+        Args:
+            view: what is to be encoded.
+            key: of the config, for the message.
+
+        Raises:
+            ConfigError: patches are dropped, or are of another size than the stride.
+        """
+        if view.kept < view.patches:
+            raise ConfigError(
+                key,
+                f"{view.label} drops patches, but the ResNet in model.image convolves all of them",
+                "Leave k... out and use smaller images",
+            )
+        if view.patch_size != self.patch_size:
+            raise ConfigError(
+                key,
+                f"{view.label}: patches of {view.patch_size} px, but the last grid of the ResNet "
+                f"in model.image has a stride of {self.patch_size}",
+                f"Write p{self.patch_size}@SIZE",
+            )
+
+
+class ResNet(nn.Module):
+    """Image tower: [B, S, S, 3] -> [B, I, D], the mean of the last grid first."""
+
+    config: ResNetConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        image: jax.Array,
+        noise: Noise = None,
+        view: View | None = None,
+        keys: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Encode normalised images.
+
+        Args:
+            image: floating [B, S, S, 3], S = ``view.image_size``.
+            noise: not used: nothing is random here.
+            view: what to encode; None: all.
+            keys: not used: no patch is dropped.
+            train: norms read the batch and renew the collection ``batch_stats``, which must be
+                mutable; else they read it.
+
+        Returns:
+            [B, I, D], I = ``view.tokens``; the mean is computed in float32.
+
+        Raises:
+            ValueError: the images are of another size.
+        """
+        del noise, keys
+        c = self.config
+        view = view or c.view
+        if image.shape[1:3] != (view.image_size, view.image_size):
+            raise ValueError(f"images of {image.shape[1:3]} px for a view of {view.image_size} px")
+        batch_norm = functools.partial(
+            nn.BatchNorm, not train, momentum=_MOMENTUM, epsilon=_EPSILON, dtype=c.dtype
+        )
+        side, stride = (7, 2) if c.stem == "conv7" else (3, 1)
+        x = _convolution(c.channels, side, stride, c.dtype, "conv")(image.astype(c.dtype))
+        x = nn.relu(batch_norm(name="norm")(x))
+        if c.stem == "conv7":
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        block = _Bottleneck if c.bottleneck else _Basic
+        for stage, depth in enumerate(c.stages):
+            for layer in range(depth):
+                stride = 2 if stage and not layer else 1
+                x = block(
+                    c.channels * 2**stage,
+                    stride,
+                    c.dtype,
+                    batch_norm,
+                    name=f"stage_{stage}_block_{layer:02d}",
+                )(x)
+        grid = x.reshape(len(x), -1, c.width)
+        mean = grid.astype(jnp.float32).mean(axis=1, keepdims=True).astype(c.dtype)
+        return jnp.concatenate([mean, grid], axis=1)
+
+
+class _Bottleneck(nn.Module):
+    """1 x 1, 3 x 3 and 1 x 1 convolutions beside a shortcut; the last norm's scale starts at 0."""
+
+    channels: int
+    stride: int
+    dtype: jnp.dtype
+    batch_norm: functools.partial[nn.BatchNorm]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, H / stride, W / stride, 4 * channels]."""
+        outputs = _EXPANSION * self.channels
+        y = _convolution(self.channels, 1, 1, self.dtype, "conv_0")(x)
+        y = nn.relu(self.batch_norm(name="norm_0")(y))
+        y = _convolution(self.channels, 3, self.stride, self.dtype, "conv_1")(y)
+        y = nn.relu(self.batch_norm(name="norm_1")(y))
+        y = _convolution(outputs, 1, 1, self.dtype, "conv_2")(y)
+        y = self.batch_norm(name="norm_2", scale_init=nn.initializers.zeros_init())(y)
+        return nn.relu(_shortcut(self, x, outputs) + y)
+
+
+class _Basic(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut; the last norm's scale starts at 0."""
+
+    channels: int
+    stride: int
+    dtype: jnp.dtype
+    batch_norm: functools.partial[nn.BatchNorm]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, H / stride, W / stride, channels]."""
+        y = _convolution(self.channels, 3, self.stride, self.dtype, "conv_0")(x)
+        y = nn.relu(self.batch_norm(name="norm_0")(y))
+        y = _convolution(self.channels, 3, 1, self.dtype, "conv_1")(y)
+        y = self.batch_norm(name="norm_1", scale_init=nn.initializers.zeros_init())(y)
+        return nn.relu(_shortcut(self, x, self.channels) + y)
+
+
+def _shortcut(block: "_Bottleneck | _Basic", x: jax.Array, outputs: int) -> jax.Array:
+    """The input of a block in the shape of its output."""
+    if x.shape[-1] == outputs and block.stride == 1:
+        return x
+    x = _convolution(outputs, 1, block.stride, block.dtype, "shortcut_conv")(x)
+    return jnp.asarray(block.batch_norm(name="shortcut_norm")(x))
+
+
+def _convolution(features: int, side: int, stride: int, dtype: jnp.dtype, name: str) -> nn.Conv:
+    """Without bias, for a norm follows; padded as if the grid began at the image's corner."""
+    return nn.Conv(
+        features,
+        (side, side),
+        strides=stride,
+        padding=side // 2,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        name=name,
+    )
