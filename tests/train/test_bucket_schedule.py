@@ -234,6 +234,7 @@ def test_rates_are_keyed_on_the_budget():
         progress = program.schedule.progress(step)
         moment = program.moment(step)
         assert float(moment.progress) == pytest.approx(progress)
+        assert float(moment.cost) == pytest.approx(program.schedule.cost(step))
         assert float(moment.learning_rate) == pytest.approx(1e-3 * (1 - progress), abs=2e-5)
 
 

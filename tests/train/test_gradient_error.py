@@ -61,14 +61,14 @@ class Quadratic:
         )
         self.state_shardings = jax.tree.map(lambda _: everywhere, self.state)
         number = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-        self.moment_spec = Moment._make([number, number])
+        self.moment_spec = Moment(number, number, number)
 
     def batch_specs(self, bucket: Any) -> dict[str, Any]:
         return {"pairs": {}}
 
     def moment(self, step: int) -> Moment:
         zero = jax.device_put(np.float32(0), replicated(self.mesh))
-        return Moment(zero, zero)
+        return Moment(zero, zero, zero)
 
     def gradient(self, bucket: Any) -> Any:
         compressed = bool(bucket[0][1].views)

@@ -19,7 +19,7 @@ from tiny import BATCH, BUCKET, Run, compile_run, make_batch, tiny_config, tiny_
 
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import Batch, batch_spec
-from vlp_jax.infra.mesh import make_mesh
+from vlp_jax.infra.mesh import global_batch, make_mesh, replicated
 from vlp_jax.infra.sharding import fsdp_rules, shardings
 from vlp_jax.objectives.base import Defaults, LossOutput, Mean, batch_noise, encode_image
 from vlp_jax.objectives.classification import NLVR2, VQA, Classification
@@ -28,7 +28,7 @@ from vlp_jax.train.state import TrainState
 from vlp_jax.train.step import Moment, init_state, make_gradient, make_step, shared_passes
 
 FIRST, SECOND = make_batch(seed=1), make_batch(seed=2)
-MOMENT = Moment(jnp.float32(0.1), jnp.float32(0.0))
+MOMENT = Moment(jnp.float32(0.1), jnp.float32(0.0), jnp.float32(1.0))
 
 
 def step_config(**overrides: Any) -> ConfigDict:
@@ -182,6 +182,22 @@ def test_moving_average_formula(one: Run, initial: Any, reference: Any) -> None:
     later = on_host(later)
     expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.extras["ema"], later.params)
     assert_trees_close(later.extras["ema"], expected, atol=1e-6)
+
+
+def test_cheaper_updates_let_the_average_decay_as_far_over_a_budget(
+    one: Run, initial: Any, reference: Any
+) -> None:
+    """One of half the cost: 0.9 ** 0.5."""
+    mesh = one.program.mesh
+    half = jax.device_put(jnp.float32(0.5), replicated(mesh))
+    moment = one.program.moment(0)._replace(cost=half)
+    batches = {"pairs": global_batch(FIRST, mesh)}
+    state, _ = one.step(placed(one, initial), batches, moment)
+    keep = 0.9**0.5
+    expected = jax.tree.map(
+        lambda e, p: keep * e + (1 - keep) * p, initial.extras["ema"], on_host(state).params
+    )
+    assert_trees_close(on_host(state).extras["ema"], expected, atol=1e-6)
 
 
 def test_parameters_follow_the_rate(one: Run, initial: Any, reference: Any) -> None:

@@ -39,8 +39,9 @@ is not here is an error that names it, whether it comes from the file or from a 
                     count updates
     optim           AdamW: b1, b2, eps, weight_decay, final_weight_decay (reached along a cosine;
                     None: constant), no_decay (paths without decay), clip_norm (0: none), ema_decay
-                    (0: none), accumulation (micro-batches), groups (name -> pattern and
-                    rate_factor), max_skipped (non-finite updates in a row)
+                    (in an update of whole images; 0: no average), accumulation (micro-batches),
+                    groups (name -> pattern and rate_factor), max_skipped (non-finite updates in a
+                    row)
     schedule        peak, warmup_*, decay, cooldown_*, final_factor
     evals           name -> type, every_*, and what the evaluator takes; each also runs at the end;
                     with on="best" only then, on the best checkpoint by checkpoint.best_metric (for

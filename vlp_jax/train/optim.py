@@ -149,7 +149,7 @@ def _group(path: str, section: Any) -> tuple[re.Pattern[str], float]:
     return _compile(f"{path}.pattern", group["pattern"]), factor
 
 
-def moving_average(average: Any, params: Any, decay: float) -> Any:
+def moving_average(average: Any, params: Any, decay: float | jax.Array) -> Any:
     """One step of the exponential moving average, in float32."""
     return jax.tree.map(
         lambda a, p: a + (1.0 - decay) * (p.astype(jnp.float32) - a), average, params

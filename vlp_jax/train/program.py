@@ -157,7 +157,7 @@ class Program:
     def moment_spec(self) -> Moment:
         """Shapes, dtypes and shardings of ``moment``."""
         number = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.mesh))
-        return Moment._make([number, number])
+        return Moment._make([number] * len(Moment._fields))
 
     def batch_specs(self, bucket: StepBucket) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
         """Shapes, dtypes and shardings of the global batches of a bucket."""
@@ -230,8 +230,10 @@ class Program:
         if self._rates is None:
             spent = jnp.asarray(self.schedule.spent[:-1], jnp.float32)
             self._rates = np.asarray(jax.jit(jax.vmap(self._learning_rate))(spent))
-        rate, progress = self._rates[step], np.float32(self.schedule.progress(step))
-        return Moment(*jax.device_put((rate, progress), replicated(self.mesh)))
+        schedule = self.schedule
+        progress, cost = np.float32(schedule.progress(step)), np.float32(schedule.cost(step))
+        numbers = (self._rates[step], progress, cost)
+        return Moment(*jax.device_put(numbers, replicated(self.mesh)))
 
     def served(self, state: TrainState) -> Any:
         """The parameters that evaluators see.

@@ -35,10 +35,12 @@ class Moment(NamedTuple):
     Attributes:
         learning_rate: float32 [].
         progress: share of the budget that is spent, float32 [].
+        cost: what the update takes of the budget, as a share of one of whole images, float32 [].
     """
 
     learning_rate: jax.Array
     progress: jax.Array
+    cost: jax.Array
 
 
 StepFunction = Callable[[TrainState, Batches, Moment], tuple[TrainState, Metrics]]
@@ -216,7 +218,8 @@ def make_step(
     Args:
         gradient: of the bucket, see ``make_gradient``.
         optimizer: see ``vlp_jax.train.optim``.
-        ema_decay: of the moving average; 0: none.
+        ema_decay: of the moving average in an update of whole images; 0: none. Over as much of the
+            budget, cheaper updates let it decay as far.
 
     Returns:
         ``step(state, batches, moment) -> (state, metrics)``, metrics float32 [] each. The rate is
@@ -238,7 +241,7 @@ def make_step(
             "objectives": {name: output.extras for name, output in outputs.items()},
         }
         if ema_decay:
-            extras["ema"] = moving_average(state.extras["ema"], params, ema_decay)
+            extras["ema"] = moving_average(state.extras["ema"], params, ema_decay**moment.cost)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         def keep(new: Any, old: Any) -> Any:
