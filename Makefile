@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/python -m vlp_jax.main --config=configs/demo.py --workdir=$(WORKDIR)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not gpu"

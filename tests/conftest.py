@@ -31,3 +31,13 @@ def pack() -> pathlib.Path:
     if not (PACK / "captions.json").is_file():
         pytest.skip("the real data pack is absent: ../shared/data/captions.json not found")
     return PACK
+
+
+# Minutes of one worker each, mostly of processes they start: first, so that at the end no worker
+# waits for another.
+_LONGEST = ("test_resume.py", "test_step.py", "test_bucket_schedule.py", "test_bench.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest files first (`make test` gives a worker one file after the other)."""
+    items.sort(key=lambda item: (*_LONGEST, item.path.name).index(item.path.name))
