@@ -54,7 +54,6 @@ class FakePairs(Fake):
         return {"second_image": second, "label": np.asarray(record % 2, np.int32)}
 
 
-def planned(source, weight=1.0, store=None):
-    return PlannedSource(
-        source, EncodedCaptions(source, TOKENIZER, MAX_LENGTH, store=store), weight
-    )
+def planned(source, weight=1.0, store=None, **kwargs):
+    captions = EncodedCaptions(source, TOKENIZER, MAX_LENGTH, store=store)
+    return PlannedSource(source, captions, weight, **kwargs)

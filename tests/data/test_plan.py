@@ -149,6 +149,33 @@ def test_windows_are_sorted_by_length_into_exactly_their_batches():
         assert shorter.max() <= longer.min()  # in edges
 
 
+def test_guarded_examples_fill_batches_of_their_own():
+    """But for one, which others fill up; everything is read all the same."""
+    records = np.arange(0, Fake().num_records, 20)
+    plain, plan = plan_of(), plan_of(planned(Fake(), guarded=records))
+    windows, held, batches = 4, 0, 0
+    for window in range(windows):
+        steps = range(window * plan.window_batches, (window + 1) * plan.window_batches)
+        guarded = [np.isin(plan.batch(t).record, records) for t in steps]
+        flags = [plan.bucket(t).guarded for t in steps]
+        assert [rows.any() for rows in guarded] == flags
+        assert sum(not rows.all() for rows in guarded if rows.any()) <= 1
+        assert flags != sorted(flags), "spread over the window"
+        ours, theirs = (
+            np.concatenate([p.batch(t).record * 8 + p.batch(t).caption for t in steps])
+            for p in (plan, plain)
+        )
+        np.testing.assert_array_equal(np.sort(ours), np.sort(theirs))
+        held += sum(rows.sum() for rows in guarded)
+        batches += sum(flags)
+    assert plan.guarded_share == pytest.approx(
+        batches / (windows * plan.window_batches), abs=1.5 / plan.window_batches
+    )
+    assert held / (windows * plan.window_batches * plan.batch_size) == pytest.approx(0.05, rel=0.2)
+    assert plain.guarded_share == 0.0
+    assert all(not plain.bucket(t).guarded for t in range(64))
+
+
 def test_hosts_read_contiguous_rows():
     plan = plan_of(batch_size=12)
     for t in (0, 40):

@@ -8,6 +8,7 @@ import pytest
 
 from tests.evals.conftest import announced
 from vlp_jax.data.augment import normalize
+from vlp_jax.data.guarded import read_guarded
 from vlp_jax.data.scenes import Scenes
 from vlp_jax.evals import build_evaluators
 from vlp_jax.evals.compressed import TEMPERATURE
@@ -56,6 +57,12 @@ def test_pictures_with_a_small_subject_are_ranked_first(
     # By a tower of random weights, which tells most of the other pictures well enough.
     first = {row["record"] for row in rows[: len(PLANTED)]}
     assert len(first & set(PLANTED)) >= 8
+    # What a run guards by this file: a third of what was ranked.
+    config = evaluator._context.config.copy_and_resolve_references()
+    config.compression.guard_file = str(tmp_path / "predictions" / "compressed.jsonl")
+    config.compression.guard_percent = 100 * len(PLANTED) / 32
+    guarded = read_guarded(config, evaluator._context.sources)
+    assert set(guarded["scenes"].tolist()) == first
     losses = [row["loss"]["p4@32k48"] for row in rows]
     assert losses == sorted(losses, reverse=True)
     assert found["p4@32k48/loss"] == pytest.approx(np.mean(losses))

@@ -215,6 +215,53 @@ def test_a_begun_run_keeps_its_schedule_of_buckets(tmp_path):
     assert prepare(other, tmp_path).total_steps == 300, "a config that was changed is followed"
 
 
+def test_guarded_examples_are_encoded_whole_and_paid_for(tmp_path):
+    """Batches that hold one have a bucket of whole images; a run goes on as it was begun."""
+    file, records = tmp_path / "ranking.jsonl", [*range(0, 512, 16)]
+    rows = [
+        {"rank": rank, "source": "scenes", "split": "train", "record": record}
+        for rank, record in enumerate(records)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    guard = {
+        "compression.schedule": "constant",
+        "compression.buckets": ("p8@16k1",),
+        "compression.costs": (0.5,),
+        "compression.guard_file": str(file),
+        "compression.guard_percent": 100.0,
+        "evals": {},
+        "checkpoint.best_metric": "",
+    }
+    setup = prepare(changed(**guard), tmp_path / "run")
+    planned = [setup.plan.batch(t) for t in range(setup.plan.window_batches)]
+    for t, batch in enumerate(planned):
+        [(_, bucket)] = setup.program.bucket(batch.bucket, t)
+        assert (bucket.views == ()) == bool(np.isin(batch.record, records).any())
+        assert not bucket.guarded
+    share = sum(batch.bucket.guarded for batch in planned) / len(planned)
+    assert setup.program.compression.guarded == pytest.approx(share, abs=0.04)
+    cost = 0.5 + 0.5 * setup.program.compression.guarded
+    assert setup.program.schedule.cost(3) == pytest.approx(cost)
+    assert setup.total_steps == pytest.approx(100 / cost, abs=1)
+    assert {bucket.views for [(_, bucket)] in setup.program.buckets(setup.plan.buckets())} == {
+        (),
+        setup.program.schedule.views(0),
+    }
+    with setup.open_checkpoints() as checkpoints:
+        checkpoints.save(1, setup.first_state()[0], {}, setup.checkpoint_extra())
+    file.unlink()
+    again = prepare(changed(**guard), tmp_path / "run")
+    for t, batch in enumerate(planned):
+        np.testing.assert_array_equal(again.plan.batch(t).record, batch.record)
+        assert again.plan.bucket(t) == batch.bucket
+    with pytest.raises(FileNotFoundError, match=r"ranking\.jsonl"):
+        prepare(changed(**guard), tmp_path / "other")
+    alone = {"compression.guard_file": str(file)}
+    (tmp_path / "ranking.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(ConfigError, match=r"is empty, but compression\.guard_file is given"):
+        prepare(changed(**alone), tmp_path / "other")
+
+
 def test_text_lengths_and_views_share_the_buckets(tmp_path):
     """Fitted edges leave room for every view; those that the config gives are refused."""
     views = tuple(f"p1@{size}" for size in range(2, 9))

@@ -35,11 +35,12 @@ _SAME_COST = (
 # was the key: there they are left out, so that cells of docs/results count on.
 _LATER: Mapping[str, Any] = {
     "compression": {
-        **dict.fromkeys(("schedule", "file"), ""),
+        **dict.fromkeys(("schedule", "file", "guard_file"), ""),
         **{key: [] for key in ("buckets", "costs", "shares")},
         "tail_percent": 0.0,
         "decisions": 10,
         "overhead_percent": 5.0,
+        "guard_percent": 1.0,
     },
     "model.image.positions": "learned",
     "model.image.drop_path": 0.0,

@@ -72,11 +72,14 @@ class Bucket:
         image_size: side of the square image in pixels, as it comes from the host.
         views: what is encoded of the image, in the order of an objective's views (query, key); the
             last one counts for those beyond. None: all of it, at the model's own sizes.
+        guarded: in a plan: the batch is encoded whole whatever the schedule says. Steps are keyed
+            without it.
     """
 
     text_length: int
     image_size: int
     views: tuple[View, ...] = ()
+    guarded: bool = False
 
 
 def view_of(bucket: Bucket | None, index: int = 0) -> View | None:

@@ -22,6 +22,7 @@ from vlp_jax.data.captions import (
 )
 from vlp_jax.data.eval_plan import EvalPlan
 from vlp_jax.data.folder import Folder
+from vlp_jax.data.guarded import Guarded
 from vlp_jax.data.loader import Loader
 from vlp_jax.data.making import found_or_made
 from vlp_jax.data.plan import Plan
@@ -143,6 +144,7 @@ def build_plan(
     sources: Mapping[str, Source],
     tokenizer: Tokenizer,
     most_edges: int = MAX_SCHEDULED_BUCKETS,
+    guarded: Guarded | None = None,
 ) -> Plan:
     """The training plan: every source of the config, edges fitted to their lengths.
 
@@ -152,6 +154,7 @@ def build_plan(
         tokenizer: of the run.
         most_edges: how many edges are fitted at most, whatever ``data.num_edges`` says: a run
             compiles each with every view of its images.
+        guarded: records of each source that are encoded whole.
 
     Raises:
         ConfigError: captions could be longer than the model has positions.
@@ -171,6 +174,7 @@ def build_plan(
             source,
             _encoded(config, source, tokenizer),
             data.sources[name].get("weight", 1.0),
+            (guarded or {}).get(name, np.empty(0, np.int64)),
         )
         for name, source in sources.items()
     ]

@@ -9,12 +9,14 @@
 Vectorised NumPy, not a chain of loader transforms: position -> mixture -> a permutation per
 (seed, source, epoch) -> record and caption. Windows of at least 32 batches are sorted by the
 edge that each text is padded to and cut into exactly that many batches; no other way to cut them
-needs less padding. The order of the batches and of the rows in them is permuted again. Nothing
+needs less padding. Guarded examples (``data.guarded``) come last, in batches of their own but for
+one at most. The order of the batches and of the rows in them is permuted again. Nothing
 depends on the number of hosts, devices or workers, or on what ran before.
 """
 
 import collections
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
@@ -105,7 +107,7 @@ class Plan:
             length=window.length[index],
             position=np.arange(t * batch_size, (t + 1) * batch_size),
             valid=np.ones(batch_size, np.bool_),
-            bucket=Bucket(int(window.edge[index]), self.image_size),
+            bucket=self.bucket(t),
         )
 
     def substitutes(self, t: int, row: int) -> np.ndarray:
@@ -133,10 +135,11 @@ class Plan:
 
     def bucket(self, t: int) -> Bucket:
         """The bucket of global batch t."""
-        return Bucket(int(self._window(t).edge[t % self.window_batches]), self.image_size)
+        window, index = self._window(t), t % self.window_batches
+        return Bucket(int(window.edge[index]), self.image_size, guarded=bool(window.guarded[index]))
 
     def buckets(self) -> tuple[Bucket, ...]:
-        """Every bucket that can occur, by increasing text length."""
+        """Every size that can occur, by increasing text length; any may be guarded."""
         return _buckets(self.edges, self.sources, self.image_size)
 
     @property
@@ -144,6 +147,18 @@ class Plan:
         """Images of all sources together; None if one is unbounded."""
         sizes = [planned.source.num_records for planned in self.sources]
         return None if None in sizes else sum(size for size in sizes if size is not None)
+
+    @property
+    def guarded_share(self) -> float:
+        """Share of the batches that hold a guarded example, as is to be expected."""
+        total = sum(planned.weight for planned in self.sources)
+        share = sum(
+            planned.weight / total * len(planned.guarded) / planned.source.num_records
+            for planned in self.sources
+            if planned.source.num_records
+        )
+        rows = share * self.window_batches * self.batch_size
+        return min(rows, math.ceil(rows / self.batch_size)) / self.window_batches
 
     @property
     def mean_text_length(self) -> float:
@@ -173,15 +188,16 @@ class Plan:
     def _plan_window(self, number: int) -> "_Window":
         rows = self.window_batches * self.batch_size
         source, record, caption = self._examples(np.arange(number * rows, (number + 1) * rows))
-        length = np.empty(rows, np.int32)
+        length, guarded = np.empty(rows, np.int32), np.zeros(rows, np.bool_)
         for index, planned in enumerate(self.sources):
             mine = np.flatnonzero(source == index)
             if mine.size:
                 length[mine] = planned.captions.lengths(record[mine], caption[mine])
+                guarded[mine] = np.isin(record[mine], planned.guarded)
         # By edge and not by length, which pads as little and leaves lengths mixed in a batch; and
         # stable, so that the records of a small source come back as late as they can.
         edge = np.searchsorted(self.edges, length)
-        batches = np.argsort(edge, kind="stable").reshape(self.window_batches, self.batch_size)
+        batches = np.lexsort((edge, guarded)).reshape(self.window_batches, self.batch_size)
         batches = self._rng(_BATCHES, number).permutation(batches)
         batches = self._rng(_ROWS, number).permuted(batches, axis=1)
         return _Window(
@@ -190,6 +206,7 @@ class Plan:
             caption=caption[batches],
             length=length[batches],
             edge=padded_to(self.edges, length[batches].max(axis=1)),
+            guarded=np.asarray(guarded[batches].any(axis=1)),
         )
 
     def _examples(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -258,13 +275,14 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class _Window:
-    """The batches of a window, in the order they are read: arrays [W, B], and edge [W]."""
+    """The batches of a window, in the order they are read: arrays [W, B]; edge and guarded [W]."""
 
     source: np.ndarray
     record: np.ndarray
     caption: np.ndarray
     length: np.ndarray
     edge: np.ndarray
+    guarded: np.ndarray
 
 
 class _Memo(Generic[T]):

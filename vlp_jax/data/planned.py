@@ -14,11 +14,19 @@ from vlp_jax.data.source import Source
 
 @dataclasses.dataclass(frozen=True)
 class PlannedSource:
-    """A source, its encoded captions, and its share of the examples relative to the others'."""
+    """A source and what a plan knows of it.
+
+    Attributes:
+        source: its records.
+        captions: their captions, encoded.
+        weight: its share of the examples, relative to the others'.
+        guarded: records that are encoded whole (``data.guarded``), int64 and increasing.
+    """
 
     source: Source
     captions: EncodedCaptions
     weight: float = 1.0
+    guarded: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ the whole tokens of all (temperature 0.1). Tokens lose the mean of the whole one
 pictures share tells none of them. Pictures are ranked by that loss, for a token that moves
 as all do costs little: those at the top are the ones that compression hurts most, such as pictures
 whose subject is so small that dropped patches hide it. They are shown with the patches that were
-kept, and all are written to ``predictions/<name>.jsonl``.
+kept, and all are written to ``predictions/<name>.jsonl``, which a run may take as its
+``compression.guard_file``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -77,6 +78,7 @@ class Compressed:
                 raise ConfigError(f"evals.{name}.{key}", f"{value}", f"Use {least} or more")
         self._context, self._name = context, name
         self._draws, self._shown = draws, shown
+        self._source, self._split = source, split
         self._set = FixedSet(context, name, source, split, num_examples, batch_size)
         self._image = tower_config(context)
         key = f"evals.{name}.buckets"
@@ -168,6 +170,8 @@ class Compressed:
             (
                 {
                     "rank": rank,
+                    "source": self._source,
+                    "split": self._split,
                     "record": int(records[row]),
                     "images": list(self._set.source.image_key(int(records[row]))),
                     "loss": dict(zip(names, losses[:, row].tolist(), strict=True)),

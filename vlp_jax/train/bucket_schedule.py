@@ -25,10 +25,11 @@ Kinds, fact sheet of accelerated invariance pretraining, section 3:
                ``decisions`` equal parts of the budget after the other; costs never fall. What
                was decided is kept in the state (``train.online``)
 
-With ``tail_percent`` the last part of the budget goes to whole images, after any of them. A
-``file`` (``tools.bench buckets --out``) holds buckets, costs and stages. What a run was begun with
-is kept in its workdir, so that neither a new formula nor a new file moves its stages when it goes
-on.
+Examples that compression hurts may be guarded: their batches are encoded whole (``data.guarded``),
+which counts in what every update costs in the mean. With ``tail_percent`` the last part of the
+budget goes to whole images, after any of the kinds. A ``file`` (``tools.bench buckets --out``)
+holds buckets, costs and stages. What a run was begun with is kept in its workdir, so that neither a
+new formula nor a new file moves its stages when it goes on.
 
 Durations of ``config.schedule`` count updates of whole images, as the length of the run does; those
 of evaluations, checkpoints and logs count updates.
@@ -121,6 +122,8 @@ class Resolved:
         shares: of the budget, of each bucket, where it is drawn.
         tail: share of the budget, at its end, for whole images.
         decisions: parts of the budget that an online schedule is decided for; 0: there are none.
+        guarded: share of the updates that encode whole images all the same (``data.guarded``), by
+            which those of any bucket cost more in the mean.
     """
 
     buckets: tuple[Views, ...]
@@ -129,6 +132,7 @@ class Resolved:
     shares: tuple[float, ...] = ()
     tail: float = 0.0
     decisions: int = 0
+    guarded: float = 0.0
 
     @classmethod
     def read(cls, file: pathlib.Path, made_for: Mapping[str, Any] | None = None) -> "Resolved":
@@ -152,6 +156,7 @@ class Resolved:
                 tuple(float(share) for share in held["shares"]),
                 float(held["tail"]),
                 int(held.get("decisions", 0)),
+                float(held.get("guarded", 0.0)),
             )
             theirs = dict(held["made_for"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -186,6 +191,7 @@ class Resolved:
             "shares": self.shares,
             "tail": self.tail,
             "decisions": self.decisions,
+            "guarded": self.guarded,
             "made_for": made_for,
             "facts": facts,
         }
@@ -200,7 +206,8 @@ class Resolved:
             decided: buckets of the first parts of an online schedule; the last one counts for the
                 parts that follow, and before the first decision it is the cheapest.
         """
-        buckets, costs = self.buckets, self.costs
+        buckets = self.buckets
+        costs = tuple(cost + self.guarded * (1.0 - cost) for cost in self.costs)
         if self.tail and () not in buckets:
             buckets, costs = (*buckets, ()), (*costs, 1.0)
         budget = full_steps * (1 - self.tail)
@@ -274,7 +281,8 @@ def resolve(
         return dataclasses.replace(found, tail=tail or found.tail)
     kind = config.schedule
     if not kind:
-        unread = [*others, *(["tail_percent"] if tail else [])]
+        alone = [name for name in ("tail_percent", "guard_file") if config[name]]
+        unread = [*others, *alone]
         if unread:
             raise ConfigError(
                 "compression.schedule",
@@ -361,7 +369,8 @@ def count_buckets(config: ConfigDict) -> int:
     count = len(config.buckets) or 1
     if config.file:
         count = len(Resolved.read(pathlib.Path(config.file)).buckets)
-    return count + (config.tail_percent > 0 and WHOLE not in config.buckets)
+    whole = config.tail_percent > 0 or bool(config.guard_file)
+    return count + (whole and WHOLE not in config.buckets)
 
 
 def _buckets(config: ConfigDict, whole: View, num_views: int) -> tuple[Views, ...]:

@@ -34,9 +34,10 @@ is not here is an error that names it, whether it comes from the file or from a 
                     empty: equal), tail_percent (of the budget, at its end, for whole images), file
                     (a schedule with its costs, in place of all but the tail), decisions (of an
                     online schedule) and overhead_percent (of the budget, at most, that they may
-                    cost on top). total_* and the durations of `schedule` then count updates of
-                    whole images, and the run has as many more as these would have cost; every_*
-                    count updates
+                    cost on top), guard_file (a ranking of the evaluator `compressed`, see
+                    data.guarded) and guard_percent (of what it ranks, encoded whole). total_* and
+                    the durations of `schedule` then count updates of whole images, and the run has
+                    as many more as these would have cost; every_* count updates
     optim           AdamW: b1, b2, eps, weight_decay, final_weight_decay (reached along a cosine;
                     None: constant), no_decay (paths without decay), clip_norm (0: none), ema_decay
                     (in an update of whole images; 0: no average), accumulation (micro-batches),
@@ -112,6 +113,8 @@ def default_config(size: str = "tiny") -> ConfigDict:
                 "file": "",
                 "decisions": 10,
                 "overhead_percent": 5.0,
+                "guard_file": "",
+                "guard_percent": 1.0,
             },
             "optim": {
                 "b1": 0.9,

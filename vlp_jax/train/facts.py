@@ -41,6 +41,8 @@ def run_facts(setup: Setup, resumed: pathlib.Path | None) -> dict[str, Any]:
         "batch_size": setup.budget.batch_size,
         "text_edges": list(setup.plan.edges),
         "padding_waste": round(setup.plan.padding_waste(setup.plan.window_batches), 4),
+        "guarded_examples": sum(len(p.guarded) for p in setup.plan.sources) or None,
+        "guarded_updates": round(setup.program.compression.guarded, 4) or None,
         "vocabulary": setup.tokenizer.vocab_size,
         "missing_images": setup.missing_images,
         "unknown_tokens": {name: round(x, 4) for name, x in setup.unknown_tokens.items()},

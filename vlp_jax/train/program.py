@@ -55,6 +55,7 @@ class Program:
         mesh: Mesh,
         budget: Budget,
         kept: Resolved | None = None,
+        guarded: float = 0.0,
     ):
         """Trace the state; nothing is allocated on a device.
 
@@ -65,6 +66,7 @@ class Program:
             budget: of the run; ``total_steps`` counts updates of whole images, see
                 ``train.bucket_schedule``.
             kept: the schedule of buckets that the run was begun with; None: that of the config.
+            guarded: share of the updates that encode whole images, for some of theirs are guarded.
 
         Raises:
             ConfigError, ValueError: a key does not fit; the message names it.
@@ -76,12 +78,15 @@ class Program:
             config.model, vocabulary.size, vocabulary.mask_id, config.data.image_size
         )
         self.objectives = build_objectives(config.objectives, model, vocabulary)
-        self.compression = kept or resolve(
-            config.compression,
-            model.config.image.view,
-            max(objective.views for objective in self.objectives),
-            lambda views: self._relative_flops(views, budget.text_length),
-            self.made_for,
+        self.compression = kept or dataclasses.replace(
+            resolve(
+                config.compression,
+                model.config.image.view,
+                max(objective.views for objective in self.objectives),
+                lambda views: self._relative_flops(views, budget.text_length),
+                self.made_for,
+            ),
+            guarded=guarded,
         )
         for view in itertools.chain.from_iterable(self.compression.buckets):
             model.config.image.check_view(view, "compression.buckets")
@@ -197,11 +202,11 @@ class Program:
 
     def bucket(self, planned: Bucket, step: int) -> StepBucket:
         """What update ``step`` is compiled for: the sizes of its batch, and its views."""
-        return self.with_views(planned, self.schedule.views(step))
+        return self.with_views(planned, () if planned.guarded else self.schedule.views(step))
 
     def with_views(self, planned: Bucket, views: Views) -> StepBucket:
         """The key of an update that encodes these views of a batch of these sizes."""
-        sizes = dataclasses.replace(planned, views=views)
+        sizes = dataclasses.replace(planned, views=views, guarded=False)
         return tuple((name, sizes) for name in self.batch_names)
 
     def buckets(self, planned: Sequence[Bucket]) -> tuple[StepBucket, ...]:
@@ -209,6 +214,8 @@ class Program:
         views = {self.schedule.buckets[number] for number in np.unique(self.schedule.index)}
         if self.compression.decisions:
             views = set(self.schedule.buckets)
+        if self.compression.guarded:
+            views.add(())
         return tuple(self.with_views(sizes, some) for some in sorted(views) for sizes in planned)
 
     def follow(self, state: TrainState) -> None:

@@ -20,6 +20,7 @@ from vlp_jax.data.build import (
     build_tokenizer,
     missing_images,
 )
+from vlp_jax.data.guarded import Guarded, keep_guarded, kept_guarded, read_guarded
 from vlp_jax.data.plan import Plan
 from vlp_jax.data.source import Source
 from vlp_jax.data.tokenizer import Tokenizer
@@ -58,7 +59,7 @@ from vlp_jax.train.state import TrainState
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "config.json"
-SCHEDULE_FILE = "schedule.json"
+SCHEDULE_FILE, GUARDED_FILE = "schedule.json", "guarded.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +211,9 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     _adopt(config, workdir if begun else None, origin)
     tokenizer = _tokenizer(config, workdir, begun, list(sources.values()), origin)
     most_edges = max(1, MAX_SCHEDULED_BUCKETS // count_buckets(config.compression))
-    plan = build_plan(config, sources, tokenizer, most_edges)
+    as_begun = begun and _same_compression(config, workdir)
+    guarded = _guarded(config, workdir, as_begun, sources)
+    plan = build_plan(config, sources, tokenizer, most_edges, guarded)
     budget = Budget(
         config.data.batch_size, plan.examples_per_epoch, text_length=plan.mean_text_length
     )
@@ -221,7 +224,12 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         )
     budget = dataclasses.replace(budget, total_steps=total)
     program = Program(
-        config, tokenizer.vocabulary, mesh, budget, _kept_schedule(config, workdir, begun)
+        config,
+        tokenizer.vocabulary,
+        mesh,
+        budget,
+        _kept_schedule(workdir) if as_begun else None,
+        plan.guarded_share,
     )
     # From here on, its length is the updates that the budget buys.
     budget = dataclasses.replace(budget, total_steps=program.schedule.total_steps)
@@ -261,6 +269,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     _write_config(config, workdir, begun)
     if jax.process_index() == 0 and program.schedule.compresses:
         program.compression.write(workdir / SCHEDULE_FILE, program.made_for, {})
+        if guarded:
+            keep_guarded(workdir / GUARDED_FILE, guarded)
     return Setup(
         config,
         workdir,
@@ -354,13 +364,29 @@ def _adopt(config: ConfigDict, begun: pathlib.Path | None, origin: Origin | None
             section.readout = settled or (trained[0] if trained else "query")
 
 
-def _kept_schedule(config: ConfigDict, workdir: pathlib.Path, begun: bool) -> Resolved | None:
-    """The schedule of buckets that a run was begun with; None: there is none, or it was changed."""
-    file, old = workdir / SCHEDULE_FILE, workdir / CONFIG_FILE
-    if not begun or not file.exists() or not old.exists():
-        return None
+def _same_compression(config: ConfigDict, workdir: pathlib.Path) -> bool:
+    """Whether the run in a workdir was begun with the section ``compression`` of this config."""
+    old = workdir / CONFIG_FILE
+    if not old.exists():
+        return False
     before = completed(json.loads(old.read_text()))["compression"]
-    return Resolved.read(file) if before == plain(config)["compression"] else None
+    return bool(before == plain(config)["compression"])
+
+
+def _kept_schedule(workdir: pathlib.Path) -> Resolved | None:
+    """The schedule of buckets that a run was begun with; None: there is none."""
+    file = workdir / SCHEDULE_FILE
+    return Resolved.read(file) if file.exists() else None
+
+
+def _guarded(
+    config: ConfigDict, workdir: pathlib.Path, as_begun: bool, sources: Mapping[str, Source]
+) -> Guarded:
+    """The records that are encoded whole; as a run was begun, so it goes on."""
+    if not config.compression.guard_file:
+        return {}
+    file = workdir / GUARDED_FILE
+    return kept_guarded(file) if as_begun and file.exists() else read_guarded(config, sources)
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
