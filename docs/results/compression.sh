@@ -20,8 +20,8 @@ shared=("data.cache_dir=$out/data" "data.cache_workers=$(nproc)" "compile_cache=
 
 case $what in
     errors)
-        buckets=$("$python" -c "import docs.results.compression as c
-print(c.BUCKETS_BY_OBJECTIVE.get('$objective', c.BUCKETS))")
+        buckets=$("$python" -c "from docs.results import compression
+print(compression.buckets_of('$objective'))")
         "$python" -m vlp_jax.main --config="$config" --workdir="$out/pilot_$objective" \
             --config.checkpoint.every_percent=25.0 --config.checkpoint.keep_latest=9 \
             "${shared[@]/#/--config.}"

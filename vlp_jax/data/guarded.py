@@ -37,10 +37,8 @@ def read_guarded(config: ConfigDict, sources: Mapping[str, Source]) -> Guarded:
         ConfigError: the file is none, or is of other data; or the percentage guards none.
         OSError: it cannot be read.
     """
-    file, percent = (
-        pathlib.Path(config.compression.guard_file),
-        config.compression.guard_percent,
-    )
+    section = config.compression
+    file, percent = pathlib.Path(section.guard_file), section.guard_percent
     if not 0.0 < percent <= 100.0:
         raise ConfigError(_PERCENT, f"{percent}", "Use a share above 0 and at most 100")
     try:
@@ -54,11 +52,19 @@ def read_guarded(config: ConfigDict, sources: Mapping[str, Source]) -> Guarded:
         ) from error
     if not ranked:
         raise ConfigError(_FILE, f"{file} ranks nothing", "Give one that does")
-    found: dict[str, list[int]] = {}
+    found: dict[tuple[str, str], list[int]] = {}
     for _, name, split, record in ranked[: math.ceil(len(ranked) * percent / 100)]:
-        _check(file, name, split, record, config, sources)
-        found.setdefault(name, []).append(record)
-    return {name: np.unique(np.asarray(records, np.int64)) for name, records in found.items()}
+        found.setdefault((name, split), []).append(record)
+    for (name, split), records in found.items():
+        _check(file, name, split, config, sources)
+        size = sources[name].num_records
+        if size is None or not 0 <= min(records) <= max(records) < size:
+            raise ConfigError(
+                _FILE,
+                f"{file} names record {max(records)} of {name!r}, which has {size}",
+                "Give the ranking of this data",
+            )
+    return {name: np.unique(np.array(records)) for (name, _), records in found.items()}
 
 
 def keep_guarded(file: pathlib.Path, guarded: Guarded) -> None:
@@ -73,35 +79,25 @@ def kept_guarded(file: pathlib.Path) -> Guarded:
 
 
 def _check(
-    file: pathlib.Path,
-    name: str,
-    split: str,
-    record: int,
-    config: ConfigDict,
-    sources: Mapping[str, Source],
+    file: pathlib.Path, name: str, split: str, config: ConfigDict, sources: Mapping[str, Source]
 ) -> None:
+    """Raise a ConfigError where a ranking of this split is none of the run's training data."""
     if name not in sources:
         raise ConfigError(
             _FILE,
             f"{file} ranks the source {name!r}, which this run does not train on",
             f"There are {sorted(sources)}",
         )
-    source, own = sources[name], config.data.sources[name].get("split", "train")
+    own = config.data.sources[name].get("split", "train")
     if split != own:
         raise ConfigError(
             _FILE,
             f"{file} ranks {split!r} of {name!r}, and this run trains on {own!r}",
             f"Run the evaluator with split={own!r}",
         )
-    if source.num_records is None:
+    if sources[name].num_records is None:
         raise ConfigError(
             _FILE,
             f"the source {name!r} has no end, so that no record is seen twice",
             f"Give data.sources.{name}.num_records",
-        )
-    if not 0 <= record < source.num_records:
-        raise ConfigError(
-            _FILE,
-            f"{file} names record {record} of {name!r}, which has {source.num_records:,}",
-            "Give the ranking of this data",
         )

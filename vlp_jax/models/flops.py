@@ -51,17 +51,13 @@ def vit_flops(config: ViTConfig, view: View | None = None) -> float:
 
 def resnet_flops(config: ResNetConfig, view: View | None = None) -> float:
     """Forward FLOPs of a convolutional tower for one image, or for a smaller one."""
-    side, inputs = (view or config.view).image_size, 3
-    kernel = 3
+    side, inputs = (view or config.view).image_size, config.channels
+    macs = 3.0 * inputs * (3 * side) ** 2
     if config.stem == "conv7":
-        side, kernel = side // 2, 7
-    macs = float(side**2 * kernel**2 * inputs * config.channels)
-    if config.stem == "conv7":
-        side //= 2
-    inputs = config.channels
+        macs = 3.0 * inputs * (7 * (side // 2)) ** 2
+        side //= 4
     for stage, depth in enumerate(config.stages):
-        inner = config.channels * 2**stage
-        outputs = config.width >> (len(config.stages) - 1 - stage)
+        inner, outputs = config.features(stage)
         for layer in range(depth):
             before, stride = side, 2 if stage and not layer else 1
             side //= stride

@@ -67,8 +67,12 @@ class ResNetConfig:
     @property
     def width(self) -> int:
         """D, features of a token."""
-        last = self.channels * 2 ** (len(self.stages) - 1)
-        return last * _EXPANSION if self.bottleneck else last
+        return self.features(len(self.stages) - 1)[1]
+
+    def features(self, stage: int) -> tuple[int, int]:
+        """Features inside the blocks of a stage, and of what they end in."""
+        inner = self.channels * 2**stage
+        return inner, inner * (_EXPANSION if self.bottleneck else 1)
 
     @property
     def patch_size(self) -> int:
@@ -153,15 +157,17 @@ class ResNet(nn.Module):
         x = nn.relu(batch_norm(name="norm")(x))
         if c.stem == "conv7":
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        block = _Bottleneck if c.bottleneck else _Basic
+        sides = (1, 3, 1) if c.bottleneck else (3, 3)
         for stage, depth in enumerate(c.stages):
+            inner, outputs = c.features(stage)
             for layer in range(depth):
-                stride = 2 if stage and not layer else 1
-                x = block(
-                    c.channels * 2**stage,
-                    stride,
-                    c.dtype,
+                x = _Block(
+                    outputs,
+                    sides,
+                    inner,
+                    2 if stage and not layer else 1,
                     batch_norm,
+                    c.dtype,
                     name=f"stage_{stage}_block_{layer:02d}",
                 )(x)
         grid = x.reshape(len(x), -1, c.width)
@@ -169,51 +175,41 @@ class ResNet(nn.Module):
         return jnp.concatenate([mean, grid], axis=1)
 
 
-class _Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 and 1 x 1 convolutions beside a shortcut; the last norm's scale starts at 0."""
+class _Block(nn.Module):
+    """Convolutions beside a shortcut; the last norm's scale starts at 0.
 
-    channels: int
+    Attributes:
+        outputs: features of its output.
+        sides: of the convolutions' kernels: 1, 3, 1 of a bottleneck, else 3, 3.
+        inner: features between them.
+        stride: of the first 3 x 3 convolution.
+        batch_norm: how its norms are made.
+        dtype: compute dtype.
+    """
+
+    outputs: int
+    sides: tuple[int, ...]
+    inner: int
     stride: int
-    dtype: jnp.dtype
     batch_norm: functools.partial[nn.BatchNorm]
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> [B, H / stride, W / stride, 4 * channels]."""
-        outputs = _EXPANSION * self.channels
-        y = _convolution(self.channels, 1, 1, self.dtype, "conv_0")(x)
-        y = nn.relu(self.batch_norm(name="norm_0")(y))
-        y = _convolution(self.channels, 3, self.stride, self.dtype, "conv_1")(y)
-        y = nn.relu(self.batch_norm(name="norm_1")(y))
-        y = _convolution(outputs, 1, 1, self.dtype, "conv_2")(y)
-        y = self.batch_norm(name="norm_2", scale_init=nn.initializers.zeros_init())(y)
-        return nn.relu(_shortcut(self, x, outputs) + y)
-
-
-class _Basic(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut; the last norm's scale starts at 0."""
-
-    channels: int
-    stride: int
-    dtype: jnp.dtype
-    batch_norm: functools.partial[nn.BatchNorm]
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> [B, H / stride, W / stride, channels]."""
-        y = _convolution(self.channels, 3, self.stride, self.dtype, "conv_0")(x)
-        y = nn.relu(self.batch_norm(name="norm_0")(y))
-        y = _convolution(self.channels, 3, 1, self.dtype, "conv_1")(y)
-        y = self.batch_norm(name="norm_1", scale_init=nn.initializers.zeros_init())(y)
-        return nn.relu(_shortcut(self, x, self.channels) + y)
-
-
-def _shortcut(block: "_Bottleneck | _Basic", x: jax.Array, outputs: int) -> jax.Array:
-    """The input of a block in the shape of its output."""
-    if x.shape[-1] == outputs and block.stride == 1:
-        return x
-    x = _convolution(outputs, 1, block.stride, block.dtype, "shortcut_conv")(x)
-    return jnp.asarray(block.batch_norm(name="shortcut_norm")(x))
+        """[B, H, W, C] -> [B, H / stride, W / stride, outputs]."""
+        y, last, strided = x, len(self.sides) - 1, self.sides.index(3)
+        for i, side in enumerate(self.sides):
+            features, stride = self.inner, self.stride if i == strided else 1
+            scale = nn.initializers.ones_init()
+            if i == last:
+                features, scale = self.outputs, nn.initializers.zeros_init()
+            y = _convolution(features, side, stride, self.dtype, f"conv_{i}")(y)
+            y = self.batch_norm(name=f"norm_{i}", scale_init=scale)(y)
+            y = y if i == last else nn.relu(y)
+        if x.shape[-1] != self.outputs or self.stride > 1:
+            x = _convolution(self.outputs, 1, self.stride, self.dtype, "shortcut_conv")(x)
+            x = self.batch_norm(name="shortcut_norm")(x)
+        return nn.relu(x + y)
 
 
 def _convolution(features: int, side: int, stride: int, dtype: jnp.dtype, name: str) -> nn.Conv:
