@@ -1,5 +1,6 @@
 """ResNet against NumPy and the public code, its size and FLOPs, and what it refuses."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from vlp_jax.compress.buckets import View
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.flops import resnet_flops
-from vlp_jax.models.resnet import ResNet, ResNetConfig
+from vlp_jax.models.resnet import ResNet, ResNetConfig, max_pool
 
 KEY = jax.random.key(0)
 RESNET50 = ResNetConfig(224)
@@ -79,6 +80,24 @@ class Reference:
         return np.concatenate([grid.mean(axis=1, keepdims=True), grid], axis=1)
 
 
+@pytest.mark.parametrize("side", [8, 7])
+def test_the_maximum_of_slices_is_that_of_windows(side):
+    x = jax.random.normal(KEY, (2, side, side, 3))
+
+    def by_windows(x):
+        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+    def by_slices(x):
+        return max_pool(max_pool(x, axis=1), axis=2)
+
+    np.testing.assert_array_equal(by_slices(x), by_windows(x))
+    slopes = jnp.cos(jnp.arange(3.0))[None, None, None]
+    one, other = (
+        jax.grad(lambda x, f=f: (f(x) * slopes).sum())(x) for f in (by_slices, by_windows)
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
 @pytest.mark.parametrize("train", [False, True], ids=["running", "batch"])
 @pytest.mark.parametrize("bottleneck", [False, True], ids=["basic", "bottleneck"])
 def test_tokens_and_statistics_equal_the_definition(bottleneck, train):
@@ -122,6 +141,8 @@ def test_flops_equal_the_count_of_the_lowered_module(config):
     image = jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.float32)
     lowered = jax.jit(ResNet(config).apply).lower(shapes, image)
     counted = lowered.cost_analysis()["flops"] / 4
+    if config.stem == "conv7":  # as a kernel of 4 x 4 x 16, with the zeros in it
+        counted -= 2 * (4 * 4 * 16 - 7 * 7 * 3) * config.channels * 32**2
     assert counted == pytest.approx(resnet_flops(config), rel=0.12)
     half = View.whole(32, config.patch_size)
     assert resnet_flops(config, half) == pytest.approx(resnet_flops(config) / 4)
