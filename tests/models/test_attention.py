@@ -166,3 +166,32 @@ def test_cudnn_matches_xla(length: int, tokens: int) -> None:
     np.testing.assert_allclose(cudnn, xla, atol=0.02)
     for a, b in zip(cudnn_gradients, xla_gradients, strict=True):
         np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("queries", "keys", "features"), [(50, 50, 64), (20, 37, 64), (33, 17, 32)]
+)
+def test_the_short_kernel_matches_xla(queries: int, keys: int, features: int, masked: bool) -> None:
+    """One of the queries sees nothing under the mask."""
+    key = jax.random.key(0)
+    draw = tuple(
+        jax.random.normal(jax.random.fold_in(key, i), (64, n, 12, features), jnp.bfloat16)
+        for i, n in enumerate((queries, keys, keys))
+    )
+    mask = jax.random.bernoulli(key, 0.5, (64, queries, keys)).at[0, 0].set(False)
+
+    def total(implementation: str, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = attention(*args, mask if masked else None, implementation=implementation)
+        return (out.astype(jnp.float32) ** 2).sum(), out.astype(jnp.float32)
+
+    results = [
+        jax.value_and_grad(lambda *x, i=i: total(i, *x), argnums=(0, 1, 2), has_aux=True)(*draw)
+        for i in ("xla", "pallas")
+    ]
+    ((_, xla), xla_gradients), ((_, ours), our_gradients) = results
+    np.testing.assert_allclose(ours, xla, atol=0.03)
+    for a, b in zip(our_gradients, xla_gradients, strict=True):
+        a, b = a.astype(np.float32), b.astype(np.float32)
+        assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(b)

@@ -1,6 +1,6 @@
 """One attention function for the whole project.
 
-It picks the XLA or the cuDNN kernel by what was measured for a shape (``docs/perf.md``), masks
+It picks XLA's, cuDNN's or our own kernel by what was measured for a shape (``docs/perf.md``), masks
 truly (a query with nothing to see gives zeros, never a uniform average) and takes its softmax in
 float32.
 """
@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from vlp_jax.models.dropout import dropout
+from vlp_jax.models.short_attention import fits, short_attention
 
-Implementation = Literal["auto", "xla", "cudnn"]
+Implementation = Literal["auto", "xla", "cudnn", "pallas"]
 
-# Below this many keys the XLA kernel was as fast or faster on an H200 (docs/perf.md).
+# Below this many keys XLA's own products were as fast or faster on an H200 (docs/perf.md).
 CUDNN_MIN_KEYS = 64
 
 
@@ -43,8 +44,9 @@ def attention(
         dropout_rate: share of attention weights dropped; needs ``dropout_noise`` when positive.
         dropout_noise: see ``vlp_jax.models.dropout``.
         site: name of this attention in the model, for the dropout.
-        implementation: ``xla``, ``cudnn`` (wherever there is neither mask nor dropout) or ``auto``
-            (the same, but only where it was measured faster).
+        implementation: ``xla``, ``cudnn`` (wherever there is neither mask nor dropout), ``pallas``
+            (wherever there is no dropout and the operands fit ``short_attention``) or ``auto``
+            (what was measured fastest of these).
         tokens: how many keys there are; those beyond are padding (``padded_length``), which nobody
             sees, and what a query of a padding token gives is finite, no more. None: all.
 
@@ -55,6 +57,8 @@ def attention(
         ValueError: dropout without ``dropout_noise``.
     """
     tokens = key.shape[-3] if tokens is None else tokens
+    if dropout_rate == 0.0 and _by_pallas(query, key, implementation):
+        return _pallas_attention(query, key, value, mask, tokens)
     if mask is None and dropout_rate == 0.0 and _by_cudnn(tokens, query.dtype, implementation):
         return _cudnn_attention(query, key, value, tokens)
     key, value = key[..., :tokens, :, :], value[..., :tokens, :, :]
@@ -85,12 +89,19 @@ def padded_length(tokens: int, dtype: jnp.dtype, implementation: Implementation 
 
 def _by_cudnn(keys: int, dtype: Any, implementation: Implementation) -> bool:
     """Whether attention to so many keys, all of them seen, is left to cuDNN."""
-    measured_faster = (
-        jax.default_backend() == "gpu"
-        and dtype in (jnp.bfloat16, jnp.float16)
-        and keys >= CUDNN_MIN_KEYS
-    )
+    measured_faster = _on_matrix_units(dtype) and keys >= CUDNN_MIN_KEYS
     return implementation == "cudnn" or (implementation == "auto" and measured_faster)
+
+
+def _by_pallas(query: jax.Array, key: jax.Array, implementation: Implementation) -> bool:
+    """Whether attention without dropout is left to the kernel for short sequences."""
+    measured_faster = _on_matrix_units(query.dtype) and key.shape[-3] < CUDNN_MIN_KEYS
+    asked = implementation == "pallas" or (implementation == "auto" and measured_faster)
+    return asked and fits(query, key)
+
+
+def _on_matrix_units(dtype: Any) -> bool:
+    return jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
 
 
 def _xla_attention(
@@ -185,6 +196,17 @@ def _scores_backward(
 
 
 _scores.defvjp(_scores_forward, _scores_backward)
+
+
+def _pallas_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, tokens: int
+) -> jax.Array:
+    """``short_attention`` over any leading dimensions."""
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (*query.shape[:-2], key.shape[-3]))
+        mask = mask.reshape(-1, *mask.shape[-2:])
+    queries, keys, values = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+    return short_attention(queries, keys, values, mask, tokens).reshape(query.shape)
 
 
 def _cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, tokens: int) -> jax.Array:
