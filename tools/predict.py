@@ -3,6 +3,7 @@
     python -m tools.predict caption --checkpoint=WORKDIR --image=cat.jpg
     python -m tools.predict answer  --checkpoint=WORKDIR --image=cat.jpg --text="what is this?"
     python -m tools.predict compare --checkpoint=WORKDIR --image=a.jpg --image=b.jpg --text="..."
+    python -m tools.predict classify --checkpoint=WORKDIR --image=cat.jpg
     python -m tools.predict rank    --checkpoint=WORKDIR --image=a.jpg --image=b.jpg --text="a cat"
     python -m tools.predict embed   --checkpoint=WORKDIR --image=a.jpg --text="a cat" --out=e.npz
 
@@ -27,7 +28,7 @@ _WHICH = flags.DEFINE_string("which", "latest", "checkpoint of a workdir: latest
 _IMAGES = flags.DEFINE_multi_string("image", [], "image file; repeat for several")
 _TEXTS = flags.DEFINE_multi_string("text", [], "text; repeat for several")
 _BEAMS = flags.DEFINE_integer("beams", 3, "captions of each image", lower_bound=1)
-_TOP = flags.DEFINE_integer("top", 5, "answers shown", lower_bound=1)
+_TOP = flags.DEFINE_integer("top", 5, "answers or classes shown", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "embed: file for the vectors, .npz")
 
 
@@ -52,6 +53,15 @@ def compare(predictor: Predictor) -> Any:
     """Whether each statement is true of the two images."""
     first, second = _IMAGES.value
     return {text: _chances(predictor.compare(first, second, text)) for text in _TEXTS.value}
+
+
+def classify(predictor: Predictor) -> Any:
+    """Classes of each image."""
+    found = predictor.classify(_IMAGES.value, _TOP.value)
+    return {
+        name: [{"class": label, "probability": round(chance, 4)} for label, chance in classes]
+        for name, classes in zip(_IMAGES.value, found, strict=True)
+    }
 
 
 def rank(predictor: Predictor) -> Any:
@@ -81,6 +91,7 @@ COMMANDS: Mapping[str, Callable[[Predictor], Any]] = {
     "caption": caption,
     "answer": answer,
     "compare": compare,
+    "classify": classify,
     "rank": rank,
     "embed": embed,
 }
@@ -93,6 +104,7 @@ def _check_flags(command: str) -> None:
         "caption": "" if images and not texts else "one --image or more, and no --text",
         "answer": "" if images == 1 and texts else "one --image, and one --text or more",
         "compare": "" if images == 2 and texts else "two --image, and one --text or more",
+        "classify": "" if images and not texts else "one --image or more, and no --text",
         "rank": "" if images and texts else "one --image or more, and one --text or more",
         "embed": "" if images or texts else "one --image or --text or more",
     }[command]

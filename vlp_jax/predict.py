@@ -4,6 +4,7 @@
     predictor.caption(["cat.jpg"])                        # [[("a cat on a mat", -3.1)]]
     predictor.answer("cat.jpg", "what is this?")          # [("cat", 0.93), ...]
     predictor.rank(["cat.jpg", "dog.jpg"], ["a cat"])     # float32 [images, texts]
+    predictor.classify(["cat.jpg"])                       # [[("cat", 0.93), ...]]
     predictor.embed_images(["cat.jpg"])                   # float32 [n, E], unit vectors
 
 Which of these a checkpoint can do depends on the objectives it was trained with; the others say
@@ -19,6 +20,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from vlp_jax.data.augment import normalize
 from vlp_jax.data.decode import decode_image, resize_centre
 from vlp_jax.data.files import text_fault
 from vlp_jax.data.source import BadExample
@@ -28,8 +30,11 @@ from vlp_jax.infra.mesh import make_mesh
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives, captioner
 from vlp_jax.objectives.base import Params
-from vlp_jax.objectives.classification import NLVR2, VQA, Classification
+from vlp_jax.objectives.classification import NLVR2, VQA, Classification, Classifier
 from vlp_jax.objectives.contrastive import ITC, ITM
+from vlp_jax.objectives.image_classification import ImageClassification
+from vlp_jax.objectives.invariance import Invariance
+from vlp_jax.objectives.tower import tower_tokens
 from vlp_jax.train.initial import read_origin
 from vlp_jax.transfer.generate import caption_search, generate
 from vlp_jax.transfer.ranking import Ranker
@@ -66,8 +71,13 @@ class Predictor:
         self._logits = {
             objective.name: jax.jit(objective.logits)
             for objective in self.objectives
-            if isinstance(objective, Classification)
+            if isinstance(objective, Classifier)
         }
+        self._features = jax.jit(
+            lambda params, pixels: tower_tokens(self.model.config.image, params, normalize(pixels))[
+                :, 0
+            ].astype(np.float32)
+        )
 
     @classmethod
     def load(cls, path: str | pathlib.Path, checkpoint: str = "latest") -> "Predictor":
@@ -108,6 +118,16 @@ class Predictor:
         """Whether a statement about two images is true: both classes with probabilities."""
         return self._classify(self._objective(NLVR2, "nlvr2"), [first, second], statement, 2)
 
+    def classify(self, images: Sequence[Image], top: int = 5) -> list[list[tuple[str, float]]]:
+        """The best classes of each image with their probabilities, which sum to 1, best first."""
+        task = self._objective(ImageClassification, "image_classification")
+        pixels = self._pixels(images)
+        logits = [
+            self._logits[task.name](self.params, {"image": pixels[part]})
+            for part in _parts(len(pixels))
+        ]
+        return [self._best(task, row, top) for row in np.concatenate(jax.device_get(logits))]
+
     def caption(
         self, images: Sequence[Image], beams: int = 3, max_length: int = 0
     ) -> list[list[tuple[str, float]]]:
@@ -142,7 +162,17 @@ class Predictor:
         ]
 
     def embed_images(self, images: Sequence[Image]) -> np.ndarray:
-        """Unit vectors: float32 [n, E]."""
+        """Unit vectors: float32 [n, E].
+
+        Those of ``itc``; without one, the class tokens of a tower that was trained on images alone,
+        as the evaluator ``neighbours`` compares them.
+        """
+        kinds = {kind for kind in (ITC, Invariance) if self._has(kind)}
+        if kinds == {Invariance}:
+            pixels = self._pixels(images)
+            parts = [self._features(self.params, pixels[part]) for part in _parts(len(pixels))]
+            features = np.concatenate(jax.device_get(parts))
+            return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
         ranker = self._ranker(len(images), matching=False)
         return ranker.encode_images(self.params, [self._pixels(images)]).embeddings
 
@@ -161,7 +191,7 @@ class Predictor:
         """
         if shortlist < 1:
             raise ValueError(f"shortlist={shortlist}: give 1 or more")
-        matching = any(isinstance(o, ITM) for o in self.objectives)
+        matching = self._has(ITM)
         ranker = self._ranker(max(len(images), len(texts)), matching)
         pixels, tokens = self._pixels(images), self._tokens(texts)
         encoded = ranker.encode_images(self.params, [pixels])
@@ -178,7 +208,11 @@ class Predictor:
         batch: dict[str, Any] = {"image": pixels[:1], "text_ids": ids, "text_length": lengths}
         if len(images) > 1:
             batch["second_image"] = pixels[1:]
-        logits = np.asarray(self._logits[task.name](self.params, batch))[0, : len(self.classes)]
+        return self._best(task, np.asarray(self._logits[task.name](self.params, batch))[0], top)
+
+    def _best(self, task: Classifier, logits: np.ndarray, top: int) -> list[tuple[str, float]]:
+        """The classes with the largest of the logits [C], with probabilities, best first."""
+        logits = logits[: len(self.classes)]
         if isinstance(task, VQA):
             chances = 1.0 / (1.0 + np.exp(-logits))
         else:
@@ -227,6 +261,9 @@ class Predictor:
         _check_several(images, "images")
         size = self.config.data.image_size
         return np.stack([_read(image, size) for image in images])
+
+    def _has(self, kind: type) -> bool:
+        return any(isinstance(objective, kind) for objective in self.objectives)
 
     def _objective(self, kind: type[T], wanted: str, but: type | None = None) -> T:
         for objective in self.objectives:

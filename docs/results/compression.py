@@ -73,6 +73,11 @@ def _compress(section: ConfigDict, folder: pathlib.Path, arm: str) -> None:
     """Fill in ``config.compression``."""
     if arm == "whole":
         return
+    if not (folder / "schedule.json").exists():
+        raise ValueError(
+            f"{folder} holds no costs and no schedule; make them by "
+            f"docs/results/compression.sh errors {folder.name} OUT"
+        )
     if arm == "derived":
         section.file = str(folder / "schedule.json")
     elif arm in ("reversed", "random"):

@@ -19,6 +19,9 @@ class Fake:
     def answer(self, image, question, top):
         return [("red", 0.75), ("blue", 0.25)][:top]
 
+    def classify(self, images, top):
+        return [[("cat", 0.9), ("dog", 0.1)][:top] for _ in images]
+
     def rank(self, images, texts):
         return np.array([[0.1, 0.9], [0.2, 0.3]])
 
@@ -67,6 +70,12 @@ def test_answers_are_one_json_object(command):
     }
 
 
+def test_every_image_has_its_classes(command):
+    _, printed, _ = command("classify", image=["a.png", "b.png"], top=2)
+    rows = [{"class": "cat", "probability": 0.9}, {"class": "dog", "probability": 0.1}]
+    assert list(json.loads(printed).values()) == [rows, rows]
+
+
 def test_each_text_ranks_the_images(command):
     _, printed, _ = command("rank", image=["a.png", "b.png"], text=["one", "two"])
     names = {
@@ -90,6 +99,7 @@ def test_vectors_are_written_where_it_is_said(command, tmp_path):
         ("caption", {"image": ["a.png"], "text": ["a"]}, "and no --text"),
         ("answer", {"image": ["a.png", "b.png"], "text": ["a"]}, "answer needs one --image, "),
         ("compare", {"image": ["a.png", "b.png", "c.png"], "text": ["a"]}, "two --image"),
+        ("classify", {"image": ["a.png"], "text": ["a"]}, "and no --text"),
         ("rank", {"image": ["a.png"]}, "one --text or more; given were 1 and 0"),
         ("rank", {"image": ["a.png"], "text": ["a"], "out": "e.npz"}, "no other command"),
         ("embed", {"text": ["a"]}, "--out=FILE.npz"),

@@ -14,11 +14,13 @@ from tiny import tiny_model
 from tiny_config import get_config
 
 from vlp_jax.compress.buckets import Bucket
+from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import EXTRA_FIELDS, FIELDS, batch_spec
 from vlp_jax.data.decode import decode_image
 from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.manifest import CheckpointMismatchError
+from vlp_jax.models.image_tower import image_tower
 from vlp_jax.models.pretrained import Metadata, save_parameters
 from vlp_jax.objectives import build_objectives
 from vlp_jax.objectives.classification import Classification
@@ -273,6 +275,40 @@ def test_answers_are_the_named_classes_by_probability(answering, pictures, kind,
         assert ask("is it blue?", first=2) != found
     messages = [record.getMessage() for record in caplog.records]
     assert not [text for text in messages if "ompil" in text], "another picture and question"
+
+
+def test_images_are_classified_by_probability(answering, pictures):
+    predictor = answering("image_classification")
+    [task] = predictor.objectives
+    found = predictor.classify(pictures, top=2)
+    size = predictor.config.data.image_size
+    shown = np.stack([decode_image(file.read_bytes(), size, "") for file in pictures])
+    logits = np.asarray(task.logits(predictor.params, {"image": shown}), np.float64)[:, :3]
+    chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert len(found) == len(pictures)
+    for row, wanted in zip(found, chances, strict=True):
+        best = np.argsort(-wanted)[:2]
+        assert [label for label, _ in row] == [("no", "maybe", "yes")[i] for i in best]
+        np.testing.assert_allclose([chance for _, chance in row], wanted[best], rtol=1e-4)
+    with pytest.raises(ValueError, match="this needs vqa or entailment"):
+        predictor.answer(pictures[0], "is it red?")
+
+
+def test_a_tower_of_images_alone_embeds_them(origin, pictures):
+    """Its class tokens as unit vectors; texts it has none."""
+    config = ConfigDict(plain(origin.config))
+    with config.unlocked():
+        config.objectives = {"simclr": {}}
+    predictor = Predictor(config, origin.tokenizer, (), origin.first_state()[0].params)
+    found = predictor.embed_images(pictures)
+    shown = np.stack([decode_image(f.read_bytes(), config.data.image_size, "") for f in pictures])
+    tower = image_tower(predictor.model.config.image)
+    tokens = tower.apply({"params": predictor.params["image_tower"]}, normalize(shown))
+    wanted = np.asarray(tokens)[:, 0]
+    wanted = wanted / np.linalg.norm(wanted, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    with pytest.raises(ValueError, match="this needs itc"):
+        predictor.embed_texts(["a red square"])
 
 
 def test_captions_need_a_forward_stream_that_was_trained(origin, pictures):
