@@ -88,8 +88,9 @@ def test_an_update_sets_the_statistics_to_those_of_its_passes(batch):
     rng = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), 0)
     expected = objective.loss(start, {}, batch, rng, SIZES).statistics[STATISTICS]
     drawn = Drawn(batch, rng, SIZES, True)
-    _, first = objective._project(start, drawn, 0, 0)
-    _, both = objective._project(first, drawn, 1, 1)
+    looks = [objective._look(drawn, picture, picture) for picture in (0, 1)]
+    _, first = objective._project(start, drawn, looks[:1])
+    _, both = objective._project(first, drawn, looks[1:])
     state, _ = run(state, make_batch())
     chex.assert_trees_all_close(state.params[STATISTICS], expected, rtol=1e-4, atol=1e-6)
     chex.assert_trees_all_close(expected, both[STATISTICS], rtol=1e-5, atol=1e-7)

@@ -29,6 +29,7 @@ from vlp_jax.objectives.invariance import (
     Embedded,
     Embeddings,
     Heads,
+    Look,
     Momentum,
     check_temperature,
 )
@@ -161,15 +162,11 @@ class DINO(Momentum):
 
     def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embeddings:
         """Cosines with the prototypes, float32 [B, K]: the student's crops, then the teacher's."""
-        student = []
-        for picture in range(_LARGE):
-            cosines, params = self._project(params, drawn, picture, 0)
-            student.append(cosines)
+        looks = [self._look(drawn, picture, 0) for picture in range(_LARGE)]
         keys = example_keys(drawn.rng, drawn.batch["position"])  # not read: nothing is dropped
         small = Seen(self.small_view, keys)
-        for crop in range(self.small_crops):
-            cosines, params = self._embed(params, drawn, _LARGE + crop, small, trained=True)
-            student.append(cosines)
+        looks += [Look(_LARGE + crop, small) for crop in range(self.small_crops)]
+        student, params = self._project(params, drawn, looks)
         return (*student, *self._keys(target, drawn)), params
 
     def compare(self, embedded: Embedded, valid: jax.Array) -> Compared:

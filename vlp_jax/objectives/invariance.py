@@ -12,7 +12,7 @@ the size that each pass encodes.
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.flops import tower_flops
 from vlp_jax.models.heads import ProjectionHead, PrototypeHead, unit
 from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.models.vit import ViTConfig
 from vlp_jax.objectives.base import (
     PROGRESS,
     Defaults,
@@ -44,6 +45,7 @@ from vlp_jax.objectives.tower import (
     encode,
     init_tower,
     random_pixels,
+    side_by_side,
     size_seen,
     statistics,
     tower_params,
@@ -54,7 +56,6 @@ _PATHS = 0xD9  # folded into a picture's key for the paths that are dropped
 
 Embedded = tuple[jax.Array, ...]
 Embeddings = tuple[Embedded, Params]  # with the parameters, whose statistics the passes renew
-Projected = tuple[jax.Array, Params]
 Compared = tuple[jax.Array, Mapping[str, Mean]]
 
 
@@ -65,6 +66,23 @@ class Drawn(NamedTuple):
     rng: jax.Array
     bucket: Bucket
     train: bool
+
+
+class Look(NamedTuple):
+    """What the tower reads of every image.
+
+    Attributes:
+        picture: which random view of it.
+        seen: what is encoded of that; None: all, at the tower's own size.
+    """
+
+    picture: int
+    seen: Seen | None
+
+    @property
+    def view(self) -> View | None:
+        """Its sizes; None: the tower's own."""
+        return self.seen.view if self.seen else None
 
 
 class Heads(NamedTuple):
@@ -205,42 +223,65 @@ class Invariance(Defaults, abc.ABC):
         """Key of a head's parameters."""
         return f"{self.name}_{kind}"
 
-    def _project(
-        self,
-        params: Params,
-        drawn: Drawn,
-        picture: int,
-        index: int,
-        salt: int = 0,
-        trained: bool = True,
-    ) -> Projected:
-        """Embed one picture of every image: float32 [B, E], and the parameters after it.
+    def _look(self, drawn: Drawn, picture: int, index: int, salt: int = 0) -> Look:
+        """What a bucket leaves to read of a picture.
 
         Args:
-            params: of the tower and the projector.
             drawn: what is embedded.
             picture: 0 or 1, which random view of the image.
             index: of the bucket's views, what is encoded of it.
             salt: for a second pass over the same picture, which drops other patches.
-            trained: whether the pass has a gradient; one without drops no paths.
         """
         batch, rng, bucket, train = drawn
-        key = jax.random.fold_in(rng, picture)
-        seen = seen_part(jax.random.fold_in(key, salt), batch, bucket, train, index)
-        return self._embed(params, drawn, picture, seen, trained)
+        key = jax.random.fold_in(jax.random.fold_in(rng, picture), salt)
+        return Look(picture, seen_part(key, batch, bucket, train, index))
 
-    def _embed(
-        self, params: Params, drawn: Drawn, picture: int, seen: Seen | None, trained: bool
-    ) -> Projected:
-        """What the projector makes of what is seen of a picture; None: all, at the own size."""
+    def _project(
+        self, params: Params, drawn: Drawn, looks: Sequence[Look], trained: bool = True
+    ) -> tuple[list[jax.Array], Params]:
+        """Embed pictures of every image: float32 [B, E] each, and the parameters after them.
+
+        Pictures of the same sizes pass a transformer together, in half of the kernels and on a
+        better filled device (docs/perf.md). Batch norms read one picture at a time: a ResNet's, and
+        those of the projector.
+
+        Args:
+            params: of the tower and the projector.
+            drawn: what is embedded.
+            looks: what is read of every image.
+            trained: whether the passes have a gradient; those without drop no paths.
+        """
+        passes: list[list[Look]] = []
+        together = isinstance(self.model.config.image, ViTConfig)
+        for look in looks:
+            if together and passes and passes[-1][0].view == look.view:
+                passes[-1].append(look)
+            else:
+                passes.append([look])
+        embedded = []
+        for part in passes:
+            features, params = self._encode(params, drawn, part, trained)
+            embedded += [self._head("projector", params, feature) for feature in features]
+        return embedded, params
+
+    def _encode(
+        self, params: Params, drawn: Drawn, looks: Sequence[Look], trained: bool
+    ) -> tuple[list[jax.Array], Params]:
+        """Class tokens [B, D] of pictures of the same sizes, by one pass of the tower."""
         image = self.model.config.image
-        key = jax.random.fold_in(drawn.rng, picture)
-        recipe = self.recipes[min(picture, len(self.recipes) - 1)]
-        pixels = random_pixels(drawn.batch, key, recipe, size_seen(image, seen), image)
+        pixels, first = [], jax.random.fold_in(drawn.rng, looks[0].picture)
+        for picture, seen in looks:
+            key = jax.random.fold_in(drawn.rng, picture)
+            recipe = self.recipes[min(picture, len(self.recipes) - 1)]
+            pixels.append(random_pixels(drawn.batch, key, recipe, size_seen(image, seen), image))
+        seen = None
+        if (view := looks[0].view) is not None:
+            seen = Seen(view, side_by_side([look.seen.keys for look in looks if look.seen]))
         drops = bool(drawn.train and trained and image.drop_path)
-        noise = batch_noise(jax.random.fold_in(key, _PATHS), drawn.batch, train=drops)
-        tokens, params = encode(image, params, pixels, noise, seen, drawn.train)
-        return self._head("projector", params, tokens[:, 0]), params
+        noise = batch_noise(jax.random.fold_in(first, _PATHS), drawn.batch, train=drops)
+        tokens, params = encode(image, params, side_by_side(pixels), noise, seen, drawn.train)
+        features = tokens[:, 0].reshape(-1, len(looks), tokens.shape[-1])
+        return [features[:, index] for index in range(len(looks))], params
 
     def _head(self, kind: str, params: Params, x: jax.Array) -> jax.Array:
         head: ProjectionHead | PrototypeHead = getattr(self.heads, kind)
@@ -276,8 +317,8 @@ class SimCLR(Invariance):
     def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embeddings:
         """Unit vectors of both views: float32 [B, E] each."""
         del target
-        one, params = self._project(params, drawn, 0, 0)
-        other, params = self._project(params, drawn, 1, 1)
+        looks = [self._look(drawn, 0, 0), self._look(drawn, 1, 1)]
+        (one, other), params = self._project(params, drawn, looks)
         return (unit(one), unit(other)), params
 
     def compare(self, embedded: Embedded, valid: jax.Array) -> Compared:
@@ -315,8 +356,8 @@ class SimSiam(Invariance):
     def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embeddings:
         """Embeddings of both views, then their predictions: unit vectors, float32 [B, E] each."""
         del target
-        one, params = self._project(params, drawn, 0, 0)
-        other, params = self._project(params, drawn, 1, 1)
+        looks = [self._look(drawn, 0, 0), self._look(drawn, 1, 1)]
+        (one, other), params = self._project(params, drawn, looks)
         predicted = [self._head("predictor", params, z) for z in (one, other)]
         return tuple(unit(x) for x in (one, other, *predicted)), params
 
@@ -384,10 +425,8 @@ class Momentum(Invariance):
 
     def _keys(self, target: Params, drawn: Drawn) -> list[jax.Array]:
         """What the moving average makes of both pictures, without a gradient: [B, E] each."""
-        target = jax.lax.stop_gradient(target)
-        keys = [
-            self._project(target, drawn, picture, 1, salt=1, trained=False)[0] for picture in (0, 1)
-        ]
+        looks = [self._look(drawn, picture, 1, salt=1) for picture in (0, 1)]
+        keys, _ = self._project(jax.lax.stop_gradient(target), drawn, looks, trained=False)
         return list(jax.lax.stop_gradient(keys))
 
     def _averaged(self, params: Params) -> Params:
@@ -421,9 +460,9 @@ class MoCoV3(Momentum):
 
     def embeddings(self, params: Params, target: Params, drawn: Drawn) -> Embeddings:
         """Queries of both pictures, then their keys: unit vectors, float32 [B, E] each."""
-        one, params = self._project(params, drawn, 0, 0)
-        other, params = self._project(params, drawn, 1, 0)
-        queries = [self._head("predictor", params, z) for z in (one, other)]
+        looks = [self._look(drawn, picture, 0) for picture in (0, 1)]
+        projected, params = self._project(params, drawn, looks)
+        queries = [self._head("predictor", params, z) for z in projected]
         keys = self._keys(target, drawn)
         return tuple(unit(x) for x in (*queries, *keys)), params
 

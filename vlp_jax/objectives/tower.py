@@ -8,7 +8,7 @@ by every update (``LossOutput.statistics``) where those are trained.
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -122,6 +122,14 @@ def random_pixels(
     """
     keys = example_keys(rng, batch["position"])
     return standardize(random_view(batch["image"], keys, recipe, size, config.image_size))
+
+
+def side_by_side(parts: Sequence[jax.Array]) -> jax.Array:
+    """Arrays [B, ...] of several pictures of every image as one: [B * V, ...], image by image.
+
+    One after the other, their rows would have to change devices.
+    """
+    return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
 def size_seen(config: ImageTowerConfig, seen: Seen | None) -> int:
