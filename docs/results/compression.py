@@ -11,7 +11,8 @@ the budget, at its end, go to whole images:
     derived        the schedule derived there
     reversed       the buckets of that schedule from the last to the first
     random         the same, drawn for each update
-    p4@64k64       a constant bucket, one of those in BUCKETS
+    p4@64k64       a constant bucket, one of those that were measured
+    patches        half of the budget on patches of 16 px, half on those of 8
     small_first    half of the budget on small pictures, half on large ones, a third of the patches
                    of both (the order of OpenVision 2, arXiv 2509.01644, which is AR's own recipe)
 """
@@ -24,8 +25,9 @@ from ml_collections import ConfigDict
 
 from configs import invariance, scenes
 
-_SMALL_FIRST = ("p4@32k21", "p4@64k80")
-BUCKETS = ("p16@64", "p8@64k32", "p8@64", "p4@64k64", "p4@64k128", "whole")
+_STAGED = {"patches": ("p16@64", "p8@64"), "small_first": ("p4@32k21", "p4@64k80")}
+_BUCKETS = ("p16@64", "p8@64k32", "p8@64", "p4@64k64", "p4@64k128", "whole")
+_KEY_WHOLE = ("p4@64k64/whole",)  # patches of one of two views are dropped
 PEAKS = {"moco_v3": 6e-4, "simclr": 1e-3, "dino": 1e-3, "flm": 1e-3, "ar": 1e-3}
 LANGUAGE = ("flm", "ar")
 FOLDER = pathlib.Path("docs/results/compression")  # from the repository's root, as all commands
@@ -33,7 +35,8 @@ FOLDER = pathlib.Path("docs/results/compression")  # from the repository's root,
 
 def buckets_of(objective: str) -> tuple[str, ...]:
     """The buckets whose costs and gradient errors are measured."""
-    return (*_SMALL_FIRST, *BUCKETS) if objective == "ar" else BUCKETS
+    own = {"ar": _STAGED["small_first"], "flm": ()}.get(objective, _KEY_WHOLE)
+    return (*own, *_BUCKETS)
 
 
 def get_config(arg: str) -> ConfigDict:
@@ -87,10 +90,13 @@ def _compress(section: ConfigDict, folder: pathlib.Path, arm: str) -> None:
             shares[number] += end - start
         section.update(schedule=arm, buckets=tuple(derived["buckets"]), shares=tuple(shares))
         section.costs = tuple(derived["costs"])
-    elif arm == "small_first" or arm in BUCKETS:
+    else:
         costs = json.loads((folder / "results.json").read_text())["costs"]
-        buckets = _SMALL_FIRST if arm == "small_first" else (arm,)
+        buckets = _STAGED.get(arm, (arm,))
+        if not costs.keys() >= set(buckets):
+            raise ValueError(
+                f"--config=docs/results/compression.py: {arm!r} is no arm, nor a bucket that "
+                f"{folder}/results.json has measured ({', '.join(costs)})"
+            )
         section.update(schedule="staged", buckets=buckets)
         section.costs = tuple(costs[bucket] for bucket in buckets)
-    else:
-        raise ValueError(f"--config=docs/results/compression.py: {arm!r} is no arm")

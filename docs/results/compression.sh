@@ -31,14 +31,18 @@ print(compression.buckets_of('$objective'))")
         ;;
     compare)
         configs=("$config,whole") tasks=(image_classification)
-        for arm in ${ARMS:-derived derived+20 p4@64k64+20 p8@64+20 reversed+20 random+20}; do
+        arms='derived derived+20 p4@64k64+20 p8@64+20 patches+20 reversed+20 random+20'
+        [[ $objective =~ flm|ar ]] || arms+=' p4@64k64/whole+20'
+        for arm in ${ARMS:-$arms}; do
             configs+=("$config,$arm")
         done
+        rates=x0.25,x0.5,x1
         labels=shape,colour,size,texture,count
         tune=linear_probe/shape/accuracy
         metric=$(printf 'neighbours/%s/knn_accuracy,' ${labels//,/ })$tune
         if [ "$objective" = flm ]; then
             configs+=("${config%flm}ar,whole" "${config%flm}ar,small_first")
+            rates=x0.5,x1,x2
             tasks=(vqa nlvr2) tune=vqa:scenes/val/accuracy metric=heldout/gap_loss:show
         fi
         own=()
@@ -52,7 +56,7 @@ print(compression.buckets_of('$objective'))")
         own+=("--set_finetune=evals.val.every_percent=100.0"
             "--set_finetune=checkpoint.every_percent=100.0")
         exec "$python" -m tools.compare "${configs[@]}" --baseline="compression:$objective,whole" \
-            --budget_seconds="${BUDGET:-40}" --fractions=1,1/2.5,1/4 --seeds=2 --rates=x0.5,x1,x2 \
+            --budget_seconds="${BUDGET:-40}" --fractions=1,1/2.5,1/4 --seeds=2 --rates=$rates \
             "${own[@]}" --metric="$metric" --tune_metric=$tune \
             "${shared[@]/#/--set=}" "${shared[@]/#/--set_finetune=}" \
             --archive="$folder/cells.jsonl.gz" --out="$out/$objective" "$@"

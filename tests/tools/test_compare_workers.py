@@ -182,7 +182,7 @@ class Processes:
     """Stand-ins for the processes of a command: Python scripts by role."""
 
     def __init__(self, monkeypatch, folder):
-        self.folder, self.complaints = folder, []
+        self.folder, self.complaints, self.kept = folder, [], []
         self.scripts = {"prepare": "", "calibrate": "", "train": ""}
         monkeypatch.setattr(
             workers, "_start", lambda command, environment: self.start(command, environment)
@@ -203,6 +203,7 @@ class Processes:
             folder=self.folder,
             requested=requested,
             complain=self.complaints.append,
+            keep=lambda: self.kept.append(len(list(self.folder.iterdir()))),
         )
 
 
@@ -250,6 +251,13 @@ def test_a_crash_is_told_and_the_outcome_is_the_worst(processes, script, outcome
     assert processes.run(1) is outcome
     processes.scripts |= {"prepare": script, "calibrate": "raise AssertionError"}
     assert processes.run(1) is outcome
+
+
+def test_what_is_there_is_kept_while_workers_run(processes, monkeypatch):
+    monkeypatch.setattr(workers, "KEEP_SECONDS", 0.0)
+    processes.scripts["train"] = f"open(r'{processes.folder}/result', 'w').close()\ntime.sleep(1.0)"
+    assert processes.run(1) is ExitCode.OK
+    assert processes.kept[-1] == 1
 
 
 def test_a_signal_is_passed_on_and_waited_for(processes):

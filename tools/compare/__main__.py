@@ -231,6 +231,11 @@ def _run_workers(
         left = max(0.0, deadline - time.monotonic())
         return [*arguments, f"--role={role}", f"--max_seconds={left}"]
 
+    def keep() -> None:
+        # A machine that is taken away gives no time to write anything.
+        if options.archive:
+            pack(options.out, options.archive)
+
     return run_phases(
         command,
         workers=options.workers,
@@ -238,6 +243,7 @@ def _run_workers(
         folder=options.out,
         requested=lambda: guard.requested,
         complain=lambda text: print(f"error: {text}", file=sys.stderr, flush=True),
+        keep=keep,
     )
 
 

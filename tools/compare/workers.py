@@ -30,6 +30,7 @@ from vlp_jax.infra.preemption import ExitCode
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 _PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
+KEEP_SECONDS = 30.0
 _POLL_SECONDS = 0.2
 _LAST_LINES = 15
 # The worst of several outcomes comes first.
@@ -47,6 +48,7 @@ def run_phases(
     folder: Path,
     requested: Callable[[], bool],
     complain: Callable[[str], None],
+    keep: Callable[[], None],
 ) -> ExitCode:
     """Compile in several processes, calibrate in one, then train in several.
 
@@ -58,6 +60,7 @@ def run_phases(
         folder: OUT.
         requested: whether a signal asks to stop; it is passed on.
         complain: takes a text about a process that has crashed.
+        keep: called every ``KEEP_SECONDS``, to put what is there where it outlives the machine.
 
     Returns:
         The worst of what the processes came to.
@@ -65,7 +68,7 @@ def run_phases(
 
     def run(role: Role, environments: Sequence[Environment]) -> ExitCode:
         processes = [_start(command(role), environment) for environment in environments]
-        _wait(processes, requested)
+        _wait(processes, requested, keep)
         outcomes = [_outcome(process, requested()) for process in processes]
         for process, outcome in zip(processes, outcomes, strict=True):
             if outcome is ExitCode.FAILED:
@@ -119,14 +122,21 @@ def _start(command: Sequence[str], environment: Environment) -> "subprocess.Pope
     )
 
 
-def _wait(processes: Sequence["subprocess.Popen[bytes]"], requested: Callable[[], bool]) -> None:
+def _wait(
+    processes: Sequence["subprocess.Popen[bytes]"],
+    requested: Callable[[], bool],
+    keep: Callable[[], None],
+) -> None:
     """Wait for all, and pass the request to stop on, once."""
-    told = False
+    told, kept = False, time.monotonic()
     while alive := [process for process in processes if process.poll() is None]:
         if requested() and not told:
             for process in alive:
                 process.terminate()
             told = True
+        if time.monotonic() - kept >= KEEP_SECONDS:
+            keep()
+            kept = time.monotonic()
         time.sleep(_POLL_SECONDS)
 
 
