@@ -5,9 +5,9 @@ empty, and XLA transposes, pads and multiplies in calls of their own, which take
 long as reading and writing the operands (``docs/perf.md``). Here a program holds all queries and
 keys of one head of one sequence on the chip, reads each once and writes the result.
 
-It is compiled by Pallas' Triton backend, which runs on every NVIDIA GPU since Ampere. JAX 0.11 calls
-that deprecated in favour of Mosaic GPU (Hopper and later); before ``setup.py`` admits a JAX without
-it, the two kernels below must move there or to the package ``jax_triton``.
+It is compiled by Pallas' Triton backend, which runs on every NVIDIA GPU since Ampere. JAX 0.11
+calls that deprecated in favour of Mosaic GPU (Hopper and later); before ``setup.py`` admits a JAX
+without it, the two kernels below must move there or to the package ``jax_triton``.
 """
 
 import functools
