@@ -7,7 +7,10 @@ caches of pictures too.
 """
 
 import itertools
+import json
 import time
+
+from ml_collections import ConfigDict
 
 from tools.compare.cells import MIN_STEPS, Cells
 from tools.compare.configs import shortened
@@ -17,11 +20,13 @@ POLL_SECONDS = 0.5
 
 
 def prepare(settings: Settings, cells: Cells) -> None:
-    """Run every config, and every fine-tuning config from each of them, for a few updates.
+    """Run every config, and every fine-tuning config from each kind of them, for a few updates.
 
     What a fine-tuning run compiles depends on the run that it starts from: the objective there
-    decides how the model is read. Several processes may prepare one folder: each run is made by
-    one of them, and those that start from a checkpoint wait for it.
+    decides how the model is read. Those that differ in other sections alone, such as the schedule
+    of what they encode, are read alike, and one of them stands for all. Several processes may
+    prepare one folder: each run is made by one of them, and those that start from a checkpoint
+    wait for it.
 
     Args:
         settings: of the comparison.
@@ -39,19 +44,31 @@ def prepare(settings: Settings, cells: Cells) -> None:
             cells.prepare(f"{tune.label} from scratch", shortened(config, MIN_STEPS))
     for label, config in pretraining.items():
         cells.prepare(label, config)
-    pending = list(itertools.product(pretraining, settings.finetunes))
+    alike: dict[str, list[str]] = {}
+    for label, config in pretraining.items():
+        alike.setdefault(_read_by_finetuning(config), []).append(label)
+    pending = list(itertools.product(alike, settings.finetunes))
     while pending and cells.can_start():
         waiting = []
         cells.busy.clear()
-        for label, tune in pending:
+        for kind, tune in pending:
+            label = alike[kind][0]
             start = cells.prepare(label, pretraining[label])
             if start is None:
-                waiting.append((label, tune))
+                waiting.append((kind, tune))
                 continue
             config = shortened(tune.finetuning(seed=0, init_from=start), MIN_STEPS)
             cells.prepare(f"{tune.label} from {label}", config, parent=pretraining[label])
         if waiting == pending:
-            if not cells.busy:  # nobody is at it: it has brought a worker down
-                return
-            time.sleep(POLL_SECONDS)
-        pending = waiting
+            if cells.busy:
+                time.sleep(POLL_SECONDS)
+            else:  # nobody is at it: it has brought a worker down, and the next one stands in
+                for kind in {kind for kind, _ in waiting}:
+                    alike[kind].pop(0)
+        pending = [(kind, tune) for kind, tune in waiting if alike[kind]]
+
+
+def _read_by_finetuning(config: ConfigDict) -> str:
+    """What of a pretraining config a fine-tuning run takes over."""
+    sections = json.loads(config.to_json_best_effort())
+    return json.dumps([sections.get(key) for key in ("model", "objectives", "data", "tokenizer")])
