@@ -96,7 +96,8 @@ def _compress(section: ConfigDict, folder: pathlib.Path, arm: str) -> None:
         if not costs.keys() >= set(buckets):
             raise ValueError(
                 f"--config=docs/results/compression.py: {arm!r} is no arm, nor a bucket that "
-                f"{folder}/results.json has measured ({', '.join(costs)})"
+                f"{folder}/results.json has measured ({', '.join(costs)}); what is measured now is "
+                f"added by docs/results/compression.sh errors {folder.name} OUT"
             )
         section.update(schedule="staged", buckets=buckets)
         section.costs = tuple(costs[bucket] for bucket in buckets)

@@ -36,7 +36,7 @@ print(compression.buckets_of('$objective'))")
         for arm in ${ARMS:-$arms}; do
             configs+=("$config,$arm")
         done
-        rates=x0.25,x0.5,x1
+        rates=x0.25,x0.5,x1,x2
         labels=shape,colour,size,texture,count
         tune=linear_probe/shape/accuracy
         metric=$(printf 'neighbours/%s/knn_accuracy,' ${labels//,/ })$tune

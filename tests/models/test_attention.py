@@ -171,7 +171,8 @@ def test_cudnn_matches_xla(length: int, tokens: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
-    ("queries", "keys", "features"), [(50, 50, 64), (20, 37, 64), (33, 17, 32)]
+    ("queries", "keys", "features"),
+    [(50, 50, 64), (20, 37, 64), (33, 17, 32), (8, 8, 64), (1, 3, 128)],
 )
 def test_the_short_kernel_matches_xla(queries: int, keys: int, features: int, masked: bool) -> None:
     """One of the queries sees nothing under the mask."""

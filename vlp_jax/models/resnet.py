@@ -182,7 +182,7 @@ class _Stem(nn.Module):
     """A convolution of 7 x 7 with stride 2, as one of 4 x 4 over squares of 2 x 2 pixels.
 
     The same sums: a row of zeros before the kernel makes it 8 x 8, which squares of 2 x 2 divide.
-    With three features a pixel, cuDNN's kernels run at a tenth of their speed (docs/perf.md).
+    With three features a pixel, cuDNN's kernels run at a twentieth of their speed (docs/perf.md).
 
     Attributes:
         features: of the output.

@@ -45,7 +45,7 @@ def short_attention(
         query: [B, Q, H, d]; d is a power of two from 16 to 128.
         key: [B, K, H, d].
         value: [B, K, H, d].
-        mask: bool [B, Q, K], True where the query may see the key; None: the first ``tokens``.
+        mask: bool [B, Q, K], True where the query may see the key; None: all.
         tokens: how many keys there are; those beyond are never seen.
 
     Returns:
@@ -109,10 +109,10 @@ def _call(
 
         def tile(array: jax.Array) -> pl.BlockSpec:
             if array.ndim == 3:
-                block = (None, *(pl.next_power_of_2(n) for n in array.shape[1:]))
+                block = (None, *(_side(n) for n in array.shape[1:]))
                 return pl.BlockSpec(block, lambda i: (jax.lax.div(i, heads), 0, 0))
             return pl.BlockSpec(
-                (None, pl.next_power_of_2(array.shape[1]), None, features),
+                (None, _side(array.shape[1]), None, features),
                 lambda i: (jax.lax.div(i, heads), 0, jax.lax.rem(i, heads), 0),
             )
 
@@ -151,6 +151,11 @@ def _call(
         need_replication_factors=("q", "d", "k"),  # as they come in the rule
     )
     return apart(*operands, *(() if mask is None else (mask.astype(jnp.int8),)))
+
+
+def _side(rows: int) -> int:
+    """Of a block that holds so many rows; a product's sides are 16 or more (Triton)."""
+    return max(16, pl.next_power_of_2(rows))
 
 
 def _load(reference: Any, rows: int) -> jax.Array:
