@@ -32,7 +32,8 @@ print(compression.buckets_of('$objective'))")
     compare)
         configs=("$config,whole") tasks=(image_classification)
         arms='derived derived+20 p4@64k64+20 p8@64+20 patches+20 reversed+20 random+20'
-        [[ $objective =~ flm|ar ]] || arms+=' p4@64k64/whole+20'
+        # Patches of one view alone are dropped where `errors` has measured what that costs.
+        ! grep -qs p4@64k64/whole "$folder/results.json" || arms+=' p4@64k64/whole+20'
         for arm in ${ARMS:-$arms}; do
             configs+=("$config,$arm")
         done
