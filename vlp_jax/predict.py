@@ -11,6 +11,7 @@ Which of these a checkpoint can do depends on the objectives it was trained with
 which objective is missing. On the command line: ``python -m tools.predict``.
 """
 
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -20,13 +21,13 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from vlp_jax.data.augment import normalize
 from vlp_jax.data.decode import decode_image, resize_centre
 from vlp_jax.data.files import text_fault
 from vlp_jax.data.source import BadExample
 from vlp_jax.data.tokenizer import Tokenizer, normalise_caption
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import make_mesh
+from vlp_jax.models.heads import unit
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives, captioner
 from vlp_jax.objectives.base import Params
@@ -34,7 +35,7 @@ from vlp_jax.objectives.classification import NLVR2, VQA, Classification, Classi
 from vlp_jax.objectives.contrastive import ITC, ITM
 from vlp_jax.objectives.image_classification import ImageClassification
 from vlp_jax.objectives.invariance import Invariance
-from vlp_jax.objectives.tower import tower_tokens
+from vlp_jax.objectives.tower import image_features
 from vlp_jax.train.initial import read_origin
 from vlp_jax.transfer.generate import caption_search, generate
 from vlp_jax.transfer.ranking import Ranker
@@ -73,11 +74,7 @@ class Predictor:
             for objective in self.objectives
             if isinstance(objective, Classifier)
         }
-        self._features = jax.jit(
-            lambda params, pixels: tower_tokens(self.model.config.image, params, normalize(pixels))[
-                :, 0
-            ].astype(np.float32)
-        )
+        self._features = jax.jit(functools.partial(image_features, self.model.config.image))
 
     @classmethod
     def load(cls, path: str | pathlib.Path, checkpoint: str = "latest") -> "Predictor":
@@ -119,7 +116,12 @@ class Predictor:
         return self._classify(self._objective(NLVR2, "nlvr2"), [first, second], statement, 2)
 
     def classify(self, images: Sequence[Image], top: int = 5) -> list[list[tuple[str, float]]]:
-        """The best classes of each image with their probabilities, which sum to 1, best first."""
+        """The best classes of each image with their probabilities, best first.
+
+        Args:
+            images: files or arrays.
+            top: most classes of each; the probabilities of all sum to 1.
+        """
         task = self._objective(ImageClassification, "image_classification")
         pixels = self._pixels(images)
         logits = [
@@ -164,15 +166,15 @@ class Predictor:
     def embed_images(self, images: Sequence[Image]) -> np.ndarray:
         """Unit vectors: float32 [n, E].
 
-        Those of ``itc``; without one, the class tokens of a tower that was trained on images alone,
-        as the evaluator ``neighbours`` compares them.
+        Those of ``itc``; without one, the class tokens of a tower that was trained by views of
+        images (SimCLR, SimSiam, MoCo v3, DINO), as the evaluator ``neighbours`` compares them.
         """
-        kinds = {kind for kind in (ITC, Invariance) if self._has(kind)}
-        if kinds == {Invariance}:
+        if self._has(Invariance) and not self._has(ITC):
             pixels = self._pixels(images)
-            parts = [self._features(self.params, pixels[part]) for part in _parts(len(pixels))]
-            features = np.concatenate(jax.device_get(parts))
-            return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+            parts = [
+                unit(self._features(self.params, pixels[part])) for part in _parts(len(pixels))
+            ]
+            return np.concatenate(jax.device_get(parts))
         ranker = self._ranker(len(images), matching=False)
         return ranker.encode_images(self.params, [self._pixels(images)]).embeddings
 

@@ -1,5 +1,8 @@
 """The one attention function, against NumPy in float64 and against plain automatic gradients."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,24 +151,30 @@ def test_cudnn_leaves_masks_to_xla() -> None:
     )
 
 
+def by_both(implementation: str, *operands: jax.Array, **arguments: Any) -> Iterator[list[Any]]:
+    """Values of the real rows and gradients, float32, by XLA and by another implementation."""
+    rows = arguments.get("tokens")
+
+    def total(name: str, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = attention(*args, **arguments, implementation=name)[..., :rows, :, :]
+        return (out.astype(jnp.float32) ** 2).sum(), out
+
+    for name in ("xla", implementation):
+        (_, out), gradients = jax.value_and_grad(
+            lambda *x, name=name: total(name, *x), argnums=(0, 1, 2), has_aux=True
+        )(*operands)
+        yield [np.asarray(x, np.float32) for x in (out, *gradients)]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("length", "tokens"), [(82, 82), (197, 197), (198, 197)])
 def test_cudnn_matches_xla(length: int, tokens: int) -> None:
     """Odd lengths too: they are padded for cuDNN, and the padding must not be seen."""
     draw = jax.random.normal(jax.random.key(0), (3, 4, length, 12, 64), jnp.bfloat16)
-
-    def total(implementation: str, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out = attention(*args, implementation=implementation, tokens=tokens)[:, :tokens]
-        return (out.astype(jnp.float32) ** 2).sum(), out.astype(jnp.float32)
-
-    results = [
-        jax.value_and_grad(lambda *x, i=i: total(i, *x), argnums=(0, 1, 2), has_aux=True)(*draw)
-        for i in ("xla", "cudnn")
-    ]
-    ((_, xla), xla_gradients), ((_, cudnn), cudnn_gradients) = results
+    (xla, *of_xla), (cudnn, *of_cudnn) = by_both("cudnn", *draw, tokens=tokens)
     np.testing.assert_allclose(cudnn, xla, atol=0.02)
-    for a, b in zip(cudnn_gradients, xla_gradients, strict=True):
-        np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=0.05)
+    for a, b in zip(of_cudnn, of_xla, strict=True):
+        np.testing.assert_allclose(a, b, atol=0.05)
 
 
 @pytest.mark.gpu
@@ -177,22 +186,12 @@ def test_cudnn_matches_xla(length: int, tokens: int) -> None:
 def test_the_short_kernel_matches_xla(queries: int, keys: int, features: int, masked: bool) -> None:
     """One of the queries sees nothing under the mask."""
     key = jax.random.key(0)
-    draw = tuple(
+    draw = (
         jax.random.normal(jax.random.fold_in(key, i), (64, n, 12, features), jnp.bfloat16)
         for i, n in enumerate((queries, keys, keys))
     )
     mask = jax.random.bernoulli(key, 0.5, (64, queries, keys)).at[0, 0].set(False)
-
-    def total(implementation: str, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out = attention(*args, mask if masked else None, implementation=implementation)
-        return (out.astype(jnp.float32) ** 2).sum(), out.astype(jnp.float32)
-
-    results = [
-        jax.value_and_grad(lambda *x, i=i: total(i, *x), argnums=(0, 1, 2), has_aux=True)(*draw)
-        for i in ("xla", "pallas")
-    ]
-    ((_, xla), xla_gradients), ((_, ours), our_gradients) = results
+    (xla, *of_xla), (ours, *of_ours) = by_both("pallas", *draw, mask=mask if masked else None)
     np.testing.assert_allclose(ours, xla, atol=0.03)
-    for a, b in zip(our_gradients, xla_gradients, strict=True):
-        a, b = a.astype(np.float32), b.astype(np.float32)
+    for a, b in zip(of_ours, of_xla, strict=True):
         assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(b)

@@ -233,12 +233,12 @@ def _run_workers(
 
     def keep() -> None:
         # A machine that is taken away gives no time to write anything.
-        # Nor is a disk that is full for now a reason to end what trains.
-        if options.archive:
-            try:
-                pack(options.out, options.archive)
-            except (OSError, CommandError) as error:
-                print(f"--archive={options.archive}: {error}", file=sys.stderr, flush=True)
+        if not options.archive:
+            return
+        try:
+            pack(options.out, options.archive)
+        except (OSError, CommandError) as error:  # no reason to end what trains
+            print(f"--archive={options.archive}: {error}", file=sys.stderr, flush=True)
 
     return run_phases(
         command,

@@ -7,7 +7,6 @@ caches of pictures too.
 """
 
 import itertools
-import json
 import time
 
 from ml_collections import ConfigDict
@@ -44,7 +43,7 @@ def prepare(settings: Settings, cells: Cells) -> None:
             cells.prepare(f"{tune.label} from scratch", shortened(config, MIN_STEPS))
     for label, config in pretraining.items():
         cells.prepare(label, config)
-    alike: dict[str, list[str]] = {}
+    alike: dict[tuple[str, ...], list[str]] = {}
     for label, config in pretraining.items():
         alike.setdefault(_read_by_finetuning(config), []).append(label)
     pending = list(itertools.product(alike, settings.finetunes))
@@ -68,7 +67,7 @@ def prepare(settings: Settings, cells: Cells) -> None:
         pending = [(kind, tune) for kind, tune in waiting if alike[kind]]
 
 
-def _read_by_finetuning(config: ConfigDict) -> str:
-    """What of a pretraining config a fine-tuning run takes over."""
-    sections = json.loads(config.to_json_best_effort())
-    return json.dumps([sections.get(key) for key in ("model", "objectives", "data", "tokenizer")])
+def _read_by_finetuning(config: ConfigDict) -> tuple[str, ...]:
+    """What of a pretraining config a fine-tuning run takes over, as JSON."""
+    sections = ("model", "objectives", "data", "tokenizer")
+    return tuple(config[section].to_json_best_effort() for section in sections)

@@ -1,15 +1,14 @@
 """Class tokens of pictures: what evaluators that judge a frozen image tower share."""
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import Batch, HostBatch
 from vlp_jax.data.cache import uncached
 from vlp_jax.data.eval_plan import EvalPlan
@@ -21,7 +20,7 @@ from vlp_jax.infra.mesh import global_batch, replicated
 from vlp_jax.models.image_tower import ImageTowerConfig
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives.base import Params
-from vlp_jax.objectives.tower import tower_tokens
+from vlp_jax.objectives.tower import image_features
 
 
 class Rows(NamedTuple):
@@ -136,11 +135,7 @@ class LabelledSets:
         self._labelled = _labelled(name, source, train), _labelled(name, source, self._set.source)
         self._train_plan = fixed_plan(context, train, self.num_train, self._set.plan.batch_size)
         self.names = tuple(self._labelled[0].labels(np.arange(1)))
-        image = tower_config(context)
-
-        def features(params: Params, pixels: jax.Array) -> jax.Array:
-            return tower_tokens(image, params, normalize(pixels))[:, 0].astype(jnp.float32)
-
+        features = functools.partial(image_features, tower_config(context))
         self._features = jax.jit(features, out_shardings=replicated(context.mesh))
         self._embedded: tuple[Any, tuple[Features, Features]] | None = None
 

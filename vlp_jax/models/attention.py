@@ -101,6 +101,7 @@ def _by_pallas(query: jax.Array, key: jax.Array, implementation: Implementation)
 
 
 def _on_matrix_units(dtype: Any) -> bool:
+    """Whether fused kernels are worth it: 16-bit numbers on a GPU."""
     return jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
 
 

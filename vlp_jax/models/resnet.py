@@ -219,7 +219,11 @@ def max_pool(x: jax.Array, axis: int) -> jax.Array:
 
     Args:
         x: floating, of any shape.
-        axis: along which; its size becomes half, rounded up.
+        axis: along which.
+
+    Returns:
+        In the dtype of ``x``, with half of the size along the axis, rounded up. Equal numbers share
+        the gradient, which that of a window's maximum gives to the first.
     """
     last = x.shape[axis]
     widths = [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)]

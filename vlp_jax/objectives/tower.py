@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlp_jax.data.augment import Recipe, random_view, standardize
+from vlp_jax.data.augment import Recipe, normalize, random_view, standardize
 from vlp_jax.data.batch import Batch
 from vlp_jax.infra.errors import ConfigError, unknown_key
 from vlp_jax.models.image_tower import ImageTowerConfig, image_tower
@@ -108,6 +108,11 @@ def tower_tokens(
     return encode(config, params, pixels, noise, seen).tokens
 
 
+def image_features(config: ImageTowerConfig, params: Params, image: jax.Array) -> jax.Array:
+    """What is read of a frozen tower, its class token: uint8 [B, S, S, 3] -> float32 [B, D]."""
+    return tower_tokens(config, params, normalize(image))[:, 0].astype(jnp.float32)
+
+
 def random_pixels(
     batch: Batch, rng: jax.Array, recipe: Recipe, size: int, config: ImageTowerConfig
 ) -> jax.Array:
@@ -127,7 +132,7 @@ def random_pixels(
 def side_by_side(parts: Sequence[jax.Array]) -> jax.Array:
     """Arrays [B, ...] of several pictures of every image as one: [B * V, ...], image by image.
 
-    One after the other, their rows would have to change devices.
+    Picture after picture, their rows would have to change devices.
     """
     return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
 
