@@ -2,13 +2,15 @@
 
     python -m vlp_jax.main --config=docs/results/compression.py:moco_v3,derived+20 --workdir=DIR
 
-The argument is OBJECTIVE[,ARM[+TAIL]]. OBJECTIVE: `moco_v3`, `simclr` or `dino` on images alone;
-`flm` or `ar` on images and their captions. ARM is how images are encoded, by the costs in
-compression/OBJECTIVE/ (of `tools.gradient_error`, see compression.sh), and TAIL how many percent of
-the budget, at its end, go to whole images:
+The argument is OBJECTIVE[,ARM[+TAIL][,photographs]]. OBJECTIVE: `moco_v3`, `simclr` or `dino` on
+images alone; `flm` or `ar` on images and their captions. With `photographs` it trains on the
+1,090 training pictures of ../shared/data, those with captions and those with labels, and is read by
+the ten classes of the latter. TAIL is how many percent of the budget, at its end, go to whole
+images, and ARM how they are encoded before, by what compression.sh has measured and derived in
+compression/OBJECTIVE/:
 
     whole          all of them (by default); its run is the pilot whose gradients are looked at
-    derived        the schedule derived there
+    derived        the schedule that follows from their errors
     reversed       the buckets of that schedule from the last to the first
     random         the same, drawn for each update
     p4@64k64       a constant bucket, one of those that were measured
@@ -20,6 +22,7 @@ the budget, at its end, go to whole images:
 import itertools
 import json
 import pathlib
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -27,21 +30,48 @@ from configs import invariance, scenes
 
 _STAGED = {"patches": ("p16@64", "p8@64"), "small_first": ("p4@32k21", "p4@64k80")}
 _BUCKETS = ("p16@64", "p8@64k32", "p8@64", "p4@64k64", "p4@64k128", "whole")
-_KEY_WHOLE = ("p4@64k64/whole",)  # patches of one of two views are dropped
+_KEY_WHOLE = "p4@64k64/p4@64"  # patches of one of two views are dropped
+_ORDERS = {"derived": "staged", "reversed": "reversed", "random": "random"}
 PEAKS = {"moco_v3": 6e-4, "simclr": 1e-3, "dino": 1e-3, "flm": 1e-3, "ar": 1e-3}
 LANGUAGE = ("flm", "ar")
+PHOTOGRAPHS = "photographs"
 FOLDER = pathlib.Path("docs/results/compression")  # from the repository's root, as all commands
 
 
 def buckets_of(objective: str) -> tuple[str, ...]:
-    """The buckets whose costs and gradient errors are measured."""
-    own = {"ar": _STAGED["small_first"], "flm": ()}.get(objective, _KEY_WHOLE)
+    """The buckets whose gradient errors are measured."""
+    own = {"ar": _STAGED["small_first"], "flm": ()}.get(objective, (_KEY_WHOLE,))
     return (*own, *_BUCKETS)
 
 
+def arms_of(objective: str) -> tuple[str, ...]:
+    """What is compared with whole images; a derived schedule of one bucket has one order."""
+    if objective in LANGUAGE:
+        return ("derived", "p8@64+20")
+    buckets, _ = _derived(FOLDER / objective)
+    constant = [f"{bucket}+20" for bucket in ("p8@64", "p4@64k64", _KEY_WHOLE)]
+    if len(buckets) == 1:
+        return ("derived+20", *(arm for arm in constant if arm != f"{buckets[0]}+20"))
+    return ("derived+20", "reversed+20", "random+20", *constant)
+
+
+def costed(objective: str) -> tuple[str, ...]:
+    """The buckets of the arms, whose costs are to be measured, and whole images."""
+    buckets, _ = _derived(FOLDER / objective)
+    constant = (arm.partition("+")[0] for arm in arms_of(objective))
+    own = (bucket for bucket in constant if bucket not in _ORDERS)
+    return tuple(dict.fromkeys((*buckets, *own, "whole")))
+
+
 def get_config(arg: str) -> ConfigDict:
-    """The config of a run; ``arg`` is OBJECTIVE or OBJECTIVE,ARM or OBJECTIVE,ARM+TAIL."""
-    objective, _, arm = arg.partition(",")
+    """The config of a run; ``arg`` is OBJECTIVE[,ARM[+TAIL][,photographs]]."""
+    parts = arg.split(",")
+    objective, arm, data = (parts + ["", ""])[:3]
+    if len(parts) > 3 or data not in ("", PHOTOGRAPHS) or (data and objective in LANGUAGE):
+        raise ValueError(
+            f"--config=docs/results/compression.py:{arg}: write OBJECTIVE[,ARM[+TAIL]"
+            f"[,{PHOTOGRAPHS}]]; {' and '.join(LANGUAGE)} learn from scenes alone"
+        )
     if objective in LANGUAGE:
         config = scenes.get_config(f"{objective},mini,100000")
         # A patch that is dropped costs nothing only where no convolution reads it.
@@ -60,12 +90,31 @@ def get_config(arg: str) -> ConfigDict:
         if objective in LANGUAGE:
             config.evals = {"heldout": {"source": "scenes", "num_examples": 1000}}
         else:
+            labelled, probe = "scenes", {"labels": ("shape", "texture"), "max_iterations": 100}
             config.data.sources.scenes.update(num_records=100_000, cache=True)
-            probe = {"labels": ("shape", "texture"), "max_iterations": 100}
+            if data:
+                labelled, probe = "labels", {"max_iterations": 100}
+                config.data.root = "../shared/data"
+                config.data.sources = {
+                    # The weights are the numbers of pictures, so that all are seen alike.
+                    source: {
+                        "type": kind,
+                        "root": config.data.get_oneway_ref("root"),
+                        "missing_images": "error",
+                        "weight": weight,
+                        "cache": True,
+                    }
+                    for source, kind, weight in (
+                        (PHOTOGRAPHS, "folder", 740.0),
+                        ("labels", "image_labels", 350.0),
+                    )
+                }
             config.evals = {
-                "neighbours": {"source": "scenes"},
-                "linear_probe": {"source": "scenes", **probe},
+                "neighbours": {"source": labelled},
+                "linear_probe": {"source": labelled, **probe},
             }
+    if data:
+        config.name = f"{config.name}_{data}"
     arm, _, tail = (arm or "whole").partition("+")
     _compress(config.compression, FOLDER / objective, arm)
     config.compression.tail_percent = float(tail or 0)
@@ -76,28 +125,35 @@ def _compress(section: ConfigDict, folder: pathlib.Path, arm: str) -> None:
     """Fill in ``config.compression``."""
     if arm == "whole":
         return
-    if not (folder / "schedule.json").exists():
+    buckets, shares = _STAGED.get(arm, (arm,)), ()
+    if arm in _ORDERS:
+        buckets, shares = _derived(folder)
+    costs = _read(folder, "costs")
+    known = dict(zip(costs["buckets"], costs["costs"], strict=True))
+    if not known.keys() >= set(buckets):
         raise ValueError(
-            f"{folder} holds no costs and no schedule; make them by "
-            f"docs/results/compression.sh errors {folder.name} OUT"
+            f"--config=docs/results/compression.py: {arm!r} is no arm, nor a bucket whose cost "
+            f"{folder}/costs.json has ({', '.join(known)})"
         )
-    if arm == "derived":
-        section.file = str(folder / "schedule.json")
-    elif arm in ("reversed", "random"):
-        derived = json.loads((folder / "schedule.json").read_text())
-        shares = [0.0] * len(derived["buckets"])
-        for (start, _), (end, number) in itertools.pairwise([(0.0, None), *derived["stages"]]):
-            shares[number] += end - start
-        section.update(schedule=arm, buckets=tuple(derived["buckets"]), shares=tuple(shares))
-        section.costs = tuple(derived["costs"])
-    else:
-        costs = json.loads((folder / "results.json").read_text())["costs"]
-        buckets = _STAGED.get(arm, (arm,))
-        if not costs.keys() >= set(buckets):
-            raise ValueError(
-                f"--config=docs/results/compression.py: {arm!r} is no arm, nor a bucket that "
-                f"{folder}/results.json has measured ({', '.join(costs)}); what is measured now is "
-                f"added by docs/results/compression.sh errors {folder.name} OUT"
-            )
-        section.update(schedule="staged", buckets=buckets)
-        section.costs = tuple(costs[bucket] for bucket in buckets)
+    section.update(schedule=_ORDERS.get(arm, "staged"), buckets=buckets, shares=shares)
+    section.costs = tuple(known[bucket] for bucket in buckets)
+
+
+def _derived(folder: pathlib.Path) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """The buckets of the schedule that was derived for an objective, and the share of each."""
+    schedule = _read(folder, "schedule")
+    shares = dict.fromkeys(schedule["buckets"], 0.0)
+    for (start, _), (end, number) in itertools.pairwise([(0.0, None), *schedule["stages"]]):
+        shares[schedule["buckets"][number]] += end - start
+    return tuple(shares), tuple(shares.values())
+
+
+def _read(folder: pathlib.Path, what: str) -> dict[str, Any]:
+    """What was measured for an objective: its costs, or the schedule."""
+    file = folder / f"{what}.json"
+    if not file.exists():
+        command = {"costs": "costs", "schedule": "errors"}[what]
+        raise ValueError(
+            f"{file} is absent; make it by docs/results/compression.sh {command} {folder.name} OUT"
+        )
+    return dict(json.loads(file.read_text()))

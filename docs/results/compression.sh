@@ -2,13 +2,17 @@
 # Pretraining on compressed images against whole ones, for compression.md.
 #
 #   docs/results/compression.sh errors OBJECTIVE OUT       (alone on its GPU, for costs are measured)
+#   docs/results/compression.sh costs OBJECTIVE OUT        (likewise)
 #   docs/results/compression.sh compare OBJECTIVE OUT [FLAG of tools.compare ...]
+#   docs/results/compression.sh photographs OBJECTIVE OUT [FLAG of tools.compare ...]
 #
 # OBJECTIVE: moco_v3, simclr or dino, fine-tuned to name shapes; or flm, beside ar, fine-tuned for VQA
 # and NLVR2. `errors` trains a pilot of whole images, measures the gradient error of every bucket along
-# it, and writes compression/OBJECTIVE; `compare flm` needs that of ar as well. `compare` trains with the
-# schedule derived there and with others (ARMS, see compression.py) at shares of the time; cells that
-# compression/OBJECTIVE/cells.jsonl.gz holds are not trained again. Both go on where they were stopped.
+# it, and derives compression/OBJECTIVE/schedule.json; `costs` measures what an update of each arm of
+# compression.py costs. `compare` trains whole images for the whole budget and for shares of it, and at
+# those shares the arms (or ARMS); `compare flm` needs the costs of ar as well. Cells that
+# compression/OBJECTIVE/cells.jsonl.gz holds are not trained again. `photographs` is the same on those
+# of the data pack, ../shared/data. All go on where they were stopped.
 set -euo pipefail
 what=$1 objective=$2 out=$(realpath -m "$3")
 shift 3
@@ -17,50 +21,59 @@ config=docs/results/compression.py:$objective
 folder=docs/results/compression/$objective
 python=${PYTHON:-python}
 shared=("data.cache_dir=$out/data" "data.cache_workers=$(nproc)" "compile_cache=$out/programs")
+known() { "$python" -c "from docs.results import compression as c; print($1)"; }
 
 case $what in
     errors)
-        buckets=$("$python" -c "from docs.results import compression
-print(compression.buckets_of('$objective'))")
         "$python" -m vlp_jax.main --config="$config" --workdir="$out/pilot_$objective" \
             --config.checkpoint.every_percent=25.0 --config.checkpoint.keep_latest=9 \
             "${shared[@]/#/--config.}"
         exec "$python" -m tools.gradient_error --config="$config" --workdir="$out/pilot_$objective" \
-            --config.compression.schedule=staged --config.compression.buckets="$buckets" \
+            --config.compression.schedule=staged \
+            --config.compression.buckets="$(known "c.buckets_of('$objective')")" \
             --batches=48 --out="$folder" "${shared[@]/#/--config.}" "$@"
         ;;
-    compare)
-        configs=("$config,whole") tasks=(image_classification)
-        arms='derived derived+20 p4@64k64+20 p8@64+20 patches+20 reversed+20 random+20'
-        # Patches of one view alone are dropped where `errors` has measured what that costs.
-        ! grep -qs p4@64k64/whole "$folder/results.json" || arms+=' p4@64k64/whole+20'
-        for arm in ${ARMS:-$arms}; do
-            configs+=("$config,$arm")
-        done
-        rates=x0.25,x0.5,x1,x2
-        labels=shape,colour,size,texture,count
-        tune=linear_probe/shape/accuracy
-        metric=$(printf 'neighbours/%s/knn_accuracy,' ${labels//,/ })$tune
-        if [ "$objective" = flm ]; then
-            configs+=("${config%flm}ar,whole" "${config%flm}ar,small_first")
-            rates=x0.5,x1,x2
-            tasks=(vqa nlvr2) tune=vqa:scenes/val/accuracy metric=heldout/gap_loss:show
+    costs)
+        exec "$python" -m tools.bench buckets --config="$config" --config.compression.schedule=staged \
+            --config.compression.buckets="$(known "c.costed('$objective')")" \
+            --config.compile_cache="$out/programs" --out="$folder/costs.json" "$@"
+        ;;
+    compare | photographs)
+        suffix= archive=$folder/cells.jsonl.gz tasks=(classification:scenes)
+        labels=shape,colour,size,texture,count tune=linear_probe/shape/accuracy
+        shares=(--fractions=1,1/2.5,1/4 --others_until=1/2.5 --tune_fraction=1/4)
+        rates=x0.25,x0.5,x1 budget=40 updates=500
+        [[ $objective != moco_v3 ]] || rates=x0.5,x1,x2
+        if [[ $what == photographs ]]; then
+            suffix=,photographs archive=$folder/photographs.jsonl.gz tasks=(classification:pack)
+            labels=class tune=linear_probe/class/accuracy
         fi
+        metric=$(printf 'neighbours/%s/knn_accuracy,' ${labels//,/ })$tune
+        baselines=("$config,whole$suffix") configs=("$config,whole$suffix")
+        if [[ $objective == flm ]]; then
+            configs+=("${config%flm}ar,whole" "${config%flm}ar,small_first")
+            shares=(--fractions=1,1/1.5 --tune_fraction=1/1.5)
+            rates=x0.5,x1 budget=24
+            tasks=(vqa:scenes nlvr2:scenes)
+            tune=vqa:scenes/val/accuracy metric=heldout/gap_loss:show
+        fi
+        for arm in ${ARMS:-$(known "' '.join(c.arms_of('$objective'))")}; do
+            configs+=("$config,$arm$suffix")
+        done
         own=()
         for task in "${tasks[@]}"; do
-            file=${task#image_}  # configs/transfer/classification.py
-            own+=("--finetune=configs/transfer/$file.py:scenes"
-                "--set_finetune=$file:scenes/total_steps=${UPDATES:-1000}")
-            [[ $task != vqa ]] || own+=("--set_finetune=vqa:scenes/evals.explain=None")
-            metric+=,$file:scenes/test/accuracy,$file:scenes/val/accuracy:show
+            own+=("--finetune=configs/transfer/${task%:*}.py:${task#*:}")
+            [[ $what == photographs ]] || own+=("--set_finetune=$task/total_steps=${UPDATES:-$updates}")
+            [[ $task != vqa:* ]] || own+=("--set_finetune=$task/evals.explain=None")
+            metric+=,$task/test/accuracy,$task/val/accuracy:show
         done
         own+=("--set_finetune=evals.val.every_percent=100.0"
             "--set_finetune=checkpoint.every_percent=100.0")
-        exec "$python" -m tools.compare "${configs[@]}" --baseline="compression:$objective,whole" \
-            --budget_seconds="${BUDGET:-40}" --fractions=1,1/2.5,1/4 --seeds=2 --rates=$rates \
-            "${own[@]}" --metric="$metric" --tune_metric=$tune \
+        exec "$python" -m tools.compare "${configs[@]}" "${baselines[@]/#*:/--baseline=compression:}" \
+            --budget_seconds="${BUDGET:-$budget}" "${shares[@]}" --seeds=2 --rates=$rates \
+            "${own[@]}" --metric="$metric" --tune_metric="$tune" \
             "${shared[@]/#/--set=}" "${shared[@]/#/--set_finetune=}" \
-            --archive="$folder/cells.jsonl.gz" --out="$out/$objective" "$@"
+            --archive="$archive" --out="$out/$what/$objective" "$@"
         ;;
-    *) echo "write errors or compare, not '$what'" >&2; exit 64 ;;
+    *) echo "write errors, costs, compare or photographs, not '$what'" >&2; exit 64 ;;
 esac

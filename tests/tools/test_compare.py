@@ -105,6 +105,27 @@ def test_the_best_rate_of_a_small_equal_grid_is_used_at_all_budgets(tmp_path, fr
     assert "cells are there" not in text
 
 
+def test_only_baselines_have_the_whole_budget_where_others_are_to_be_faster(tmp_path):
+    trainer = FakeTrainer()
+    what = settings(
+        *(named(label, speed) for label, speed in {"a": 1.0, "b": 4.0, "c": 0.9}.items()),
+        fractions=(0.01, 0.4, 1.0),
+        others_until=0.4,
+        tune_fraction=0.4,
+        rates=("x1", "x2"),
+    )
+    facts = run(tmp_path, trainer, what)
+    trained = {(row["config"], row["fraction"]) for row in facts["rows"]}
+    assert trained == {("a", 1.0), *((label, part) for label in "abc" for part in (0.01, 0.4))}
+    assert len(facts["rows"]) == facts["planned"] == len(trainer.runs) == 7 + 5 + 5
+    shares = facts["time_to_score"][METRIC]["configs"]
+    assert shares["b"]["seconds"]["share"] == pytest.approx(0.25, rel=0.2)
+    text = page(facts)
+    assert "cells are there" not in text
+    assert "configs that are no baseline: up to 0.4 of the whole budget" in text
+    assert "| c | 2 | not in 40 % |" in text
+
+
 def test_with_one_rate_nothing_waits_for_the_first_cell():
     """Workers start all cells at once; with two rates, only those that choose between them."""
     for rates, seeds in (("x1",), {0, 1}), (("x1", "x2"), {0}):
@@ -844,6 +865,7 @@ def test_a_signal_still_leaves_a_table_and_its_exit_code(shell):
         (["--metric=a/y", "--budget_seconds=8", "--search=optim.b2"], "KEY:log:LOW:HIGH"),
         (["--metric=a/y", "--budget_seconds=8", "--tune_fraction=0.3"], "use one of 0.25, 0.4"),
         (["--metric=a/y:min", "--budget_seconds=8", "--tune_metric=a/y:max"], "says min of it"),
+        (["--metric=a/y", "--budget_seconds=8", "--others_until=1/2.5"], "at which rates are"),
         (
             ["--metric=a/y", "--budget_seconds=8", "--search=optim.b2:0.9,0.95", "--rates=x1,x2"],
             "--search=schedule.peak:... searches rates",

@@ -48,6 +48,11 @@ def read_settings(
             f"--tune_fraction={options.tune_fraction:.4g} is none of the budgets; use one of "
             f"{', '.join(f'{fraction:.4g}' for fraction in fractions)}"
         )
+    if not fractions[0] <= options.tune_fraction <= options.others_until <= 1:
+        raise CommandError(
+            f"--others_until={options.others_until:.4g} is below --tune_fraction="
+            f"{options.tune_fraction:.4g}, at which rates are compared, or above 1"
+        )
     return Settings(
         configs=configs,
         budget_seconds=options.budget_seconds,
@@ -61,6 +66,7 @@ def read_settings(
         baselines=baselines,
         max_input_wait=options.max_input_wait,
         scratch=options.scratch,
+        others_until=options.others_until,
     )
 
 
@@ -166,6 +172,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         type=_fraction,
         default=1.0,
         help="the share of the budget, one of --fractions, at which rates are compared; the whole",
+    )
+    add(
+        "--others_until",
+        type=_fraction,
+        default=1.0,
+        help="the largest share of the budget of configs that are no --baseline, where they are to "
+        "reach its score in less; the whole",
     )
     add(
         "--finetune",

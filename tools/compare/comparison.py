@@ -127,8 +127,9 @@ def compare(settings: Settings, cells: Cells, say: Callable[[str], None] = print
     scratch = settings.seeds if settings.scratch else 0
     # A complete cell both chooses and is compared.
     shared = int(_tuning_is_complete(settings))
-    per_config = len(settings.rates) - shared + settings.seeds * len(settings.fractions)
-    planned = {label: len(settings.rates) if label in diverged else per_config for label in running}
+    planned = {label: len(settings.rates) for label in running}
+    for label in running.keys() - diverged:
+        planned[label] += settings.seeds * len(settings.fractions_of(label)) - shared
     rejected |= dict.fromkeys(diverged, "no rate of the grid gives a score")
     summary = summarise(settings, list(rows.values()), grid, dict.fromkeys(grid) | chosen, rejected)
     return summary | {
@@ -203,6 +204,7 @@ def missing(
         for seed in range(settings.seeds)
         for fraction in settings.fractions
         for label, rate in best.items()
+        if fraction in settings.fractions_of(label)
     ]
     if settings.scratch:
         wanted += [Wanted(SCRATCH, 0.0, 0.0, seed) for seed in range(settings.seeds)]

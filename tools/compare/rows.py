@@ -40,6 +40,8 @@ class Settings:
         max_input_wait: a config whose calibration waited for input for a larger share of its time
             is rejected.
         scratch: whether to fine-tune without pretraining too.
+        others_until: the largest share of the budget at which a config that is no baseline is
+            trained, where it is to have the score of one in less.
     """
 
     configs: tuple[NamedConfig, ...]
@@ -54,6 +56,13 @@ class Settings:
     baselines: tuple[str, ...]
     max_input_wait: float
     scratch: bool = False
+    others_until: float = 1.0
+
+    def fractions_of(self, label: str) -> tuple[float, ...]:
+        """The shares of the budget at which a config is trained."""
+        if label in self.baselines:
+            return self.fractions
+        return tuple(share for share in self.fractions if share <= self.others_until)
 
     @property
     def pretraining(self) -> ConfigDict:
@@ -95,6 +104,7 @@ class Settings:
             "budget_seconds": self.budget_seconds,
             "fractions": list(self.fractions),
             "tune_fraction": self.tune_fraction,
+            "others_until": self.others_until,
             "seeds": self.seeds,
             "rates": list(self.rates),
             "metrics": {m.name: m.mode for m in self.metrics},

@@ -63,7 +63,8 @@ class TimeToScore:
             because no budget has two seeds.
         high: upper end, likewise.
         reached: share of the bootstrap draws in which it is reached; None without spread.
-        is_whole: the config's whole budget is there; else what is not reached may be yet.
+        until: the largest share of the budget asked of the config.
+        is_whole: that share is there; else what is not reached may be yet.
     """
 
     target: float
@@ -73,6 +74,7 @@ class TimeToScore:
     low: float | None
     high: float | None
     reached: float | None
+    until: float
     is_whole: bool
 
 
@@ -97,7 +99,9 @@ def crossing(costs: Sequence[float], scores: Sequence[float], target: float) -> 
     return Crossing(math.inf)
 
 
-def time_to_score(curve: Curve, baseline: Curve, *, draws: int = DRAWS) -> TimeToScore:
+def time_to_score(
+    curve: Curve, baseline: Curve, *, until: float = 1.0, draws: int = DRAWS
+) -> TimeToScore:
     """The share of the baseline's whole cost at which ``curve`` reaches its score there.
 
     The spread is that of a bootstrap over seeds: at every budget of either config, as many seeds
@@ -108,6 +112,7 @@ def time_to_score(curve: Curve, baseline: Curve, *, draws: int = DRAWS) -> TimeT
         baseline: its last entry is the whole budget. The same object as ``curve`` where the config
             is the baseline: its own score is then drawn once, and the share is 1 unless a smaller
             budget is as good, that is, unless the baseline has saturated.
+        until: the largest share of the budget that the config is to have.
         draws: of the bootstrap.
     """
     costs = [budget.cost for budget in curve]
@@ -128,9 +133,9 @@ def time_to_score(curve: Curve, baseline: Curve, *, draws: int = DRAWS) -> TimeT
         low, high = (_finite(float(end)) for end in ends)
         reached = float(np.isfinite(drawn).mean())
     smallest = costs[0] / whole.cost
-    is_whole = curve[-1].fraction >= whole.fraction
+    is_whole = curve[-1].fraction >= until
     return TimeToScore(
-        whole.mean, _finite(share), found.at_most, smallest, low, high, reached, is_whole
+        whole.mean, _finite(share), found.at_most, smallest, low, high, reached, until, is_whole
     )
 
 

@@ -64,7 +64,7 @@ def summarise(
             times[metric.name] = {
                 "baseline": baseline,
                 "score": metric.sign * whole[baseline],
-                "configs": _times(budgets, baseline, metric),
+                "configs": _times(settings, budgets, baseline, metric),
             }
     return {
         "settings": settings.to_json(),
@@ -95,7 +95,9 @@ def _counted(
     ]
 
 
-def _times(budgets: Mapping[str, list[list[Row]]], baseline: str, metric: Metric) -> dict[str, Any]:
+def _times(
+    settings: Settings, budgets: Mapping[str, list[list[Row]]], baseline: str, metric: Metric
+) -> dict[str, Any]:
     """Label -> kind of cost -> the time to the baseline's score."""
     times: dict[str, Any] = {}
     for cost in COSTS:
@@ -106,7 +108,8 @@ def _times(budgets: Mapping[str, list[list[Row]]], baseline: str, metric: Metric
         whole = curves[baseline]
         for label, curve in curves.items():
             if curve:
-                share = dataclasses.asdict(time_to_score(curve, whole))
+                until = settings.fractions_of(label)[-1]
+                share = dataclasses.asdict(time_to_score(curve, whole, until=until))
                 share["target"] *= metric.sign
                 share["seeds"] = len(curve[-1].scores)
                 times.setdefault(label, {})[cost] = share

@@ -127,6 +127,11 @@ def _conditions(facts: Facts) -> str:
         f"- whole budget: {settings['budget_seconds']:g} s of training, without compiling, "
         "evaluating, saving and fine-tuning; every run has a schedule of its own that comes to "
         "its end",
+        *(
+            f"- configs that are no baseline: up to {share:.3g} of the whole budget"
+            for share in [settings["others_until"]]
+            if share < 1
+        ),
         "- clock: updates times the time of an update measured alone, see Cost",
         f"- metrics: {', '.join(_direction(*metric) for metric in settings['metrics'].items())}",
         f"- seeds: {settings['seeds']}",
@@ -210,7 +215,9 @@ def _direction(name: str, mode: str) -> str:
 
 def _share(cost: Facts) -> str:
     if cost["share"] is None:
-        return "not reached" if cost["is_whole"] else "not yet"
+        if not cost["is_whole"]:
+            return "not yet"
+        return "not reached" if cost["until"] >= 1 else f"not in {100 * cost['until']:.3g} %"
     return f"{'≤ ' if cost['at_most'] else ''}{100 * cost['share']:.0f} %"
 
 
