@@ -66,7 +66,7 @@ def costed(objective: str) -> tuple[str, ...]:
 def get_config(arg: str) -> ConfigDict:
     """The config of a run; ``arg`` is OBJECTIVE[,ARM[+TAIL][,photographs]]."""
     parts = arg.split(",")
-    objective, arm, data = (parts + ["", ""])[:3]
+    objective, arm, data = [*parts, "", ""][:3]
     if len(parts) > 3 or data not in ("", PHOTOGRAPHS) or (data and objective in LANGUAGE):
         raise ValueError(
             f"--config=docs/results/compression.py:{arg}: write OBJECTIVE[,ARM[+TAIL]"
