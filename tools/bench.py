@@ -12,6 +12,9 @@ other in one process, and what share of the speed-up that FLOPs predict each rea
 has them under ``buckets``. With ``--out=FILE`` it writes the config's schedule with the costs
 measured, for ``config.compression.file``.
 
+With `--fixed_views` the pictures themselves, some of them mirrored, stand for random views: what is
+saved is what those cost.
+
 Batches are planned as in training (windows sorted by length, cut, permuted; edges fitted to the
 lengths) from caption lengths uniform in [min_length, max_length]. Pixels, tokens and labels are
 random and lie on the device, so that the figure is that of the update alone. ``readout="auto"``
@@ -19,6 +22,7 @@ stands for "query", as in a run that starts from nothing.
 """
 
 import dataclasses
+import inspect
 import json
 import math
 import pathlib
@@ -51,6 +55,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.hardware import device_facts, measure_matmul_peak, memory, timings
 from vlp_jax.infra.mesh import global_batch, make_mesh
 from vlp_jax.infra.preemption import ExitCode
+from vlp_jax.objectives import OBJECTIVES
 from vlp_jax.train.bucket_schedule import stages_of
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import Budget
@@ -65,6 +70,12 @@ _MIN_LENGTH = flags.DEFINE_integer("min_length", 8, "shortest caption in tokens"
 _OUT = flags.DEFINE_string("out", None, "schedule file to write, with the costs measured")
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 20, "longest caption in tokens", lower_bound=3)
 
+_FIXED_VIEWS = flags.DEFINE_boolean(
+    "fixed_views", False, "read the pictures themselves instead of random views of them"
+)
+
+# No two views of a picture are one to the compiler, which would compute them once.
+FIXED = {"crop": False, "flip": 0.5, "jitter": 0.0, "grey": 0.0, "blur": 0.0, "solarize": 0.0}
 MASK_ID = 4  # any id will do: the tokens are random
 _PICTURES = frozenset({"second_image"})  # extra fields that, like images, all batches share
 
@@ -114,6 +125,8 @@ def bench_step(config: Any) -> dict[str, Any]:
             "lower the one or raise the other"
         )
     check_length("max_length", _MAX_LENGTH.value, positions)
+    if _FIXED_VIEWS.value:
+        fix_views(config)
     program = _program(config)
     mesh = program.mesh
     if len({*program.schedule.index.tolist()}) > 1:
@@ -251,6 +264,23 @@ def bench_buckets(config: Any) -> dict[str, Any]:
             "speedup_share": round(flops / cost, 4),
         }
     return {**whole, "buckets": found}
+
+
+def fix_views(config: Any) -> None:
+    """Let every objective that augments see the pictures themselves.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = False
+    with config.unlocked():
+        for name, section in config.objectives.items():
+            takes = inspect.signature(OBJECTIVES[section.get("type", name)]).parameters
+            for key in takes:
+                if key.startswith("augment"):
+                    section[key], found = dict(FIXED), True
+    if not found:
+        raise ValueError("--fixed_views: no objective of the config makes random views; leave it")
 
 
 def _write_schedule(config: Any, figures: dict[str, Any], out: pathlib.Path) -> None:

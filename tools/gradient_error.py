@@ -126,7 +126,8 @@ def measure(config: ConfigDict, workdir: pathlib.Path, out: pathlib.Path) -> Non
         costs = program.compression.costs
         if not config.compression.costs:
             costs = _measured_costs(setup, fresh)
-        found = []
+        found: list[Measured] = []
+        derived: list[str] = []
         for step in checkpoints:
             state = fresh
             if step:
@@ -137,7 +138,10 @@ def measure(config: ConfigDict, workdir: pathlib.Path, out: pathlib.Path) -> Non
             estimates = errors.measure(state, probed, costs, _UPDATE_COST.value)
             found.append(Measured(step, _progress(workdir, step, total), estimates))
             print(_table(names, costs, found[-1]), flush=True)
-    _write(out, setup, names, costs, found, errors)
+            # Whatever ends this before the last checkpoint, those before it are kept.
+            derived = _write(out, setup, names, costs, found, errors)
+    print("\n".join(derived))
+    print(f"written: {out}")
 
 
 def _checkpoints(workdir: pathlib.Path) -> tuple[list[int], int]:
@@ -234,7 +238,8 @@ def _write(
     costs: Sequence[float],
     found: Sequence[Measured],
     errors: GradientErrors,
-) -> None:
+) -> list[str]:
+    """Write all files; the derived schedule as lines of a table."""
     program = setup.program
     mse = np.array([[estimate.mse for estimate in m.estimates] for m in found])
     choices = derive(mse, costs)
@@ -279,8 +284,7 @@ def _write(
     tables += ["Derived schedule:\n", *derived]
     write_text(out / "table.md", "\n".join(tables) + "\n")
     _draw(out / "gradient_error.png", names, costs, found, choices)
-    print("\n".join(derived))
-    print(f"written: {out}")
+    return derived
 
 
 def _draw(

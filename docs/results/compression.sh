@@ -20,7 +20,10 @@ cd "$(dirname "$0")/../.."
 config=docs/results/compression.py:$objective
 folder=docs/results/compression/$objective
 python=${PYTHON:-python}
-shared=("data.cache_dir=$out/data" "data.cache_workers=$(nproc)" "compile_cache=$out/programs")
+shared=("compile_cache=$out/programs")
+# Scenes are made once for all runs; photographs, few and of no identity that could name a file, are
+# kept in memory.
+[[ $what == photographs ]] || shared+=("data.cache_dir=$out/data" "data.cache_workers=$(nproc)")
 known() { "$python" -c "from docs.results import compression as c; print($1)"; }
 
 case $what in
@@ -53,7 +56,7 @@ case $what in
         if [[ $objective == flm ]]; then
             configs+=("${config%flm}ar,whole" "${config%flm}ar,small_first")
             shares=(--fractions=1,1/1.5 --tune_fraction=1/1.5)
-            rates=x0.5,x1 budget=24
+            rates=x0.5,x1 budget=24 updates=400
             tasks=(vqa:scenes nlvr2:scenes)
             tune=vqa:scenes/val/accuracy metric=heldout/gap_loss:show
         fi

@@ -196,6 +196,22 @@ def test_probabilities_are_those_of_the_recipe():
         assert float(changed.mean()) == pytest.approx(probability, abs=0.035), name
 
 
+@pytest.mark.parametrize("size", [16, 32])
+def test_without_a_crop_the_view_is_the_picture_or_its_mirror_image(size):
+    still = Recipe(**{"crop": False}, **dict.fromkeys(("jitter", "grey", "blur"), 0.0))
+    keys = jax.random.split(jax.random.key(5), 4)
+    pictures = jnp.asarray(smooth())
+    expected = augment.resize(pictures / 255.0, size)
+    found = random_view(pictures, keys, still, size)
+    same, mirrored = (
+        jnp.abs(found - other).max(axis=(1, 2, 3)) < 1e-5
+        for other in (expected, expected[:, :, ::-1])
+    )
+    assert (same | mirrored).all()
+    assert same.any()
+    assert mirrored.any()
+
+
 def test_blur_is_measured_in_pixels_of_the_models_own_size():
     """A view of half the size is blurred half as far: it shows the same."""
     pictures = jnp.asarray(smooth())
@@ -243,6 +259,7 @@ def test_standardised_views_are_normalised_pixels():
         ({"blur": 1.5}, r"blur: 1.5 is no share"),
         ({"hue": 0.7}, r"hue: 0.7"),
         ({"hue": None}, r"hue: None is no share"),
+        ({"crop": 0}, r"crop: 0 says neither"),
         ({"scale": (0.2,)}, r"scale: \(0.2,\) is no range"),
     ],
 )

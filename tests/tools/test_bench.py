@@ -107,3 +107,22 @@ def test_bench_step_gives_no_figures_of_updates_that_are_not_finite() -> None:
     assert result.stdout == ""
     assert "not finite" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_fixed_views_change_every_recipe_of_the_config_and_need_one() -> None:
+    """In a process of its own, for two tools cannot both define --config."""
+    check = """
+from configs import invariance, scenes
+from tools.bench import FIXED, fix_views
+config = invariance.get_config("dino")
+fix_views(config)
+section = config.objectives.dino
+assert [section[k].to_dict() for k in ("augment", "augment_second", "augment_small")] == 3 * [FIXED]
+try:
+    fix_views(scenes.get_config("flm"))
+except ValueError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", check], cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "no objective of the config makes random views" in result.stdout

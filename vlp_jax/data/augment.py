@@ -49,6 +49,7 @@ class Recipe:
     """How a random view of an image is made; the defaults are those of MoCo v3's first view.
 
     Attributes:
+        crop: whether a random rectangle is cut out; else the view shows the whole image.
         scale: least and largest share of the image's area in a crop.
         ratio: least and largest width over height.
         flip: probability of a mirror image.
@@ -62,6 +63,7 @@ class Recipe:
         solarize: probability that bright values are inverted.
     """
 
+    crop: bool = True
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
@@ -84,6 +86,8 @@ class Recipe:
                 raise ConfigError(
                     f"{key}.{name}", f"{share!r} is no share", f"Use one in [0, {most:g}]"
                 )
+        if not isinstance(self.crop, bool):
+            raise ConfigError(f"{key}.crop", f"{self.crop!r} says neither", "Use True or False")
         for name, high in (("scale", 1.0), ("ratio", 100.0), ("blur_sigma", 100.0)):
             ends = getattr(self, name)
             pair = isinstance(ends, tuple) and len(ends) == 2 and all(map(_is_number, ends))
@@ -121,9 +125,14 @@ def random_view(
         float32 [B, size, size, 3] in [0, 1].
     """
     parts = jax.vmap(lambda key: jax.random.split(key, 6))(keys)
-    crop = random_crops(parts[:, 0], image.shape[1], image.shape[2], recipe)
     flip = _coins(parts[:, 1], recipe.flip)
-    view = crop_and_resize(image.astype(jnp.float32) / 255.0, crop, flip, size)
+    pixels = image.astype(jnp.float32) / 255.0
+    if recipe.crop:
+        crop = random_crops(parts[:, 0], image.shape[1], image.shape[2], recipe)
+        view = crop_and_resize(pixels, crop, flip, size)
+    else:
+        whole = jnp.moveaxis(resize(pixels, size), -1, 1)
+        view = _planes(jnp.where(flip[:, None, None, None], whole[..., ::-1], whole))
     if recipe.jitter:
         view = _where(_coins(parts[:, 2], recipe.jitter), _jitter(view, parts[:, 2], recipe), view)
     if recipe.grey:
