@@ -34,6 +34,14 @@ _RECIPES = {
     "dino": (5e-4, 0.04, 0.999),
     "mim": (1.5e-4, 0.05, 0.95),
 }
+# Of the objectives; others of their keys have the papers' values by default.
+_KEYS: dict[str, dict[str, float]] = {
+    "moco_v3": {"temperature": 0.2, "momentum": 0.99},
+    "simclr": {"temperature": 0.1},
+    "simsiam": {},
+    "dino": {"temperature": 0.1, "teacher_temperature": 0.04, "momentum": 0.996},
+    "mim": {"kept_share": 0.25},
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -68,7 +76,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optim.update(weight_decay=decay, b2=b2, clip_norm=0.0)
     with config.unlocked():
         config.data.sources.scenes = {"type": "scenes", "level": "hard"}
-        config.objectives[objective] = {"weight": 1.0}
+        config.objectives[objective] = {"weight": 1.0, **_KEYS[objective]}
         config.evals.neighbours = {"source": "scenes", "every_percent": 25.0}
         if objective == "dino":
             config.optim.update(final_weight_decay=0.4, clip_norm=3.0)

@@ -166,6 +166,44 @@ def by_both(implementation: str, *operands: jax.Array, **arguments: Any) -> Iter
         yield [np.asarray(x, np.float32) for x in (out, *gradients)]
 
 
+@pytest.mark.parametrize(
+    ("capability", "keys", "dtype", "case", "expected"),
+    [
+        (9, 50, "bfloat16", "plain", "pallas"),
+        (9, 50, "float16", "masked", "pallas"),
+        (9, 50, "bfloat16", "dropout", "xla"),
+        (9, 64, "bfloat16", "plain", "cudnn"),
+        (9, 64, "bfloat16", "masked", "xla"),
+        (9, 197, "bfloat16", "dropout", "xla"),
+        (9, 197, "float32", "plain", "xla"),
+        (7, 50, "bfloat16", "plain", "xla"),
+        (7, 197, "float16", "plain", "xla"),
+        (0, 50, "bfloat16", "plain", "xla"),
+    ],
+)
+def test_auto_takes_what_was_measured_fastest_and_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: int,
+    keys: int,
+    dtype: str,
+    case: str,
+    expected: str,
+) -> None:
+    """A capability of 7 is a V100's or a T4's, 0 no GPU's."""
+    module, taken = "vlp_jax.models.attention", []
+    monkeypatch.setattr(f"{module}._capability", lambda: capability)
+    for kernel in ("xla", "cudnn", "pallas"):
+        monkeypatch.setattr(f"{module}._{kernel}_attention", lambda *_, k=kernel: taken.append(k))
+    draw = jnp.zeros((2, keys, 4, 64), dtype)
+    options: dict[str, Any] = {}
+    if case == "masked":
+        options["mask"] = jnp.ones((1, keys, keys), bool)
+    if case == "dropout":
+        options |= {"dropout_rate": 0.1, "dropout_noise": dropout_noise(jax.random.key(0))}
+    attention(draw, draw, draw, **options)
+    assert taken == [expected]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("length", "tokens"), [(82, 82), (197, 197), (198, 197)])
 def test_cudnn_matches_xla(length: int, tokens: int) -> None:

@@ -1,6 +1,7 @@
 """SimCLR, SimSiam and MoCo v3 against NumPy, on 1 and 8 devices, and under compression."""
 
 import dataclasses
+import inspect
 import itertools
 
 import chex
@@ -20,11 +21,12 @@ from tiny import (
     tiny_model,
 )
 
+from configs.invariance import get_config
 from vlp_jax.compress.buckets import Bucket, View
 from vlp_jax.data.batch import batch_spec
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import make_mesh
-from vlp_jax.objectives import invariance
+from vlp_jax.objectives import OBJECTIVES, invariance
 from vlp_jax.objectives.base import PROGRESS
 from vlp_jax.objectives.invariance import Drawn, MoCoV3, SimCLR, SimSiam
 
@@ -356,3 +358,13 @@ def test_a_network_runs_once_for_both_pictures(batch, kind, passes, monkeypatch)
     monkeypatch.setattr(invariance, "encode", counted)
     jax.eval_shape(lambda: objective.loss(params, extras, batch, KEY, SIZES))
     assert rows == [2 * BATCH] * passes
+
+
+@pytest.mark.parametrize("name", ["dino", "mim", "moco_v3", "simclr"])
+def test_the_recipes_that_configs_spell_out_are_the_defaults(name: str) -> None:
+    """They are keys of the config so that flags can change them; archives of cells rely on it."""
+    section = get_config(name).objectives[name].to_dict()
+    defaults = inspect.signature(OBJECTIVES[name]).parameters
+    spelled = {"temperature", "teacher_temperature", "momentum", "kept_share"} & section.keys()
+    assert spelled
+    assert {key: section[key] for key in spelled} == {key: defaults[key].default for key in spelled}

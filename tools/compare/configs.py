@@ -42,6 +42,12 @@ _LATER: Mapping[str, Any] = {
         "overhead_percent": 5.0,
         "guard_percent": 1.0,
     },
+    "objectives.dino.momentum": 0.996,
+    "objectives.dino.teacher_temperature": 0.04,
+    "objectives.dino.temperature": 0.1,
+    "objectives.moco_v3.momentum": 0.99,
+    "objectives.moco_v3.temperature": 0.2,
+    "objectives.simclr.temperature": 0.1,
     "model.image.positions": "learned",
     "model.image.drop_path": 0.0,
     "optim.final_weight_decay": None,
@@ -375,9 +381,9 @@ def _plain(config: ConfigDict, without: Iterable[str]) -> dict[str, Any]:
 
 
 def _parent(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
-    """The section that a dotted key lies in, and its last part."""
+    """The section that a dotted key lies in, empty where there is none, and the key's last part."""
     *sections, last = key.split(".")
-    return functools.reduce(lambda section, name: section[name], sections, config), last
+    return functools.reduce(lambda section, name: section.get(name, {}), sections, config), last
 
 
 def _sha256(value: dict[str, Any]) -> str:

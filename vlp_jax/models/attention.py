@@ -19,6 +19,7 @@ Implementation = Literal["auto", "xla", "cudnn", "pallas"]
 
 # Below this many keys XLA's own products were as fast or faster on an H200 (docs/perf.md).
 CUDNN_MIN_KEYS = 64
+AMPERE = 8  # compute capability; older GPUs have neither cuDNN's kernel nor products in bfloat16
 
 
 def attention(
@@ -101,8 +102,16 @@ def _by_pallas(query: jax.Array, key: jax.Array, implementation: Implementation)
 
 
 def _on_matrix_units(dtype: Any) -> bool:
-    """Whether fused kernels are worth it: 16-bit numbers on a GPU."""
-    return jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
+    """Whether fused kernels are there and worth it: 16-bit numbers, NVIDIA GPUs from Ampere on."""
+    return dtype in (jnp.bfloat16, jnp.float16) and _capability() >= AMPERE
+
+
+def _capability() -> int:
+    """First number of the compute capability of the GPUs of this process; 0: NVIDIA's are none."""
+    if jax.default_backend() != "gpu":
+        return 0
+    first = str(getattr(jax.local_devices()[0], "compute_capability", "")).partition(".")[0]
+    return int(first) if first.isdecimal() else 0
 
 
 def _xla_attention(
