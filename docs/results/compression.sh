@@ -3,16 +3,18 @@
 #
 #   docs/results/compression.sh errors OBJECTIVE OUT       (alone on its GPU, for costs are measured)
 #   docs/results/compression.sh costs OBJECTIVE OUT        (likewise)
+#   docs/results/compression.sh recipe OBJECTIVE OUT [FLAG of tools.compare ...]
 #   docs/results/compression.sh compare OBJECTIVE OUT [FLAG of tools.compare ...]
 #   docs/results/compression.sh photographs OBJECTIVE OUT [FLAG of tools.compare ...]
 #
 # OBJECTIVE: moco_v3, simclr or dino, fine-tuned to name shapes; or flm, beside ar, fine-tuned for VQA
 # and NLVR2. `errors` trains a pilot of whole images, measures the gradient error of every bucket along
 # it, and derives compression/OBJECTIVE/schedule.json; `costs` measures what an update of each arm of
-# compression.py costs. `compare` trains whole images for the whole budget and for shares of it, and at
-# those shares the arms (or ARMS); `compare flm` needs the costs of ar as well. Cells that
-# compression/OBJECTIVE/cells.jsonl.gz holds are not trained again. `photographs` is the same on those
-# of the data pack, ../shared/data. All go on where they were stopped.
+# compression.py costs. `recipe` searches what decides whether moco_v3 or dino learns, on whole images.
+# `compare` trains whole images for the whole budget and for shares of it, and at those shares the arms
+# (or ARMS); `compare flm` needs the costs of ar as well. Cells that compression/OBJECTIVE/cells.jsonl.gz
+# holds are not trained again. `photographs` is the same on those of the data pack, ../shared/data. All
+# go on where they were stopped.
 set -euo pipefail
 what=$1 objective=$2 out=$(realpath -m "$3")
 shift 3
@@ -40,6 +42,19 @@ case $what in
         exec "$python" -m tools.bench buckets --config="$config" --config.compression.schedule=staged \
             --config.compression.buckets="$(known "c.costed('$objective')")" \
             --config.compile_cache="$out/programs" --out="$folder/costs.json" "$@"
+        ;;
+    recipe)
+        at=objectives.$objective
+        case $objective in
+            moco_v3) axes=("$at.momentum:0.9,0.97,0.99" "$at.temperature:0.05,0.1,0.2"
+                optim.groups.patch_projection.rate_factor:0.0,1.0) ;;
+            dino) axes=("$at.momentum:0.9,0.98,0.996" "$at.teacher_temperature:0.02,0.04,0.06"
+                optim.final_weight_decay:0.04,0.4) ;;
+            *) echo "no search for '$objective'; take moco_v3 or dino" >&2; exit 64 ;;
+        esac
+        exec "$python" -m tools.compare "$config,whole" --budget_seconds="${BUDGET:-27}" \
+            "${axes[@]/#/--search=}" --search=schedule.peak:1.5e-4,3e-4,6e-4 --halving=3 \
+            --metric=linear_probe/shape/accuracy "${shared[@]/#/--set=}" --out="$out/$what/$objective" "$@"
         ;;
     compare | photographs)
         suffix= archive=$folder/cells.jsonl.gz tasks=(classification:scenes)
@@ -78,5 +93,5 @@ case $what in
             "${shared[@]/#/--set=}" "${shared[@]/#/--set_finetune=}" \
             --archive="$archive" --out="$out/$what/$objective" "$@"
         ;;
-    *) echo "write errors, costs, compare or photographs, not '$what'" >&2; exit 64 ;;
+    *) echo "write errors, costs, recipe, compare or photographs, not '$what'" >&2; exit 64 ;;
 esac
