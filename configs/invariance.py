@@ -34,7 +34,7 @@ _RECIPES = {
     "dino": (5e-4, 0.04, 0.999),
     "mim": (1.5e-4, 0.05, 0.95),
 }
-# Of the objectives; others of their keys have the papers' values by default.
+# Keys that flags and searches may want to change; the values are the objectives' defaults.
 _KEYS: dict[str, dict[str, float]] = {
     "moco_v3": {"temperature": 0.2, "momentum": 0.99},
     "simclr": {"temperature": 0.1},

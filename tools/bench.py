@@ -125,9 +125,10 @@ def bench_step(config: Any) -> dict[str, Any]:
             "lower the one or raise the other"
         )
     check_length("max_length", _MAX_LENGTH.value, positions)
+    program = _program(config)  # every fault of the config shows here
     if _FIXED_VIEWS.value:
         fix_views(config)
-    program = _program(config)
+        program = _program(config)
     mesh = program.mesh
     if len({*program.schedule.index.tolist()}) > 1:
         raise ConfigError(
@@ -361,6 +362,8 @@ def main(argv: Sequence[str]) -> None:
     with bad_input():
         if _OUT.value is not None and argv[1] != "buckets":
             raise ValueError("--out is for the costs of buckets: python -m tools.bench buckets")
+        if _OUT.value is not None and _FIXED_VIEWS.value:
+            raise ValueError("--out is for costs of training, which has views; leave --fixed_views")
         if _BATCH.value is not None:
             config.data.batch_size = _BATCH.value
         try:

@@ -15,7 +15,8 @@ bucket, unless ``config.compression.costs`` gives them.
 
 Writes to ``WORKDIR/gradient_error`` (or ``--out``): ``table.md``, ``gradient_error.png``,
 ``results.json``, and ``schedule.json``: at each checkpoint the bucket of the least cost-adjusted
-error, under costs that never fall, for ``config.compression.file``.
+error, under costs that never fall, for ``config.compression.file``. All but the last are written
+after every checkpoint.
 """
 
 import copy
@@ -127,7 +128,6 @@ def measure(config: ConfigDict, workdir: pathlib.Path, out: pathlib.Path) -> Non
         if not config.compression.costs:
             costs = _measured_costs(setup, fresh)
         found: list[Measured] = []
-        derived: list[str] = []
         for step in checkpoints:
             state = fresh
             if step:
@@ -138,9 +138,10 @@ def measure(config: ConfigDict, workdir: pathlib.Path, out: pathlib.Path) -> Non
             estimates = errors.measure(state, probed, costs, _UPDATE_COST.value)
             found.append(Measured(step, _progress(workdir, step, total), estimates))
             print(_table(names, costs, found[-1]), flush=True)
-            # Whatever ends this before the last checkpoint, those before it are kept.
-            derived = _write(out, setup, names, costs, found, errors)
-    print("\n".join(derived))
+            # Whatever ends this before the last checkpoint, those before it are kept; only a
+            # schedule for part of a run is none.
+            complete = step == checkpoints[-1]
+            _write(out, setup, names, costs, found, errors, complete=complete)
     print(f"written: {out}")
 
 
@@ -238,23 +239,15 @@ def _write(
     costs: Sequence[float],
     found: Sequence[Measured],
     errors: GradientErrors,
-) -> list[str]:
-    """Write all files; the derived schedule as lines of a table."""
+    *,
+    complete: bool,
+) -> None:
+    """Write all files; the derived schedule where all checkpoints are there."""
     program = setup.program
     mse = np.array([[estimate.mse for estimate in m.estimates] for m in found])
     choices = derive(mse, costs)
     facts = {"command": shlex.join(["python", "-m", "tools.gradient_error", *sys.argv[1:]])}
     facts |= device_facts()
-    order = list(dict.fromkeys(choices))
-    stages = stages_at([m.progress for m in found], [order.index(choice) for choice in choices])
-    schedule = Resolved(
-        tuple(program.compression.buckets[choice] for choice in order),
-        tuple(costs[choice] for choice in order),
-        stages,
-        (),
-        _TAIL.value / 100,
-    )
-    schedule.write(out / "schedule.json", program.made_for, facts)
     results = {
         "costs": dict(zip(names, costs, strict=True)),
         "update_cost": _UPDATE_COST.value,
@@ -275,16 +268,27 @@ def _write(
         "facts": facts,
     }
     write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
-    derived, start = ["| of the budget | bucket | cost |", "| --- | --- | ---: |"], 0.0
-    for end, number in stages:
-        name, cost = names[order[number]], costs[order[number]]
-        derived.append(f"| {start:.0%} to {end:.0%} | `{name}` | {cost:.3f} |")
-        start = end
     tables = [f"`{facts['command']}`\n", *(_table(names, costs, m) for m in found)]
-    tables += ["Derived schedule:\n", *derived]
+    if complete:
+        order = list(dict.fromkeys(choices))
+        stages = stages_at([m.progress for m in found], [order.index(choice) for choice in choices])
+        schedule = Resolved(
+            tuple(program.compression.buckets[choice] for choice in order),
+            tuple(costs[choice] for choice in order),
+            stages,
+            (),
+            _TAIL.value / 100,
+        )
+        schedule.write(out / "schedule.json", program.made_for, facts)
+        derived, start = ["| of the budget | bucket | cost |", "| --- | --- | ---: |"], 0.0
+        for end, number in stages:
+            name, cost = names[order[number]], costs[order[number]]
+            derived.append(f"| {start:.0%} to {end:.0%} | `{name}` | {cost:.3f} |")
+            start = end
+        print("\n".join(derived))
+        tables += ["Derived schedule:\n", *derived]
     write_text(out / "table.md", "\n".join(tables) + "\n")
     _draw(out / "gradient_error.png", names, costs, found, choices)
-    return derived
 
 
 def _draw(

@@ -13,8 +13,7 @@ compression/OBJECTIVE/:
     derived        the schedule that follows from their errors
     reversed       the buckets of that schedule from the last to the first
     random         the same, drawn for each update
-    p4@64k64       a constant bucket, one of those that were measured
-    patches        half of the budget on patches of 16 px, half on those of 8
+    p4@64k64       a constant bucket, one whose cost was measured
     small_first    half of the budget on small pictures, half on large ones, a third of the patches
                    of both (the order of OpenVision 2, arXiv 2509.01644, which is AR's own recipe)
 """
@@ -28,7 +27,7 @@ from ml_collections import ConfigDict
 
 from configs import invariance, scenes
 
-_STAGED = {"patches": ("p16@64", "p8@64"), "small_first": ("p4@32k21", "p4@64k80")}
+_STAGED = {"small_first": ("p4@32k21", "p4@64k80")}
 _BUCKETS = ("p16@64", "p8@64k32", "p8@64", "p4@64k64", "p4@64k128", "whole")
 _KEY_WHOLE = "p4@64k64/p4@64"  # patches of one of two views are dropped
 _ORDERS = {"derived": "staged", "reversed": "reversed", "random": "random"}
@@ -60,7 +59,8 @@ def costed(objective: str) -> tuple[str, ...]:
     buckets, _ = _derived(FOLDER / objective)
     constant = (arm.partition("+")[0] for arm in arms_of(objective))
     own = (bucket for bucket in constant if bucket not in _ORDERS)
-    return tuple(dict.fromkeys((*buckets, *own, "whole")))
+    staged = _STAGED["small_first"] if objective == "ar" else ()
+    return tuple(dict.fromkeys((*staged, *buckets, *own, "whole")))
 
 
 def get_config(arg: str) -> ConfigDict:

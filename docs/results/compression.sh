@@ -13,8 +13,8 @@
 # compression.py costs. `recipe` searches what decides whether moco_v3 or dino learns, on whole images.
 # `compare` trains whole images for the whole budget and for shares of it, and at those shares the arms
 # (or ARMS); `compare flm` needs the costs of ar as well. Cells that compression/OBJECTIVE/cells.jsonl.gz
-# holds are not trained again. `photographs` is the same on those of the data pack, ../shared/data. All
-# go on where they were stopped.
+# holds are not trained again. `photographs` is the same on those of the data pack, ../shared/data.
+# Runs and comparisons go on where they were stopped; measurements start again.
 set -euo pipefail
 what=$1 objective=$2 out=$(realpath -m "$3")
 shift 3
@@ -30,30 +30,32 @@ known() { "$python" -c "from docs.results import compression as c; print($1)"; }
 
 case $what in
     errors)
+        buckets=$(known "c.buckets_of('$objective')")
         "$python" -m vlp_jax.main --config="$config" --workdir="$out/pilot_$objective" \
             --config.checkpoint.every_percent=25.0 --config.checkpoint.keep_latest=9 \
             "${shared[@]/#/--config.}"
         exec "$python" -m tools.gradient_error --config="$config" --workdir="$out/pilot_$objective" \
-            --config.compression.schedule=staged \
-            --config.compression.buckets="$(known "c.buckets_of('$objective')")" \
+            --config.compression.schedule=staged --config.compression.buckets="$buckets" \
             --batches=48 --out="$folder" "${shared[@]/#/--config.}" "$@"
         ;;
     costs)
+        buckets=$(known "c.costed('$objective')")
         exec "$python" -m tools.bench buckets --config="$config" --config.compression.schedule=staged \
-            --config.compression.buckets="$(known "c.costed('$objective')")" \
-            --config.compile_cache="$out/programs" --out="$folder/costs.json" "$@"
+            --config.compression.buckets="$buckets" --config.compile_cache="$out/programs" \
+            --out="$folder/costs.json" "$@"
         ;;
     recipe)
         at=objectives.$objective
         case $objective in
-            moco_v3) axes=("$at.momentum:0.9,0.97,0.99" "$at.temperature:0.05,0.1,0.2"
+            moco_v3) axes=("$at.momentum:0.9,0.99" "$at.temperature:0.1,0.2"
                 optim.groups.patch_projection.rate_factor:0.0,1.0) ;;
-            dino) axes=("$at.momentum:0.9,0.98,0.996" "$at.teacher_temperature:0.02,0.04,0.06"
+            dino) axes=("$at.momentum:0.97,0.996" "$at.teacher_temperature:0.02,0.04"
                 optim.final_weight_decay:0.04,0.4) ;;
             *) echo "no search for '$objective'; take moco_v3 or dino" >&2; exit 64 ;;
         esac
-        exec "$python" -m tools.compare "$config,whole" --budget_seconds="${BUDGET:-27}" \
-            "${axes[@]/#/--search=}" --search=schedule.peak:1.5e-4,3e-4,6e-4 --halving=3 \
+        # Eight candidates for 20 s each, and the best of them for all: less tells nothing apart.
+        exec "$python" -m tools.compare "$config,whole" --budget_seconds="${BUDGET:-160}" \
+            "${axes[@]/#/--search=}" --halving=8 \
             --metric=linear_probe/shape/accuracy "${shared[@]/#/--set=}" --out="$out/$what/$objective" "$@"
         ;;
     compare | photographs)
@@ -75,7 +77,8 @@ case $what in
             tasks=(vqa:scenes nlvr2:scenes)
             tune=vqa:scenes/val/accuracy metric=heldout/gap_loss:show
         fi
-        for arm in ${ARMS:-$(known "' '.join(c.arms_of('$objective'))")}; do
+        arms=${ARMS:-$(known "' '.join(c.arms_of('$objective'))")}
+        for arm in $arms; do
             configs+=("$config,$arm$suffix")
         done
         own=()

@@ -126,3 +126,11 @@ except ValueError as error:
     result = subprocess.run([sys.executable, "-c", check], cwd=REPO, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "no objective of the config makes random views" in result.stdout
+
+
+def test_costs_without_views_are_not_written_as_those_of_training(tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-m", "tools.bench", "buckets", "--fixed_views"]
+    command += [f"--config={REPO / 'tests' / 'tiny_config.py'}", f"--out={tmp_path / 'costs.json'}"]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == ExitCode.BAD_INPUT
+    assert "leave --fixed_views" in result.stderr

@@ -865,7 +865,15 @@ def test_a_signal_still_leaves_a_table_and_its_exit_code(shell):
         (["--metric=a/y", "--budget_seconds=8", "--search=optim.b2"], "KEY:log:LOW:HIGH"),
         (["--metric=a/y", "--budget_seconds=8", "--tune_fraction=0.3"], "use one of 0.25, 0.4"),
         (["--metric=a/y:min", "--budget_seconds=8", "--tune_metric=a/y:max"], "says min of it"),
-        (["--metric=a/y", "--budget_seconds=8", "--others_until=1/2.5"], "at which rates are"),
+        (["--metric=a/y", "--budget_seconds=8", "--others_until=0.3"], "use one of 0.25, 0.4"),
+        (
+            ["--metric=a/y", "--budget_seconds=8", "--others_until=1/2.5", "--rates=x1,x2"],
+            "at which rates are compared; lower the latter",
+        ),
+        (
+            ["--metric=a/y", "--budget_seconds=8", "--others_until=1/2.5", "--scratch"],
+            "leave --others_until",
+        ),
         (
             ["--metric=a/y", "--budget_seconds=8", "--search=optim.b2:0.9,0.95", "--rates=x1,x2"],
             "--search=schedule.peak:... searches rates",

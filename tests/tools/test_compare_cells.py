@@ -5,6 +5,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
+from configs.invariance import get_config
 from tests.tools.compared import (
     BUDGET,
     METRIC,
@@ -151,6 +152,18 @@ def test_a_key_that_came_later_counts_only_where_it_changes_the_run():
     assert digest(run_config(named())) == known
     assert digest(run_config(named(**{"model.image.positions": "sincos"}))) != known
     assert digest(run_config(named(**{"compression.tail_percent": 5.0}))) != known
+
+
+@pytest.mark.parametrize("objective", ["dino", "mim", "moco_v3", "simclr"])
+def test_recipes_that_configs_came_to_spell_out_leave_archives_valid(objective):
+    config = get_config(objective)
+    bare, section = config.copy_and_resolve_references(), config.objectives[objective]
+    spelled = {"temperature", "teacher_temperature", "momentum", "kept_share"} & {*section.keys()}
+    assert spelled
+    with bare.unlocked():
+        for key in spelled:
+            del bare.objectives[objective][key]
+    assert digest(bare) == digest(config)
 
 
 def test_what_does_not_change_a_run_does_not_change_its_digest():

@@ -4,11 +4,12 @@
         --finetune=configs/transfer/vqa.py --metric=test/accuracy --tune_metric=val/accuracy \\
         --rates=x0.5,x1,x2 --out=OUT
 
-trains every config with the whole budget and with shares of it, each run with a schedule of its
-own, and writes OUT/compare.md, compare.png and compare.json. Finished cells are kept in OUT: the
-same command with --max_seconds=300 does a few minutes' work at a time, and the table grows;
-with --archive=FILE it grows on another machine of the same kind, too. --max_seconds=0 only writes
-the table, of whichever machine has measured the cells.
+trains every config with the whole budget and with shares of it (with --others_until=1/2.5 only
+baselines with more than that share), each run with a schedule of its own, and writes
+OUT/compare.md, compare.png and compare.json. Finished cells are kept in OUT: the same command with
+--max_seconds=300 does a few minutes' work at a time, and the table grows; with --archive=FILE it
+grows on another machine of the same kind, too. --max_seconds=0 only writes the table, of whichever
+machine has measured the cells.
 With --scratch every --finetune config is trained without pretraining too.
 
 A metric is called as its evaluator calls it; with the label of a --finetune config in front, such
@@ -124,10 +125,10 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> ExitCode:
     )
     settings = read_settings(options, overrides, tuning_overrides)
     axes = [Axis.parse(text) for text in options.search]
-    if axes and (options.fractions or options.rates != OWN_RATE):
+    if axes and (options.fractions or options.others_until < 1 or options.rates != OWN_RATE):
         raise CommandError(
-            "--search takes neither --fractions nor --rates: --halving sets the budgets, and "
-            "--search=schedule.peak:... searches rates"
+            "--search takes no --fractions, --others_until or --rates: --halving sets the budgets, "
+            "and --search=schedule.peak:... searches rates"
         )
     devices = options.devices.split(",") if options.devices else []
     if len(devices) > options.workers:

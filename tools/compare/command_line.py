@@ -48,10 +48,20 @@ def read_settings(
             f"--tune_fraction={options.tune_fraction:.4g} is none of the budgets; use one of "
             f"{', '.join(f'{fraction:.4g}' for fraction in fractions)}"
         )
-    if not fractions[0] <= options.tune_fraction <= options.others_until <= 1:
+    if options.others_until not in fractions:
+        raise CommandError(
+            f"--others_until={options.others_until:.4g} is none of the budgets; use one of "
+            f"{', '.join(f'{fraction:.4g}' for fraction in fractions)}"
+        )
+    if options.others_until < 1 and options.scratch:
+        raise CommandError(
+            "--scratch compares with what all configs learn in the whole budget; leave "
+            "--others_until"
+        )
+    if options.others_until < options.tune_fraction and len(options.rates.split(",")) > 1:
         raise CommandError(
             f"--others_until={options.others_until:.4g} is below --tune_fraction="
-            f"{options.tune_fraction:.4g}, at which rates are compared, or above 1"
+            f"{options.tune_fraction:.4g}, at which rates are compared; lower the latter to it"
         )
     return Settings(
         configs=configs,
@@ -177,8 +187,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--others_until",
         type=_fraction,
         default=1.0,
-        help="the largest share of the budget of configs that are no --baseline, where they are to "
-        "reach its score in less; the whole",
+        help="largest share of the budget, one of --fractions, at which configs that are no "
+        "--baseline are trained: whether they have the baseline's score in less time; by default 1",
     )
     add(
         "--finetune",

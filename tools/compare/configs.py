@@ -45,6 +45,7 @@ _LATER: Mapping[str, Any] = {
     "objectives.dino.momentum": 0.996,
     "objectives.dino.teacher_temperature": 0.04,
     "objectives.dino.temperature": 0.1,
+    "objectives.mim.kept_share": 0.25,
     "objectives.moco_v3.momentum": 0.99,
     "objectives.moco_v3.temperature": 0.2,
     "objectives.simclr.temperature": 0.1,

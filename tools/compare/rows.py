@@ -30,7 +30,7 @@ class Settings:
         budget_seconds: the whole budget, of training.
         fractions: of it, increasing, the last is 1.
         tune_fraction: one of them, at which rates are compared.
-        seeds: runs of every config at every budget, seeds 0 and up.
+        seeds: runs of every config at each of its budgets, seeds 0 and up.
         rates: grid of learning rates: numbers, or factors of a config's own such as "x0.5"; the
             same for every config.
         metrics: to compare by.
@@ -40,8 +40,8 @@ class Settings:
         max_input_wait: a config whose calibration waited for input for a larger share of its time
             is rejected.
         scratch: whether to fine-tune without pretraining too.
-        others_until: the largest share of the budget at which a config that is no baseline is
-            trained, where it is to have the score of one in less.
+        others_until: the largest share of the budget at which configs that are no baseline are
+            trained, where all that is asked is whether they have a baseline's score in less time.
     """
 
     configs: tuple[NamedConfig, ...]

@@ -63,8 +63,8 @@ class TimeToScore:
             because no budget has two seeds.
         high: upper end, likewise.
         reached: share of the bootstrap draws in which it is reached; None without spread.
-        until: the largest share of the budget asked of the config.
-        is_whole: that share is there; else what is not reached may be yet.
+        largest: share of the largest budget that is there.
+        is_whole: it is the last one asked for; else what is not reached may be yet.
     """
 
     target: float
@@ -74,7 +74,7 @@ class TimeToScore:
     low: float | None
     high: float | None
     reached: float | None
-    until: float
+    largest: float
     is_whole: bool
 
 
@@ -132,10 +132,16 @@ def time_to_score(
         ends = np.quantile(drawn / whole.cost, INTERVAL, method="nearest")
         low, high = (_finite(float(end)) for end in ends)
         reached = float(np.isfinite(drawn).mean())
-    smallest = costs[0] / whole.cost
-    is_whole = curve[-1].fraction >= until
     return TimeToScore(
-        whole.mean, _finite(share), found.at_most, smallest, low, high, reached, until, is_whole
+        target=whole.mean,
+        share=_finite(share),
+        at_most=found.at_most,
+        smallest=costs[0] / whole.cost,
+        low=low,
+        high=high,
+        reached=reached,
+        largest=costs[-1] / whole.cost,
+        is_whole=curve[-1].fraction >= until,
     )
 
 

@@ -110,6 +110,7 @@ def _times(
             if curve:
                 until = settings.fractions_of(label)[-1]
                 share = dataclasses.asdict(time_to_score(curve, whole, until=until))
+                share["is_shorter"] = until < settings.fractions[-1]
                 share["target"] *= metric.sign
                 share["seeds"] = len(curve[-1].scores)
                 times.setdefault(label, {})[cost] = share

@@ -217,7 +217,7 @@ def _share(cost: Facts) -> str:
     if cost["share"] is None:
         if not cost["is_whole"]:
             return "not yet"
-        return "not reached" if cost["until"] >= 1 else f"not in {100 * cost['until']:.3g} %"
+        return f"not in {100 * cost['largest']:.0f} %" if cost["is_shorter"] else "not reached"
     return f"{'≤ ' if cost['at_most'] else ''}{100 * cost['share']:.0f} %"
 
 
