@@ -273,15 +273,17 @@ def fix_views(config: Any) -> None:
     Raises:
         ValueError: there is none.
     """
-    found = False
-    with config.unlocked():
-        for name, section in config.objectives.items():
-            takes = inspect.signature(OBJECTIVES[section.get("type", name)]).parameters
-            for key in takes:
-                if key.startswith("augment"):
-                    section[key], found = dict(FIXED), True
-    if not found:
+    recipes = [
+        (section, key)
+        for name, section in config.objectives.items()
+        for key in inspect.signature(OBJECTIVES[section.get("type", name)]).parameters
+        if key.startswith("augment")
+    ]
+    if not recipes:
         raise ValueError("--fixed_views: no objective of the config makes random views; leave it")
+    with config.unlocked():
+        for section, key in recipes:
+            section[key] = dict(FIXED)
 
 
 def _write_schedule(config: Any, figures: dict[str, Any], out: pathlib.Path) -> None:

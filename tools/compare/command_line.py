@@ -43,16 +43,12 @@ def read_settings(
         if label not in labels:
             raise CommandError(f"--baseline={label} is no config; use one of {labels}")
     fractions = _fractions(options.fractions)
-    if options.tune_fraction not in fractions:
-        raise CommandError(
-            f"--tune_fraction={options.tune_fraction:.4g} is none of the budgets; use one of "
-            f"{', '.join(f'{fraction:.4g}' for fraction in fractions)}"
-        )
-    if options.others_until not in fractions:
-        raise CommandError(
-            f"--others_until={options.others_until:.4g} is none of the budgets; use one of "
-            f"{', '.join(f'{fraction:.4g}' for fraction in fractions)}"
-        )
+    for flag in ("tune_fraction", "others_until"):
+        if (share := getattr(options, flag)) not in fractions:
+            raise CommandError(
+                f"--{flag}={share:.4g} is none of the budgets; use one of "
+                f"{', '.join(f'{fraction:.4g}' for fraction in fractions)}"
+            )
     if options.others_until < 1 and options.scratch:
         raise CommandError(
             "--scratch compares with what all configs learn in the whole budget; leave "
