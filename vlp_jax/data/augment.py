@@ -10,6 +10,7 @@ of its own over memory instead of one for all that happens to a pixel (docs/perf
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -307,14 +308,22 @@ def _jitter(view: Planes, keys: jax.Array, recipe: Recipe) -> Planes:
         (adjust_saturation, recipe.saturation, 1.0),
         (adjust_hue, recipe.hue, 0.0),
     )
-    for turn in range(4):
+
+    def turn(number: int | jax.Array, view: Planes) -> Planes:
         changed = view
         for index, (adjust, most, none) in enumerate(changes):
             if most:
-                mine = order[:, turn] == index
+                mine = order[:, number] == index
                 changed = _where(mine, adjust(view, none + most * factor[:, index]), changed)
-        view = changed
-    return view
+        return changed
+
+    # XLA for CPUs computes a turn again for every value of the next that reads it, hundreds of
+    # times in all, unless a loop parts them.
+    return jax.lax.platform_dependent(
+        view,
+        cpu=lambda view: jax.lax.fori_loop(0, 4, turn, view),
+        default=lambda view: functools.reduce(lambda v, number: turn(number, v), range(4), view),
+    )
 
 
 def _planes(pictures: jax.Array) -> Planes:
