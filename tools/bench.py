@@ -9,8 +9,9 @@ a matmul peak measured in the same run, peak memory, compile seconds by bucket, 
 
 measures the update of every bucket of ``config.compression`` and of whole images so, one after the
 other in one process, and what share of the speed-up that FLOPs predict each reaches; the JSON line
-has them under ``buckets``. With ``--out=FILE`` it writes the config's schedule with the costs
-measured, for ``config.compression.file``.
+has them under ``buckets``. Costs are shares of the time for which the device is busy (on CPUs, of
+the time that passes). With ``--out=FILE`` it writes the config's schedule with the costs measured,
+for ``config.compression.file``.
 
 With `--fixed_views` the pictures themselves, some of them mirrored, stand for random views: what is
 saved is what those cost.
@@ -37,8 +38,8 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from tools.timing import busy_ms
 from vlp_jax.compress.buckets import (
-    MAX_SCHEDULED_BUCKETS,
     WHOLE,
     StepBucket,
     bucket_label,
@@ -105,6 +106,28 @@ class UniformLengths:
         return counts
 
 
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """All of an update but its compiled step.
+
+    Attributes:
+        config: of the run.
+        program: what is compiled.
+        planned: batches whose updates are measured, in turn.
+        keys: what step each takes.
+        batches: their arrays on the device.
+    """
+
+    config: Any
+    program: Program
+    planned: Sequence[PlannedBatch]
+    keys: Sequence[StepBucket]
+    batches: Sequence[Any]
+
+
+Steps = CompiledSteps[tuple[int, StepBucket], Any]  # by number of the config, and key
+
+
 def bench_step(config: Any) -> dict[str, Any]:
     """Time the update of a config.
 
@@ -112,12 +135,18 @@ def bench_step(config: Any) -> dict[str, Any]:
         config: a run's config; its data section gives batch size, image size and the edge fit.
 
     Returns:
-        The figures, ready for JSON.
+        The figures, ready for JSON; ``device_ms``, for which an accelerator is busy with an update,
+        is None on CPUs.
 
     Raises:
         ConfigError, ValueError: a flag or a key does not fit; the message names it.
         FloatingPointError: an update's loss or gradients were not finite.
     """
+    [figures] = _measure([_prepare(config)])
+    return figures
+
+
+def _prepare(config: Any) -> Prepared:
     data, positions = config.data, config.model.text.max_positions
     if _MIN_LENGTH.value > _MAX_LENGTH.value:
         raise ValueError(
@@ -129,7 +158,6 @@ def bench_step(config: Any) -> dict[str, Any]:
     if _FIXED_VIEWS.value:
         fix_views(config)
         program = _program(config)
-    mesh = program.mesh
     if len({*program.schedule.index.tolist()}) > 1:
         raise ConfigError(
             "compression.schedule",
@@ -155,35 +183,51 @@ def bench_step(config: Any) -> dict[str, Any]:
         data.image_size,
         data.window_batches,
     )
-    peak = measure_matmul_peak()
     planned = [plan.batch(t) for t in range(min(_STEPS.value, plan.window_batches))]
-    names = program.batch_names
     rng = np.random.default_rng(config.seed)
     shape = (data.batch_size, data.image_size, data.image_size, 3)
     names_of_pictures = ("image", *_PICTURES.intersection(program.extra_fields))
     pixels = {name: rng.integers(0, 256, shape, dtype=np.uint8) for name in names_of_pictures}
-    pictures = global_batch(pixels, mesh)
+    pictures = global_batch(pixels, program.mesh)
     batches = [
-        _batch(rng, batch, config.tokenizer.vocab_size, mesh, program) | pictures
+        _batch(rng, batch, config.tokenizer.vocab_size, program.mesh, program) | pictures
         for batch in planned
     ]
     keys = [program.bucket(batch.bucket, t) for t, batch in enumerate(planned)]
-    steps: CompiledSteps[StepBucket, Any] = CompiledSteps(limit=MAX_SCHEDULED_BUCKETS)
+    return Prepared(config, program, planned, keys, batches)
+
+
+def _measure(prepared: Sequence[Prepared]) -> list[dict[str, Any]]:
+    """Compile all steps at the same time, then time one config after the other."""
+    peak = measure_matmul_peak()
+    keys = {(n, key): one for n, one in enumerate(prepared) for key in one.keys}
+    steps: Steps = CompiledSteps(limit=len(keys))
     # Before the device is busy: compiling measures kernels on it.
-    steps.compile(dict.fromkeys(keys), lambda key: program.lower(key).compile)
+    steps.compile(keys, lambda key: keys[key].program.lower(key[1]).compile)
+    return [_time(one, n, steps, peak) for n, one in enumerate(prepared)]
+
+
+def _time(prepared: Prepared, number: int, steps: Steps, peak: float) -> dict[str, Any]:
+    config, program, planned = prepared.config, prepared.program, prepared.planned
+    data, names = config.data, program.batch_names
     state, moment, metrics = program.init(), program.moment(0), {}
 
-    def run(count: int) -> Any:
+    def update(t: int) -> Any:
         nonlocal state, metrics
+        index = t % len(planned)
+        batch = dict.fromkeys(names, prepared.batches[index])
+        state, metrics = steps[number, prepared.keys[index]](state, batch, moment)
+        return state
+
+    def run(count: int) -> Any:
         for t in range(count):
-            index = t % len(planned)
-            batch = dict.fromkeys(names, batches[index])
-            state, metrics = steps[keys[index]](state, batch, moment)
+            update(t)
         return state
 
     jax.block_until_ready(run(len(planned)))
     count = _STEPS.value
     seconds = [each / count for each in timings(lambda: run(count), _REPEATS.value)]
+    busy = busy_ms(update, count)
     loss, skipped = float(metrics["loss"]), int(metrics["skipped"])
     if skipped or not math.isfinite(loss):
         raise FloatingPointError(
@@ -194,7 +238,7 @@ def bench_step(config: Any) -> dict[str, Any]:
     padded = np.concatenate([np.full(len(b), b.bucket.text_length) for b in planned])
     flops = statistics.fmean(
         program.flops(dict.fromkeys(names, float(batch.length.mean())), key)
-        for batch, key in zip(planned, keys, strict=True)
+        for batch, key in zip(planned, prepared.keys, strict=True)
     )
     rates = sorted(data.batch_size / s for s in seconds)
     rate = statistics.median(rates)
@@ -202,13 +246,14 @@ def bench_step(config: Any) -> dict[str, Any]:
         "samples_per_second": round(rate, 2),
         "samples_per_second_range": [round(rates[0], 2), round(rates[-1], 2)],
         "step_ms": round(1e3 * data.batch_size / rate, 3),
-        "mfu": round(rate * flops / (peak * mesh.size), 4),
+        "device_ms": busy and round(busy, 3),
+        "mfu": round(rate * flops / (peak * program.mesh.size), 4),
         "gflops_per_sample": round(flops / 1e9, 4),
         "matmul_peak_tflops": round(peak / 1e12, 2),
         "peak_memory_gb": round(memory().peak / 1e9, 3),
         "memory_source": memory().source,
         "compile_seconds": {
-            bucket_label(bucket): round(s, 1) for bucket, s in steps.seconds.items()
+            bucket_label(key): round(s, 1) for (n, key), s in steps.seconds.items() if n == number
         },
         "batch": data.batch_size,
         "text_length_mean": round(float(lengths.mean()), 3),
@@ -228,9 +273,10 @@ def bench_buckets(config: Any) -> dict[str, Any]:
 
     Returns:
         What ``bench_step`` gives for whole images, and under ``buckets`` by name: ``step_ms``,
-        ``samples_per_second``, ``mfu``, ``cost`` (share of the time of whole images),
-        ``flops_share`` (the same of the FLOPs) and ``speedup_share`` (how much of the speed-up
-        that FLOPs predict is reached).
+        ``device_ms``, ``samples_per_second``, ``mfu``, ``cost`` (share of the time for which the
+        device is busy with whole images), ``flops_share`` (the same of the FLOPs) and
+        ``speedup_share`` (how much of the speed-up that FLOPs predict is reached, of the time that
+        passes).
 
     Raises:
         ConfigError, ValueError, FloatingPointError: see ``bench_step``.
@@ -247,22 +293,25 @@ def bench_buckets(config: Any) -> dict[str, Any]:
         if not pathlib.Path(_OUT.value).resolve().parent.is_dir():
             raise ValueError(f"--out={_OUT.value}: its folder does not exist; make it first")
     names = [bucket_text(views) for views in program.compression.buckets]
-    measured = {}
-    for name in dict.fromkeys((WHOLE, *names)):
+    names = list(dict.fromkeys((WHOLE, *names)))
+    prepared = []
+    for name in names:
         one = config.copy_and_resolve_references()
         one.compression.update({"schedule": "constant", "buckets": (name,), "costs": ()})
         one.compression.update({"shares": (), "tail_percent": 0.0})
-        measured[name] = bench_step(one)
+        prepared.append(_prepare(one))
+    measured = dict(zip(names, _measure(prepared), strict=True))
     whole = measured[WHOLE]
+    clock = "device_ms" if whole["device_ms"] else "step_ms"
     found = {}
     for name, figures in measured.items():
-        cost = figures["step_ms"] / whole["step_ms"]
         flops = figures["gflops_per_sample"] / whole["gflops_per_sample"]
+        kept = ("step_ms", "device_ms", "samples_per_second", "mfu")
         found[name] = {
-            **{key: figures[key] for key in ("step_ms", "samples_per_second", "mfu")},
-            "cost": round(cost, 4),
+            **{key: figures[key] for key in kept},
+            "cost": round(figures[clock] / whole[clock], 4),
             "flops_share": round(flops, 4),
-            "speedup_share": round(flops / cost, 4),
+            "speedup_share": round(flops * whole["step_ms"] / figures["step_ms"], 4),
         }
     return {**whole, "buckets": found}
 

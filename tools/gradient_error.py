@@ -28,7 +28,7 @@ import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ from etils import epath
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict, config_flags
 
+from tools.timing import busy_ms
 from vlp_jax.compress.buckets import StepBucket, bucket_text
 from vlp_jax.data.build import open_loader
 from vlp_jax.infra.checkpoint import restore_step
@@ -192,21 +193,27 @@ def _measured_costs(setup: Setup, state: TrainState) -> tuple[float, ...]:
     }
     steps: CompiledSteps[StepBucket, Any] = CompiledSteps(limit=len(keys))
     steps.compile(keys.values(), lambda key: program.lower(key).compile)
-    moment, seconds = program.moment(0), {}
+    moment, cost = program.moment(0), {}
     for views, key in keys.items():
         own = jax.tree.map(jnp.copy, state)
 
-        def run(count: int, key: StepBucket = key) -> Any:
+        def update(number: int, key: StepBucket = key) -> Any:
+            del number
             nonlocal own
-            for _ in range(count):
-                own, _ = steps[key](own, batches, moment)
+            own, _ = steps[key](own, batches, moment)
             return own
+
+        def run(count: int, update: Callable[[int], Any] = update) -> Any:
+            for number in range(count):
+                last = update(number)
+            return last
 
         run(1)  # warms up
         [one] = timings(functools.partial(run, 1), 1)
         count = min(_TIMED, max(1, round(_SECONDS / one)))
-        seconds[views] = statistics.median(timings(functools.partial(run, count), _REPEATS)) / count
-    return tuple(seconds[views] / seconds[()] for views in program.compression.buckets)
+        passed = statistics.median(timings(functools.partial(run, count), _REPEATS)) / count
+        cost[views] = busy_ms(update, count) or passed
+    return tuple(cost[views] / cost[()] for views in program.compression.buckets)
 
 
 def _table(names: Sequence[str], costs: Sequence[float], measured: Measured) -> str:
