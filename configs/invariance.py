@@ -12,18 +12,21 @@ starts from such a transformer by --config.init_from.
 
 Data: `scenes`, level hard, whose captions are not read. Recipes of MoCo v3, SimCLR (SLIP's) and
 DINO: fact sheet of accelerated invariance pretraining, section 7; MoCo v3's random patch projection
-is frozen. A ResNet gets the same recipes, where the papers use LARS or SGD. DINO has two small
-crops here, of three sevenths of the side, and 4,096 prototypes; `dino,base` its eight and 65,536;
-the decoder of `mim` half the width here, `mim,base` that of MAE. SimSiam's with AdamW is a choice
-of ours. The peak rate is that of a batch of 256: for another one, scale --config.schedule.peak with
+is frozen. A blur is measured in pixels of a picture of 224 px: that of smaller pictures is
+narrower. A ResNet gets the same recipes, where the papers use LARS or SGD. DINO has two small crops
+here, of three sevenths of the side, and 4,096 prototypes; `dino,base` its eight and 65,536; the
+decoder of `mim` half the width here, `mim,base` that of MAE. SimSiam's with AdamW is a choice of
+ours. The peak rate is that of a batch of 256: for another one, scale --config.schedule.peak with
 it. Ours differ in how towers are initialised, and in that views are cut from pictures already
 reduced to data.image_size. Colour jitter, blur and small crops hide colours and most of a scene:
 what a tower is to tell apart must survive `augment`.
-Hardware: one GPU. Score to expect: not measured yet.
+Hardware: one GPU. Score to expect: docs/results/compression.md, by
+temperatures and crops that learn faster on scenes than the papers'.
 """
 
 from ml_collections import ConfigDict
 
+from vlp_jax.data.augment import Recipe
 from vlp_jax.train.config import default_config
 
 # Peak rate at a batch of 256, weight decay, second beta.
@@ -41,6 +44,14 @@ _KEYS: dict[str, dict[str, float]] = {
     "simsiam": {},
     "dino": {"temperature": 0.1, "teacher_temperature": 0.04, "momentum": 0.996},
     "mim": {"kept_share": 0.25},
+}
+# Least and largest area of crops, by the key of the views.
+_SCALES: dict[str, dict[str, tuple[float, float]]] = {
+    "moco_v3": {"augment": (0.08, 1.0)},
+    "simclr": {"augment": (0.08, 1.0)},
+    "simsiam": {"augment": (0.2, 1.0)},
+    "dino": {"augment": (0.4, 1.0), "augment_small": (0.05, 0.4)},
+    "mim": {},
 }
 
 
@@ -88,6 +99,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
             image.positions = "sincos"
             if not large:
                 config.objectives.mim.update(decoder_width=128, decoder_depth=4, decoder_heads=4)
+        share = config.data.image_size / 224
+        sigma = tuple(round(share * sigma, 2) for sigma in Recipe().blur_sigma)
+        for views, scale in _SCALES[objective].items():
+            config.objectives[objective][views] = {"scale": scale, "blur_sigma": sigma}
         if objective == "moco_v3" and vit:
             image.positions = "sincos"
             frozen = {"pattern": "image_tower/patch_embedding", "rate_factor": 0.0}

@@ -177,6 +177,24 @@ def test_what_does_not_change_a_run_does_not_change_its_digest():
     assert cost_digest(run_config(named(**{"model.text.width": 32}))) != cost
 
 
+@pytest.mark.parametrize(
+    ("objective", "change"),
+    [
+        ("simclr", {"temperature": 0.05, "augment.scale": (0.3, 1.0)}),
+        ("moco_v3", {"momentum": 0.9}),
+        ("dino", {"teacher_temperature": 0.02, "augment_small.scale": (0.15, 0.5)}),
+    ],
+)
+def test_what_changes_no_operation_of_an_update_does_not_change_its_cost(objective, change):
+    config = get_config(objective)
+    keys = {f"objectives.{objective}.{key}": value for key, value in change.items()}
+    changed = with_overrides(config, keys)
+    assert digest(changed) != digest(config)
+    assert cost_digest(changed) == cost_digest(config)
+    blurred = {f"objectives.{objective}.augment.blur_sigma": (0.1, 3.0)}
+    assert cost_digest(with_overrides(config, blurred)) != cost_digest(config)
+
+
 def test_the_cost_of_an_update_is_measured_once_for_all_rates_budgets_and_invocations(tmp_path):
     trainer = FakeTrainer()
     cells = open_cells(tmp_path, trainer)

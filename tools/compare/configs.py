@@ -30,6 +30,17 @@ _SAME_COST = (
     *("seed", "evals", "schedule", "checkpoint", "init_from", "init_checkpoint"),
     *(f"total_{unit}" for unit in UNITS),
     *("optim.b1", "optim.b2", "optim.eps", "optim.weight_decay"),
+    *(
+        f"objectives.{name}.{key}"
+        for name in ("simclr", "moco_v3", "dino")
+        for key in ("momentum", "temperature", "teacher_temperature")
+    ),
+    # How large crops are; whether there are any, and all else that happens to views, has a cost.
+    *(
+        f"objectives.{name}.{views}.scale"
+        for name in ("simclr", "moco_v3", "dino")
+        for views in ("augment", "augment_small")
+    ),
 )
 # Keys that came after the first archives, with the value at which a run is what it was before there
 # was the key: there they are left out, so that cells of docs/results count on.
