@@ -31,14 +31,22 @@ _STAGED = {"small_first": ("p4@32k21", "p4@64k80")}
 _BUCKETS = ("p16@64", "p8@64k32", "p8@64", "p4@64k64", "p4@64k128", "whole")
 _KEY_WHOLE = "p4@64k64/p4@64"  # patches of one of two views are dropped
 _ORDERS = {"derived": "staged", "reversed": "reversed", "random": "random"}
-PEAKS = {"moco_v3": 6e-4, "simclr": 1e-3, "dino": 1e-3, "flm": 1e-3, "ar": 1e-3}
+PEAKS = {"moco_v3": 6e-4, "simclr": 7e-4, "dino": 9e-4, "flm": 1e-3, "ar": 1e-3}
+# What whole images learn fastest by, of the candidates of `compression.sh recipe`.
+_RECIPES: dict[str, dict[str, Any]] = {
+    "moco_v3": {"temperature": 0.1, "momentum": 0.9, "augment": (0.3, 1.0)},
+    "simclr": {"temperature": 0.05, "augment": (0.3, 1.0)},
+    "dino": {"teacher_temperature": 0.02, "momentum": 0.99, "augment_small": (0.15, 0.5)},
+}
+# Of a pilot: what whole images have in the budget of compression.sh, on an H100.
+UPDATES = {"moco_v3": 5_700, "simclr": 6_100, "dino": 4_100, "flm": 3_500, "ar": 4_700}
 LANGUAGE = ("flm", "ar")
 PHOTOGRAPHS = "photographs"
 FOLDER = pathlib.Path("docs/results/compression")  # from the repository's root, as all commands
 
 
 def buckets_of(objective: str) -> tuple[str, ...]:
-    """The buckets whose gradient errors are measured."""
+    """The buckets whose costs and gradient errors are measured."""
     own = {"ar": _STAGED["small_first"], "flm": ()}.get(objective, (_KEY_WHOLE,))
     return (*own, *_BUCKETS)
 
@@ -54,13 +62,10 @@ def arms_of(objective: str) -> tuple[str, ...]:
     return ("derived+20", "reversed+20", "random+20", *constant)
 
 
-def costed(objective: str) -> tuple[str, ...]:
-    """The buckets of the arms, whose costs are to be measured, and whole images."""
-    buckets, _ = _derived(FOLDER / objective)
-    constant = (arm.partition("+")[0] for arm in arms_of(objective))
-    own = (bucket for bucket in constant if bucket not in _ORDERS)
-    staged = _STAGED["small_first"] if objective == "ar" else ()
-    return tuple(dict.fromkeys((*staged, *buckets, *own, "whole")))
+def costs_of(objective: str) -> tuple[float, ...]:
+    """What an update of each of ``buckets_of`` costs, as a share of one of whole images."""
+    known = _costs(FOLDER / objective)
+    return tuple(known[bucket] for bucket in buckets_of(objective))
 
 
 def get_config(arg: str) -> ConfigDict:
@@ -79,7 +84,7 @@ def get_config(arg: str) -> ConfigDict:
         config.data.num_edges = 2
     else:
         config = invariance.get_config(f"{objective},mini")
-    config.total_steps = 2_500
+    config.total_steps = UPDATES[objective]
     config.schedule.peak = PEAKS[objective]
     config.model.image.patch_size = 4
     config.data.threads = 8
@@ -90,6 +95,13 @@ def get_config(arg: str) -> ConfigDict:
         if objective in LANGUAGE:
             config.evals = {"heldout": {"source": "scenes", "num_examples": 1000}}
         else:
+            for key, value in _RECIPES[objective].items():
+                section = config.objectives[objective]
+                if key.startswith("augment"):  # the areas of crops
+                    section, key = section[key], "scale"
+                section[key] = value
+            if objective == "moco_v3":  # a frozen projection cannot adapt to larger patches
+                config.optim.groups.patch_projection.rate_factor = 1.0
             labelled, probe = "scenes", {"labels": ("shape", "texture"), "max_iterations": 100}
             config.data.sources.scenes.update(num_records=100_000, cache=True)
             if data:
@@ -128,8 +140,7 @@ def _compress(section: ConfigDict, folder: pathlib.Path, arm: str) -> None:
     buckets, shares = _STAGED.get(arm, (arm,)), ()
     if arm in _ORDERS:
         buckets, shares = _derived(folder)
-    costs = _read(folder, "costs")
-    known = dict(zip(costs["buckets"], costs["costs"], strict=True))
+    known = _costs(folder)
     if not known.keys() >= set(buckets):
         raise ValueError(
             f"--config=docs/results/compression.py: {arm!r} is no arm, nor a bucket whose cost "
@@ -137,6 +148,12 @@ def _compress(section: ConfigDict, folder: pathlib.Path, arm: str) -> None:
         )
     section.update(schedule=_ORDERS.get(arm, "staged"), buckets=buckets, shares=shares)
     section.costs = tuple(known[bucket] for bucket in buckets)
+
+
+def _costs(folder: pathlib.Path) -> dict[str, float]:
+    """What was measured of an update of each bucket."""
+    costs = _read(folder, "costs")
+    return dict(zip(costs["buckets"], costs["costs"], strict=True))
 
 
 def _derived(folder: pathlib.Path) -> tuple[tuple[str, ...], tuple[float, ...]]:

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Pretraining on compressed images against whole ones, for compression.md.
 #
-#   docs/results/compression.sh errors OBJECTIVE OUT       (alone on its GPU, for costs are measured)
-#   docs/results/compression.sh costs OBJECTIVE OUT        (likewise)
+#   docs/results/compression.sh costs OBJECTIVE OUT        (alone on its GPU)
+#   docs/results/compression.sh errors OBJECTIVE OUT
 #   docs/results/compression.sh recipe OBJECTIVE OUT [FLAG of tools.compare ...]
 #   docs/results/compression.sh compare OBJECTIVE OUT [FLAG of tools.compare ...]
 #   docs/results/compression.sh photographs OBJECTIVE OUT [FLAG of tools.compare ...]
 #
 # OBJECTIVE: moco_v3, simclr or dino, fine-tuned to name shapes; or flm, beside ar, fine-tuned for VQA
-# and NLVR2. `errors` trains a pilot of whole images, measures the gradient error of every bucket along
-# it, and derives compression/OBJECTIVE/schedule.json; `costs` measures what an update of each arm of
-# compression.py costs. `recipe` searches what decides whether moco_v3 or dino learns, on whole images.
+# and NLVR2. `costs` measures what an update of each bucket costs; `errors`, after it, trains a pilot of
+# whole images, measures the gradient error of every bucket along it, and derives
+# compression/OBJECTIVE/schedule.json. `recipe` searches what whole images learn fastest by.
 # `compare` trains whole images for the whole budget and for shares of it, and at those shares the arms
 # (or ARMS); `compare flm` needs the costs of ar as well. Cells that compression/OBJECTIVE/cells.jsonl.gz
 # holds are not trained again. `photographs` is the same on those of the data pack, ../shared/data.
@@ -36,34 +36,41 @@ case $what in
             "${shared[@]/#/--config.}"
         exec "$python" -m tools.gradient_error --config="$config" --workdir="$out/pilot_$objective" \
             --config.compression.schedule=staged --config.compression.buckets="$buckets" \
+            --config.compression.costs="$(known "c.costs_of('$objective')")" \
             --batches=48 --out="$folder" "${shared[@]/#/--config.}" "$@"
         ;;
     costs)
-        buckets=$(known "c.costed('$objective')")
+        buckets=$(known "c.buckets_of('$objective')")
         exec "$python" -m tools.bench buckets --config="$config" --config.compression.schedule=staged \
             --config.compression.buckets="$buckets" --config.compile_cache="$out/programs" \
             --out="$folder/costs.json" "$@"
         ;;
     recipe)
         at=objectives.$objective
+        axes=(schedule.peak:log:1e-4:2e-3)
         case $objective in
-            moco_v3) axes=("$at.momentum:0.9,0.99" "$at.temperature:0.1,0.2"
-                optim.groups.patch_projection.rate_factor:0.0,1.0) ;;
-            dino) axes=("$at.momentum:0.97,0.996" "$at.teacher_temperature:0.02,0.04"
-                optim.final_weight_decay:0.04,0.4) ;;
-            *) echo "no search for '$objective'; take moco_v3 or dino" >&2; exit 64 ;;
+            simclr) axes+=("$at.temperature:0.05,0.1,0.2" "$at.augment.scale:(0.08,1.0),(0.3,1.0)") ;;
+            moco_v3) axes+=("$at.temperature:0.05,0.1,0.2" "$at.augment.scale:(0.08,1.0),(0.3,1.0)"
+                "$at.momentum:0.9,0.97,0.99" optim.groups.patch_projection.rate_factor:0.0,1.0) ;;
+            dino) axes+=("$at.teacher_temperature:0.02,0.04,0.07" "$at.momentum:0.9,0.97,0.99"
+                "$at.augment.scale:(0.2,1.0),(0.4,1.0)"
+                "$at.augment_small.scale:(0.05,0.4),(0.15,0.5)") ;;
+            *) echo "no search for '$objective'; take simclr, moco_v3 or dino" >&2; exit 64 ;;
         esac
-        # Eight candidates for 20 s each, and the best of them for all: less tells nothing apart.
-        exec "$python" -m tools.compare "$config,whole" --budget_seconds="${BUDGET:-160}" \
-            "${axes[@]/#/--search=}" --halving=8 \
-            --metric=linear_probe/shape/accuracy "${shared[@]/#/--set=}" --out="$out/$what/$objective" "$@"
+        # Eighteen candidates for 15 s each, of which four train for 60 s; the best one for 240 s tells
+        # no more, and --max_seconds may leave it out.
+        exec "$python" -m tools.compare "$config,whole" --budget_seconds="${BUDGET:-240}" \
+            "${axes[@]/#/--search=}" --halving=4 --trials=18 \
+            --metric=linear_probe/shape/accuracy "${shared[@]/#/--set=}" \
+            --archive="$folder/recipe.jsonl.gz" --out="$out/$what/$objective" "$@"
         ;;
     compare | photographs)
         suffix= archive=$folder/cells.jsonl.gz tasks=(classification:scenes)
         labels=shape,colour,size,texture,count tune=linear_probe/shape/accuracy
         shares=(--fractions=1,1/2.5,1/4 --others_until=1/2.5 --tune_fraction=1/4)
-        rates=x0.25,x0.5,x1 budget=40 updates=500
-        [[ $objective != moco_v3 ]] || rates=x0.5,x1,x2
+        rates=x0.5,x1,x2 budget=120
+        [[ $objective != simclr ]] || budget=100
+        declare -A updates=([classification:scenes]=500 [vqa:scenes]=800 [nlvr2:scenes]=2000)
         if [[ $what == photographs ]]; then
             suffix=,photographs archive=$folder/photographs.jsonl.gz tasks=(classification:pack)
             labels=class tune=linear_probe/class/accuracy
@@ -73,7 +80,7 @@ case $what in
         if [[ $objective == flm ]]; then
             configs+=("${config%flm}ar,whole" "${config%flm}ar,small_first")
             shares=(--fractions=1,1/1.5 --tune_fraction=1/1.5)
-            rates=x0.5,x1 budget=24 updates=400
+            rates=x1 budget=60
             tasks=(vqa:scenes nlvr2:scenes)
             tune=vqa:scenes/val/accuracy metric=heldout/gap_loss:show
         fi
@@ -84,7 +91,7 @@ case $what in
         own=()
         for task in "${tasks[@]}"; do
             own+=("--finetune=configs/transfer/${task%:*}.py:${task#*:}")
-            [[ $what == photographs ]] || own+=("--set_finetune=$task/total_steps=${UPDATES:-$updates}")
+            [[ $what == photographs ]] || own+=("--set_finetune=$task/total_steps=${updates[$task]}")
             [[ $task != vqa:* ]] || own+=("--set_finetune=$task/evals.explain=None")
             metric+=,$task/test/accuracy,$task/val/accuracy:show
         done
