@@ -2,19 +2,21 @@
 # Pretraining on compressed images against whole ones, for compression.md.
 #
 #   docs/results/compression.sh costs OBJECTIVE OUT        (alone on its GPU)
-#   docs/results/compression.sh errors OBJECTIVE OUT
+#   docs/results/compression.sh errors OBJECTIVE OUT [--config.KEY=VALUE ...]
 #   docs/results/compression.sh recipe OBJECTIVE OUT [FLAG of tools.compare ...]
 #   docs/results/compression.sh compare OBJECTIVE OUT [FLAG of tools.compare ...]
 #   docs/results/compression.sh photographs OBJECTIVE OUT [FLAG of tools.compare ...]
 #
-# OBJECTIVE: moco_v3, simclr or dino, fine-tuned to name shapes; or flm, beside ar, fine-tuned for VQA
-# and NLVR2. `costs` measures what an update of each bucket costs; `errors`, after it, trains a pilot of
-# whole images, measures the gradient error of every bucket along it, and derives
-# compression/OBJECTIVE/schedule.json. `recipe` searches what whole images learn fastest by.
-# `compare` trains whole images for the whole budget and for shares of it, and at those shares the arms
-# (or ARMS); `compare flm` needs the costs of ar as well. Cells that compression/OBJECTIVE/cells.jsonl.gz
-# holds are not trained again. `photographs` is the same on those of the data pack, ../shared/data.
-# Runs and comparisons go on where they were stopped; measurements start again.
+# OBJECTIVE: moco_v3, simclr or dino, fine-tuned to name shapes; or flm, beside ar, fine-tuned for
+# VQA and NLVR2. `costs` measures what an update of each bucket costs; `errors`, after it, trains a
+# pilot of whole images, measures the gradient error of every bucket along it, and derives
+# compression/OBJECTIVE/schedule.json; with ALONG=ARM along a run of that arm, into a folder of its
+# own, whose schedule no arm uses. `recipe` searches what whole images learn fastest by. `compare`
+# trains whole images for the whole budget and for shares of it, and at those shares the arms (or
+# ARMS); `compare flm` needs the costs of ar as well. Cells that
+# compression/OBJECTIVE/cells.jsonl.gz holds are not trained again. `photographs` is the same on
+# those of the data pack, ../shared/data. BUDGET, in seconds, and BATCHES (of an error) replace
+# those below. Runs and comparisons go on where they were stopped; measurements start again.
 set -euo pipefail
 what=$1 objective=$2 out=$(realpath -m "$3")
 shift 3
@@ -31,13 +33,16 @@ known() { "$python" -c "from docs.results import compression as c; print($1)"; }
 case $what in
     errors)
         buckets=$(known "c.buckets_of('$objective')")
-        "$python" -m vlp_jax.main --config="$config" --workdir="$out/pilot_$objective" \
+        along=${ALONG:-whole}
+        pilot=$out/pilot_$objective,$along
+        [[ $along == whole ]] || { folder+=/along_$along && mkdir -p "$folder"; }
+        "$python" -m vlp_jax.main --config="$config,$along" --workdir="$pilot" \
             --config.checkpoint.every_percent=25.0 --config.checkpoint.keep_latest=9 \
-            "${shared[@]/#/--config.}"
-        exec "$python" -m tools.gradient_error --config="$config" --workdir="$out/pilot_$objective" \
+            "${shared[@]/#/--config.}" "$@"
+        exec "$python" -m tools.gradient_error --config="$config" --workdir="$pilot" \
             --config.compression.schedule=staged --config.compression.buckets="$buckets" \
             --config.compression.costs="$(known "c.costs_of('$objective')")" \
-            --batches=48 --out="$folder" "${shared[@]/#/--config.}" "$@"
+            --batches="${BATCHES:-48}" --out="$folder" "${shared[@]/#/--config.}" "$@"
         ;;
     costs)
         buckets=$(known "c.buckets_of('$objective')")
