@@ -12,8 +12,8 @@ starts from such a transformer by --config.init_from.
 
 Data: `scenes`, level hard, whose captions are not read. Recipes of MoCo v3, SimCLR (SLIP's) and
 DINO: fact sheet of accelerated invariance pretraining, section 7; MoCo v3's random patch projection
-is frozen. A blur is measured in pixels of a picture of 224 px: that of smaller pictures is
-narrower. A ResNet gets the same recipes, where the papers use LARS or SGD. DINO has two small crops
+is frozen. Blurs are as wide in proportion to data.image_size, as the config sets it, as theirs to
+224 px. A ResNet gets the same recipes, where the papers use LARS or SGD. DINO has two small crops
 here, of three sevenths of the side, and 4,096 prototypes; `dino,base` its eight and 65,536; the
 decoder of `mim` half the width here, `mim,base` that of MAE. SimSiam's with AdamW is a choice of
 ours. The peak rate is that of a batch of 256: for another one, scale --config.schedule.peak with

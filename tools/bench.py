@@ -30,7 +30,7 @@ import pathlib
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from tools.timing import busy_ms
+from tools.timing import UpdateTime, busy_ms, cost_shares
 from vlp_jax.compress.buckets import (
     WHOLE,
     StepBucket,
@@ -115,13 +115,15 @@ class Prepared:
         program: what is compiled.
         planned: batches whose updates are measured, in turn.
         keys: what step each takes.
-        batches: their arrays on the device.
+        pictures: what all of them read, on the device.
+        batches: their arrays, pictures among them.
     """
 
     config: Any
     program: Program
     planned: Sequence[PlannedBatch]
     keys: Sequence[StepBucket]
+    pictures: Mapping[str, jax.Array]
     batches: Sequence[Any]
 
 
@@ -135,18 +137,18 @@ def bench_step(config: Any) -> dict[str, Any]:
         config: a run's config; its data section gives batch size, image size and the edge fit.
 
     Returns:
-        The figures, ready for JSON; ``device_ms``, for which an accelerator is busy with an update,
-        is None on CPUs.
+        The figures, ready for JSON.
 
     Raises:
         ConfigError, ValueError: a flag or a key does not fit; the message names it.
         FloatingPointError: an update's loss or gradients were not finite.
     """
-    [figures] = _measure([_prepare(config)])
+    [(figures, _)] = _measure([_prepare(config)], traced=False)
     return figures
 
 
-def _prepare(config: Any) -> Prepared:
+def _prepare(config: Any, like: Prepared | None = None) -> Prepared:
+    """Plan, and put on the device what a config's updates read; ``like`` has the same pictures."""
     data, positions = config.data, config.model.text.max_positions
     if _MIN_LENGTH.value > _MAX_LENGTH.value:
         raise ValueError(
@@ -185,29 +187,36 @@ def _prepare(config: Any) -> Prepared:
     )
     planned = [plan.batch(t) for t in range(min(_STEPS.value, plan.window_batches))]
     rng = np.random.default_rng(config.seed)
-    shape = (data.batch_size, data.image_size, data.image_size, 3)
-    names_of_pictures = ("image", *_PICTURES.intersection(program.extra_fields))
-    pixels = {name: rng.integers(0, 256, shape, dtype=np.uint8) for name in names_of_pictures}
-    pictures = global_batch(pixels, program.mesh)
+    pictures = like.pictures if like else _pictures(rng, data, program)
     batches = [
         _batch(rng, batch, config.tokenizer.vocab_size, program.mesh, program) | pictures
         for batch in planned
     ]
     keys = [program.bucket(batch.bucket, t) for t, batch in enumerate(planned)]
-    return Prepared(config, program, planned, keys, batches)
+    return Prepared(config, program, planned, keys, pictures, batches)
 
 
-def _measure(prepared: Sequence[Prepared]) -> list[dict[str, Any]]:
+def _pictures(rng: np.random.Generator, data: Any, program: Program) -> Mapping[str, jax.Array]:
+    shape = (data.batch_size, data.image_size, data.image_size, 3)
+    names = ("image", *_PICTURES.intersection(program.extra_fields))
+    pixels = {name: rng.integers(0, 256, shape, dtype=np.uint8) for name in names}
+    return dict(global_batch(pixels, program.mesh))
+
+
+Measured = tuple[dict[str, Any], UpdateTime]
+
+
+def _measure(several: Sequence[Prepared], traced: bool) -> list[Measured]:
     """Compile all steps at the same time, then time one config after the other."""
     peak = measure_matmul_peak()
-    keys = {(n, key): one for n, one in enumerate(prepared) for key in one.keys}
-    steps: Steps = CompiledSteps(limit=len(keys))
+    owners = {(n, key): one for n, one in enumerate(several) for key in one.keys}
+    steps: Steps = CompiledSteps(limit=len(owners))
     # Before the device is busy: compiling measures kernels on it.
-    steps.compile(keys, lambda key: keys[key].program.lower(key[1]).compile)
-    return [_time(one, n, steps, peak) for n, one in enumerate(prepared)]
+    steps.compile(owners, lambda key: owners[key].program.lower(key[1]).compile)
+    return [_time(one, n, steps, peak, traced) for n, one in enumerate(several)]
 
 
-def _time(prepared: Prepared, number: int, steps: Steps, peak: float) -> dict[str, Any]:
+def _time(prepared: Prepared, number: int, steps: Steps, peak: float, traced: bool) -> Measured:
     config, program, planned = prepared.config, prepared.program, prepared.planned
     data, names = config.data, program.batch_names
     state, moment, metrics = program.init(), program.moment(0), {}
@@ -227,7 +236,7 @@ def _time(prepared: Prepared, number: int, steps: Steps, peak: float) -> dict[st
     jax.block_until_ready(run(len(planned)))
     count = _STEPS.value
     seconds = [each / count for each in timings(lambda: run(count), _REPEATS.value)]
-    busy = busy_ms(update, count)
+    busy = busy_ms(update, count) if traced else None
     loss, skipped = float(metrics["loss"]), int(metrics["skipped"])
     if skipped or not math.isfinite(loss):
         raise FloatingPointError(
@@ -242,11 +251,10 @@ def _time(prepared: Prepared, number: int, steps: Steps, peak: float) -> dict[st
     )
     rates = sorted(data.batch_size / s for s in seconds)
     rate = statistics.median(rates)
-    return {
+    figures = {
         "samples_per_second": round(rate, 2),
         "samples_per_second_range": [round(rates[0], 2), round(rates[-1], 2)],
         "step_ms": round(1e3 * data.batch_size / rate, 3),
-        "device_ms": busy and round(busy, 3),
         "mfu": round(rate * flops / (peak * program.mesh.size), 4),
         "gflops_per_sample": round(flops / 1e9, 4),
         "matmul_peak_tflops": round(peak / 1e12, 2),
@@ -263,6 +271,7 @@ def _time(prepared: Prepared, number: int, steps: Steps, peak: float) -> dict[st
         "config": config.name,
         **device_facts(),
     }
+    return figures, UpdateTime(1e3 * data.batch_size / rate, busy)
 
 
 def bench_buckets(config: Any) -> dict[str, Any]:
@@ -293,25 +302,25 @@ def bench_buckets(config: Any) -> dict[str, Any]:
         if not pathlib.Path(_OUT.value).resolve().parent.is_dir():
             raise ValueError(f"--out={_OUT.value}: its folder does not exist; make it first")
     names = [bucket_text(views) for views in program.compression.buckets]
-    names = list(dict.fromkeys((WHOLE, *names)))
-    prepared = []
-    for name in names:
+    prepared: dict[str, Prepared] = {}
+    for name in dict.fromkeys((WHOLE, *names)):
         one = config.copy_and_resolve_references()
         one.compression.update({"schedule": "constant", "buckets": (name,), "costs": ()})
         one.compression.update({"shares": (), "tail_percent": 0.0})
-        prepared.append(_prepare(one))
-    measured = dict(zip(names, _measure(prepared), strict=True))
-    whole = measured[WHOLE]
-    clock = "device_ms" if whole["device_ms"] else "step_ms"
+        prepared[name] = _prepare(one, like=prepared.get(WHOLE))
+    measured = dict(zip(prepared, _measure(list(prepared.values()), traced=True), strict=True))
+    times = {name: time for name, (_, time) in measured.items()}
+    shares = cost_shares(times, unit=WHOLE)
+    whole = measured[WHOLE][0]
     found = {}
-    for name, figures in measured.items():
+    for name, (figures, time) in measured.items():
         flops = figures["gflops_per_sample"] / whole["gflops_per_sample"]
-        kept = ("step_ms", "device_ms", "samples_per_second", "mfu")
         found[name] = {
-            **{key: figures[key] for key in kept},
-            "cost": round(figures[clock] / whole[clock], 4),
+            **{key: figures[key] for key in ("step_ms", "samples_per_second", "mfu")},
+            "device_ms": time.busy,
+            "cost": round(shares[name], 4),
             "flops_share": round(flops, 4),
-            "speedup_share": round(flops * whole["step_ms"] / figures["step_ms"], 4),
+            "speedup_share": round(flops * times[WHOLE].passed / time.passed, 4),
         }
     return {**whole, "buckets": found}
 
@@ -338,11 +347,11 @@ def fix_views(config: Any) -> None:
 def _write_schedule(config: Any, figures: dict[str, Any], out: pathlib.Path) -> None:
     """Write the config's schedule with the costs that ``bench_buckets`` has measured."""
     program = _program(config)
-    costs = [
+    measured = [
         figures["buckets"][bucket_text(views)]["cost"] for views in program.compression.buckets
     ]
     resolved = dataclasses.replace(
-        program.compression, costs=tuple(costs), stages=stages_of(config.compression, costs)
+        program.compression, costs=tuple(measured), stages=stages_of(config.compression, measured)
     )
     facts = {"command": shlex.join(["python", "-m", "tools.bench", *sys.argv[1:]])}
     resolved.write(out, program.made_for, facts | device_facts())

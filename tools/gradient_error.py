@@ -39,7 +39,7 @@ from etils import epath
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict, config_flags
 
-from tools.timing import busy_ms
+from tools.timing import UpdateTime, busy_ms, cost_shares
 from vlp_jax.compress.buckets import StepBucket, bucket_text
 from vlp_jax.data.build import open_loader
 from vlp_jax.infra.checkpoint import restore_step
@@ -193,7 +193,7 @@ def _measured_costs(setup: Setup, state: TrainState) -> tuple[float, ...]:
     }
     steps: CompiledSteps[StepBucket, Any] = CompiledSteps(limit=len(keys))
     steps.compile(keys.values(), lambda key: program.lower(key).compile)
-    moment, cost = program.moment(0), {}
+    moment, times = program.moment(0), {}
     for views, key in keys.items():
         own = jax.tree.map(jnp.copy, state)
 
@@ -212,8 +212,9 @@ def _measured_costs(setup: Setup, state: TrainState) -> tuple[float, ...]:
         [one] = timings(functools.partial(run, 1), 1)
         count = min(_TIMED, max(1, round(_SECONDS / one)))
         passed = statistics.median(timings(functools.partial(run, count), _REPEATS)) / count
-        cost[views] = busy_ms(update, count) or passed
-    return tuple(cost[views] / cost[()] for views in program.compression.buckets)
+        times[views] = UpdateTime(1e3 * passed, busy_ms(update, count))
+    shares = cost_shares(times, unit=())
+    return tuple(shares[views] for views in program.compression.buckets)
 
 
 def _table(names: Sequence[str], costs: Sequence[float], measured: Measured) -> str:

@@ -1,14 +1,30 @@
-"""How long the device is busy with an update, whatever its host has to do beside it."""
+"""How long updates take: as time passes, and how long the device is busy with them."""
 
+import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from tools.profile_table import device_busy_ms
 from vlp_jax.infra.profiling import ProfilerWindow
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateTime:
+    """Milliseconds of an update.
+
+    Attributes:
+        passed: from one to the next, by the clock on the wall.
+        busy: for which an accelerator has anything to do; None on CPUs.
+    """
+
+    passed: float
+    busy: float | None
 
 
 def busy_ms(update: Callable[[int], Any], count: int) -> float | None:
@@ -24,6 +40,9 @@ def busy_ms(update: Callable[[int], Any], count: int) -> float | None:
 
     Returns:
         Their mean; None on CPUs, which have no host beside them.
+
+    Raises:
+        ValueError: the profiler has not seen any kernel.
     """
     if jax.default_backend() == "cpu":
         return None
@@ -33,3 +52,13 @@ def busy_ms(update: Callable[[int], Any], count: int) -> float | None:
                 with profiler.step(number):
                     update(number)
         return device_busy_ms(Path(folder))
+
+
+def cost_shares(times: Mapping[T, UpdateTime], unit: T) -> dict[T, float]:
+    """What each update costs as a share of the one called ``unit``, all by the same clock.
+
+    It is the time for which the device is busy, or on CPUs the time that passes.
+    """
+    busy = {key: time.busy for key, time in times.items() if time.busy is not None}
+    clock = busy if len(busy) == len(times) else {key: t.passed for key, t in times.items()}
+    return {key: clock[key] / clock[unit] for key in times}

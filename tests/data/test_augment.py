@@ -244,6 +244,22 @@ def test_jitter_applies_each_change_once_in_some_order():
         assert factor.std() > 0.15
 
 
+def test_jitter_is_the_same_where_its_turns_are_no_loop(monkeypatch):
+    """As on accelerators; on CPUs, where the other tests run, it is one."""
+    keys = jax.random.split(jax.random.key(5), 4)
+    looped = jax.jit(augment._jitter, static_argnums=2)(PLANES, keys, Recipe())
+    taken = []
+
+    def accelerator(view, *, cpu, default):
+        taken.append(cpu)
+        return default(view)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", accelerator)
+    unrolled = augment._jitter(PLANES, keys, Recipe())
+    assert taken
+    np.testing.assert_allclose(stacked(unrolled), stacked(looped), atol=1e-6)
+
+
 def test_standardised_views_are_normalised_pixels():
     pixels = jnp.asarray(smooth())
     np.testing.assert_allclose(

@@ -32,14 +32,12 @@ _SAME_COST = (
     *("optim.b1", "optim.b2", "optim.eps", "optim.weight_decay"),
     *(
         f"objectives.{name}.{key}"
-        for name in ("simclr", "moco_v3", "dino")
-        for key in ("momentum", "temperature", "teacher_temperature")
-    ),
-    # How large crops are; whether there are any, and all else that happens to views, has a cost.
-    *(
-        f"objectives.{name}.{views}.scale"
-        for name in ("simclr", "moco_v3", "dino")
-        for views in ("augment", "augment_small")
+        for name in ("simclr", "moco_v3", "simsiam", "dino", "mim")
+        for key in (
+            *("momentum", "temperature", "teacher_temperature"),
+            # How large crops are; whether there are any, and all else of a view, has a cost.
+            *("augment.scale", "augment_second.scale", "augment_small.scale"),
+        )
     ),
 )
 # Keys that came after the first archives, with the value at which a run is what it was before there

@@ -16,6 +16,8 @@ from typing import Generic, TypeVar
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+_THREADS = 16  # in which steps are compiled at the same time
+
 GPU_FLAGS: Mapping[str, str] = {
     # Overlap collectives with compute; without it XLA:GPU waits for each all-gather of FSDP.
     "xla_gpu_enable_latency_hiding_scheduler": "true",
@@ -143,7 +145,7 @@ class CompiledSteps(Generic[Bucket, Step]):
         """
         buckets = list(buckets)
         self._check(buckets)
-        with ThreadPoolExecutor(self._limit) as pool:
+        with ThreadPoolExecutor(min(self._limit, _THREADS)) as pool:
             started = [(bucket, *self._start(pool, bucket, lower)) for bucket in buckets]
             for bucket, traced, compiled in started:
                 self._steps[bucket], seconds = compiled.result()
