@@ -32,7 +32,7 @@ _BUCKETS = ("p16@64", "p8@64k32", "p8@64", "p4@64k64", "p4@64k128", "whole")
 _KEY_WHOLE = "p4@64k64/p4@64"  # patches of one of two views are dropped
 _ORDERS = {"derived": "staged", "reversed": "reversed", "random": "random"}
 PEAKS = {"moco_v3": 6e-4, "simclr": 7e-4, "dino": 9e-4, "flm": 1e-3, "ar": 1e-3}
-# What whole images learn fastest by, of the candidates of `compression.sh recipe`.
+# Chosen after `compression.sh recipe`; that of moco_v3 is none of its candidates (compression.md).
 _RECIPES: dict[str, dict[str, Any]] = {
     "moco_v3": {"temperature": 0.1, "momentum": 0.9, "augment": (0.3, 1.0)},
     "simclr": {"temperature": 0.05, "augment": (0.3, 1.0)},
