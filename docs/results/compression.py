@@ -10,6 +10,8 @@ images, and ARM how they are encoded before, by what compression.sh has measured
 compression/OBJECTIVE/:
 
     whole          all of them (by default); its run is the pilot whose gradients are looked at
+    whole8         the same by a tower whose own patches have 8 px, not 4: do larger patches help
+                   for being fewer, or because these pictures want no smaller ones?
     derived        the schedule that follows from their errors
     reversed       the buckets of that schedule from the last to the first
     random         the same, drawn for each update
@@ -54,12 +56,12 @@ def buckets_of(objective: str) -> tuple[str, ...]:
 def arms_of(objective: str) -> tuple[str, ...]:
     """What is compared with whole images; a derived schedule of one bucket has one order."""
     if objective in LANGUAGE:
-        return ("derived", "p8@64+20")
+        return ("derived", "p8@64+20", "whole8")
     buckets, _ = _derived(FOLDER / objective)
-    constant = [f"{bucket}+20" for bucket in ("p8@64", "p4@64k64", _KEY_WHOLE)]
+    others = [f"{bucket}+20" for bucket in ("p8@64", "p4@64k64", _KEY_WHOLE)] + ["whole8"]
     if len(buckets) == 1:
-        return ("derived+20", *(arm for arm in constant if arm != f"{buckets[0]}+20"))
-    return ("derived+20", "reversed+20", "random+20", *constant)
+        return ("derived+20", *(arm for arm in others if arm != f"{buckets[0]}+20"))
+    return ("derived+20", "reversed+20", "random+20", *others)
 
 
 def costs_of(objective: str) -> tuple[float, ...]:
@@ -127,6 +129,8 @@ def get_config(arg: str) -> ConfigDict:
             }
     if data:
         config.name = f"{config.name}_{data}"
+    if arm == "whole8":
+        config.model.image.patch_size, arm = 8, "whole"
     arm, _, tail = (arm or "whole").partition("+")
     _compress(config.compression, FOLDER / objective, arm)
     config.compression.tail_percent = float(tail or 0)
