@@ -307,7 +307,7 @@ def _draw(
     choices: Sequence[int],
 ) -> None:
     """Cost-adjusted error, squared bias and cost-adjusted variance over the run."""
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
     panels = figure.subplots(1, 3)
     progress = [100 * m.progress for m in found]
     # Scales differ from one checkpoint to the next by far: each is its own unit.
@@ -335,9 +335,13 @@ def _draw(
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title)
         axes.set_xlabel("share of the budget, %")
+        # Of the strongest compression they are a hundred times those that are chosen between; a
+        # bias is zero, or as an estimate below it.
+        axes.set_yscale("symlog", linthresh=0.1)
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("in units of the buckets' mean variance")
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(file, dpi=120)
 
 
