@@ -38,7 +38,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from tools.timing import UpdateTime, busy_ms, cost_shares
+from tools.timing import UpdateTime, busy_ms, cost_shares, repeat
 from vlp_jax.compress.buckets import (
     WHOLE,
     StepBucket,
@@ -116,7 +116,7 @@ class Prepared:
         planned: batches whose updates are measured, in turn.
         keys: what step each takes.
         pictures: what all of them read, on the device.
-        batches: their arrays, pictures among them.
+        batches: what each reads beside it, on the device.
     """
 
     config: Any
@@ -128,6 +128,7 @@ class Prepared:
 
 
 Steps = CompiledSteps[tuple[int, StepBucket], Any]  # by number of the config, and key
+Measured = tuple[dict[str, Any], UpdateTime]  # the figures of a config, ready for JSON
 
 
 def bench_step(config: Any) -> dict[str, Any]:
@@ -189,8 +190,7 @@ def _prepare(config: Any, like: Prepared | None = None) -> Prepared:
     rng = np.random.default_rng(config.seed)
     pictures = like.pictures if like else _pictures(rng, data, program)
     batches = [
-        _batch(rng, batch, config.tokenizer.vocab_size, program.mesh, program) | pictures
-        for batch in planned
+        _batch(rng, batch, config.tokenizer.vocab_size, program.mesh, program) for batch in planned
     ]
     keys = [program.bucket(batch.bucket, t) for t, batch in enumerate(planned)]
     return Prepared(config, program, planned, keys, pictures, batches)
@@ -201,9 +201,6 @@ def _pictures(rng: np.random.Generator, data: Any, program: Program) -> Mapping[
     names = ("image", *_PICTURES.intersection(program.extra_fields))
     pixels = {name: rng.integers(0, 256, shape, dtype=np.uint8) for name in names}
     return dict(global_batch(pixels, program.mesh))
-
-
-Measured = tuple[dict[str, Any], UpdateTime]
 
 
 def _measure(several: Sequence[Prepared], traced: bool) -> list[Measured]:
@@ -219,23 +216,19 @@ def _measure(several: Sequence[Prepared], traced: bool) -> list[Measured]:
 def _time(prepared: Prepared, number: int, steps: Steps, peak: float, traced: bool) -> Measured:
     config, program, planned = prepared.config, prepared.program, prepared.planned
     data, names = config.data, program.batch_names
+    batches = [batch | prepared.pictures for batch in prepared.batches]
     state, moment, metrics = program.init(), program.moment(0), {}
 
     def update(t: int) -> Any:
         nonlocal state, metrics
         index = t % len(planned)
-        batch = dict.fromkeys(names, prepared.batches[index])
+        batch = dict.fromkeys(names, batches[index])
         state, metrics = steps[number, prepared.keys[index]](state, batch, moment)
         return state
 
-    def run(count: int) -> Any:
-        for t in range(count):
-            update(t)
-        return state
-
-    jax.block_until_ready(run(len(planned)))
+    jax.block_until_ready(repeat(update, len(planned)))
     count = _STEPS.value
-    seconds = [each / count for each in timings(lambda: run(count), _REPEATS.value)]
+    seconds = [each / count for each in timings(lambda: repeat(update, count), _REPEATS.value)]
     busy = busy_ms(update, count) if traced else None
     loss, skipped = float(metrics["loss"]), int(metrics["skipped"])
     if skipped or not math.isfinite(loss):

@@ -28,7 +28,7 @@ import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ from etils import epath
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict, config_flags
 
-from tools.timing import UpdateTime, busy_ms, cost_shares
+from tools.timing import UpdateTime, busy_ms, cost_shares, repeat
 from vlp_jax.compress.buckets import StepBucket, bucket_text
 from vlp_jax.data.build import open_loader
 from vlp_jax.infra.checkpoint import restore_step
@@ -203,16 +203,11 @@ def _measured_costs(setup: Setup, state: TrainState) -> tuple[float, ...]:
             own, _ = steps[key](own, batches, moment)
             return own
 
-        def run(count: int, update: Callable[[int], Any] = update) -> Any:
-            for number in range(count):
-                last = update(number)
-            return last
-
-        run(1)  # warms up
-        [one] = timings(functools.partial(run, 1), 1)
+        repeat(update, 1)  # warms up
+        [one] = timings(functools.partial(repeat, update, 1), 1)
         count = min(_TIMED, max(1, round(_SECONDS / one)))
-        passed = statistics.median(timings(functools.partial(run, count), _REPEATS)) / count
-        times[views] = UpdateTime(1e3 * passed, busy_ms(update, count))
+        passed = statistics.median(timings(functools.partial(repeat, update, count), _REPEATS))
+        times[views] = UpdateTime(1e3 * passed / count, busy_ms(update, count))
     shares = cost_shares(times, unit=())
     return tuple(shares[views] for views in program.compression.buckets)
 

@@ -27,6 +27,13 @@ class UpdateTime:
     busy: float | None
 
 
+def repeat(update: Callable[[int], Any], count: int) -> Any:
+    """Run the updates 0 to ``count`` - 1, one or more; the result of the last, not waited for."""
+    for number in range(count):
+        last = update(number)
+    return last
+
+
 def busy_ms(update: Callable[[int], Any], count: int) -> float | None:
     """Milliseconds for which an accelerator is busy with an update, by a trace of some.
 
@@ -55,9 +62,10 @@ def busy_ms(update: Callable[[int], Any], count: int) -> float | None:
 
 
 def cost_shares(times: Mapping[T, UpdateTime], unit: T) -> dict[T, float]:
-    """What each update costs as a share of the one called ``unit``, all by the same clock.
+    """What each update costs, as a share of the one called ``unit``.
 
-    It is the time for which the device is busy, or on CPUs the time that passes.
+    All by the same clock: the time for which the device is busy, where each has been traced, else
+    the time that passes.
     """
     busy = {key: time.busy for key, time in times.items() if time.busy is not None}
     clock = busy if len(busy) == len(times) else {key: t.passed for key, t in times.items()}

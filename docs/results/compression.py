@@ -33,15 +33,19 @@ _STAGED = {"small_first": ("p4@32k21", "p4@64k80")}
 _BUCKETS = ("p16@64", "p8@64k32", "p8@64", "p4@64k64", "p4@64k128", "whole")
 _KEY_WHOLE = "p4@64k64/p4@64"  # patches of one of two views are dropped
 _ORDERS = {"derived": "staged", "reversed": "reversed", "random": "random"}
-PEAKS = {"moco_v3": 6e-4, "simclr": 7e-4, "dino": 9e-4, "flm": 1e-3, "ar": 1e-3}
+_PEAKS = {"moco_v3": 6e-4, "simclr": 7e-4, "dino": 9e-4, "flm": 1e-3, "ar": 1e-3}
 # Chosen after `compression.sh recipe`; that of moco_v3 is none of its candidates (compression.md).
 _RECIPES: dict[str, dict[str, Any]] = {
-    "moco_v3": {"temperature": 0.1, "momentum": 0.9, "augment": (0.3, 1.0)},
-    "simclr": {"temperature": 0.05, "augment": (0.3, 1.0)},
-    "dino": {"teacher_temperature": 0.02, "momentum": 0.99, "augment_small": (0.15, 0.5)},
+    "moco_v3": {"temperature": 0.1, "momentum": 0.9, "augment": {"scale": (0.3, 1.0)}},
+    "simclr": {"temperature": 0.05, "augment": {"scale": (0.3, 1.0)}},
+    "dino": {
+        "teacher_temperature": 0.02,
+        "momentum": 0.99,
+        "augment_small": {"scale": (0.15, 0.5)},
+    },
 }
 # Of a pilot: what whole images have in the budget of compression.sh, on an H100.
-UPDATES = {"moco_v3": 5_700, "simclr": 6_100, "dino": 4_100, "flm": 3_500, "ar": 4_700}
+_UPDATES = {"moco_v3": 5_700, "simclr": 6_100, "dino": 4_100, "flm": 3_500, "ar": 4_700}
 LANGUAGE = ("flm", "ar")
 PHOTOGRAPHS = "photographs"
 FOLDER = pathlib.Path("docs/results/compression")  # from the repository's root, as all commands
@@ -86,8 +90,8 @@ def get_config(arg: str) -> ConfigDict:
         config.data.num_edges = 2
     else:
         config = invariance.get_config(f"{objective},mini")
-    config.total_steps = UPDATES[objective]
-    config.schedule.peak = PEAKS[objective]
+    config.total_steps = _UPDATES[objective]
+    config.schedule.peak = _PEAKS[objective]
     config.model.image.patch_size = 4
     config.data.threads = 8
     config.data.prefetch = 16
@@ -97,11 +101,7 @@ def get_config(arg: str) -> ConfigDict:
         if objective in LANGUAGE:
             config.evals = {"heldout": {"source": "scenes", "num_examples": 1000}}
         else:
-            for key, value in _RECIPES[objective].items():
-                section = config.objectives[objective]
-                if key.startswith("augment"):  # the areas of crops
-                    section, key = section[key], "scale"
-                section[key] = value
+            config.objectives[objective].update(_RECIPES[objective])
             if objective == "moco_v3":  # a frozen projection cannot adapt to larger patches
                 config.optim.groups.patch_projection.rate_factor = 1.0
             labelled, probe = "scenes", {"labels": ("shape", "texture"), "max_iterations": 100}

@@ -368,3 +368,11 @@ def test_the_recipes_that_configs_spell_out_are_the_defaults(name: str) -> None:
     spelled = {"temperature", "teacher_temperature", "momentum", "kept_share"} & section.keys()
     assert spelled
     assert {key: section[key] for key in spelled} == {key: defaults[key].default for key in spelled}
+
+
+@pytest.mark.parametrize("name", ["dino", "moco_v3", "simclr", "simsiam"])
+def test_the_crops_that_configs_spell_out_are_the_defaults(name: str) -> None:
+    section, kind = get_config(name).objectives[name], OBJECTIVES[name]
+    assert section.augment.scale == kind.first_recipe.scale == kind.second_recipe.scale
+    if "augment_small" in section:
+        assert section.augment_small.scale == kind.small_recipe.scale
