@@ -38,11 +38,16 @@ _RECIPES = {
     "mim": (1.5e-4, 0.05, 0.95),
 }
 # Keys that flags and searches may want to change; the values are the objectives' defaults.
-_KEYS: dict[str, dict[str, float]] = {
+_KEYS: dict[str, dict[str, float | str]] = {
     "moco_v3": {"temperature": 0.2, "momentum": 0.99},
     "simclr": {"temperature": 0.1},
     "simsiam": {},
-    "dino": {"temperature": 0.1, "teacher_temperature": 0.04, "momentum": 0.996},
+    "dino": {
+        "temperature": 0.1,
+        "teacher_temperature": 0.04,
+        "momentum": 0.996,
+        "centring": "mean",
+    },
     "mim": {"kept_share": 0.25},
 }
 # Least and largest area of crops, by the key of the views.

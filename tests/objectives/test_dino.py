@@ -22,7 +22,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import make_mesh
 from vlp_jax.models.heads import PrototypeHead
 from vlp_jax.objectives.base import PROGRESS
-from vlp_jax.objectives.dino import DINO
+from vlp_jax.objectives.dino import DINO, balanced
 from vlp_jax.objectives.invariance import Drawn
 
 KEY = jax.random.key(7)
@@ -94,6 +94,48 @@ def test_the_loss_is_that_of_its_paper(batch):
     assert float(found.sum / found.weight) == pytest.approx(entropy[rows].mean(), rel=1e-4)
 
 
+def sinkhorn(answers):
+    """Three turns on positive numbers, float64 [N, K]."""
+    for _ in range(3):
+        answers = answers / answers.sum(axis=0, keepdims=True)
+        answers = answers / answers.sum(axis=1, keepdims=True)
+    return answers
+
+
+def test_balanced_answers_give_every_prototype_its_share(batch):
+    """The loss against Sinkhorn and Knopp in NumPy over the valid rows of both large crops."""
+    objective, params, extras = built(centring="sinkhorn", teacher_temperature=0.05)
+    now = {**batch, PROGRESS: jnp.float32(1.0)}
+    output = objective.loss(params, extras, now, KEY, SIZES)
+    *student, one, other = (
+        np.asarray(x, np.float64)
+        for x in embedded_by(
+            objective, params, output.extras["target"], Drawn(batch, KEY, SIZES, True)
+        )
+    )
+    rows = np.asarray(batch["valid"])
+    targets = np.split(sinkhorn(np.exp(np.concatenate([one[rows], other[rows]]) / 0.05)), 2)
+    terms = [
+        -(target * np.log(softmax(cosines[rows] / 0.1))).sum(axis=1).mean()
+        for index, target in enumerate(targets)
+        for crop, cosines in enumerate(student)
+        if crop != index
+    ]
+    found = float(output.loss.sum / output.loss.weight)
+    assert found == pytest.approx(np.mean(terms), rel=1e-4)
+    usage = np.asarray(balanced(jnp.asarray(one, jnp.float32) / 0.05, batch["valid"]))[rows].sum(0)
+    plain = softmax(one[rows] / 0.05).sum(axis=0)
+    assert usage.std() < 0.2 * plain.std()
+    np.testing.assert_array_equal(output.extras["centre"], extras["centre"])
+
+
+def test_without_a_valid_row_answers_stay_finite():
+    logits = 100.0 * jax.random.normal(KEY, (3, 4))
+    np.testing.assert_allclose(
+        balanced(logits, jnp.zeros(3, bool)), jax.nn.softmax(logits), atol=1e-6
+    )
+
+
 def test_outside_training_nothing_is_renewed(batch):
     objective, params, extras = built()
     output = objective.loss(params, extras, batch, KEY, SIZES, train=False)
@@ -160,10 +202,14 @@ def test_students_and_teachers_are_compressed_apart(batch):
         assert (a != d).any() == (index >= 4), index
 
 
-def test_eight_devices_equal_one():
+@pytest.mark.parametrize("centring", ["mean", "sinkhorn"])
+def test_eight_devices_equal_one(centring):
     results = []
+    config = config_of(**{"optim.eps": 1e-3})
+    with config.unlocked():
+        config.objectives.dino.centring = centring
     for mesh in (None, make_mesh(data=4, fsdp=2)):
-        run = compile_run(config_of(**{"optim.eps": 1e-3}), mesh)
+        run = compile_run(config, mesh)
         state, metrics = run(run.init(), make_batch(), make_batch(seed=1))
         results.append((jax.device_get((state.params, state.extras["objectives"])), metrics))
     (one, first), (eight, second) = results
@@ -202,6 +248,7 @@ def test_paths_of_the_student_are_dropped_and_none_of_the_teacher(batch):
     [
         ({"teacher_temperature": 0.0}, "teacher_temperature: 0.0 is no temperature"),
         ({"centre_momentum": 1.0}, "centre_momentum: 1.0"),
+        ({"centring": "median"}, "centring: 'median' is unknown"),
         ({"small_size": 12}, "small_size: patches of 8 px do not divide"),
         ({"small_crops": -1}, "small_crops: -1"),
         ({"prototypes": 0}, "prototypes: 0 features"),

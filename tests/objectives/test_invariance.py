@@ -346,6 +346,19 @@ def test_pictures_pass_the_tower_together_as_they_do_alone(batch, view):
         assert np.abs(np.asarray(one) - np.asarray(other)).max() > 1e-3
 
 
+def test_paths_are_dropped_for_each_picture_of_a_pass_apart(batch):
+    """The same pictures twice in one pass: some rows drop the same paths, others not."""
+    model = tiny_model(**{"image.drop_path": 0.5, "image.depth": 2})
+    objective = SimCLR(model=model, name="simclr", **HEADS)
+    params, _ = objective.init(jax.random.key(0), batch_spec(SIZES, 1))
+    for train in (True, False):
+        drawn = Drawn(batch, KEY, SIZES, train)
+        looks = [objective._look(drawn, 0, 0)] * 2
+        (one, other), _ = objective._encode(params, drawn, looks, True)
+        same = np.isclose(one, other, atol=1e-5).all(axis=1)
+        assert same.all() if not train else 0 < same.sum() < BATCH
+
+
 @pytest.mark.parametrize(("kind", "passes"), [("simclr", 1), ("moco_v3", 2)])
 def test_a_network_runs_once_for_both_pictures(batch, kind, passes, monkeypatch):
     objective, params, extras = built(kind)

@@ -51,6 +51,7 @@ _LATER: Mapping[str, Any] = {
         "overhead_percent": 5.0,
         "guard_percent": 1.0,
     },
+    "objectives.dino.centring": "mean",
     "objectives.dino.momentum": 0.996,
     "objectives.dino.teacher_temperature": 0.04,
     "objectives.dino.temperature": 0.1,

@@ -1,9 +1,11 @@
 """DINO: a student that finds the prototypes of its own moving average (arXiv 2104.14294).
 
 Two large crops of every image and several small ones pass the student, the large ones the teacher
-as well. Each crop of the student is to name the prototypes that the teacher names for another crop;
-the teacher's cosines lose their running mean and are sharpened, without which all images would get
-one answer, or none. Recipe: fact sheet of accelerated invariance pretraining, section 7.
+as well. Each crop of the student is to name the prototypes that the teacher names for another crop.
+The teacher's cosines are sharpened and lose their running mean, or are balanced so that prototypes
+get equal shares of the batch, without which all images would get one answer, or none. Recipe: fact
+sheet of accelerated invariance pretraining, section 7; the balance is SwAV's (arXiv 2006.09882,
+section 3.1), as DINOv2 has it (arXiv 2304.07193, section 4).
 
 A bucket's first view is what the student encodes of its large crops, the second what the teacher
 does; small crops are encoded whole, by the tower's own patches.
@@ -37,6 +39,8 @@ from vlp_jax.objectives.similarity import valid_mean
 from vlp_jax.objectives.tower import check_share, statistics, view_recipe
 
 _LARGE = 2  # crops that the teacher sees
+_CENTRINGS = ("mean", "sinkhorn")
+_TURNS = 3  # of Sinkhorn and Knopp, as in SwAV and DINOv2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,8 @@ class DINO(Momentum):
         teacher_temperature: of the teacher's, at the end of its warm-up.
         first_teacher_temperature: at its begin.
         teacher_warmup: share of the budget over which it rises.
+        centring: ``mean``, the running mean, or ``sinkhorn``, three turns of Sinkhorn and Knopp
+            over all valid answers of the batch, on all devices.
         centre_momentum: of the running mean.
         frozen_prototypes: share of the budget, at its begin, in which prototypes are not trained.
         small_crops: how many.
@@ -68,6 +74,7 @@ class DINO(Momentum):
     teacher_temperature: float = 0.04
     first_teacher_temperature: float = 0.04
     teacher_warmup: float = 0.1
+    centring: str = "mean"
     centre_momentum: float = 0.9
     frozen_prototypes: float = 0.01
     small_crops: int = 8
@@ -86,6 +93,12 @@ class DINO(Momentum):
             check_temperature(self, key)
         for key in ("teacher_warmup", "centre_momentum", "frozen_prototypes"):
             check_share(self, key)
+        if self.centring not in _CENTRINGS:
+            raise ConfigError(
+                f"objectives.{self.name}.centring",
+                f"{self.centring!r} is unknown",
+                f"Use one of {', '.join(_CENTRINGS)}",
+            )
         if self.small_crops < 0:
             raise ConfigError(
                 f"objectives.{self.name}.small_crops", f"{self.small_crops}", "Use 0 or more"
@@ -147,12 +160,15 @@ class DINO(Momentum):
         embedded, params = self.embeddings({**params, head: own}, target, drawn)
         *student, one, other = embedded
         teacher = (one, other)
-        sharpened = [
-            jax.nn.softmax((t - extras["centre"][None]) / self._teacher_temperature(progress))
-            for t in teacher
-        ]
+        temperature = self._teacher_temperature(progress)
+        if self.centring == "sinkhorn":
+            both = jnp.concatenate(teacher) / temperature
+            sharpened = jnp.split(balanced(both, jnp.tile(valid, len(teacher))), len(teacher))
+        else:
+            centre = extras["centre"][None]
+            sharpened = [jax.nn.softmax((t - centre) / temperature) for t in teacher]
         losses, metrics = self.compare((*student, *sharpened), valid)
-        if train:
+        if train and self.centring == "mean":
             weights = valid.astype(jnp.float32)[:, None]
             mean = sum((weights * t).sum(axis=0) for t in teacher)
             mean /= len(teacher) * jnp.maximum(weights.sum(), 1.0)
@@ -205,6 +221,28 @@ class DINO(Momentum):
         first, last = self.first_teacher_temperature, self.teacher_temperature
         share = jnp.minimum(1.0, progress / max(self.teacher_warmup, 1e-9))
         return first + (last - first) * share
+
+
+def balanced(logits: jax.Array, valid: jax.Array) -> jax.Array:
+    """Answers of which all prototypes get about equal shares over the valid rows.
+
+    Three turns of Sinkhorn and Knopp: every column is divided by its sum over the valid rows, then
+    every row by its own.
+
+    Args:
+        logits: cosines over a temperature, float32 [N, K].
+        valid: bool [N].
+
+    Returns:
+        float32 [N, K]; rows sum to 1.
+    """
+    outside = jnp.where(valid, 0.0, -jnp.inf)[:, None]
+    # Without a valid row there is nothing to balance, and no sum to divide by.
+    some = valid.any()
+    for _ in range(_TURNS):
+        column = jax.nn.logsumexp(logits + outside, axis=0, keepdims=True)
+        logits = jax.nn.log_softmax(logits - jnp.where(some, column, 0.0))
+    return jnp.exp(logits)
 
 
 def _entropy(chances: jax.Array) -> jax.Array:
