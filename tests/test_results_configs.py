@@ -18,7 +18,7 @@ def from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
 
 
-@pytest.mark.parametrize("objective", ["simclr", "moco_v3", "flm", "ar"])
+@pytest.mark.parametrize("objective", ["simclr", "moco_v3", "dino", "flm", "ar"])
 def test_every_arm_of_a_comparison_is_a_config(objective: str) -> None:
     arms = compression.arms_of(objective)
     assert "p8@64+20" in arms

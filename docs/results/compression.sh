@@ -11,9 +11,9 @@
 # VQA and NLVR2. `costs` measures what an update of each bucket costs; `errors`, after it, trains a
 # pilot of whole images, measures the gradient error of every bucket along it, and derives
 # compression/OBJECTIVE/schedule.json; with ALONG=ARM along a run of that arm, into a folder of its
-# own, whose schedule no arm uses. `recipe` searches what whole images learn fastest by. `compare`
-# trains whole images for the whole budget and for shares of it, and at those shares the arms (or
-# ARMS); `compare flm` needs the costs of ar as well. Cells that
+# own, whose schedule no arm uses. `recipe` searches what whole images (or the arm ARMS) learn
+# fastest by. `compare` trains whole images for the whole budget and for shares of it, and at those
+# shares the arms (or ARMS); `compare flm` needs the costs of ar as well. Cells that
 # compression/OBJECTIVE/cells.jsonl.gz holds are not trained again. `photographs` is the same on
 # those of the data pack, ../shared/data. BUDGET, in seconds, and BATCHES (of an error) replace
 # those below. Runs and comparisons go on where they were stopped; measurements start again.
@@ -57,14 +57,14 @@ case $what in
             simclr) axes+=("$at.temperature:0.05,0.1,0.2" "$at.augment.scale:(0.08,1.0),(0.3,1.0)") ;;
             moco_v3) axes+=("$at.temperature:0.05,0.1,0.2" "$at.augment.scale:(0.08,1.0),(0.3,1.0)"
                 "$at.momentum:0.9,0.97,0.99" optim.groups.patch_projection.rate_factor:0.0,1.0) ;;
-            dino) axes+=("$at.teacher_temperature:0.02,0.04,0.07" "$at.momentum:0.9,0.97,0.99"
-                "$at.augment.scale:(0.2,1.0),(0.4,1.0)"
-                "$at.augment_small.scale:(0.05,0.4),(0.15,0.5)") ;;
+            dino) axes+=("$at.centring:mean,sinkhorn" "$at.teacher_temperature:0.02,0.04,0.07"
+                "$at.momentum:0.99,0.996" "$at.augment.hue:0.1,0.5"
+                "$at.augment_small.scale:(0.15,0.5),(0.3,1.0)") ;;
             *) echo "no search for '$objective'; take simclr, moco_v3 or dino" >&2; exit 64 ;;
         esac
         # Eighteen candidates for 15 s each, of which four train for 60 s; the best one for 240 s tells
         # no more, and --max_seconds may leave it out.
-        exec "$python" -m tools.compare "$config,whole" --budget_seconds="${BUDGET:-240}" \
+        exec "$python" -m tools.compare "$config,${ARMS:-whole}" --budget_seconds="${BUDGET:-240}" \
             "${axes[@]/#/--search=}" --halving=4 --trials=18 \
             --metric=linear_probe/shape/accuracy "${shared[@]/#/--set=}" \
             --archive="$folder/recipe.jsonl.gz" --out="$out/$what/$objective" "$@"
@@ -75,6 +75,7 @@ case $what in
         shares=(--fractions=1,1/2.5,1/4 --others_until=1/2.5 --tune_fraction=1/4)
         rates=x0.5,x1,x2 budget=120
         [[ $objective != simclr ]] || budget=100
+        [[ $objective != dino ]] || budget=80
         declare -A updates=([classification:scenes]=500 [vqa:scenes]=800 [nlvr2:scenes]=2000)
         if [[ $what == photographs ]]; then
             suffix=,photographs archive=$folder/photographs.jsonl.gz tasks=(classification:pack)
@@ -84,7 +85,7 @@ case $what in
         baselines=("$config,whole$suffix") configs=("$config,whole$suffix")
         if [[ $objective == flm ]]; then
             configs+=("${config%flm}ar,whole" "${config%flm}ar,small_first")
-            shares=(--fractions=1,1/1.5 --tune_fraction=1/1.5)
+            shares=(--fractions=1,1/1.5 --others_until=1/1.5 --tune_fraction=1/1.5)
             rates=x1 budget=60
             tasks=(vqa:scenes nlvr2:scenes)
             tune=vqa:scenes/val/accuracy metric=heldout/gap_loss:show
