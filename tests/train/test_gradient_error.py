@@ -17,6 +17,7 @@ from vlp_jax.train.gradient_error import (
     GradientErrors,
     Probed,
     derive,
+    pairs_error,
     pairs_variance,
     sketch,
     stages_at,
@@ -114,9 +115,11 @@ def test_estimates_of_a_quadratic_are_unbiased():
     assert (found[:, 0] < 0).any()  # unbiased around a small value
     naive = bias + SIZE * OWN_NOISE**2 / 8  # what |mean difference|^2 would say
     assert found[:, 0].mean() < naive / 5
-    # The standard errors are those that the repetitions show.
-    spread = found[:, :3].var(axis=0, ddof=1)
-    np.testing.assert_allclose(np.square(found[:, 4:]).mean(axis=0), spread, rtol=0.4)
+    # The standard errors are those that the repetitions show; that of the small bias is too large,
+    # where only the jackknife tells one.
+    ratio = np.square(found[:, 4:]).mean(axis=0) / found[:, :3].var(axis=0, ddof=1)
+    np.testing.assert_allclose(ratio[1:], 1.0, rtol=0.4)
+    assert 0.6 < ratio[0] < 1.7
 
 
 def test_frozen_parameters_do_not_count():
@@ -216,6 +219,27 @@ def test_the_error_of_a_mean_over_pairs_is_the_known_one():
         found = np.mean([pairs_variance(np.outer(row, row)) for row in x])
         expected = 4 * mean**2 / count + 2 / (count * (count - 1))
         assert found == pytest.approx(expected, rel=0.05)
+
+
+def test_an_error_is_no_zero_where_its_estimate_is_below():
+    """There it is that of the mean without each observation in turn."""
+    draw, count, below = np.random.default_rng(0), 6, 0
+    for row in draw.normal(0.0, 1.0, (200, count)):
+        kernel = np.outer(row, row)
+        unbiased, found = pairs_variance(kernel), pairs_error(kernel)
+        if unbiased > 0:
+            assert found == pytest.approx(unbiased**0.5)
+            continue
+        below += 1
+        pairs = ~np.eye(count - 1, dtype=bool)
+        left = [
+            np.delete(np.delete(kernel, i, axis=0), i, axis=1)[pairs].mean() for i in range(count)
+        ]
+        expected = (count - 1) / count * np.square(left - np.mean(left)).sum()
+        assert found == pytest.approx(expected**0.5)
+        assert found > 0
+    assert below > 20
+    assert pairs_error(np.zeros((count, count))) == 0
 
 
 def test_derived_costs_never_fall():

@@ -289,9 +289,9 @@ def _estimate(
         float(bias[0]),
         float(variance[0]),
         float(mse[0]),
-        _root(pairs_variance(biases)),
-        _root(pairs_variance(variances)),
-        _root(pairs_variance(biases + ratio * variances)),
+        pairs_error(biases),
+        pairs_error(variances),
+        pairs_error(biases + ratio * variances),
         float(bias[1]),
         float(mse[1]),
     )
@@ -323,9 +323,22 @@ def pairs_variance(kernel: np.ndarray) -> float:
     return float((2 * (same - apart) + 4 * (count - 2) * (sharing - apart)) / pairs)
 
 
-def _root(variance: float) -> float:
-    """The standard error, 0 where the variance was estimated below it."""
-    return math.sqrt(max(variance, 0.0))
+def pairs_error(kernel: np.ndarray) -> float:
+    """The standard error of the mean of a symmetric kernel over all pairs of observations.
+
+    The root of ``pairs_variance``; where that came out below zero, of the jackknife's variance,
+    which cannot and is too large on average (Efron and Stein 1981).
+
+    Args:
+        kernel: float [K, K], K of 4 or more; the diagonal does not count.
+    """
+    unbiased = pairs_variance(kernel)
+    if unbiased > 0:
+        return math.sqrt(unbiased)
+    count = len(kernel)
+    kernel = kernel - np.diag(np.diag(kernel))
+    without = (kernel.sum() - 2 * kernel.sum(axis=1)) / ((count - 1) * (count - 2))
+    return math.sqrt((count - 1) * np.var(without))
 
 
 def sketch(tree: Any, salt: jax.Array) -> jax.Array:
