@@ -73,9 +73,8 @@ case $what in
         suffix= archive=$folder/cells.jsonl.gz tasks=(classification:scenes)
         labels=shape,colour,size,texture,count tune=linear_probe/shape/accuracy
         shares=(--fractions=1,1/2.5,1/4 --others_until=1/2.5 --tune_fraction=1/4)
-        rates=x0.5,x1,x2 budget=120
-        [[ $objective != simclr ]] || budget=100
-        [[ $objective != dino ]] || budget=80
+        rates=x0.5,x1,x2
+        declare -A budgets=([moco_v3]=120 [simclr]=100 [dino]=80 [flm]=60)
         declare -A updates=([classification:scenes]=500 [vqa:scenes]=800 [nlvr2:scenes]=2000)
         if [[ $what == photographs ]]; then
             suffix=,photographs archive=$folder/photographs.jsonl.gz tasks=(classification:pack)
@@ -86,7 +85,7 @@ case $what in
         if [[ $objective == flm ]]; then
             configs+=("${config%flm}ar,whole" "${config%flm}ar,small_first")
             shares=(--fractions=1,1/1.5 --others_until=1/1.5 --tune_fraction=1/1.5)
-            rates=x1 budget=60
+            rates=x1
             tasks=(vqa:scenes nlvr2:scenes)
             tune=vqa:scenes/val/accuracy metric=heldout/gap_loss:show
         fi
@@ -104,7 +103,7 @@ case $what in
         own+=("--set_finetune=evals.val.every_percent=100.0"
             "--set_finetune=checkpoint.every_percent=100.0")
         exec "$python" -m tools.compare "${configs[@]}" "${baselines[@]/#*:/--baseline=compression:}" \
-            --budget_seconds="${BUDGET:-$budget}" "${shares[@]}" --seeds=2 --rates=$rates \
+            --budget_seconds="${BUDGET:-${budgets[$objective]}}" "${shares[@]}" --seeds=2 --rates=$rates \
             "${own[@]}" --metric="$metric" --tune_metric="$tune" \
             "${shared[@]/#/--set=}" "${shared[@]/#/--set_finetune=}" \
             --archive="$archive" --out="$out/$what/$objective" "$@"

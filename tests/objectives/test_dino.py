@@ -39,6 +39,13 @@ def embedded_by(objective, params, target, drawn):
     return embedded
 
 
+def cosines_after(objective, params, output, batch):
+    """The student's and the teacher's cosines in a loss, by the target that it left: float64."""
+    drawn = Drawn(batch, KEY, SIZES, True)
+    embedded = embedded_by(objective, params, output.extras["target"], drawn)
+    return [np.asarray(x, np.float64) for x in embedded]
+
+
 def built(**arguments):
     objective = DINO(model=tiny_model(), name="dino", **{**SMALL, **arguments})
     params, extras = objective.init(jax.random.key(0), batch_spec(SIZES, 1))
@@ -70,12 +77,7 @@ def test_the_loss_is_that_of_its_paper(batch):
     extras = {**extras, "centre": jnp.linspace(-0.2, 0.2, 12)}
     now = {**batch, PROGRESS: jnp.float32(0.05)}  # half of the warm-up
     output = objective.loss(params, extras, now, KEY, SIZES)
-    *student, one, other = (
-        np.asarray(x, np.float64)
-        for x in embedded_by(
-            objective, params, output.extras["target"], Drawn(batch, KEY, SIZES, True)
-        )
-    )
+    *student, one, other = cosines_after(objective, params, output, batch)
     assert len(student) == 4
     centre, rows = np.asarray(extras["centre"], np.float64), np.asarray(batch["valid"])
     total, count = 0.0, 0
@@ -107,12 +109,7 @@ def test_balanced_answers_give_every_prototype_its_share(batch):
     objective, params, extras = built(centring="sinkhorn", teacher_temperature=0.05)
     now = {**batch, PROGRESS: jnp.float32(1.0)}
     output = objective.loss(params, extras, now, KEY, SIZES)
-    *student, one, other = (
-        np.asarray(x, np.float64)
-        for x in embedded_by(
-            objective, params, output.extras["target"], Drawn(batch, KEY, SIZES, True)
-        )
-    )
+    *student, one, other = cosines_after(objective, params, output, batch)
     rows = np.asarray(batch["valid"])
     targets = np.split(sinkhorn(np.exp(np.concatenate([one[rows], other[rows]]) / 0.05)), 2)
     terms = [
