@@ -47,6 +47,7 @@ _KEYS: dict[str, dict[str, float | str]] = {
         "teacher_temperature": 0.04,
         "momentum": 0.996,
         "centring": "mean",
+        "head_norm": False,
     },
     "mim": {"kept_share": 0.25},
 }

@@ -57,16 +57,16 @@ case $what in
             simclr) axes+=("$at.temperature:0.05,0.1,0.2" "$at.augment.scale:(0.08,1.0),(0.3,1.0)") ;;
             moco_v3) axes+=("$at.temperature:0.05,0.1,0.2" "$at.augment.scale:(0.08,1.0),(0.3,1.0)"
                 "$at.momentum:0.9,0.97,0.99" optim.groups.patch_projection.rate_factor:0.0,1.0) ;;
-            dino) axes+=("$at.centring:mean,sinkhorn" "$at.teacher_temperature:0.02,0.04,0.07"
-                "$at.momentum:0.99,0.996" "$at.augment.hue:0.1,0.5"
-                "$at.augment_small.scale:(0.15,0.5),(0.3,1.0)") ;;
+            dino) axes+=("$at.temperature:0.025,0.05,0.1"
+                "$at.teacher_temperature:0.005,0.01,0.02" "$at.momentum:0.9,0.97,0.99") ;;
             *) echo "no search for '$objective'; take simclr, moco_v3 or dino" >&2; exit 64 ;;
         esac
         # Eighteen candidates for 15 s each, of which four train for 60 s; the best one for 240 s tells
-        # no more, and --max_seconds may leave it out.
+        # no more, and --max_seconds may leave it out. Seconds are the device's, so that a host that
+        # is late does not matter.
         exec "$python" -m tools.compare "$config,${ARMS:-whole}" --budget_seconds="${BUDGET:-240}" \
             "${axes[@]/#/--search=}" --halving=4 --trials=18 \
-            --metric=linear_probe/shape/accuracy "${shared[@]/#/--set=}" \
+            --metric=linear_probe/shape/accuracy --max_input_wait=0.2 "${shared[@]/#/--set=}" \
             --archive="$folder/recipe.jsonl.gz" --out="$out/$what/$objective" "$@"
         ;;
     compare | photographs)
@@ -74,7 +74,7 @@ case $what in
         labels=shape,colour,size,texture,count tune=linear_probe/shape/accuracy
         shares=(--fractions=1,1/2.5,1/4 --others_until=1/2.5 --tune_fraction=1/4)
         rates=x0.5,x1,x2
-        declare -A budgets=([moco_v3]=120 [simclr]=100 [dino]=80 [flm]=60)
+        declare -A budgets=([moco_v3]=120 [simclr]=100 [dino]=120 [flm]=60)
         declare -A updates=([classification:scenes]=500 [vqa:scenes]=800 [nlvr2:scenes]=2000)
         if [[ $what == photographs ]]; then
             suffix=,photographs archive=$folder/photographs.jsonl.gz tasks=(classification:pack)

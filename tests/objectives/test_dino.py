@@ -1,5 +1,7 @@
 """DINO against NumPy: targets, centre, temperatures, and what evaluators see of it."""
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -172,6 +174,26 @@ def test_prototypes_are_compared_by_cosine():
     assert head.flops(10) == 2 * (10 * 16 + 16 * 16 + 16 * 8 + 8 * 12)
 
 
+def test_with_norms_the_head_does_not_read_what_all_images_share():
+    head = PrototypeHead(3, 16, 8, 12, jnp.dtype("float32"), norm=True)
+    x = jax.random.normal(KEY, (5, 10))
+    params = head.init(KEY, x)
+    y = np.asarray(x, np.float64)
+    for layer in range(3):
+        own = jax.tree.map(np.asarray, params["params"][f"dense_{layer}"])
+        y = y @ own["kernel"]
+        if layer < 2:
+            y = (y - y.mean(axis=0)) / np.sqrt(y.var(axis=0) + 1e-5)
+            y = y * 0.5 * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))
+        else:
+            y = y + own["bias"]
+    kernel = np.asarray(params["params"]["prototypes"], np.float64)
+    y /= np.linalg.norm(y, axis=1, keepdims=True)
+    near = head.apply(params, x)
+    np.testing.assert_allclose(near, y @ (kernel / np.linalg.norm(kernel, axis=0)), atol=1e-4)
+    np.testing.assert_allclose(head.apply(params, x + 3.0), near, atol=1e-4)
+
+
 def test_small_crops_are_encoded_at_their_own_size():
     objective, *_ = built()
     assert objective.small_view == View.whole(8, 8)
@@ -199,12 +221,13 @@ def test_students_and_teachers_are_compressed_apart(batch):
         assert (a != d).any() == (index >= 4), index
 
 
-@pytest.mark.parametrize("centring", ["mean", "sinkhorn"])
-def test_eight_devices_equal_one(centring):
+@pytest.mark.parametrize(("centring", "head_norm"), [("mean", True), ("sinkhorn", False)])
+def test_eight_devices_equal_one(centring, head_norm):
     results = []
     config = config_of(**{"optim.eps": 1e-3})
     with config.unlocked():
         config.objectives.dino.centring = centring
+        config.objectives.dino.head_norm = head_norm
     for mesh in (None, make_mesh(data=4, fsdp=2)):
         run = compile_run(config, mesh)
         state, metrics = run(run.init(), make_batch(), make_batch(seed=1))

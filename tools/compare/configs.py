@@ -52,6 +52,7 @@ _LATER: Mapping[str, Any] = {
         "guard_percent": 1.0,
     },
     "objectives.dino.centring": "mean",
+    "objectives.dino.head_norm": False,
     "objectives.dino.momentum": 0.996,
     "objectives.dino.teacher_temperature": 0.04,
     "objectives.dino.temperature": 0.1,

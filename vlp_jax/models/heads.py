@@ -198,6 +198,7 @@ class PrototypeHead(nn.Module):
         embedding_dim: of the bottleneck.
         prototypes: K.
         dtype: compute dtype of the dense layers.
+        norm: a batch norm before each GELU.
     """
 
     layers: int
@@ -205,6 +206,7 @@ class PrototypeHead(nn.Module):
     embedding_dim: int
     prototypes: int
     dtype: jnp.dtype
+    norm: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -213,8 +215,12 @@ class PrototypeHead(nn.Module):
         widths = [*[self.hidden_dim] * (self.layers - 1), self.embedding_dim]
         for layer, width in enumerate(widths):
             name = f"dense_{layer}"
-            x = Dense(width, dtype=self.dtype, kernel_init=small, name=name)(x)
-            if layer < self.layers - 1:
+            hidden = layer < self.layers - 1
+            biased = not (hidden and self.norm)
+            dense = Dense(width, use_bias=biased, dtype=self.dtype, kernel_init=small, name=name)
+            x = dense(x)
+            if hidden:
+                x = BatchNorm(name=f"norm_{layer}")(x) if self.norm else x
                 x = ACTIVATIONS["gelu"](x)
         kernel = self.param("prototypes", small, (self.embedding_dim, self.prototypes))
         near = jnp.dot(

@@ -60,6 +60,9 @@ class DINO(Momentum):
             over all valid answers of the batch, on all devices.
         centre_momentum: of the running mean.
         frozen_prototypes: share of the budget, at its begin, in which prototypes are not trained.
+        head_norm: a batch norm before each GELU of the head, an option of DINO's own code. The
+            features of an untrained tower have most in common; the norm takes that away, so that
+            answers to different images differ from the first update on.
         small_crops: how many.
         small_size: their side in pixels, a multiple of the tower's patch size; 0: three sevenths of
             the images' size, rounded to one.
@@ -77,6 +80,7 @@ class DINO(Momentum):
     centring: str = "mean"
     centre_momentum: float = 0.9
     frozen_prototypes: float = 0.01
+    head_norm: bool = False
     small_crops: int = 8
     small_size: int = 0
     augment_small: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -130,7 +134,7 @@ class DINO(Momentum):
         """Three layers and the prototypes; no predictor."""
         dtype = self.model.config.image.dtype
         sizes = (self.hidden_dim, self.embedding_dim, self.prototypes)
-        return Heads(PrototypeHead(3, *sizes, dtype), None)
+        return Heads(PrototypeHead(3, *sizes, dtype, self.head_norm), None)
 
     def init(
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
