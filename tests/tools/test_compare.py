@@ -647,6 +647,15 @@ def shell(monkeypatch, tmp_path):
     return call
 
 
+@pytest.mark.parametrize("search", [(), ("--search=optim.b2:0.9,0.95",)])
+def test_the_command_says_which_configs_are_rejected(shell, capsys, search):
+    shell.trainer.wait = 0.5
+    flags = [shell.config, "--budget_seconds=8", f"--metric={METRIC}", *search]
+    assert shell(*flags) == ExitCode.OK
+    said = capsys.readouterr().out
+    assert "is rejected, none of its cells counts: an update measured alone waited" in said
+
+
 def test_the_command_writes_table_plot_and_numbers(shell, capsys):
     flags = [shell.config, "--budget_seconds=8", "--seeds=2", f"--metric={METRIC}"]
     assert shell(*flags, "--set=optim.b2=0.9", "--rates=x1,x2") == ExitCode.OK

@@ -15,7 +15,15 @@ from tests.tools.compared import (
     silent,
 )
 from tools.compare.configs import CommandError
-from tools.compare.search import Axis, Trial, candidates, halve, rung_sizes, search
+from tools.compare.search import (
+    Axis,
+    Trial,
+    candidates,
+    halve,
+    rejected_candidates,
+    rung_sizes,
+    search,
+)
 from tools.compare.table import search_page
 from vlp_jax.infra.errors import ConfigError
 
@@ -141,6 +149,7 @@ def test_search_grows_over_invocations_and_finds_the_best_rate(tmp_path):
     assert steps == [round(whole / 9)] * 9 + [round(whole / 3)] * 3 + [whole], "none twice"
     assert len(trainer.calibrations) == 1
 
+    assert not rejected_candidates(found)
     text = page(trainer, what, found)
     assert "Best: `schedule.peak=0.002`." in text
     assert text.count("| 0.111 |") == 9
@@ -155,6 +164,7 @@ def test_a_search_in_which_all_fail_says_so(tmp_path):
     assert found["a"]["complete"]
     assert found["a"]["best"] is None
     assert len(trainer.runs) == 6
+    assert rejected_candidates(found) == {"a": "no candidate's run gives a score"}
 
     waiting = FakeTrainer()
     waiting.wait = 0.5
@@ -165,6 +175,7 @@ def test_a_search_in_which_all_fail_says_so(tmp_path):
     assert "rejected: an update measured alone waited for input 50.0 %" in page(
         waiting, what, found
     )
+    assert "waited for input 50.0 %" in rejected_candidates(found)["a"]
 
 
 def test_a_key_that_changes_the_cost_is_calibrated_for_itself(tmp_path):

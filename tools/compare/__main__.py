@@ -53,7 +53,7 @@ from tools.compare.measure import Trainer
 from tools.compare.prepare import prepare
 from tools.compare.records import Machine, Runner, describe
 from tools.compare.rows import Settings
-from tools.compare.search import Axis, calibrate_candidates, search
+from tools.compare.search import Axis, calibrate_candidates, rejected_candidates, search
 from tools.compare.table import comparison_page, search_page
 from tools.compare.workers import VISIBLE_DEVICES, Role, run_phases
 from vlp_jax.infra.compilation import set_gpu_flags
@@ -181,8 +181,10 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> ExitCode:
         if axes:
             found = search(settings, axes, options.halving, options.trials, cells, _say)
             name, facts = SEARCH, {"settings": settings.to_json(), "search": found}
+            rejected = rejected_candidates(found)
         else:
             name, facts = COMPARISON, compare(settings, cells, _say)
+            rejected = facts["rejected"]
     if not options.role:
         facts |= {
             "command": shlex.join(["python", "-m", "tools.compare", *arguments]),
@@ -199,6 +201,8 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> ExitCode:
         write_pages(options.out)
         if options.archive:
             pack(options.out, options.archive)
+        for label, reason in rejected.items():
+            _say(f"{label} is rejected, none of its cells counts: {reason}")
     return _ended(outcome, cells, guard)
 
 

@@ -262,6 +262,20 @@ def calibrate_candidates(
                 steps_for(named.label, smallest, calibration)
 
 
+def rejected_candidates(found: Mapping[str, Any]) -> dict[str, str]:
+    """Why no candidate counts, by the label of the config; those with one that does are left out.
+
+    Args:
+        found: of ``search``.
+    """
+    reasons = {}
+    for label, one in found.items():
+        trials = one["rungs"][-1]["trials"] if one["rungs"] else ()
+        if trials and all(trial["score"] is None for trial in trials):
+            reasons[label] = trials[0]["rejected"] or "no candidate's run gives a score"
+    return reasons
+
+
 def _check_apart(named: NamedConfig, named_candidates: Sequence[Candidate]) -> None:
     """Refuse keys of which cells take no notice, such as ``total_steps``, which the budget sets.
 
