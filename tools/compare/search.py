@@ -263,17 +263,16 @@ def calibrate_candidates(
 
 
 def rejected_candidates(found: Mapping[str, Any]) -> dict[str, str]:
-    """Why no candidate counts, by the label of the config; those with one that does are left out.
+    """Label of a config -> why no candidate of its last rung counts; of no other config.
 
     Args:
         found: of ``search``.
     """
-    reasons = {}
-    for label, one in found.items():
-        trials = one["rungs"][-1]["trials"] if one["rungs"] else ()
-        if trials and all(trial["score"] is None for trial in trials):
-            reasons[label] = trials[0]["rejected"] or "no candidate's run gives a score"
-    return reasons
+    return {
+        label: one["rungs"][-1]["trials"][0]["rejected"] or "no candidate's run gives a score"
+        for label, one in found.items()
+        if one["complete"] and one["best"] is None
+    }
 
 
 def _check_apart(named: NamedConfig, named_candidates: Sequence[Candidate]) -> None:
