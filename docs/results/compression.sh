@@ -57,8 +57,8 @@ case $what in
             simclr) axes+=("$at.temperature:0.05,0.1,0.2" "$at.augment.scale:(0.08,1.0),(0.3,1.0)") ;;
             moco_v3) axes+=("$at.temperature:0.05,0.1,0.2" "$at.augment.scale:(0.08,1.0),(0.3,1.0)"
                 "$at.momentum:0.9,0.97,0.99" optim.groups.patch_projection.rate_factor:0.0,1.0) ;;
-            dino) axes+=("$at.head_norm:False,True" "$at.temperature:0.05,0.1"
-                "$at.teacher_temperature:0.015,0.03,0.05" "$at.momentum:0.9,0.97,0.99") ;;
+            dino) axes+=("$at.prototypes:2048,8192" "$at.temperature:0.1,0.2"
+                "$at.teacher_temperature:0.02,0.04" "$at.momentum:0.9,0.97,0.99") ;;
             *) echo "no search for '$objective'; take simclr, moco_v3 or dino" >&2; exit 64 ;;
         esac
         # Eighteen candidates for 15 s each, of which four train for 60 s; the best one for 240 s tells
