@@ -1,19 +1,18 @@
 """Settings of every test: 8 fake CPU devices, float32, rank promotion raises.
 
 Compiles dominate the suite, so XLA's backend optimisations, its fusion emitters and its split
-code generation are off, except in the tests that compare bit for bit, which run the trainer in
-subprocesses of their own.
+code generation are off. What compares runs bit for bit does so once more with them, as users
+compile, among the slow tests.
 """
 
 import os
 import pathlib
 
+from tests.compiler_flags import QUICK_COMPILES
+
 os.environ["JAX_PLATFORMS"] = os.environ.get("VLP_TEST_PLATFORM", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    os.environ["XLA_FLAGS"] = (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    )
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILES}"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax

@@ -1,4 +1,8 @@
-"""A run that was killed goes on as if nothing had happened: real processes, real signals."""
+"""A run that was killed goes on as if nothing had happened: real processes, real signals.
+
+With all of XLA's optimisations, as users compile, among the slow tests: compiles take most of the
+time.
+"""
 
 import json
 import os
@@ -12,6 +16,7 @@ import time
 import numpy as np
 import pytest
 
+from tests.compiler_flags import QUICK_COMPILES
 from tests.conftest import REPO
 from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.preemption import ExitCode
@@ -30,17 +35,16 @@ TIMED = ("speed/", "memory/", "compile/")
 class Trainer:
     """Starts runs of the tiny config in subprocesses that share one compile cache."""
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, compiler_flags: str):
         self.folder = folder
+        self._compiler_flags = compiler_flags
 
-    def start(
-        self, workdir: pathlib.Path, devices: int = 8, *flags: str, optimised: bool = True
-    ) -> subprocess.Popen[str]:
-        # Bit for bit is claimed for the program as users compile it, with all optimisations.
-        xla = f"--xla_force_host_platform_device_count={devices}"
+    def start(self, workdir: pathlib.Path, devices: int = 8, *flags: str) -> subprocess.Popen[str]:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": xla if optimised else f"{xla} --xla_backend_optimization_level=0",
+            "XLA_FLAGS": (
+                f"--xla_force_host_platform_device_count={devices} {self._compiler_flags}"
+            ),
             "PYTHONWARNINGS": "error::DeprecationWarning:vlp_jax",
         }
         return subprocess.Popen(
@@ -107,9 +111,15 @@ def flat(params: object, prefix: str = "") -> dict[str, np.ndarray]:
     return {k: v for key in params for k, v in flat(params[key], f"{prefix}/{key}").items()}
 
 
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    return Trainer(tmp_path_factory.mktemp("runs"))
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(QUICK_COMPILES, id="quick"),
+        pytest.param("", id="optimised", marks=pytest.mark.slow),
+    ],
+)
+def trainer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    return Trainer(tmp_path_factory.mktemp("runs"), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +186,7 @@ def test_resume_on_fewer_devices_sees_the_same_batches(trainer, whole, killed):
     """8 devices, then 4: the batches are the same, and losses agree within 1e-3 relative."""
     workdir = trainer.folder / "fewer"
     shutil.copytree(killed, workdir)
-    code, out, err = trainer.finish(trainer.start(workdir, 4, optimised=False))
+    code, out, err = trainer.finish(trainer.start(workdir, 4))
     assert code == 0, err[-3000:]
     assert "resumed from step" in out
     expected, found = learned(whole), learned(workdir)
