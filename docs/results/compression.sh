@@ -57,7 +57,7 @@ case $what in
             simclr) axes+=("$at.temperature:0.05,0.1,0.2" "$at.augment.scale:(0.08,1.0),(0.3,1.0)") ;;
             moco_v3) axes+=("$at.temperature:0.05,0.1,0.2" "$at.augment.scale:(0.08,1.0),(0.3,1.0)"
                 "$at.momentum:0.9,0.97,0.99" optim.groups.patch_projection.rate_factor:0.0,1.0) ;;
-            dino) axes+=("$at.prototypes:2048,8192" "$at.temperature:0.1,0.2"
+            dino) axes+=("$at.prototypes:8192" "$at.temperature:0.1,0.2"
                 "$at.teacher_temperature:0.02,0.04" "$at.momentum:0.9,0.97,0.99") ;;
             *) echo "no search for '$objective'; take simclr, moco_v3 or dino" >&2; exit 64 ;;
         esac
