@@ -1,6 +1,7 @@
 """The smallest run that has every part: shared by the tests of models, objectives and training."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -45,6 +46,17 @@ def tiny_config(**overrides: Any) -> ConfigDict:
     with config.unlocked():
         config.objectives.flm = {"weight": 1.0, "corruption_rate": 0.3}
     config.update_from_flattened_dict(overrides)
+    return config
+
+
+def objective_config(name: str, section: Mapping[str, Any], **overrides: Any) -> ConfigDict:
+    """``tiny_config`` with one objective, of these settings, in place of FLM.
+
+    Updates of FLM are the slowest to compile: a test that is not of it had better take another.
+    """
+    config = tiny_config(**overrides)
+    with config.unlocked():
+        config.objectives = {name: dict(section)}
     return config
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from vlp_jax.data import augment
-from vlp_jax.data.augment import Crop, Recipe, random_crops, random_view
+from vlp_jax.data.augment import Crop, Draws, Recipe, random_crops, random_view
 from vlp_jax.infra.errors import ConfigError
 
 DRAW = np.random.default_rng(0)
@@ -140,7 +140,8 @@ def mean_share(height: int, width: int, recipe: Recipe) -> float:
 
 def test_crops_have_the_areas_and_ratios_asked_for():
     recipe = Recipe(scale=(0.2, 0.8))
-    crop = jax.tree.map(np.asarray, random_crops(jax.random.split(KEYS[0], 4000), 64, 96, recipe))
+    draws = Draws.of(jax.random.split(KEYS[0], 4000))
+    crop = jax.tree.map(np.asarray, random_crops(draws, 64, 96, recipe))
     assert (crop.top >= 0).all()
     assert (crop.left >= 0).all()
     assert (crop.top + crop.height <= 64).all()
@@ -159,7 +160,7 @@ def test_crops_have_the_areas_and_ratios_asked_for():
 
 def test_where_no_crop_fits_the_largest_central_one_is_taken():
     recipe = Recipe(scale=(1.0, 1.0), ratio=(2.0, 2.0))
-    crop = random_crops(KEYS, 60, 90, recipe)
+    crop = random_crops(Draws.of(KEYS), 60, 90, recipe)
     for row in range(4):
         assert [int(part[row]) for part in crop] == [7, 0, 45, 90]
 
@@ -226,10 +227,10 @@ def test_blur_is_measured_in_pixels_of_the_models_own_size():
 def test_jitter_applies_each_change_once_in_some_order():
     """Of grey pictures contrast and brightness alone are seen; both orders occur."""
     recipe = Recipe(brightness=0.4, contrast=0.4, saturation=0.0, hue=0.0)
-    keys = jax.random.split(jax.random.key(3), 200)
+    draws = Draws.of(jax.random.split(jax.random.key(3), 200))
     view = jnp.linspace(0.2, 0.6, 16).reshape(1, 4, 4, 1)
     view = planes(jnp.broadcast_to(view, (200, 4, 4, 3)))
-    jittered = np.asarray(augment._jitter(view, keys, recipe)[0], np.float64).reshape(200, -1)
+    jittered = np.asarray(augment._jitter(view, draws, recipe)[0], np.float64).reshape(200, -1)
     inside = (jittered.min(axis=1) > 1e-3) & (jittered.max(axis=1) < 1 - 1e-3)
     assert inside.sum() > 100
     x = np.linspace(0.2, 0.6, 16)
@@ -246,8 +247,8 @@ def test_jitter_applies_each_change_once_in_some_order():
 
 def test_jitter_is_the_same_where_its_turns_are_no_loop(monkeypatch):
     """As on accelerators; on CPUs, where the other tests run, it is one."""
-    keys = jax.random.split(jax.random.key(5), 4)
-    looped = jax.jit(augment._jitter, static_argnums=2)(PLANES, keys, Recipe())
+    draws = Draws.of(jax.random.split(jax.random.key(5), 4))
+    looped = jax.jit(augment._jitter, static_argnums=2)(PLANES, draws, Recipe())
     taken = []
 
     def accelerator(view, *, cpu, default):
@@ -255,7 +256,7 @@ def test_jitter_is_the_same_where_its_turns_are_no_loop(monkeypatch):
         return default(view)
 
     monkeypatch.setattr(jax.lax, "platform_dependent", accelerator)
-    unrolled = augment._jitter(PLANES, keys, Recipe())
+    unrolled = augment._jitter(PLANES, draws, Recipe())
     assert taken
     np.testing.assert_allclose(stacked(unrolled), stacked(looped), atol=1e-6)
 

@@ -14,7 +14,7 @@ from tiny import (
     compile_run,
     make_batch,
     make_program,
-    tiny_config,
+    objective_config,
     tiny_model,
 )
 
@@ -55,10 +55,7 @@ def built(**arguments):
 
 
 def config_of(**overrides):
-    config = tiny_config(**overrides)
-    with config.unlocked():
-        config.objectives = {"dino": SMALL}
-    return config
+    return objective_config("dino", SMALL, **overrides)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +121,7 @@ def test_balanced_answers_give_every_prototype_its_share(batch):
     assert found == pytest.approx(np.mean(terms), rel=1e-4)
     usage = np.asarray(balanced(jnp.asarray(one, jnp.float32) / 0.05, batch["valid"]))[rows].sum(0)
     plain = softmax(one[rows] / 0.05).sum(axis=0)
-    assert usage.std() < 0.2 * plain.std()
+    assert usage.std() < 0.35 * plain.std()  # three turns end with the rows
     np.testing.assert_array_equal(output.extras["centre"], extras["centre"])
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import TOKENS, Run, make_batch, make_program, tiny_config, tiny_model
+from tiny import TOKENS, Run, make_batch, make_program, objective_config, tiny_model
 
 from vlp_jax.compress.buckets import Bucket, View
 from vlp_jax.compress.token_dropout import kept_patches
@@ -115,10 +115,7 @@ def test_a_bucket_bounds_what_is_kept_and_scales_patches(batch):
 
 
 def config_of(**overrides):
-    config = tiny_config(**{"data.image_size": SIZE, **overrides})
-    with config.unlocked():
-        config.objectives = {"mim": SMALL}
-    return config
+    return objective_config("mim", SMALL, **{"data.image_size": SIZE, **overrides})
 
 
 def compiled(config, mesh=None):

@@ -14,7 +14,7 @@ from tiny import (
     compile_run,
     make_batch,
     make_program,
-    tiny_config,
+    objective_config,
 )
 
 from vlp_jax.compress.buckets import Bucket, View
@@ -31,14 +31,13 @@ RESNET = {"type": "resnet", "stages": (1, 1), "channels": 4, "bottleneck": True,
 
 
 def config_of(kind, **overrides):
-    config = tiny_config(**overrides)
+    sections = {
+        "dino": {**HEADS, "prototypes": 16, "small_crops": 1},
+        "image_classification": {"num_classes": 5},
+    }
+    config = objective_config(kind, sections.get(kind, HEADS), **overrides)
     with config.unlocked():
         config.model.image = ConfigDict(RESNET)
-        config.objectives = {kind: dict(HEADS)}
-        if kind == "dino":
-            config.objectives.dino.update(prototypes=16, small_crops=1)
-        if kind == "image_classification":
-            config.objectives = {kind: {"num_classes": 5}}
     return config
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from tiny import BUCKET, IMAGE_SIZE, TOKENS, make_batch, make_program, tiny_config
+from tiny import BUCKET, IMAGE_SIZE, TOKENS, make_batch, make_program, objective_config, tiny_config
 
 from vlp_jax.compress.buckets import Bucket, View, bucket_text, parse_bucket
 from vlp_jax.infra.errors import ConfigError
@@ -204,17 +204,10 @@ def test_a_random_schedule_has_no_stages():
         stages_of(section(schedule="random"), COSTS)
 
 
-def config_of(objective: str, **overrides: Any) -> ConfigDict:
-    """The tiny config with one objective: updates of FLM are the slowest to compile."""
-    config = tiny_config(**overrides)
-    with config.unlocked():
-        config.objectives = {objective: {}}
-    return config
-
-
 def compressed_config(objective: str = "flm", **overrides: Any) -> ConfigDict:
-    return config_of(
+    return objective_config(
         objective,
+        {},
         **{
             "compression.schedule": "staged",
             "compression.buckets": ("p16@16", "p8@16k2", "whole"),
@@ -275,7 +268,7 @@ def test_every_bucket_is_traced_once(monkeypatch):
 
 @pytest.mark.parametrize("objective", ["flm", "itc"])
 def test_a_bucket_that_drops_nothing_gives_the_update_of_whole_images(objective):
-    config = config_of(objective)
+    config = objective_config(objective, {})
     program = make_program(config)
     batch = {"pairs": global_batch(make_batch(), program.mesh)}
     full = View.whole(IMAGE_SIZE, config.model.image.patch_size)
@@ -295,7 +288,7 @@ def test_micro_batches_drop_what_the_whole_batch_drops():
     """A choice of patches belongs to an example, wherever it lies."""
     states = []
     for accumulation in (1, 4):
-        config = config_of("ar", **{"optim.accumulation": accumulation})
+        config = objective_config("ar", {}, **{"optim.accumulation": accumulation})
         program = make_program(config)
         bucket = ((BUCKET[0][0], Bucket(TOKENS, IMAGE_SIZE, (View(IMAGE_SIZE, 8, 2),))),)
         batch = {"pairs": global_batch(make_batch(), program.mesh)}
@@ -307,7 +300,7 @@ def test_micro_batches_drop_what_the_whole_batch_drops():
 def test_eight_devices_drop_what_one_drops():
     losses = []
     for mesh in (None, make_mesh(data=4, fsdp=2)):
-        program = make_program(config_of("ar"), mesh)
+        program = make_program(objective_config("ar", {}), mesh)
         bucket = (("pairs", Bucket(TOKENS, IMAGE_SIZE, (View(IMAGE_SIZE, 8, 2),))),)
         batch = {"pairs": global_batch(make_batch(), program.mesh)}
         step = program.lower(bucket).compile()

@@ -11,6 +11,7 @@ of its own over memory instead of one for all that happens to a pixel (docs/perf
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -100,6 +101,34 @@ class Recipe:
                 )
 
 
+class Draws(NamedTuple):
+    """What is random in a view: float32 [B, n] each, uniform in [0, 1).
+
+    All numbers of a view are one draw of the generator: each draw is a loop of its own, and where
+    every change of a picture made several, those of a step took as long to compile as its towers.
+    """
+
+    areas: jax.Array  # [B, 10], of which the first that fits counts
+    ratios: jax.Array  # [B, 10]
+    place: jax.Array  # [B, 2]
+    flip: jax.Array  # [B, 1], and so are all that decide whether
+    jitter: jax.Array
+    order: jax.Array  # [B, 4]
+    factors: jax.Array  # [B, 4]
+    grey: jax.Array
+    blur: jax.Array
+    sigma: jax.Array  # [B, 1]
+    solarize: jax.Array
+
+    @classmethod
+    def of(cls, keys: jax.Array) -> "Draws":
+        """Those of one view of every example, by its key: [B]."""
+        counts = {"areas": _TRIES, "ratios": _TRIES, "place": 2, "order": 4, "factors": 4}
+        widths = [counts.get(name, 1) for name in cls._fields]
+        numbers = jax.vmap(lambda key: jax.random.uniform(key, (sum(widths),)))(keys)
+        return cls(*jnp.split(numbers, list(itertools.accumulate(widths))[:-1], axis=1))
+
+
 class Crop(NamedTuple):
     """Rectangles in pixels, int32 [B] each."""
 
@@ -125,28 +154,25 @@ def random_view(
     Returns:
         float32 [B, size, size, 3] in [0, 1].
     """
-    parts = jax.vmap(lambda key: jax.random.split(key, 6))(keys)
-    flip = _coins(parts[:, 1], recipe.flip)
+    draws = Draws.of(keys)
+    flip = draws.flip[:, 0] < recipe.flip
     pixels = image.astype(jnp.float32) / 255.0
     if recipe.crop:
-        crop = random_crops(parts[:, 0], image.shape[1], image.shape[2], recipe)
+        crop = random_crops(draws, image.shape[1], image.shape[2], recipe)
         view = crop_and_resize(pixels, crop, flip, size)
     else:
         whole = jnp.moveaxis(resize(pixels, size), -1, 1)
         view = _planes(jnp.where(flip[:, None, None, None], whole[..., ::-1], whole))
     if recipe.jitter:
-        view = _where(_coins(parts[:, 2], recipe.jitter), _jitter(view, parts[:, 2], recipe), view)
+        view = _where(draws.jitter[:, 0] < recipe.jitter, _jitter(view, draws, recipe), view)
     if recipe.grey:
-        view = _where(_coins(parts[:, 3], recipe.grey), grey(view), view)
+        view = _where(draws.grey[:, 0] < recipe.grey, grey(view), view)
     if recipe.blur:
         low, high = recipe.blur_sigma
-        sigma = jax.vmap(lambda k: jax.random.uniform(k, (), minval=low, maxval=high))(
-            jax.vmap(lambda k: jax.random.fold_in(k, 1))(parts[:, 4])
-        )
-        sigma = sigma * (size / (own_size or size))
-        view = blur(view, sigma, _coins(parts[:, 4], recipe.blur))
+        sigma = (low + (high - low) * draws.sigma[:, 0]) * (size / (own_size or size))
+        view = blur(view, sigma, draws.blur[:, 0] < recipe.blur)
     if recipe.solarize:
-        view = _where(_coins(parts[:, 5], recipe.solarize), solarize(view), view)
+        view = _where(draws.solarize[:, 0] < recipe.solarize, solarize(view), view)
     return jnp.stack(view, axis=-1)
 
 
@@ -156,39 +182,32 @@ def standardize(view: jax.Array) -> jax.Array:
     return (view - mean[None, None, None]) / std[None, None, None]
 
 
-def random_crops(keys: jax.Array, height: int, width: int, recipe: Recipe) -> Crop:
+def random_crops(draws: Draws, height: int, width: int, recipe: Recipe) -> Crop:
     """Crops of random place, size and shape, by the rule of torchvision.
 
     The area is uniform, the logarithm of the ratio as well; the first of ten draws that fits into
     the image counts, or the largest central crop of an allowed ratio.
     """
     low, high = recipe.ratio
+    least, most = recipe.scale
+    area = (least + (most - least) * draws.areas) * (height * width)
+    ratio = low * jnp.power(high / low, draws.ratios)
+    wide = jnp.round(jnp.sqrt(area * ratio)).astype(jnp.int32)
+    tall = jnp.round(jnp.sqrt(area / ratio)).astype(jnp.int32)
+    fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
+    found, first = fits.any(axis=1), fits.argmax(axis=1)[:, None]
+    # Where none fits: whole, or cut to the nearest ratio that is allowed.
+    central_width = min(width, round(height * high))
+    central_height = min(height, round(width / low))
+    wide = jnp.where(found, jnp.take_along_axis(wide, first, axis=1)[:, 0], central_width)
+    tall = jnp.where(found, jnp.take_along_axis(tall, first, axis=1)[:, 0], central_height)
 
-    def one(key: jax.Array) -> Crop:
-        area_key, ratio_key, place_key = jax.random.split(key, 3)
-        area = jax.random.uniform(
-            area_key, (_TRIES,), minval=recipe.scale[0], maxval=recipe.scale[1]
-        )
-        ratio = jnp.exp(
-            jax.random.uniform(ratio_key, (_TRIES,), minval=jnp.log(low), maxval=jnp.log(high))
-        )
-        wide = jnp.round(jnp.sqrt(area * height * width * ratio)).astype(jnp.int32)
-        tall = jnp.round(jnp.sqrt(area * height * width / ratio)).astype(jnp.int32)
-        fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
-        first = jnp.argmax(fits)
-        # Where none fits: whole, or cut to the nearest ratio that is allowed.
-        central_width = min(width, round(height * high))
-        central_height = min(height, round(width / low))
-        found = fits.any()
-        wide = jnp.where(found, wide[first], central_width)
-        tall = jnp.where(found, tall[first], central_height)
-        draws = jax.random.uniform(place_key, (2,))
-        room = jnp.stack([height - tall, width - wide])
-        place = jnp.floor(draws * (room + 1)).astype(jnp.int32)
-        place = jnp.where(found, jnp.minimum(place, room), room // 2)
-        return Crop(place[0], place[1], tall, wide)
+    def start(share: jax.Array, room: jax.Array) -> jax.Array:
+        placed = jnp.minimum(jnp.floor(share * (room + 1)).astype(jnp.int32), room)
+        return jnp.where(found, placed, room // 2)
 
-    return jax.vmap(one)(keys)
+    top, left = start(draws.place[:, 0], height - tall), start(draws.place[:, 1], width - wide)
+    return Crop(top, left, tall, wide)
 
 
 def crop_and_resize(image: jax.Array, crop: Crop, flip: jax.Array, size: int) -> Planes:
@@ -292,16 +311,9 @@ def adjust_hue(view: Planes, shift: jax.Array) -> Planes:
     return channel(5.0, red), channel(3.0, green), channel(1.0, blue)
 
 
-def _jitter(view: Planes, keys: jax.Array, recipe: Recipe) -> Planes:
+def _jitter(view: Planes, draws: Draws, recipe: Recipe) -> Planes:
     """The four changes of colour in an order of each example's own."""
-
-    def draws(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        order_key, factor_key = jax.random.split(jax.random.fold_in(key, 1))
-        return jax.random.permutation(order_key, 4), jax.random.uniform(
-            factor_key, (4,), minval=-1.0
-        )
-
-    order, factor = jax.vmap(draws)(keys)
+    order, factor = draws.order.argsort(axis=1), 2.0 * draws.factors - 1.0
     changes = (
         (adjust_brightness, recipe.brightness, 1.0),
         (adjust_contrast, recipe.contrast, 1.0),
@@ -356,11 +368,6 @@ def _gaussian(sigma: jax.Array, size: int) -> jax.Array:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _coins(keys: jax.Array, probability: float) -> jax.Array:
-    """True with a probability, by each key: bool [B]."""
-    return jax.vmap(lambda key: jax.random.uniform(key))(keys) < probability
 
 
 def _where(condition: jax.Array, yes: Planes, no: Planes) -> Planes:
