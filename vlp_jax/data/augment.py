@@ -104,8 +104,8 @@ class Recipe:
 class Draws(NamedTuple):
     """What is random in a view: float32 [B, n] each, uniform in [0, 1).
 
-    All numbers of a view are one draw of the generator: each draw is a loop of its own, and where
-    every change of a picture made several, those of a step took as long to compile as its towers.
+    All numbers of a view are one draw of the generator: each draw is compiled by itself, and where
+    every change of a picture made several, they were a third of a small step's compile.
     """
 
     areas: jax.Array  # [B, 10], of which the first that fits counts
