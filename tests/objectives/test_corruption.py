@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import compile_run, make_batch, tiny_config
+from tiny import compile_run, make_batch, objective_config
 
 from vlp_jax.objectives.corruption import build_corruption
 
@@ -57,11 +57,8 @@ def test_a_bandit_ignores_other_evaluators():
 
 def test_memory_lives_in_the_state():
     """The extras change with training and with what evaluators report, and nothing else does."""
-    config = tiny_config()
-    with config.unlocked():
-        rate = {"kind": "bandit", "metric": "m", "arms": (0.0, 0.5)}
-        config.objectives = {"flm": {"corruption_rate": rate}}
-    run = compile_run(config)
+    rate = {"kind": "bandit", "metric": "m", "arms": (0.0, 0.5)}
+    run = compile_run(objective_config("flm", {"corruption_rate": rate}))
     state = run.program.observe(run.init(), {"m": 3.0})
     state = run.program.observe(state, {"m": 2.0})
     assert int(state.extras["objectives"]["flm"]["arm"]) == 1
@@ -71,10 +68,8 @@ def test_memory_lives_in_the_state():
 
 
 def test_a_schedule_follows_the_budget_under_accumulation():
-    config = tiny_config(**{"optim.accumulation": 2})
-    with config.unlocked():
-        rate = {"kind": "schedule", "points": ((0, 0), (1, 1))}
-        config.objectives = {"flm": {"corruption_rate": rate}}
+    rate = {"kind": "schedule", "points": ((0, 0), (1, 1))}
+    config = objective_config("flm", {"corruption_rate": rate}, **{"optim.accumulation": 2})
     run = compile_run(config)
     state = run.init().replace(step=jnp.asarray(25, jnp.int32))
     _, metrics = run(state, make_batch())

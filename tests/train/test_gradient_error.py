@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
-from tiny import IMAGE_SIZE, TOKENS, make_batch, make_program, tiny_config
+from tiny import IMAGE_SIZE, TOKENS, make_batch, make_program, objective_config
 
 from vlp_jax.compress.buckets import Bucket, View
 from vlp_jax.infra.mesh import global_batch, make_mesh, replicated
@@ -164,8 +164,7 @@ def test_too_few_batches_and_bad_gradients_are_refused():
 @pytest.mark.parametrize("mesh", [None, {"data": 4, "fsdp": 2}], ids=["one", "eight"])
 def test_a_run_is_measured_on_any_number_of_devices(mesh):
     """Against gradients taken one by one in NumPy; a bucket that drops nothing has no error."""
-    config = tiny_config()
-    config.objectives = {"itc": {"embedding_dim": 8}}  # compiles fast
+    config = objective_config("itc", {"embedding_dim": 8})
     program = make_program(config, mesh and make_mesh(**mesh))
     everything = (View.whole(IMAGE_SIZE, 8),)
     errors = GradientErrors(program, ((), everything, PART))

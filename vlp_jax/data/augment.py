@@ -102,7 +102,7 @@ class Recipe:
 
 
 class Draws(NamedTuple):
-    """What is random in a view: float32 [B, n] each, uniform in [0, 1).
+    """What is random in a view: float32 [B], or [B, n] where it says so, uniform in [0, 1).
 
     All numbers of a view are one draw of the generator: each draw is compiled by itself, and where
     every change of a picture made several, they were a third of a small step's compile.
@@ -111,22 +111,23 @@ class Draws(NamedTuple):
     areas: jax.Array  # [B, 10], of which the first that fits counts
     ratios: jax.Array  # [B, 10]
     place: jax.Array  # [B, 2]
-    flip: jax.Array  # [B, 1], and so are all that decide whether
+    flip: jax.Array
     jitter: jax.Array
     order: jax.Array  # [B, 4]
     factors: jax.Array  # [B, 4]
     grey: jax.Array
     blur: jax.Array
-    sigma: jax.Array  # [B, 1]
+    sigma: jax.Array
     solarize: jax.Array
 
     @classmethod
     def of(cls, keys: jax.Array) -> "Draws":
-        """Those of one view of every example, by its key: [B]."""
+        """Those of one view of every example, by its key: PRNG keys [B]."""
         counts = {"areas": _TRIES, "ratios": _TRIES, "place": 2, "order": 4, "factors": 4}
         widths = [counts.get(name, 1) for name in cls._fields]
         numbers = jax.vmap(lambda key: jax.random.uniform(key, (sum(widths),)))(keys)
-        return cls(*jnp.split(numbers, list(itertools.accumulate(widths))[:-1], axis=1))
+        parts = jnp.split(numbers, list(itertools.accumulate(widths))[:-1], axis=1)
+        return cls(*(part[:, 0] if part.shape[1] == 1 else part for part in parts))
 
 
 class Crop(NamedTuple):
@@ -155,7 +156,7 @@ def random_view(
         float32 [B, size, size, 3] in [0, 1].
     """
     draws = Draws.of(keys)
-    flip = draws.flip[:, 0] < recipe.flip
+    flip = draws.flip < recipe.flip
     pixels = image.astype(jnp.float32) / 255.0
     if recipe.crop:
         crop = random_crops(draws, image.shape[1], image.shape[2], recipe)
@@ -164,15 +165,15 @@ def random_view(
         whole = jnp.moveaxis(resize(pixels, size), -1, 1)
         view = _planes(jnp.where(flip[:, None, None, None], whole[..., ::-1], whole))
     if recipe.jitter:
-        view = _where(draws.jitter[:, 0] < recipe.jitter, _jitter(view, draws, recipe), view)
+        view = _where(draws.jitter < recipe.jitter, _jitter(view, draws, recipe), view)
     if recipe.grey:
-        view = _where(draws.grey[:, 0] < recipe.grey, grey(view), view)
+        view = _where(draws.grey < recipe.grey, grey(view), view)
     if recipe.blur:
         low, high = recipe.blur_sigma
-        sigma = (low + (high - low) * draws.sigma[:, 0]) * (size / (own_size or size))
-        view = blur(view, sigma, draws.blur[:, 0] < recipe.blur)
+        sigma = (low + (high - low) * draws.sigma) * (size / (own_size or size))
+        view = blur(view, sigma, draws.blur < recipe.blur)
     if recipe.solarize:
-        view = _where(draws.solarize[:, 0] < recipe.solarize, solarize(view), view)
+        view = _where(draws.solarize < recipe.solarize, solarize(view), view)
     return jnp.stack(view, axis=-1)
 
 
