@@ -6,6 +6,7 @@
 #   docs/results/compression.sh recipe OBJECTIVE OUT [FLAG of tools.compare ...]
 #   docs/results/compression.sh compare OBJECTIVE OUT [FLAG of tools.compare ...]
 #   docs/results/compression.sh photographs OBJECTIVE OUT [FLAG of tools.compare ...]
+#   docs/results/compression.sh untrained OBJECTIVE OUT [--config.KEY=VALUE ...]
 #
 # OBJECTIVE: moco_v3, simclr or dino, fine-tuned to name shapes; or flm, beside ar, fine-tuned for
 # VQA and NLVR2. `costs` measures what an update of each bucket costs; `errors`, after it, trains a
@@ -15,8 +16,10 @@
 # fastest by. `compare` trains whole images for the whole budget and for shares of it, and at those
 # shares the arms (or ARMS); `compare flm` needs the costs of ar as well. Cells that
 # compression/OBJECTIVE/cells.jsonl.gz holds are not trained again. `photographs` is the same on
-# those of the data pack, ../shared/data. BUDGET, in seconds, and BATCHES (of an error) replace
-# those below. Runs and comparisons go on where they were stopped; measurements start again.
+# those of the data pack, ../shared/data. `untrained` scores and fine-tunes the tower of whole images
+# after one update that changes nothing, with two seeds: what a score is to be above. BUDGET, in
+# seconds, and BATCHES (of an error) replace those below. Runs and comparisons go on where they were
+# stopped; measurements start again.
 set -euo pipefail
 what=$1 objective=$2 out=$(realpath -m "$3")
 shift 3
@@ -57,8 +60,8 @@ case $what in
             simclr) axes+=("$at.temperature:0.05,0.1,0.2" "$at.augment.scale:(0.08,1.0),(0.3,1.0)") ;;
             moco_v3) axes+=("$at.temperature:0.05,0.1,0.2" "$at.augment.scale:(0.08,1.0),(0.3,1.0)"
                 "$at.momentum:0.9,0.97,0.99" optim.groups.patch_projection.rate_factor:0.0,1.0) ;;
-            dino) axes+=("$at.prototypes:8192" "$at.temperature:0.1,0.2"
-                "$at.teacher_temperature:0.02,0.04" "$at.momentum:0.9,0.97,0.99") ;;
+            dino) axes+=("$at.temperature:0.05,0.1,0.2" "$at.teacher_temperature:0.02,0.04"
+                "$at.momentum:0.9,0.97,0.99") ;;
             *) echo "no search for '$objective'; take simclr, moco_v3 or dino" >&2; exit 64 ;;
         esac
         # Eighteen candidates for 15 s each, of which four train for 60 s; the best one for 240 s tells
@@ -108,5 +111,22 @@ case $what in
             "${shared[@]/#/--set=}" "${shared[@]/#/--set_finetune=}" \
             --archive="$archive" --out="$out/$what/$objective" "$@"
         ;;
-    *) echo "write errors, costs, recipe, compare or photographs, not '$what'" >&2; exit 64 ;;
+    untrained)
+        for seed in 0 1; do
+            tower=$out/untrained_$objective,$seed
+            "$python" -m vlp_jax.main --config="$config,whole" --workdir="$tower" \
+                --config.seed=$seed --config.total_steps=1 --config.schedule.peak=1e-12 \
+                --config.data.batch_size=32 --config.data.sources.scenes.num_records=10000 \
+                --config.compile_cache="$out/programs" "$@"
+            "$python" -m vlp_jax.main --config=configs/transfer/classification.py:scenes \
+                --workdir="$tower,tuned" --config.init_from="$tower" \
+                --config.init_checkpoint=latest --config.seed=$seed --config.total_steps=500 \
+                --config.evals.val.every_percent=100.0 --config.checkpoint.every_percent=100.0 \
+                "${shared[@]/#/--config.}" "$@"
+        done
+        ;;
+    *)
+        echo "write errors, costs, recipe, compare, photographs or untrained, not '$what'" >&2
+        exit 64
+        ;;
 esac
