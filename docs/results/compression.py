@@ -110,7 +110,7 @@ def get_config(arg: str) -> ConfigDict:
             config.evals = {"heldout": {"source": "scenes", "num_examples": 1000}}
         else:
             config.objectives[objective].update(_RECIPES[objective])
-            if objective == "dino":  # what held it back on a CPU (compression.md)
+            if objective == "dino":  # without what held it back on a CPU
                 config.model.image.drop_path = 0.0
                 config.optim.final_weight_decay = None
             if objective == "moco_v3":  # a frozen projection cannot adapt to larger patches

@@ -31,6 +31,7 @@ shared=("compile_cache=$out/programs")
 # Scenes are made once for all runs; photographs, few and of no identity that could name a file, are
 # kept in memory.
 [[ $what == photographs ]] || shared+=("data.cache_dir=$out/data" "data.cache_workers=$(nproc)")
+declare -A updates=([classification:scenes]=500 [vqa:scenes]=800 [nlvr2:scenes]=2000) # of fine-tuning
 known() { "$python" -c "from docs.results import compression as c; print($1)"; }
 
 case $what in
@@ -78,7 +79,6 @@ case $what in
         shares=(--fractions=1,1/2.5,1/4 --others_until=1/2.5 --tune_fraction=1/4)
         rates=x0.5,x1,x2
         declare -A budgets=([moco_v3]=120 [simclr]=100 [dino]=120 [flm]=60)
-        declare -A updates=([classification:scenes]=500 [vqa:scenes]=800 [nlvr2:scenes]=2000)
         if [[ $what == photographs ]]; then
             suffix=,photographs archive=$folder/photographs.jsonl.gz tasks=(classification:pack)
             labels=class tune=linear_probe/class/accuracy
@@ -117,10 +117,11 @@ case $what in
             "$python" -m vlp_jax.main --config="$config,whole" --workdir="$tower" \
                 --config.seed=$seed --config.total_steps=1 --config.schedule.peak=1e-12 \
                 --config.data.batch_size=32 --config.data.sources.scenes.num_records=10000 \
-                --config.compile_cache="$out/programs" "$@"
+                "${shared[@]/#/--config.}" "$@"
             "$python" -m vlp_jax.main --config=configs/transfer/classification.py:scenes \
                 --workdir="$tower,tuned" --config.init_from="$tower" \
-                --config.init_checkpoint=latest --config.seed=$seed --config.total_steps=500 \
+                --config.init_checkpoint=latest --config.seed=$seed \
+                --config.total_steps="${updates[classification:scenes]}" \
                 --config.evals.val.every_percent=100.0 --config.checkpoint.every_percent=100.0 \
                 "${shared[@]/#/--config.}" "$@"
         done

@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from tiny import make_program
@@ -13,27 +14,22 @@ from tests.conftest import REPO
 from vlp_jax.compress.buckets import bucket_text
 from vlp_jax.infra.preemption import ExitCode
 
-TASKS = """
-from tests.tiny_config import get_config as tiny
-def get_config():
-    config = tiny()
-    with config.unlocked():
-        config.evals = {}
-        config.objectives = {
-            "vqa": {"num_classes": 5, "readout": "auto"}, "nlvr2": {"readout": "auto"}
-        }
-    return config
-"""
+TASKS = {"vqa": {"num_classes": 5, "readout": "auto"}, "nlvr2": {"readout": "auto"}}
+CAPTIONS = {"ar": {}}  # updates of FLM are the slowest to compile
 
-# Updates of FLM are the slowest to compile.
-CAPTIONS = """
+
+def config_file(folder: pathlib.Path, objectives: dict[str, Any]) -> pathlib.Path:
+    """The tiny config with other objectives and no evaluator, as a process reads it."""
+    file = folder / "config.py"
+    file.write_text(f"""
 from tests.tiny_config import get_config as tiny
 def get_config():
     config = tiny()
     with config.unlocked():
-        config.evals, config.objectives = {}, {"ar": {}}
+        config.evals, config.objectives = {{}}, {objectives!r}
     return config
-"""
+""")
+    return file
 
 
 def test_bench_step_prints_one_json_line():
@@ -73,8 +69,8 @@ def test_bench_step_prints_one_json_line():
 
 
 def test_bench_step_draws_the_fields_that_objectives_read(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "tasks.py").write_text(TASKS)
-    command = [sys.executable, "-m", "tools.bench", "step", f"--config={tmp_path / 'tasks.py'}"]
+    file = config_file(tmp_path, TASKS)
+    command = [sys.executable, "-m", "tools.bench", "step", f"--config={file}"]
     command += ["--batch=8", "--max_length=14", "--steps=1", "--repeats=1"]
     result = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -84,8 +80,7 @@ def test_bench_step_draws_the_fields_that_objectives_read(tmp_path: pathlib.Path
 
 
 def test_bench_buckets_measures_each_and_writes_what_a_run_reads(tmp_path: pathlib.Path) -> None:
-    file, out = tmp_path / "captions.py", tmp_path / "schedule.json"
-    file.write_text(CAPTIONS)
+    file, out = config_file(tmp_path, CAPTIONS), tmp_path / "schedule.json"
     command = [sys.executable, "-m", "tools.bench", "buckets", f"--config={file}", f"--out={out}"]
     command += ["--config.compression.schedule=staged", "--max_length=14"]
     command += ["--config.compression.buckets=('p16@16','p8@16k2','whole')"]
@@ -102,7 +97,7 @@ def test_bench_buckets_measures_each_and_writes_what_a_run_reads(tmp_path: pathl
 
     config = get_config()
     with config.unlocked():
-        config.objectives = {"ar": {}}
+        config.objectives = CAPTIONS
     config.compression.file = str(out)
     compression = make_program(config).compression
     assert [bucket_text(views) for views in compression.buckets] == ["p16@16", "p8@16k2", "whole"]
@@ -112,8 +107,7 @@ def test_bench_buckets_measures_each_and_writes_what_a_run_reads(tmp_path: pathl
 
 
 def test_bench_step_gives_no_figures_of_updates_that_are_not_finite(tmp_path: pathlib.Path) -> None:
-    file = tmp_path / "captions.py"
-    file.write_text(CAPTIONS)
+    file = config_file(tmp_path, CAPTIONS)
     command = [sys.executable, "-m", "tools.bench", "step"]
     command += [f"--config={file}", "--config.schedule.peak=1e30"]
     command += ["--max_length=14", "--steps=4", "--repeats=1"]
