@@ -45,8 +45,10 @@ from vlp_jax.compress.buckets import (
     bucket_label,
     bucket_text,
 )
-from vlp_jax.data.batch import batch_spec
+from vlp_jax.data.batch import EXTRA_FIELDS, PAIRS, Batch, batch_spec
 from vlp_jax.data.captions import batch_maxima, fit_edges
+from vlp_jax.data.joint_plan import JointPlan
+from vlp_jax.data.named import batch_section
 from vlp_jax.data.plan import Plan
 from vlp_jax.data.planned import PlannedBatch, PlannedSource
 from vlp_jax.data.vocabulary import Vocabulary
@@ -63,7 +65,7 @@ from vlp_jax.train.schedule import Budget
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration to measure")
 _BATCH = flags.DEFINE_integer(
-    "batch", None, "global batch size; the config's own if not given", lower_bound=1
+    "batch", None, "data.batch_size; the config's own if not given", lower_bound=1
 )
 _STEPS = flags.DEFINE_integer("steps", 32, "updates timed in one repeat", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "timed repeats", lower_bound=1)
@@ -78,7 +80,7 @@ _FIXED_VIEWS = flags.DEFINE_boolean(
 # No two views of a picture are one to the compiler, which would compute them once.
 FIXED = {"crop": False, "flip": 0.5, "jitter": 0.0, "grey": 0.0, "blur": 0.0, "solarize": 0.0}
 MASK_ID = 4  # any id will do: the tokens are random
-_PICTURES = frozenset({"second_image"})  # extra fields that, like images, all batches share
+_PICTURES = ("image", "second_image")  # fields that all batches of a name share
 
 
 class UniformLengths:
@@ -113,18 +115,18 @@ class Prepared:
     Attributes:
         config: of the run.
         program: what is compiled.
-        planned: batches whose updates are measured, in turn.
+        planned: batches, by name, whose updates are measured, in turn.
         keys: what step each takes.
-        pictures: what all of them read, on the device.
-        batches: what each reads beside it, on the device.
+        pictures: what all batches of a name read, on the device.
+        batches: what each reads beside it, by name, on the device.
     """
 
     config: Any
     program: Program
-    planned: Sequence[PlannedBatch]
+    planned: Sequence[Mapping[str, PlannedBatch]]
     keys: Sequence[StepBucket]
-    pictures: Mapping[str, jax.Array]
-    batches: Sequence[Any]
+    pictures: Mapping[str, Batch]
+    batches: Sequence[Mapping[str, Batch]]
 
 
 Steps = CompiledSteps[tuple[int, StepBucket], Any]  # by number of the config, and key
@@ -150,7 +152,7 @@ def bench_step(config: Any) -> dict[str, Any]:
 
 def _prepare(config: Any, like: Prepared | None = None) -> Prepared:
     """Plan, and put on the device what a config's updates read; ``like`` has the same pictures."""
-    data, positions = config.data, config.model.text.max_positions
+    positions = config.model.text.max_positions
     if _MIN_LENGTH.value > _MAX_LENGTH.value:
         raise ValueError(
             f"--min_length={_MIN_LENGTH.value} is above --max_length={_MAX_LENGTH.value}; "
@@ -167,40 +169,52 @@ def _prepare(config: Any, like: Prepared | None = None) -> Prepared:
             f"{config.compression.schedule!r} uses several buckets, and one is measured",
             "Take `python -m tools.bench buckets`, which measures each",
         )
+    plan = JointPlan({name: _plan(config, name) for name in program.batch_names})
+    updates = range(min(_STEPS.value, plan.window_batches))
+    planned = [plan.batches(t) for t in updates]
+    rng = np.random.default_rng(config.seed)
+    pictures = like.pictures if like else _pictures(rng, program)
+    batches = [
+        {name: _batch(rng, name, batch, program) for name, batch in some.items()}
+        for some in planned
+    ]
+    keys = [program.bucket(plan.bucket(t), t) for t in updates]
+    return Prepared(config, program, planned, keys, pictures, batches)
+
+
+def _plan(config: Any, name: str) -> Plan:
+    """Of a named batch; a section without edges has them fitted as in training."""
+    data, section = config.data, batch_section(config, name)
     source = UniformLengths(_MIN_LENGTH.value, _MAX_LENGTH.value)
-    maxima = batch_maxima(source.histogram(), data.batch_size, data.window_batches)
-    edges = tuple(data.text_edges) or fit_edges(
-        maxima, data.num_edges, data.edge_multiple, longest=source.longest
+    maxima = batch_maxima(source.histogram(), section.batch_size, data.window_batches)
+    edges = section.text_edges or fit_edges(
+        maxima, section.num_edges, data.edge_multiple, longest=source.longest
     )
+    positions = config.model.text.max_positions
     if edges[-1] > positions:
         raise ConfigError(
             "data.text_edges",
             f"the last of {edges} is above model.text.max_positions={positions}",
             "Lower it, or data.edge_multiple where edges are fitted",
         )
-    plan = Plan(
+    return Plan(
         [PlannedSource(source, source)],  # type: ignore[arg-type]
-        data.batch_size,
+        section.batch_size,
         config.seed,
         edges,
         data.image_size,
         data.window_batches,
     )
-    planned = [plan.batch(t) for t in range(min(_STEPS.value, plan.window_batches))]
-    rng = np.random.default_rng(config.seed)
-    pictures = like.pictures if like else _pictures(rng, data, program)
-    batches = [
-        _batch(rng, batch, config.tokenizer.vocab_size, program.mesh, program) for batch in planned
-    ]
-    keys = [program.bucket(batch.bucket, t) for t, batch in enumerate(planned)]
-    return Prepared(config, program, planned, keys, pictures, batches)
 
 
-def _pictures(rng: np.random.Generator, data: Any, program: Program) -> Mapping[str, jax.Array]:
-    shape = (data.batch_size, data.image_size, data.image_size, 3)
-    names = ("image", *_PICTURES.intersection(program.extra_fields))
-    pixels = {name: rng.integers(0, 256, shape, dtype=np.uint8) for name in names}
-    return dict(global_batch(pixels, program.mesh))
+def _pictures(rng: np.random.Generator, program: Program) -> Mapping[str, Batch]:
+    size, found = program.config.data.image_size, {}
+    for name, rows in program.batch_sizes.items():
+        shape = (rows, size, size, 3)
+        fields = [field for field in program.fields[name] if field in _PICTURES]
+        pixels = {field: rng.integers(0, 256, shape, dtype=np.uint8) for field in fields}
+        found[name] = dict(global_batch(pixels, program.mesh))
+    return found
 
 
 def _measure(several: Sequence[Prepared], traced: bool) -> list[Measured]:
@@ -215,20 +229,22 @@ def _measure(several: Sequence[Prepared], traced: bool) -> list[Measured]:
 
 def _time(prepared: Prepared, number: int, steps: Steps, peak: float, traced: bool) -> Measured:
     config, program, planned = prepared.config, prepared.program, prepared.planned
-    data, names = config.data, program.batch_names
-    batches = [batch | prepared.pictures for batch in prepared.batches]
+    rows = program.examples(program.batch_names)
+    batches = [
+        {name: {**batch, **prepared.pictures[name]} for name, batch in some.items()}
+        for some in prepared.batches
+    ]
     state, moment, metrics = program.init(), program.moment(0), {}
 
     def update(t: int) -> Any:
         nonlocal state, metrics
         index = t % len(planned)
-        batch = dict.fromkeys(names, batches[index])
-        state, metrics = steps[number, prepared.keys[index]](state, batch, moment)
+        state, metrics = steps[number, prepared.keys[index]](state, batches[index], moment)
         return state
 
     jax.block_until_ready(repeat(update, len(planned)))
     count = _STEPS.value
-    seconds = [each / count for each in timings(lambda: repeat(update, count), _REPEATS.value)]
+    seconds = [taken / count for taken in timings(lambda: repeat(update, count), _REPEATS.value)]
     busy = busy_ms(update, count) if traced else None
     loss, skipped = float(metrics["loss"]), int(metrics["skipped"])
     if skipped or not math.isfinite(loss):
@@ -236,18 +252,19 @@ def _time(prepared: Prepared, number: int, steps: Steps, peak: float, traced: bo
             f"{config.name}: loss or gradients of {skipped} updates were not finite, the last loss "
             f"is {loss}; nothing is reported of updates that would be skipped: check the config"
         )
-    lengths = np.concatenate([batch.length for batch in planned])
-    padded = np.concatenate([np.full(len(b), b.bucket.text_length) for b in planned])
+    each = [batch for some in planned for batch in some.values()]
+    lengths = np.concatenate([batch.length for batch in each])
+    padded = np.concatenate([np.full(len(b), b.bucket.text_length) for b in each])
     flops = statistics.fmean(
-        program.flops(dict.fromkeys(names, float(batch.length.mean())), key)
-        for batch, key in zip(planned, prepared.keys, strict=True)
+        program.flops({name: float(b.length.mean()) for name, b in some.items()}, key)
+        for some, key in zip(planned, prepared.keys, strict=True)
     )
-    rates = sorted(data.batch_size / s for s in seconds)
+    rates = sorted(rows / s for s in seconds)
     rate = statistics.median(rates)
     figures = {
         "samples_per_second": round(rate, 2),
         "samples_per_second_range": [round(rates[0], 2), round(rates[-1], 2)],
-        "step_ms": round(1e3 * data.batch_size / rate, 3),
+        "step_ms": round(1e3 * rows / rate, 3),
         "mfu": round(rate * flops / (peak * program.mesh.size), 4),
         "gflops_per_sample": round(flops / 1e9, 4),
         "matmul_peak_tflops": round(peak / 1e12, 2),
@@ -256,7 +273,7 @@ def _time(prepared: Prepared, number: int, steps: Steps, peak: float, traced: bo
         "compile_seconds": {
             bucket_label(key): round(s, 1) for (n, key), s in steps.seconds.items() if n == number
         },
-        "batch": data.batch_size,
+        "batch": rows,
         "text_length_mean": round(float(lengths.mean()), 3),
         "text_padding_waste": round(1 - float(lengths.sum() / padded.sum()), 4),
         "loss": round(loss, 4),
@@ -264,7 +281,7 @@ def _time(prepared: Prepared, number: int, steps: Steps, peak: float, traced: bo
         "config": config.name,
         **device_facts(),
     }
-    return figures, UpdateTime(1e3 * data.batch_size / rate, busy)
+    return figures, UpdateTime(1e3 * rows / rate, busy)
 
 
 def bench_buckets(config: Any) -> dict[str, Any]:
@@ -354,6 +371,7 @@ def _program(config: Any) -> Program:
     for section in config.objectives.values():
         if section.get("readout", "") == "auto":
             section.readout = "query"
+    names = {section.get("batch", PAIRS) for section in config.objectives.values()}
     return Program(
         config,
         Vocabulary.of_words(config.tokenizer.vocab_size, MASK_ID),
@@ -362,16 +380,15 @@ def _program(config: Any) -> Program:
             config.data.batch_size,
             None,
             total_steps=config.total_steps or 10_000,
-            text_length=(_MIN_LENGTH.value + _MAX_LENGTH.value) / 2,
+            text_lengths=dict.fromkeys(names, (_MIN_LENGTH.value + _MAX_LENGTH.value) / 2),
         ),
     )
 
 
-def _batch(
-    rng: np.random.Generator, planned: PlannedBatch, vocab_size: int, mesh: Any, program: Program
-) -> Any:
-    """All arrays of a batch but the pictures."""
+def _batch(rng: np.random.Generator, name: str, planned: PlannedBatch, program: Program) -> Batch:
+    """All arrays of a named batch but the pictures."""
     rows, tokens = len(planned), planned.bucket.text_length
+    vocab_size = program.config.tokenizer.vocab_size
     host = {
         "text_ids": rng.integers(5, vocab_size, (rows, tokens), dtype=np.int32),
         "text_length": planned.length.astype(np.int32),
@@ -383,10 +400,11 @@ def _batch(
     classes = min(
         (getattr(o, "num_classes", 1) for o in program.objectives if o.extra_fields), default=1
     )
-    extra = tuple(name for name in program.extra_fields if name not in _PICTURES)
-    for name, spec in batch_spec(planned.bucket, rows, extra).items():
-        host[name] = _extra(rng, name, spec, classes)
-    return global_batch(host, mesh)
+    extra = EXTRA_FIELDS.keys() - {*_PICTURES}
+    fields = tuple(field for field in program.fields[name] if field in extra)
+    for field, spec in batch_spec(planned.bucket, rows, fields).items():
+        host[field] = _extra(rng, field, spec, classes)
+    return global_batch(host, program.mesh)
 
 
 def _extra(

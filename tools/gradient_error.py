@@ -134,7 +134,7 @@ def measure(config: ConfigDict, workdir: pathlib.Path, out: pathlib.Path) -> Non
             if step:
                 state = restore_step(_folder(workdir), step, program.state_spec).state
             steps = range(step, step + _BATCHES.value)
-            errors.compile(dict.fromkeys(setup.plan.batch(t).bucket for t in steps))
+            errors.compile(dict.fromkeys(setup.plan.bucket(t) for t in steps))
             probed = probe_batches(program, setup.plan, step, _BATCHES.value)
             estimates = errors.measure(state, probed, costs, _UPDATE_COST.value)
             found.append(Measured(step, _progress(workdir, step, total), estimates))
@@ -184,8 +184,8 @@ def _progress(workdir: pathlib.Path, step: int, total: int) -> float:
 
 def _measured_costs(setup: Setup, state: TrainState) -> tuple[float, ...]:
     """What an update of each bucket costs, as a share of one of whole images."""
-    program, planned = setup.program, setup.plan.batch(0).bucket
-    with open_loader(setup.config, setup.plan, range(1), program.extra_fields) as loader:
+    program, planned = setup.program, setup.plan.bucket(0)
+    with open_loader(setup.config, setup.plan, range(1), program.fields) as loader:
         batches = program.batches(next(loader))
     keys = {
         views: program.with_views(planned, views)

@@ -26,6 +26,8 @@ def config_of(cache_dir="", **source):
                 "num_edges": 4,
                 "edge_multiple": 4,
                 "window_batches": 32,
+                "batches": {},
+                "alternate": "",
                 "cache_dir": str(cache_dir),
                 "cache_workers": 0,
                 "sources": {"scenes": source},
@@ -108,8 +110,9 @@ def test_captions_are_kept_beside_the_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(Scenes, "image", lambda *_: pytest.fail("drawn again"))
     again = build_plan(config, {"scenes": build_source(config, "scenes")}, tokenizer)
     for t in range(3):
-        assert again.batch(t).fingerprint() == plan.batch(t).fingerprint()
-        np.testing.assert_array_equal(again.batch(t).length, plan.batch(t).length)
+        assert again.fingerprint(t) == plan.fingerprint(t)
+        lengths = [some.batch("pairs", t).length for some in (again, plan)]
+        np.testing.assert_array_equal(*lengths)
 
 
 def test_splits_and_sets_have_files_of_their_own(tmp_path, monkeypatch):

@@ -166,7 +166,7 @@ def test_rows_read_at_once_are_those_read_one_by_one(sources, extra, fixed):
         ]
         plan = EvalPlan(mixture[0], 60, 8, EDGES, 4) if fixed else plan_of(*mixture)
         stop = plan.num_batches if fixed else 40
-        with Loader(plan, 0, stop, threads=0, extra_fields=extra_fields) as loader:
+        with Loader(plan, 0, stop, threads=0, fields=(*FIELDS, *extra_fields)) as loader:
             return list(loader), loader.bad.counts
 
     at_once, bad = read(ImageCache)

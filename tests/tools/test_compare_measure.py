@@ -136,7 +136,7 @@ def test_compressed_updates_cost_their_measured_share_of_one_of_whole_images(tmp
     assert measure._spent(setup, 100) == pytest.approx(40)
     flops = [
         setup.program.flops({"pairs": mean_length(setup)}, setup.program.bucket(planned, step))
-        for planned in [setup.plan.batch(0).bucket]
+        for planned in [setup.plan.bucket(0)]
         for step in (0, 99)
     ]
     expected = 0.8 * flops[0] + 0.2 * flops[1]
@@ -153,7 +153,7 @@ def test_compressed_updates_cost_their_measured_share_of_one_of_whole_images(tmp
 
 def mean_length(setup):
     batches = range(min(setup.total_steps, setup.plan.window_batches))
-    return sum(setup.plan.batch(t).length.mean() for t in batches) / len(batches)
+    return sum(setup.plan.batch("pairs", t).length.mean() for t in batches) / len(batches)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,11 @@ def edit_captions(root: pathlib.Path, edit) -> None:
         ("data.max_text_length", 100, r"config\.data\.max_text_length: 100 tokens exceed"),
         ("data.text_edges", (40, 65), r"config\.data\.text_edges: the last of \(40, 65\) exceeds"),
         ("data.root", "", r"config\.data\.sources\.photographs\.root: missing"),
-        ("objectives.flm.batch", "texts", r"config\.objectives\.flm\.batch: 'texts' is no batch"),
+        (
+            "objectives.flm.batch",
+            "texts",
+            r"flm\.batch: no source feeds a batch 'texts'",
+        ),
         ("mesh", {"data": 4, "fsdp": 1, "model": 2}, r"config\.mesh\.model: no parameter is cut"),
         ("model.reconstructor.depth", 0, r"model\.reconstructor\.depth=0 must be even, 2 or more"),
         ("model.text.lower_depth", 0, r"model\.text\.lower_depth=0 must be 1 or more"),

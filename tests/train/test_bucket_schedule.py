@@ -250,14 +250,14 @@ def test_every_bucket_is_traced_once(monkeypatch):
 
     monkeypatch.setattr(program_module, "make_step", make_counted)
     program = make_program(compressed_config("itc"))
-    buckets = program.buckets([Bucket(TOKENS, IMAGE_SIZE)])
+    buckets = program.buckets([BUCKET])
     assert len(buckets) == 3
     compiled = {bucket: program.lower(bucket).compile() for bucket in buckets}
     state = program.init()
     batch = {"pairs": global_batch(make_batch(), program.mesh)}
     seen = set()
     for step in range(program.schedule.total_steps):
-        bucket = program.bucket(Bucket(TOKENS, IMAGE_SIZE), step)
+        bucket = program.bucket(BUCKET, step)
         state, metrics = compiled[bucket](state, batch, program.moment(step))
         seen.add(bucket)
     assert seen == set(buckets)

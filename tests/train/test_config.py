@@ -211,11 +211,11 @@ def test_every_image_objective_has_a_config(objective: str, size: str) -> None:
 def test_shipped_config_runs_one_step(name: str) -> None:
     config = shrunk(shipped(name))
     program = make_program(config)
-    bucket = tuple((o.batch_name, Bucket(12, 16)) for o in program.objectives)
+    bucket = tuple((name, Bucket(12, 16)) for name in program.batch_names)
     run = Run(program, program.lower(bucket).compile())
     batch = make_batch()
-    extra = batch_spec(Bucket(12, 16), BATCH, program.extra_fields)
-    batch |= {key: np.zeros(spec.shape, spec.dtype) for key, spec in extra.items()}
+    extra = batch_spec(Bucket(12, 16), BATCH, program.fields["pairs"])
+    batch = {key: np.zeros(spec.shape, spec.dtype) for key, spec in extra.items()} | batch
     state, metrics = run(run.init(), batch)
     assert int(state.step) == 1
     assert np.isfinite(list(metrics.values())).all()

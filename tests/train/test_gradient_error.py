@@ -1,6 +1,5 @@
 """The estimator on gradients whose bias and variance are known, and on a run's own."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -9,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
-from tiny import IMAGE_SIZE, TOKENS, make_batch, make_program, objective_config
+from tiny import BUCKET, IMAGE_SIZE, make_batch, make_program, objective_config
 
-from vlp_jax.compress.buckets import Bucket, View
+from vlp_jax.compress.buckets import View
 from vlp_jax.infra.mesh import global_batch, make_mesh, replicated
 from vlp_jax.train.gradient_error import (
     GradientErrors,
@@ -26,7 +25,6 @@ from vlp_jax.train.program import Program
 from vlp_jax.train.state import TrainState
 from vlp_jax.train.step import Moment
 
-PLANNED = Bucket(TOKENS, IMAGE_SIZE)
 PART = (View(IMAGE_SIZE, 8, 2),)
 SIZE, OFFSET, NOISE, OWN_NOISE = 64, 0.05, 1.0, 0.5
 
@@ -42,7 +40,7 @@ class Quadratic:
 
     def __init__(self) -> None:
         self.mesh = make_mesh(devices=jax.devices()[:1])
-        self.batch_names = ("pairs",)
+        self.fields = {"pairs": ("image",)}
         self.config = ConfigDict({"optim": {"b2": 0.9, "eps": 1e-8, "groups": {}}})
         with self.config.unlocked():
             frozen = {"pattern": "frozen", "rate_factor": 0.0}
@@ -92,14 +90,14 @@ class Quadratic:
 
 
 def probes(count: int, start: int = 0) -> list[Probed]:
-    return [Probed(step, PLANNED, {"pairs": {}}) for step in range(start, start + count)]
+    return [Probed(step, BUCKET, {"pairs": {}}) for step in range(start, start + count)]
 
 
 def test_estimates_of_a_quadratic_are_unbiased():
     """Over repetitions, each estimate is the known value on average, within its spread."""
     program: Any = Quadratic()
     errors = GradientErrors(program, ((), PART))
-    errors.compile([PLANNED])
+    errors.compile([BUCKET])
     rows = []
     for repeat in range(120):
         whole, part = errors.measure(program.state, probes(8, 8 * repeat), (1.0, 0.25), 0.5)
@@ -125,11 +123,11 @@ def test_estimates_of_a_quadratic_are_unbiased():
 def test_frozen_parameters_do_not_count():
     program: Any = Quadratic()
     errors = GradientErrors(program, (PART,))
-    errors.compile([PLANNED])
+    errors.compile([BUCKET])
     (before,) = errors.measure(program.state, probes(4), (0.5,))
     program.config.optim.groups.frozen.rate_factor = 1.0
     errors = GradientErrors(program, (PART,))
-    errors.compile([PLANNED])
+    errors.compile([BUCKET])
     (after,) = errors.measure(program.state, probes(4), (0.5,))
     assert after.variance > before.variance * 1.01
 
@@ -141,7 +139,7 @@ def test_adams_scale_divides_by_the_root_of_its_mean_square():
     state = program.state.replace(opt_state=(adam._replace(count=adam.count + 1, nu=nu),))
     state = jax.device_put(state, replicated(program.mesh))
     errors = GradientErrors(program, (PART,))
-    errors.compile([PLANNED])
+    errors.compile([BUCKET])
     (found,) = errors.measure(state, probes(4), (0.5,))
     assert found.adam_bias == pytest.approx(found.bias / 4, rel=1e-4)
     assert found.adam_mse == pytest.approx(found.mse / 4, rel=1e-4)
@@ -153,7 +151,7 @@ def test_adams_scale_divides_by_the_root_of_its_mean_square():
 def test_too_few_batches_and_bad_gradients_are_refused():
     program: Any = Quadratic()
     errors = GradientErrors(program, (PART,))
-    errors.compile([PLANNED])
+    errors.compile([BUCKET])
     with pytest.raises(ValueError, match="3 batches estimate nothing"):
         errors.measure(program.state, probes(3), (0.5,))
     params = {**program.state.params, "a": program.state.params["a"] * jnp.nan}
@@ -168,11 +166,11 @@ def test_a_run_is_measured_on_any_number_of_devices(mesh):
     program = make_program(config, mesh and make_mesh(**mesh))
     everything = (View.whole(IMAGE_SIZE, 8),)
     errors = GradientErrors(program, ((), everything, PART))
-    errors.compile([PLANNED])
+    errors.compile([BUCKET])
     state = program.init()
     batches = [{"pairs": global_batch(make_batch(seed=seed), program.mesh)} for seed in range(4)]
     found = errors.measure(
-        state, [Probed(k, PLANNED, b) for k, b in enumerate(batches)], (1.0, 1.0, 0.5)
+        state, [Probed(k, BUCKET, b) for k, b in enumerate(batches)], (1.0, 1.0, 0.5)
     )
     whole, same, part = found
     assert same.bias == 0
@@ -180,7 +178,7 @@ def test_a_run_is_measured_on_any_number_of_devices(mesh):
     assert part.bias > 0
     vectors = {}
     for views in ((), PART):
-        bucket = (("pairs", dataclasses.replace(PLANNED, views=views)),)
+        bucket = program.with_views(BUCKET, views)
         with jax.set_mesh(program.mesh):
             gradient = jax.jit(program.gradient(bucket))
             rows = []

@@ -233,9 +233,9 @@ def test_guarded_examples_are_encoded_whole_and_paid_for(tmp_path):
         "checkpoint.best_metric": "",
     }
     setup = prepare(changed(**guard), tmp_path / "run")
-    planned = [setup.plan.batch(t) for t in range(setup.plan.window_batches)]
+    planned = [setup.plan.batch("pairs", t) for t in range(setup.plan.window_batches)]
     for t, batch in enumerate(planned):
-        [(_, bucket)] = setup.program.bucket(batch.bucket, t)
+        [(_, bucket)] = setup.program.bucket(setup.plan.bucket(t), t)
         assert (bucket.views == ()) == bool(np.isin(batch.record, records).any())
         assert not bucket.guarded
     share = sum(batch.bucket.guarded for batch in planned) / len(planned)
@@ -252,8 +252,8 @@ def test_guarded_examples_are_encoded_whole_and_paid_for(tmp_path):
     file.unlink()
     again = prepare(changed(**guard), tmp_path / "run")
     for t, batch in enumerate(planned):
-        np.testing.assert_array_equal(again.plan.batch(t).record, batch.record)
-        assert again.plan.bucket(t) == batch.bucket
+        np.testing.assert_array_equal(again.plan.batch("pairs", t).record, batch.record)
+        assert again.plan.bucket(t) == (("pairs", batch.bucket),)
     with pytest.raises(FileNotFoundError, match=r"ranking\.jsonl"):
         prepare(changed(**guard), tmp_path / "other")
     alone = {"compression.guard_file": str(file)}

@@ -1,5 +1,6 @@
 """Trains a cell by the trainer itself, and reads what it cost and scored from its metrics."""
 
+import collections
 import contextlib
 import dataclasses
 import gc
@@ -238,14 +239,24 @@ def _flops_per_sample(setup: Setup) -> float:
     Where images are compressed, the mean over the run's updates.
     """
     program = setup.program
-    batches = range(min(setup.total_steps, setup.plan.window_batches))
-    mean = float(np.mean([setup.plan.batch(t).length.mean() for t in batches]))
-    lengths = dict.fromkeys(program.batch_names, mean)
-    planned = setup.plan.batch(0).bucket
+    updates = range(min(setup.total_steps, setup.plan.window_batches))
+    found: dict[str, list[float]] = {name: [] for name in program.batch_names}
+    for t in updates:
+        for name, batch in setup.plan.batches(t).items():
+            found[name].append(float(batch.length.mean()))
+    lengths = {name: float(np.mean(means)) for name, means in found.items() if means}
+    # Which batches an update reads, with the sizes of one that does; several if they take turns.
+    planned = [setup.plan.bucket(t) for t in updates]
+    read = {tuple(dict(sizes)): sizes for sizes in planned}
+    turns = collections.Counter(tuple(dict(sizes)) for sizes in planned)
     _, first, counts = np.unique(program.schedule.index, return_index=True, return_counts=True)
-    flops = [program.flops(lengths, program.bucket(planned, int(step))) for step in first]
+    flops, weights = [], []
+    for names, sizes in read.items():
+        for step, count in zip(first, counts, strict=True):
+            flops.append(program.flops(lengths, program.bucket(sizes, int(step))))
+            weights.append(count * turns[names] * program.examples(names))
     assert np.isfinite(flops).all()
-    return float(np.average(flops, weights=counts))
+    return float(np.average(flops, weights=weights))
 
 
 def _spent(setup: Setup, steps: int) -> float | None:

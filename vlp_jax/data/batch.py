@@ -11,7 +11,7 @@ from vlp_jax.compress.buckets import Bucket
 Batch = Mapping[str, jax.Array]
 HostBatch = dict[str, np.ndarray]
 
-PAIRS = "pairs"  # name of the one batch that all objectives of a run read
+PAIRS = "pairs"  # name of the batch of sources and objectives that name none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Field:
     meaning: str
 
 
+# What a batch of pairs has. Batches of texts alone have no `image`.
 FIELDS: Mapping[str, Field] = {
     "image": Field(np.uint8, ("B", "H", "W", "3"), "RGB pixels, not normalised"),
     "text_ids": Field(np.int32, ("B", "N"), "token ids: <s> words </s>, then padding"),
@@ -32,6 +33,13 @@ FIELDS: Mapping[str, Field] = {
     ),
     "valid": Field(np.bool_, ("B",), "False for a row that only fills up the last batch of a set"),
     "replaced": Field(np.int32, ("B",), "damaged records passed over before this row was read"),
+}
+
+# What batches of packed texts have on top.
+PACKED_FIELDS: Mapping[str, Field] = {
+    "text_document": Field(
+        np.int32, ("B", "N"), "which document of its row a token is of, from 1; 0 at padding"
+    ),
 }
 
 MAX_ANSWERS = 10  # distinct answers of one question; VQA v2 asked ten people
@@ -45,6 +53,11 @@ EXTRA_FIELDS: Mapping[str, Field] = {
 }
 
 
+def standard_fields(pictures: bool) -> tuple[str, ...]:
+    """The arrays of every batch: with pictures, or of texts alone."""
+    return tuple(name for name in FIELDS if pictures or name != "image")
+
+
 def batch_spec(
     bucket: Bucket, batch_size: int, names: tuple[str, ...] = tuple(FIELDS)
 ) -> dict[str, jax.ShapeDtypeStruct]:
@@ -53,9 +66,9 @@ def batch_spec(
     Args:
         bucket: static sizes.
         batch_size: rows.
-        names: keys of ``FIELDS`` and ``EXTRA_FIELDS``.
+        names: keys of ``FIELDS``, ``PACKED_FIELDS`` and ``EXTRA_FIELDS``.
     """
-    declared = {**FIELDS, **EXTRA_FIELDS}
+    declared = {**FIELDS, **PACKED_FIELDS, **EXTRA_FIELDS}
     sizes = {
         "B": batch_size,
         "N": bucket.text_length,

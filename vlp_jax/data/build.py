@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS
+from vlp_jax.data.batch import FIELDS, PAIRS, standard_fields
 from vlp_jax.data.cache import ImageCache, uncached
 from vlp_jax.data.captions import (
     EncodedCaptions,
@@ -23,10 +24,12 @@ from vlp_jax.data.captions import (
 from vlp_jax.data.eval_plan import EvalPlan
 from vlp_jax.data.folder import Folder
 from vlp_jax.data.guarded import Guarded
-from vlp_jax.data.loader import Loader
+from vlp_jax.data.joint_plan import JointPlan
+from vlp_jax.data.loader import JointLoader, Loader
 from vlp_jax.data.making import found_or_made
+from vlp_jax.data.named import BatchSection, batch_section, batch_sources
 from vlp_jax.data.plan import Plan
-from vlp_jax.data.planned import BatchPlan, PlannedSource
+from vlp_jax.data.planned import PlannedSource
 from vlp_jax.data.scenes import (
     Scenes,
     ScenesEntailment,
@@ -34,7 +37,7 @@ from vlp_jax.data.scenes import (
     ScenesNLVR2,
     ScenesVQA,
 )
-from vlp_jax.data.source import Source, Worded
+from vlp_jax.data.source import Source, Worded, has_pictures
 from vlp_jax.data.tasks import NLVR2, VQA, ImageLabels, VisualEntailment
 from vlp_jax.data.tasks.annotated import AnnotatedImages
 from vlp_jax.data.tokenizer import Tokenizer
@@ -54,7 +57,7 @@ SOURCES: Mapping[str, type] = {
     "image_labels": ImageLabels,
 }
 # Keys of a source's section that are read here and not by the source.
-_RESERVED = ("type", "weight", "split", "cache")
+_RESERVED = ("type", "weight", "split", "cache", "batch")
 # Captions of one source that train a tokenizer, at most.
 TOKENIZER_SAMPLE = 200_000
 UNBOUNDED_SAMPLE = 20_000  # of a source that makes each of them up on the spot
@@ -145,48 +148,68 @@ def build_plan(
     tokenizer: Tokenizer,
     most_edges: int = MAX_SCHEDULED_BUCKETS,
     guarded: Guarded | None = None,
-) -> Plan:
-    """The training plan: every source of the config, edges fitted to their lengths.
+) -> JointPlan:
+    """The training plan: every named batch of the config, edges fitted to its sources' lengths.
 
     Args:
         config: of the run.
         sources: name -> training source.
         tokenizer: of the run.
-        most_edges: how many edges are fitted at most, whatever ``data.num_edges`` says: a run
-            compiles each with every view of its images.
+        most_edges: how many text lengths (of several batches: combinations of them) there are at
+            most, whatever ``num_edges`` says: a run compiles each with every view of its images.
         guarded: records of each source that are encoded whole.
 
     Raises:
         ConfigError: captions could be longer than the model has positions.
     """
-    data = config.data
     if not sources:
         raise ConfigError("data.sources", "there is none", f"Add one of {sorted(SOURCES)}")
-    if data.max_text_length > config.model.text.max_positions:
+    if config.data.max_text_length > config.model.text.max_positions:
         raise ConfigError(
             "data.max_text_length",
-            f"{data.max_text_length} tokens exceed "
+            f"{config.data.max_text_length} tokens exceed "
             f"model.text.max_positions={config.model.text.max_positions}",
             "Lower the one or raise the other",
         )
-    planned = [
-        PlannedSource(
-            source,
-            _encoded(config, source, tokenizer),
-            data.sources[name].get("weight", 1.0),
-            (guarded or {}).get(name, np.empty(0, np.int64)),
+    plans = {
+        batch: _batch_plan(
+            config,
+            batch,
+            [
+                PlannedSource(
+                    sources[name],
+                    _encoded(config, sources[name], tokenizer),
+                    config.data.sources[name].get("weight", 1.0),
+                    (guarded or {}).get(name, np.empty(0, np.int64)),
+                )
+                for name in names
+            ],
+            most_edges,
         )
-        for name, source in sources.items()
-    ]
-    edges = tuple(data.text_edges) or _fitted_edges(config, planned, most_edges)
-    if edges[-1] > config.model.text.max_positions:
+        for batch, names in batch_sources(config).items()
+    }
+    return JointPlan(plans, most_edges, _turns(config, plans))
+
+
+def batch_fields(config: ConfigDict, name: str) -> tuple[str, ...]:
+    """The standard arrays of a named batch: those of pairs, but for what its sources have not.
+
+    Raises:
+        ConfigError: some of its sources have pictures, and some have none.
+    """
+    names = batch_sources(config).get(name, ())
+    pictures = {source: _has_pictures(config, source) for source in names}
+    if len({*pictures.values()}) > 1:
+        with_them, without = (
+            next(source for source, has in pictures.items() if has is wanted)
+            for wanted in (True, False)
+        )
         raise ConfigError(
-            "data.text_edges",
-            f"the last of {edges} exceeds the positions of the text stack "
-            f"(model.text.max_positions={config.model.text.max_positions})",
-            "Lower the one or raise the other",
+            f"data.sources.{without}.batch",
+            f"it has no pictures, and data.sources.{with_them} of the same batch {name!r} has",
+            "Give it a batch of its own",
         )
-    return Plan(planned, data.batch_size, config.seed, edges, data.image_size, data.window_batches)
+    return standard_fields(all(pictures.values()))
 
 
 def build_eval_plan(
@@ -205,29 +228,42 @@ def build_eval_plan(
 
 
 def open_loader(
-    config: ConfigDict, plan: BatchPlan, steps: range, extra_fields: Sequence[str] = ()
-) -> Loader:
+    config: ConfigDict,
+    joint: JointPlan,
+    steps: range,
+    fields: Mapping[str, Sequence[str]] | None = None,
+) -> JointLoader:
     """The loader of a run on this process.
 
     Args:
-        config: of the run; ``data.workers``, ``data.threads`` and ``data.prefetch`` apply.
-        plan: what is in each batch.
+        config: of the run; ``data.workers``, ``data.threads`` and ``data.prefetch`` apply, to each
+            batch.
+        joint: what is in each batch.
         steps: whose batches are read.
-        extra_fields: keys of ``batch.EXTRA_FIELDS`` to read beside the standard ones.
+        fields: name of a batch -> its arrays, see ``data.batch``; the standard ones of pairs where
+            it is not named.
 
     Raises:
         ConfigError: see ``Loader``.
     """
-    return Loader(
-        plan,
-        steps.start,
-        steps.stop,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-        workers=config.data.workers,
-        threads=config.data.threads,
-        prefetch=config.data.prefetch,
-        extra_fields=extra_fields,
+    fields = fields or {}
+    return JointLoader(
+        {
+            name: Loader(
+                member,
+                joint.updates_before(name, steps.start),
+                joint.updates_before(name, steps.stop),
+                host=jax.process_index(),
+                hosts=jax.process_count(),
+                workers=config.data.workers,
+                threads=config.data.threads,
+                prefetch=config.data.prefetch,
+                fields=fields.get(name, tuple(FIELDS)),
+            )
+            for name, member in joint.members.items()
+        },
+        lambda step: [name for name, _ in joint.bucket(step)],
+        steps,
     )
 
 
@@ -310,8 +346,63 @@ def _tokenizer_file(section: ConfigDict, sources: Sequence[Source]) -> pathlib.P
     return pictures.with_name(f"{pictures.stem}.tokenizer-{digest[:12]}.json")
 
 
+def _has_pictures(config: ConfigDict, source: str) -> bool:
+    """Whether the records of a source of the config are pictures; of an unknown kind, they are."""
+    kind = SOURCES.get(config.data.sources[source].get("type", source))
+    return kind is None or has_pictures(kind)
+
+
+def _turns(config: ConfigDict, plans: Mapping[str, Plan]) -> dict[str, float] | None:
+    """How many of the updates each batch gets where they take turns; None: they do not."""
+    kind = config.data.alternate
+    if not kind:
+        return None
+    if kind == "uniform":
+        return dict.fromkeys(plans, 1.0)
+    if kind != "proportional":
+        raise ConfigError(
+            "data.alternate",
+            f"{kind!r} is no way to take turns",
+            "Use 'uniform', 'proportional', or '' for updates that read every batch",
+        )
+    shares = {}
+    for name, plan in plans.items():
+        records = plan.examples_per_epoch
+        if records is None:
+            raise ConfigError(
+                "data.alternate",
+                f"'proportional' to the records of the batch {name!r}, of which there is no end",
+                "Give its source num_records, or use 'uniform'",
+            )
+        shares[name] = records / plan.batch_size
+    return shares
+
+
+def _batch_plan(
+    config: ConfigDict, name: str, planned: Sequence[PlannedSource], most_edges: int
+) -> Plan:
+    section, data = batch_section(config, name), config.data
+    edges = section.text_edges or _fitted_edges(config, section, planned, most_edges)
+    if edges[-1] > config.model.text.max_positions:
+        raise ConfigError(
+            "data.text_edges",
+            f"the last of {edges} exceeds the positions of the text stack "
+            f"(model.text.max_positions={config.model.text.max_positions})",
+            "Lower the one or raise the other",
+        )
+    return Plan(
+        planned,
+        section.batch_size,
+        config.seed,
+        edges,
+        data.image_size,
+        data.window_batches,
+        stream="" if name == PAIRS else name,
+    )
+
+
 def _fitted_edges(
-    config: ConfigDict, planned: Sequence[PlannedSource], most: int
+    config: ConfigDict, section: BatchSection, planned: Sequence[PlannedSource], most: int
 ) -> tuple[int, ...]:
     data = config.data
     total = np.zeros(data.max_text_length + 1)
@@ -319,6 +410,6 @@ def _fitted_edges(
     for p in planned:
         histogram = p.captions.histogram()
         total += p.weight / weights * histogram / histogram.sum()
-    maxima = batch_maxima(total, data.batch_size, data.window_batches)
+    maxima = batch_maxima(total, section.batch_size, data.window_batches)
     longest = max(p.captions.longest for p in planned)
-    return fit_edges(maxima, min(data.num_edges, most), data.edge_multiple, longest=longest)
+    return fit_edges(maxima, min(section.num_edges, most), data.edge_multiple, longest=longest)

@@ -20,7 +20,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -28,7 +28,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from vlp_jax.data.batch import FIELDS, HostBatch, batch_spec
+from vlp_jax.data.batch import EXTRA_FIELDS, FIELDS, HostBatch, batch_spec
 from vlp_jax.data.planned import BatchPlan, PlannedBatch, host_rows
 from vlp_jax.data.source import BadExample, ManyRows, NothingReadable, Source
 from vlp_jax.infra.errors import ConfigError
@@ -62,6 +62,15 @@ class BadCounts:
         """Kind and place of the bad examples in the order met, each once; up to ``MAX_PLACES``."""
         return list(self._places)
 
+    @classmethod
+    def joined(cls, parts: Iterable["BadCounts"]) -> "BadCounts":
+        """What several have counted."""
+        whole = cls()
+        for part in parts:
+            whole.counts += part.counts
+            whole._places |= part._places
+        return whole
+
     @property
     def total(self) -> int:
         """Bad examples of all kinds."""
@@ -94,7 +103,7 @@ class Loader(Iterator[HostBatch]):
         workers: int = 0,
         threads: int = 4,
         prefetch: int = 4,
-        extra_fields: Sequence[str] = (),
+        fields: Sequence[str] = tuple(FIELDS),
     ):
         """Starts reading ahead with the first batch that is asked for.
 
@@ -110,7 +119,7 @@ class Loader(Iterator[HostBatch]):
             threads: threads a process, each of which reads one batch at a time; 0 to read in
                 the calling thread, for debugging.
             prefetch: batches a process keeps ready or in the making.
-            extra_fields: keys of ``batch.EXTRA_FIELDS`` to read beside the standard ones.
+            fields: names of the batch's arrays, see ``data.batch``.
 
         Raises:
             ConfigError: a number is out of range, or a source lacks a field; the message names the
@@ -119,7 +128,8 @@ class Loader(Iterator[HostBatch]):
         host_rows(plan.batch_size, host, hosts)
         for planned in plan.sources:
             source = planned.source
-            if missing := sorted(set(extra_fields) - set(source.extra_fields)):
+            wanted = EXTRA_FIELDS.keys() & set(fields)
+            if missing := sorted(wanted - set(source.extra_fields)):
                 raise ConfigError(
                     f"data.sources.{source.name}",
                     f"gives no {', '.join(missing)}, which an objective of the run reads",
@@ -146,7 +156,7 @@ class Loader(Iterator[HostBatch]):
         self.bad = BadCounts()
         reading = (
             grain.MapDataset.range(start_step, stop_step)
-            .map(_Reader(plan, host, hosts, tuple(extra_fields)))
+            .map(_Reader(plan, host, hosts, tuple(fields)))
             .to_iter_dataset(
                 grain.ReadOptions(
                     num_threads=threads, prefetch_buffer_size=prefetch if threads else 0
@@ -197,19 +207,75 @@ class Loader(Iterator[HostBatch]):
         self.close()
 
 
+class JointLoader(Iterator[dict[str, HostBatch]]):
+    """Host batches of the names that an update reads; close it, or use it as a context manager.
+
+    Attributes:
+        loaders: of each named batch.
+        step: the step whose batches come next.
+    """
+
+    def __init__(
+        self,
+        loaders: Mapping[str, Loader],
+        names: Callable[[int], Iterable[str]],
+        steps: range,
+    ):
+        """Opens nothing by itself.
+
+        Args:
+            loaders: of each named batch, at its first batch of ``steps``.
+            names: step -> names of the batches that its update reads.
+            steps: whose batches are read.
+        """
+        self.loaders = dict(loaders)
+        self.step, self._stop, self._names = steps.start, steps.stop, names
+
+    def __next__(self) -> dict[str, HostBatch]:
+        """The batches of ``step``, by name; raises as ``Loader``."""
+        if self.step >= self._stop:
+            raise StopIteration
+        batches = {name: next(self.loaders[name]) for name in self._names(self.step)}
+        self.step += 1
+        return batches
+
+    @property
+    def bad(self) -> BadCounts:
+        """Bad examples met by this host's rows of all batches."""
+        return BadCounts.joined(loader.bad for loader in self.loaders.values())
+
+    def close(self) -> None:
+        """Ends threads and worker processes."""
+        for loader in self.loaders.values():
+            loader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
 class _Reader:
     """Step -> one host's batch and the bad examples met; what loader workers receive a copy of."""
 
-    def __init__(self, plan: BatchPlan, host: int, hosts: int, extra_fields: tuple[str, ...]):
+    def __init__(self, plan: BatchPlan, host: int, hosts: int, fields: tuple[str, ...]):
         self._plan = plan
-        self._extra_fields = extra_fields
+        self._fields = fields
+        self._extra_fields = tuple(name for name in fields if name in EXTRA_FIELDS)
+        self._image_fields = ("image",) if "image" in fields else ()
         self._rows = host_rows(plan.batch_size, host, hosts)
 
     def __call__(self, t: int) -> tuple[HostBatch, _Met]:
         t, plan = int(t), self._plan
         planned = plan.batch(t)
         mine, bucket = planned.rows(self._rows), planned.bucket
-        specs = batch_spec(bucket, len(mine), (*FIELDS, *self._extra_fields))
+        specs = batch_spec(bucket, len(mine), self._fields)
         batch: HostBatch = {name: np.zeros(spec.shape, spec.dtype) for name, spec in specs.items()}
         # Only ever folded into keys, so wrapping round after 2^31 examples does no harm.
         batch["position"][:] = mine.position & 0x7FFFFFFF
@@ -252,7 +318,7 @@ class _Reader:
         if not isinstance(source, ManyRows):
             return rows[:0]
         rows = rows[~source.damaged(mine.record[rows], bool(self._extra_fields))]
-        names = ("image", *self._extra_fields)
+        names = (*self._image_fields, *self._extra_fields)
         _put(batch, rows, source.rows(mine.record[rows], mine.bucket.image_size, names))
         return rows
 
@@ -283,12 +349,13 @@ class _Reader:
             tried.add(record)
             size = planned.bucket.image_size
             try:
-                image = source.image(record, size)
+                image = source.image(record, size) if self._image_fields else None
                 extras = source.extras(record, size) if self._extra_fields else {}
             except BadExample as bad:
                 met.append((bad.kind, bad.where))
                 continue
-            batch["image"][index] = image
+            if image is not None:
+                batch["image"][index] = image
             for name in self._extra_fields:
                 batch[name][index] = extras[name]
             return record, caption

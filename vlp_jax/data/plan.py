@@ -18,6 +18,7 @@ import collections
 import dataclasses
 import math
 import threading
+import zlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -56,6 +57,9 @@ class Plan:
         image_size: side of the image in pixels.
         window_batches: batches sorted together; more of them pad less, for fewer batches then
             straddle an edge, but are planned at one go, which an unbounded source takes time for.
+        stream: name of the batch, from which its draws follow, where a run has several. The order
+            of a window's batches is that of all of them alike: long texts of one batch meet those
+            of the others.
     """
 
     replaces_damaged = True
@@ -68,6 +72,7 @@ class Plan:
         edges: Sequence[int],
         image_size: int,
         window_batches: int = DEFAULT_WINDOW_BATCHES,
+        stream: str = "",
     ):
         """Checks the mixture; plans nothing yet.
 
@@ -88,6 +93,7 @@ class Plan:
         self.edges = tuple(edges)
         self.image_size = image_size
         self.window_batches = window_batches
+        self.stream = stream
         self._block_counts = _block_counts(self.sources)
         self._windows: _Memo[_Window] = _Memo(4)
         self._permutations: _Memo[np.ndarray] = _Memo(4)
@@ -268,6 +274,8 @@ class Plan:
     def _rng(self, *key: int) -> np.random.Generator:
         # The seed and the key are separate words of the entropy: epoch 1 of seed 0 is not epoch 0
         # of seed 1, and sources of one size differ.
+        if self.stream and key[0] != _BATCHES:
+            key = (zlib.crc32(self.stream.encode()), *key)
         return np.random.default_rng(
             np.random.SeedSequence(self.seed, spawn_key=tuple(map(int, key)))
         )

@@ -71,8 +71,15 @@ class PlannedBatch:
 class BatchPlan(Protocol):
     """What the loader needs of a plan."""
 
-    batch_size: int
-    replaces_damaged: bool  # False: a damaged row is not valid instead
+    @property
+    def batch_size(self) -> int:
+        """Rows of a global batch."""
+        ...
+
+    @property
+    def replaces_damaged(self) -> bool:
+        """False: a damaged row is not valid instead."""
+        ...
 
     @property
     def sources(self) -> Sequence[PlannedSource]:

@@ -73,6 +73,15 @@ class Source(Protocol):
         ...
 
 
+def has_pictures(source: Source | type) -> bool:
+    """Whether the records of a source are pictures; one of texts alone says ``pictures = False``.
+
+    Args:
+        source: or its class.
+    """
+    return bool(getattr(source, "pictures", True))
+
+
 class CaptionsOnly:
     """What a source inherits whose records are an image and captions and nothing else."""
 

@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vlp_jax.data.batch import HostBatch
+from vlp_jax.data.batch import HostBatch, standard_fields
 from vlp_jax.data.build import build_eval_plan, build_source
 from vlp_jax.data.eval_plan import EvalPlan
 from vlp_jax.data.loader import Loader
-from vlp_jax.data.source import Source
+from vlp_jax.data.source import Source, has_pictures
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.artifacts import ARTIFACTS_FOLDER, Artifact
 from vlp_jax.infra.errors import ConfigError
@@ -178,6 +178,12 @@ def fixed_plan(
     return plan(edges[edges.index(needed) :])
 
 
+def set_fields(plan: EvalPlan, extra_fields: Sequence[str] = ()) -> tuple[str, ...]:
+    """The arrays of a set's batches: the standard ones that its source gives, and these."""
+    [planned] = plan.sources
+    return (*standard_fields(has_pictures(planned.source)), *extra_fields)
+
+
 def read(
     config: ConfigDict, plan: EvalPlan, rows: slice, extra_fields: Sequence[str] = ()
 ) -> Iterator[HostBatch]:
@@ -198,7 +204,7 @@ def read(
         hosts=plan.batch_size // share,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
-        extra_fields=extra_fields,
+        fields=set_fields(plan, extra_fields),
     ) as loader:
         yield from loader
 

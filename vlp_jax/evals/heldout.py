@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from vlp_jax.compress.buckets import Bucket
-from vlp_jax.data.batch import FIELDS, Batch, HostBatch, batch_spec
+from vlp_jax.data.batch import Batch, HostBatch, batch_spec
 from vlp_jax.data.eval_plan import EvalPlan
-from vlp_jax.evals.base import EvalContext, fixed_plan, read
+from vlp_jax.evals.base import EvalContext, fixed_plan, read, set_fields
 from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch, replicated
@@ -86,7 +86,7 @@ class Heldout:
         self._train_plan = fixed_plan(
             context, context.sources[source], held_out.num_rows, held_out.batch_size
         )
-        self._fields = (*FIELDS, *fields)
+        self._fields = set_fields(held_out, fields)
         whole = replicated(context.mesh)
         self._extras = jax.jit(self._first_extras, out_shardings=whole)()
         self._sums = jax.jit(self._batch_sums, static_argnames="bucket", out_shardings=whole)
@@ -120,7 +120,7 @@ class Heldout:
     def _batch_sums(self, params: Params, extras: Extras, batch: Batch, *, bucket: Bucket) -> Mean:
         """The loss of a batch under each draw: float32 [draws] each."""
         objective = self._objective
-        if objective.image_encoder is not None:  # one pass for all draws
+        if objective.image_encoder is not None and "image" in batch:  # one pass for all draws
             tokens = encode_image(objective.image_encoder, params, batch, None)
             batch = {**batch, IMAGE_TOKENS: tokens}
 

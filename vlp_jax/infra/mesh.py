@@ -91,16 +91,19 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def check_batch_size(mesh: Mesh, batch_size: int, accumulation: int = 1) -> None:
+def check_batch_size(
+    mesh: Mesh, batch_size: int, accumulation: int = 1, key: str = "data.batch_size"
+) -> None:
     """Refuse a global batch that does not fill every device with equal micro-batches.
 
     Args:
         mesh: the mesh of the run.
         batch_size: rows of one global batch.
         accumulation: micro-batches in one update.
+        key: of the config, where the size is said.
 
     Raises:
-        ConfigError: names ``data.batch_size``, the devices, and the nearest sizes that fit.
+        ConfigError: names the key, the devices, and the nearest sizes that fit.
     """
     unit = batch_shards(mesh) * accumulation
     if batch_size > 0 and batch_size % unit == 0:
@@ -109,7 +112,7 @@ def check_batch_size(mesh: Mesh, batch_size: int, accumulation: int = 1) -> None
     fitting = f"{below} or {above}" if below > 0 else f"{max(above, unit)}"
     micro = f" in {accumulation} micro-batches" if accumulation > 1 else ""
     raise ConfigError(
-        "data.batch_size",
+        key,
         f"{batch_size} rows cannot be shared equally{micro} by the {batch_shards(mesh)} devices "
         f"along {' x '.join(f'{axis}={mesh.shape[axis]}' for axis in BATCH_AXES)}",
         f"Use a multiple of {unit}, such as {fitting}",

@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from vlp_jax.data.batch import PAIRS
+from vlp_jax.data.joint_plan import JointPlan
 from vlp_jax.data.plan import Plan
 from vlp_jax.data.source import Source
 from vlp_jax.evals import Evaluator
@@ -67,15 +67,23 @@ def check_teachers(config: ConfigDict, evaluators: Mapping[str, Evaluator]) -> N
             check_figure(f"objectives.{name}", metric, evaluators)
 
 
-def check_batches(objectives: Sequence[Objective]) -> None:
-    """Refuse a named batch that nobody reads."""
+def check_batches(objectives: Sequence[Objective], batches: Mapping[str, Plan]) -> None:
+    """Refuse an objective whose batch no source feeds, and a batch that no objective reads."""
     for objective in objectives:
-        if objective.batch_name != PAIRS:
+        if objective.batch_name not in batches:
             raise ConfigError(
                 f"objectives.{objective.name}.batch",
-                f"{objective.batch_name!r} is no batch of this run, which has one",
-                f"Use {PAIRS!r}, or leave it out",
+                f"no source feeds a batch {objective.batch_name!r}",
+                f"Use one of {sorted(batches)}, or give data.sources.NAME.batch="
+                f"{objective.batch_name!r}",
             )
+    for name in batches.keys() - {objective.batch_name for objective in objectives}:
+        source = batches[name].sources[0].source.name
+        raise ConfigError(
+            f"data.sources.{source}.batch",
+            f"no objective reads the batch {name!r}",
+            f"Give objectives.NAME.batch={name!r}, or remove the source",
+        )
 
 
 def check_classes(sources: Mapping[str, Source], objectives: Sequence[Objective]) -> None:
@@ -117,7 +125,7 @@ def judged_on_best(config: ConfigDict) -> frozenset[str]:
     return frozenset(names)
 
 
-def check_texts(plan: Plan) -> dict[str, float]:
+def check_texts(plan: JointPlan) -> dict[str, float]:
     """Refuse sources whose texts the tokenizer cannot spell, and warn of what a model cannot read.
 
     A text of <unk> alone is predicted with ease, so that scores would not tell.
@@ -234,8 +242,10 @@ def completed(old: Mapping[str, Any]) -> dict[str, Any]:
         model["image"] = {**image, **model["image"]}
     compression = {**default["compression"], **old.get("compression", {})}
     found = {**old, "compression": compression}
+    if "data" in old:
+        found["data"] = {"batches": {}, "alternate": "", **old["data"]}
     if "optim" in old:
-        found["optim"] = {"final_weight_decay": None, **old["optim"]}
+        found["optim"] = {"final_weight_decay": None, "sequential": True, **old["optim"]}
     return {**found, "model": model} if model else found
 
 

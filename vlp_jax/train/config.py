@@ -26,7 +26,10 @@ is not here is an error that names it, whether it comes from the file or from a 
                     configs whose sources share one), sources (name -> type, weight, cache, and what
                     the source takes), cache_dir (where sources with cache=True keep pictures and
                     encoded captions, for all runs; empty: in memory), cache_workers (processes that
-                    make them)
+                    make them). An update reads one batch of each name: `batch` of a source and of
+                    an objective says which (pairs where absent), and batches (name -> batch_size,
+                    text_edges, num_edges, weight of its losses) what differs in it; alternate:
+                    instead, batches take turns, `uniform` or `proportional` to their records
     tokenizer       path (a file or folder to load; empty: train on the captions), kind, vocab_size
     compression     which part of its images an update encodes, see train.bucket_schedule: buckets
                     (cheapest first), schedule (empty: whole images), costs (of an update in each,
@@ -41,6 +44,8 @@ is not here is an error that names it, whether it comes from the file or from a 
     optim           AdamW: b1, b2, eps, weight_decay, final_weight_decay (reached along a cosine;
                     None: constant), no_decay (paths without decay), clip_norm (0: none), ema_decay
                     (in an update of whole images; 0: no average), accumulation (micro-batches),
+                    sequential (of several batches: gradients one after the other, in less memory,
+                    with their norms and cosines logged; False: one pass over all),
                     groups (name -> pattern and rate_factor), max_skipped (non-finite updates in a
                     row)
     schedule        peak, warmup_*, decay, cooldown_*, final_factor
@@ -66,7 +71,7 @@ from vlp_jax.models.sizes import model_config
 from vlp_jax.train.schedule import duration
 
 # Sections whose keys are names chosen by the user; what they hold is checked by its builder.
-OPEN_SECTIONS = ("objectives", "data.sources", "optim.groups", "evals")
+OPEN_SECTIONS = ("objectives", "data.sources", "data.batches", "optim.groups", "evals")
 
 
 def default_config(size: str = "tiny") -> ConfigDict:
@@ -102,6 +107,8 @@ def default_config(size: str = "tiny") -> ConfigDict:
                 "cache_dir": "",
                 "cache_workers": 0,
                 "sources": {},
+                "batches": {},
+                "alternate": "",
             },
             "tokenizer": {"path": "", "kind": "wordpiece", "vocab_size": 8192},
             "compression": {
@@ -126,6 +133,7 @@ def default_config(size: str = "tiny") -> ConfigDict:
                 "clip_norm": 1.0,
                 "ema_decay": 0.0,
                 "accumulation": 1,
+                "sequential": True,
                 "max_skipped": 10,
                 "groups": {},
             },

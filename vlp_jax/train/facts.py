@@ -39,6 +39,7 @@ def run_facts(setup: Setup, resumed: pathlib.Path | None) -> dict[str, Any]:
         **device,
         "mesh": dict(setup.mesh.shape),
         "batch_size": setup.budget.batch_size,
+        "batches": dict(setup.program.batch_sizes),
         "text_edges": list(setup.plan.edges),
         "padding_waste": round(setup.plan.padding_waste(setup.plan.window_batches), 4),
         "guarded_examples": sum(len(p.guarded) for p in setup.plan.sources) or None,

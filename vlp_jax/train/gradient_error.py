@@ -35,9 +35,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, Bucket, StepBucket, Views
+from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket, Views
 from vlp_jax.data.build import open_loader
-from vlp_jax.data.plan import Plan
+from vlp_jax.data.joint_plan import JointPlan
 from vlp_jax.infra.compilation import CompiledSteps
 from vlp_jax.infra.mesh import replicated
 from vlp_jax.models.dropout import mix_bits
@@ -82,7 +82,7 @@ class Probed(NamedTuple):
     """
 
     step: int
-    planned: Bucket
+    planned: StepBucket
     batches: Batches
 
 
@@ -123,7 +123,7 @@ class GradientErrors:
         """Seconds that the compile of each program took."""
         return self._steps.seconds
 
-    def compile(self, planned: Iterable[Bucket]) -> None:
+    def compile(self, planned: Iterable[StepBucket]) -> None:
         """Compile what batches of these sizes need, and is not there yet."""
         arms = dict.fromkeys(((), *self._buckets))
         wanted = [self._program.with_views(sizes, views) for sizes in planned for views in arms]
@@ -190,7 +190,8 @@ class GradientErrors:
     def _lower(self, key: StepBucket) -> jax.stages.Lowered:
         """One arm on one batch: its gradient less the first one's, added to the sums."""
         program = self._program
-        gradient, whole = program.gradient(key), not key[0][1].views
+        gradient = program.gradient(key)
+        whole = not any(sizes.views for _, sizes in key)
 
         def arm(
             state: TrainState,
@@ -246,12 +247,12 @@ def _adam_scales(opt_state: Any, b2: float, eps: float) -> Any:
     return jax.tree.map(lambda nu: 1.0 / (jnp.sqrt(nu) + eps), squares)
 
 
-def probe_batches(program: Program, plan: Plan, start: int, count: int) -> Iterator[Probed]:
+def probe_batches(program: Program, plan: JointPlan, start: int, count: int) -> Iterator[Probed]:
     """The batches of the updates from ``start`` on, put on the devices one after the other."""
     steps = range(start, start + count)
-    with open_loader(program.config, plan, steps, program.extra_fields) as loader:
+    with open_loader(program.config, plan, steps, program.fields) as loader:
         for step, host in zip(steps, loader, strict=True):
-            yield Probed(step, plan.batch(step).bucket, program.batches(host))
+            yield Probed(step, plan.bucket(step), program.batches(host))
 
 
 def _norms(total: Any, reference: Any, scales: Any) -> tuple[jax.Array, jax.Array]:

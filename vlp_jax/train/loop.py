@@ -6,20 +6,20 @@ t, so a run that was killed goes on as if nothing had happened.
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import rich
+from absl import logging
 
 from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket, bucket_label
 from vlp_jax.data.batch import HostBatch
 from vlp_jax.data.build import open_loader
-from vlp_jax.data.loader import Loader
+from vlp_jax.data.loader import JointLoader
 from vlp_jax.data.source import NothingReadable
 from vlp_jax.infra.checkpoint import Checkpoints
 from vlp_jax.infra.compilation import CompiledSteps, enable_compile_cache
@@ -28,6 +28,7 @@ from vlp_jax.infra.metrics import open_writer, read_metrics, results_table, stri
 from vlp_jax.infra.preemption import ExitCode, PreemptionGuard
 from vlp_jax.infra.profiling import PROFILE_FOLDER, ProfilerWindow
 from vlp_jax.infra.report import write_report
+from vlp_jax.train.clock import Clock
 from vlp_jax.train.evaluation import evaluate, evaluate_best, is_save_due, ranked
 from vlp_jax.train.facts import (
     BAD_EXAMPLES_FILE,
@@ -42,6 +43,7 @@ from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import to_steps
 from vlp_jax.train.setup import Setup, plain
 from vlp_jax.train.step import StepFunction
+from vlp_jax.train.watch import alarmed
 
 # Steps that may wait on the device: enough to hide the host, few enough to hold few batches.
 QUEUED_STEPS = 2
@@ -65,53 +67,6 @@ class RunStopped(RuntimeError):
     def __init__(self, code: ExitCode, message: str):
         super().__init__(message)
         self.code = code
-
-
-@dataclasses.dataclass
-class Clock:
-    """Where the time between two log lines went, in seconds.
-
-    Attributes:
-        waited: for input.
-        paused: for compiling, evaluating and saving.
-        trained: bucket -> examples trained on, and tokens of their texts.
-    """
-
-    started: float = dataclasses.field(default_factory=time.perf_counter)
-    waited: float = 0.0
-    paused: float = 0.0
-    trained: dict[StepBucket, tuple[int, int]] = dataclasses.field(default_factory=dict)
-
-    @property
-    def seconds(self) -> float:
-        """Of training."""
-        return max(time.perf_counter() - self.started - self.paused, 1e-9)
-
-    @contextlib.contextmanager
-    def pausing(self) -> Iterator[None]:
-        """Time that is not training."""
-        begun = time.perf_counter()
-        yield
-        self.paused += time.perf_counter() - begun
-
-    def count(self, bucket: StepBucket, examples: int, tokens: int) -> None:
-        """Add what an update trained on."""
-        before = self.trained.get(bucket, (0, 0))
-        self.trained[bucket] = before[0] + examples, before[1] + tokens
-
-    def speed(self, program: Program, peak: float) -> dict[str, float]:
-        """Samples/s, MFU and the share of the time that the step waited for input."""
-        seconds = self.seconds
-        examples = sum(count for count, _ in self.trained.values())
-        flops = sum(
-            count * program.flops(dict.fromkeys(program.batch_names, tokens / count), bucket)
-            for bucket, (count, tokens) in self.trained.items()
-        )
-        return {
-            "speed/samples_per_second": examples / seconds,
-            "speed/mfu": flops / seconds / (peak * program.mesh.size),
-            "speed/input_wait_fraction": self.waited / seconds,
-        }
 
 
 def train(setup: Setup) -> ExitCode:
@@ -141,7 +96,7 @@ def train(setup: Setup) -> ExitCode:
         if restored is not None:
             setup.check_same_data(restored.extra)
         loader = stack.enter_context(
-            open_loader(config, setup.plan, range(start, program.longest), program.extra_fields)
+            open_loader(config, setup.plan, range(start, program.longest), program.fields)
         )
         profiler = stack.enter_context(
             ProfilerWindow(setup.workdir / PROFILE_FOLDER, **config.profile.to_dict())
@@ -195,6 +150,7 @@ def train(setup: Setup) -> ExitCode:
         guard = stack.enter_context(PreemptionGuard())
         queue: collections.deque[Any] = collections.deque()
         clock, step, saved, trained = Clock(), start, start, 0.0
+        alarms: frozenset[str] = frozenset()  # batches of which was warned
         ranking = config.checkpoint.best_metric.partition("/")[0]
         ranks_every = setup.eval_steps.get(ranking) if config.checkpoint.keep_best else None
         evaluated: dict[str, float] | None = {}  # None: a signal came before the end
@@ -211,16 +167,17 @@ def train(setup: Setup) -> ExitCode:
                     state, values = setup.decider.decide(state, step)
                     writer.write(step, values)
             waiting = time.perf_counter()
-            host, planned = _next(loader), setup.plan.batch(step)
+            host, planned = _next(loader), setup.plan.batches(step)
             if step == start:
                 clock = Clock()  # until here reading began: nothing was trained
             else:
                 clock.waited += time.perf_counter() - waiting
             batches = program.batches(host)
-            bucket, moment = program.bucket(planned.bucket, step), program.moment(step)
+            sizes, moment = setup.plan.bucket(step), program.moment(step)
+            bucket = program.bucket(sizes, step)
             with profiler.step(step), jax.transfer_guard(guarded):
                 state, metrics = steps[bucket](state, batches, moment)
-            clock.count(bucket, len(planned), int(planned.length.sum()))
+            clock.count(bucket, planned)
             step += 1
             queue.append(metrics)
             if len(queue) > QUEUED_STEPS:
@@ -232,13 +189,14 @@ def train(setup: Setup) -> ExitCode:
             if step % log_every == 0 or step == setup.total_steps:
                 values = {k: float(v) for k, v in jax.device_get(metrics).items()}
                 _check_health(setup, values, step, checkpoints)
+                alarms = alarms | _warned(values, alarms)
                 used = memory()
                 writer.write(
                     step,
                     {f"train/{name}": value for name, value in values.items()}
                     | clock.speed(program, peak)
                     | {"memory/peak_bytes": used.peak, "memory/in_use_bytes": used.in_use}
-                    | {"data/fingerprint": float(planned.fingerprint())}
+                    | {"data/fingerprint": float(setup.plan.fingerprint(step - 1))}
                     | _compression(program, step - 1),
                 )
                 trained += clock.seconds
@@ -285,8 +243,8 @@ def train(setup: Setup) -> ExitCode:
     return ExitCode.PREEMPTED if preempted else ExitCode.OK
 
 
-def _next(loader: Loader) -> HostBatch:
-    """The next batch.
+def _next(loader: JointLoader) -> dict[str, HostBatch]:
+    """The next batches, by name.
 
     Raises:
         RunStopped: nothing of a source can be read.
@@ -311,6 +269,21 @@ def _compile(setup: Setup, primary: bool) -> CompiledSteps[StepBucket, StepFunct
 
     steps.compile(program.buckets(setup.plan.buckets()), lower, done)
     return steps
+
+
+def _warned(values: Mapping[str, float], before: frozenset[str]) -> frozenset[str]:
+    """The batches that the metrics of an update raise an alarm for; warns of those that are new."""
+    found = frozenset(alarmed(values))
+    for name in sorted(found - before):
+        logging.warning(
+            "the loss of the batch %r has risen to %.1f standard errors above its lowest, while "
+            "the run went on: raise data.batches.%s.weight or its share of the examples, or lower "
+            "config.schedule.peak",
+            name,
+            values[f"batch/{name}/alarm"],
+            name,
+        )
+    return found
 
 
 def _check_health(

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from vlp_jax.compress.buckets import bucket_text
-from vlp_jax.data.plan import Plan
+from vlp_jax.data.joint_plan import JointPlan
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.train.gradient_error import MIN_BATCHES, GradientErrors, probe_batches
 from vlp_jax.train.program import Program
@@ -37,7 +37,7 @@ class Decider:
         compile_seconds: that their programs took to compile.
     """
 
-    def __init__(self, program: Program, plan: Plan):
+    def __init__(self, program: Program, plan: JointPlan):
         """Compiles nothing yet.
 
         Args:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlp_jax.compress.buckets import Bucket, StepBucket, Views, view_of
-from vlp_jax.data.batch import FIELDS, Batch, HostBatch, batch_spec
+from vlp_jax.data.batch import Batch, HostBatch, batch_spec
+from vlp_jax.data.build import batch_fields
+from vlp_jax.data.named import batch_section
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.mesh import batch_sharding, check_batch_size, global_batch, replicated
 from vlp_jax.infra.sharding import shardings
@@ -22,7 +24,7 @@ from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives
 from vlp_jax.train.bucket_schedule import Resolved, resolve
 from vlp_jax.train.optim import optimizer
-from vlp_jax.train.schedule import Budget, learning_rate
+from vlp_jax.train.schedule import TEXT_LENGTH, Budget, learning_rate
 from vlp_jax.train.state import TrainState
 from vlp_jax.train.step import (
     GradientFunction,
@@ -46,6 +48,8 @@ class Program:
         full_steps: the budget, in updates of whole images.
         decided: buckets of the parts of an online schedule, as far as they are decided.
         state_spec: shapes, dtypes and shardings of the state.
+        batch_sizes: rows of every named batch.
+        fields: the arrays of every named batch, see ``data.batch``.
     """
 
     def __init__(
@@ -71,19 +75,24 @@ class Program:
         Raises:
             ConfigError, ValueError: a key does not fit; the message names it.
         """
-        check_batch_size(mesh, config.data.batch_size, config.optim.accumulation)
         self.config = config
         self.mesh = mesh
         self._model = model = build_model(
             config.model, vocabulary.size, vocabulary.mask_id, config.data.image_size
         )
         self.objectives = build_objectives(config.objectives, model, vocabulary)
+        sections = {name: batch_section(config, name) for name in self.batch_names}
+        for section in sections.values():
+            check_batch_size(mesh, section.batch_size, config.optim.accumulation, section.key)
+        self.batch_sizes = {name: section.batch_size for name, section in sections.items()}
+        self._batch_weights = {name: section.weight for name, section in sections.items()}
+        self.fields = {name: self._fields(name) for name in self.batch_names}
         self.compression = kept or dataclasses.replace(
             resolve(
                 config.compression,
                 model.config.image.view,
                 max(objective.views for objective in self.objectives),
-                lambda views: self._relative_flops(views, budget.text_length),
+                lambda views: self._relative_flops(views, budget.text_lengths),
                 self.made_for,
             ),
             guarded=guarded,
@@ -106,9 +115,7 @@ class Program:
 
     def _init(self, key: jax.Array) -> TrainState:
         bucket = Bucket(8, self.config.data.image_size)
-        shapes = {
-            name: batch_spec(bucket, 1, (*FIELDS, *self.extra_fields)) for name in self.batch_names
-        }
+        shapes = {name: batch_spec(bucket, 1, fields) for name, fields in self.fields.items()}
         return init_state(
             self.objectives,
             shapes,
@@ -141,10 +148,14 @@ class Program:
         """The named batches that the objectives read, sorted."""
         return tuple(sorted({objective.batch_name for objective in self.objectives}))
 
-    @property
-    def extra_fields(self) -> tuple[str, ...]:
-        """Names of the arrays that objectives read beside the standard ones."""
-        return tuple(sorted({field for o in self.objectives for field in o.extra_fields}))
+    def examples(self, names: Iterable[str]) -> int:
+        """Rows of these named batches together."""
+        return sum(self.batch_sizes[name] for name in names)
+
+    def _fields(self, name: str) -> tuple[str, ...]:
+        mine = [objective for objective in self.objectives if objective.batch_name == name]
+        extra = sorted({field for objective in mine for field in objective.extra_fields})
+        return (*batch_fields(self.config, name), *extra)
 
     @property
     def state_shardings(self) -> Any:
@@ -171,7 +182,7 @@ class Program:
             name: {
                 key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
                 for key, leaf in batch_spec(
-                    sizes, self.config.data.batch_size, (*FIELDS, *self.extra_fields)
+                    sizes, self.batch_sizes[name], self.fields[name]
                 ).items()
             }
             for name, sizes in bucket
@@ -184,6 +195,8 @@ class Program:
             {name: section.get("weight", 1.0) for name, section in self.config.objectives.items()},
             self.config.optim.accumulation,
             bucket,
+            self._batch_weights,
+            self.config.optim.sequential and len(bucket) > 1,
         )
 
     def step(self, bucket: StepBucket) -> StepFunction:
@@ -200,16 +213,24 @@ class Program:
         with jax.set_mesh(self.mesh):
             return jitted.lower(self.state_spec, self.batch_specs(bucket), self.moment_spec)
 
-    def bucket(self, planned: Bucket, step: int) -> StepBucket:
-        """What update ``step`` is compiled for: the sizes of its batch, and its views."""
-        return self.with_views(planned, () if planned.guarded else self.schedule.views(step))
+    def bucket(self, planned: StepBucket, step: int) -> StepBucket:
+        """What update ``step`` is compiled for: the sizes of its batches, and its views."""
+        guarded = any(sizes.guarded for _, sizes in planned)
+        return self.with_views(planned, () if guarded else self.schedule.views(step))
 
-    def with_views(self, planned: Bucket, views: Views) -> StepBucket:
-        """The key of an update that encodes these views of a batch of these sizes."""
-        sizes = dataclasses.replace(planned, views=views, guarded=False)
-        return tuple((name, sizes) for name in self.batch_names)
+    def with_views(self, planned: StepBucket, views: Views) -> StepBucket:
+        """The key of an update that encodes these views of the images of its batches."""
+        return tuple(
+            (
+                name,
+                dataclasses.replace(
+                    sizes, views=views if "image" in self.fields[name] else (), guarded=False
+                ),
+            )
+            for name, sizes in planned
+        )
 
-    def buckets(self, planned: Sequence[Bucket]) -> tuple[StepBucket, ...]:
+    def buckets(self, planned: Sequence[StepBucket]) -> tuple[StepBucket, ...]:
         """Every bucket of the run: its batches' sizes with each of the views they may meet."""
         views = {self.schedule.buckets[number] for number in np.unique(self.schedule.index)}
         if self.compression.decisions:
@@ -227,9 +248,9 @@ class Program:
         self.schedule = self.compression.over(self.full_steps, self.config.seed, self.decided)
         self._rates = None
 
-    def batches(self, host: HostBatch) -> dict[str, Batch]:
-        """A host batch, put on the devices as every named batch."""
-        return dict.fromkeys(self.batch_names, global_batch(host, self.mesh))
+    def batches(self, host: Mapping[str, HostBatch]) -> dict[str, Batch]:
+        """Host batches by name, put on the devices."""
+        return {name: global_batch(batch, self.mesh) for name, batch in host.items()}
 
     def moment(self, step: int) -> Moment:
         """Where the run stands at an update, on its devices; after the last, as at the last."""
@@ -277,25 +298,30 @@ class Program:
         return state.replace(extras={**state.extras, "objectives": seen})
 
     def flops(self, text_lengths: Mapping[str, float], bucket: StepBucket | None = None) -> float:
-        """Model FLOPs of one example in an update: three times the forward pass.
+        """Model FLOPs of an example in an update, mean over its batches: three forward passes.
 
         An image that several objectives share is encoded, and counted, once.
 
         Args:
             text_lengths: mean tokens of the examples of every named batch.
-            bucket: whose views are encoded; None: whole images.
+            bucket: whose batches are read and whose views are encoded; None: all, and whole images.
         """
-        sizes = dict(bucket or ())
+        sizes: dict[str, Bucket | None] = dict(bucket or dict.fromkeys(self.batch_names))
         total = sum(
-            o.flops(text_lengths[o.batch_name], sizes.get(o.batch_name)) for o in self.objectives
+            self.batch_sizes[o.batch_name]
+            * o.flops(text_lengths[o.batch_name], sizes[o.batch_name])
+            for o in self.objectives
+            if o.batch_name in sizes
         )
         for shared in shared_passes(self.objectives, self.config.optim.accumulation):
-            view = view_of(sizes.get(shared.batch_name))
-            total -= (len(shared.readers) - 1) * image_flops(shared.model.config, view)
-        return 3.0 * total
+            if shared.batch_name in sizes:
+                image = image_flops(shared.model.config, view_of(sizes[shared.batch_name]))
+                total -= (len(shared.readers) - 1) * image * self.batch_sizes[shared.batch_name]
+        return 3.0 * total / self.examples(sizes)
 
-    def _relative_flops(self, views: Views, text_length: float) -> float:
+    def _relative_flops(self, views: Views, known: Mapping[str, float]) -> float:
         """FLOPs of an update of these views, as a share of one of whole images."""
-        lengths = dict.fromkeys(self.batch_names, text_length)
-        sizes = Bucket(round(text_length), self.config.data.image_size)
+        lengths = {name: known.get(name, TEXT_LENGTH) for name in self.batch_names}
+        size = self.config.data.image_size
+        sizes = tuple((name, Bucket(round(length), size)) for name, length in lengths.items())
         return self.flops(lengths, self.with_views(sizes, views)) / self.flops(lengths)

@@ -12,6 +12,7 @@ from vlp_jax.infra.errors import ConfigError
 
 UNITS = ("steps", "examples", "epochs", "percent")
 Schedule = Callable[[jax.Array], jax.Array]
+TEXT_LENGTH = 16.0  # tokens of a text, where nothing is known of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +20,17 @@ class Budget:
     """What turns a duration into steps.
 
     Attributes:
-        batch_size: examples in a global batch.
+        batch_size: examples in an update, of all its batches together.
         examples_per_epoch: records of the training sources, None where one is unbounded.
         total_steps: length of the run, None while it is being worked out.
-        text_length: mean tokens of its texts, for what an update costs by formula.
+        text_lengths: mean tokens of the texts of each named batch, for what an update costs by
+            formula; ``TEXT_LENGTH`` where it is not named.
     """
 
     batch_size: int
     examples_per_epoch: int | None
     total_steps: int | None = None
-    text_length: float = 16.0
+    text_lengths: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def duration(name: str, **value: float) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from vlp_jax.data.build import (
     missing_images,
 )
 from vlp_jax.data.guarded import Guarded, keep_guarded, kept_guarded, read_guarded
-from vlp_jax.data.plan import Plan
+from vlp_jax.data.joint_plan import JointPlan
 from vlp_jax.data.source import Source
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.evals import EvalContext, Evaluator, build_evaluators
@@ -73,7 +73,7 @@ class Setup:
         tokenizer: loaded or trained; kept in the workdir and in every checkpoint.
         sources: training sources by name.
         plan: of the training batches.
-        budget: batch size, epoch and total steps.
+        budget: examples of an update, epoch and total steps.
         program: the update.
         evaluators: by name.
         eval_steps: name -> steps between two runs of an evaluator; None: only at the end.
@@ -91,7 +91,7 @@ class Setup:
     mesh: Mesh
     tokenizer: Tokenizer
     sources: dict[str, Source]
-    plan: Plan
+    plan: JointPlan
     budget: Budget
     program: Program
     evaluators: dict[str, Evaluator]
@@ -214,9 +214,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     as_begun = begun and _same_compression(config, workdir)
     guarded = _guarded(config, workdir, as_begun, sources)
     plan = build_plan(config, sources, tokenizer, most_edges, guarded)
-    budget = Budget(
-        config.data.batch_size, plan.examples_per_epoch, text_length=plan.mean_text_length
-    )
+    budget = Budget(plan.batch_size, plan.examples_per_epoch, text_lengths=plan.mean_text_lengths)
     total = to_steps(config, "", "total", budget)
     if not total:
         raise ConfigError(
@@ -231,6 +229,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         _kept_schedule(workdir) if as_begun else None,
         plan.guarded_share,
     )
+    check_batches(program.objectives, plan.plans)
     # From here on, its length is the updates that the budget buys.
     budget = dataclasses.replace(budget, total_steps=program.schedule.total_steps)
     buckets = program.buckets(plan.buckets())
@@ -243,7 +242,6 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
             "Give fewer",
         )
     check_classes(sources, program.objectives)
-    check_batches(program.objectives)
     unknown = check_texts(plan)
     if origin is not None:  # a misfit shows here, before any device time is spent
         origin = without_foreign_heads(origin, sources, program.objectives)

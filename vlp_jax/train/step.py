@@ -1,6 +1,7 @@
 """One update: losses of all objectives, accumulation, clipping, skipping, moving average."""
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from vlp_jax.objectives.base import (
 )
 from vlp_jax.train.optim import global_norm, moving_average
 from vlp_jax.train.state import TrainState
+from vlp_jax.train.watch import first_watched, watch
 
 Batches = Mapping[str, Batch]
 Metrics = dict[str, jax.Array]
@@ -53,10 +55,16 @@ class Losses(NamedTuple):
     Attributes:
         loss: the weighted sum of all objectives' losses, float32 [].
         outputs: of every objective, by name.
+        batches: the part of the loss of every named batch, float32 [] each, before the weight of
+            the batch.
+        gradients: norms and cosines of the gradients of several batches, as metrics; empty where
+            they were not taken one by one.
     """
 
     loss: jax.Array
     outputs: dict[str, LossOutput]
+    batches: dict[str, jax.Array]
+    gradients: Metrics
 
 
 def init_state(
@@ -94,6 +102,7 @@ def init_state(
             "objectives": extras,
             "ema": jax.tree.map(jnp.copy, params) if ema else {},
             **({"decided": jnp.full(decisions, -1, jnp.int32)} if decisions else {}),
+            **({"watched": first_watched(batch_specs)} if len(batch_specs) > 1 else {}),
             **{name: jnp.zeros((), jnp.int32) for name in counters},
         },
         opt_state=optimizer_of(params).init(params),
@@ -142,42 +151,56 @@ def make_gradient(
     weights: Mapping[str, float],
     accumulation: int,
     bucket: StepBucket,
+    batch_weights: Mapping[str, float] | None = None,
+    sequential: bool = False,
 ) -> GradientFunction:
-    """The gradient of a run's loss in one bucket.
+    """The gradient of a run's loss in one bucket, over the named batches that the bucket has.
 
     Objectives of one batch share a pass of the image tower, forward and backward, and with it one
     noise of its dropout (``shared_passes``); where an objective is alone, its own noise is used.
+
+    The gradient of every batch is taken at the same parameters, and their sum is applied once
+    (fact sheet of MoMo, section 3).
 
     Args:
         objectives: all objectives of the run.
         weights: factor of each objective's loss, by name.
         accumulation: micro-batches, taken in strides from the global batch.
         bucket: static sizes.
+        batch_weights: factor of the losses of each batch; 1 where it is not named.
+        sequential: take the gradients of the batches one after the other, so that the activations
+            of one batch at a time are held, and tell their norms and cosines; False: one pass over
+            all of them. The sum is the same.
 
     Returns:
         ``gradient(state, batches, moment) -> (gradient of the parameters, losses)``; everything
         random in it follows from ``state.rng`` and ``state.step``.
     """
     buckets = dict(bucket)
-    whole = tuple(o for o in objectives if _whole(o, accumulation))
-    split = tuple(o for o in objectives if not _whole(o, accumulation))
-    shared = shared_passes(objectives, accumulation)
+    shared = [one for one in shared_passes(objectives, accumulation) if one.batch_name in buckets]
+    # Keys are numbered over the whole run, whichever batches the bucket has.
+    numbers = {objective.name: index for index, objective in enumerate(objectives)}
+    objectives = tuple(o for o in objectives if o.batch_name in buckets)
+    factors = {
+        o.name: weights[o.name] * (batch_weights or {}).get(o.batch_name, 1.0) for o in objectives
+    }
+    groups = [(name,) for name in buckets] if sequential else [tuple(buckets)]
 
     def gradient(state: TrainState, batches: Batches, moment: Moment) -> tuple[Any, Losses]:
         step_rng = jax.random.fold_in(state.rng, state.step)
-        keys = {
-            objective.name: jax.random.fold_in(step_rng, index)
-            for index, objective in enumerate(objectives)
-        }
+        keys = {name: jax.random.fold_in(step_rng, number) for name, number in numbers.items()}
 
         def evaluate(objective: Objective, params: Any, extras: Any, batch: Batch) -> LossOutput:
             bucket = buckets[objective.batch_name]
             batch = {**batch, PROGRESS: moment.progress}
             return objective.loss(params, extras, batch, keys[objective.name], bucket)
 
-        def joint(params: Any) -> tuple[jax.Array, dict[str, LossOutput]]:
-            seen = {objective.name: batches[objective.batch_name] for objective in whole}
-            for index, (batch_name, model, readers) in enumerate(shared, start=len(objectives)):
+        def joint(params: Any, group: Sequence[str]) -> tuple[jax.Array, dict[str, LossOutput]]:
+            mine = [o for o in objectives if o.batch_name in group and _whole(o, accumulation)]
+            seen = {objective.name: batches[objective.batch_name] for objective in mine}
+            for index, (batch_name, model, readers) in enumerate(shared, start=len(numbers)):
+                if batch_name not in group:
+                    continue
                 batch = batches[batch_name]
                 key = jax.random.fold_in(step_rng, index)
                 noise = batch_noise(key, batch, train=True)
@@ -185,29 +208,62 @@ def make_gradient(
                 tokens = encode_image(model, params, batch, noise, part)
                 seen |= {name: {**batch, IMAGE_TOKENS: tokens} for name in readers}
             outputs, total = {}, jnp.zeros(())
-            for objective in whole:
+            for objective in mine:
                 extras = state.extras["objectives"][objective.name]
                 output = evaluate(objective, params, extras, seen[objective.name])
                 outputs[objective.name] = output
-                total += weights[objective.name] * _ratio(output.loss)
+                total += factors[objective.name] * _ratio(output.loss)
             return total, outputs
 
-        (loss, outputs), grads = jax.value_and_grad(joint, has_aux=True)(state.params)
-        for objective in split:
-            part, output = _accumulate(
-                functools.partial(evaluate, objective),
-                state.params,
-                state.extras["objectives"][objective.name],
-                batches[objective.batch_name],
-                accumulation,
-            )
-            factor = weights[objective.name] / jnp.maximum(output.loss.weight, 1.0)
-            grads = jax.tree.map(lambda total, g, f=factor: total + f * g, grads, part)
-            loss += factor * output.loss.sum
-            outputs[objective.name] = output
-        return grads, Losses(loss, outputs)
+        loss, grads = jnp.zeros(()), None
+        outputs: dict[str, LossOutput] = {}
+        each: dict[str, Any] = {}  # gradient of each batch, where they are taken one by one
+        for group in groups:
+            params = state.params
+            if each:  # wait for the gradient before: its activations are gone by then
+                params, grads = jax.lax.optimization_barrier((params, grads))
+            (part_loss, part_outputs), part = jax.value_and_grad(joint, has_aux=True)(params, group)
+            loss, outputs = loss + part_loss, outputs | part_outputs
+            for objective in objectives:
+                if objective.batch_name not in group or _whole(objective, accumulation):
+                    continue
+                own, output = _accumulate(
+                    functools.partial(evaluate, objective),
+                    params,
+                    state.extras["objectives"][objective.name],
+                    batches[objective.batch_name],
+                    accumulation,
+                )
+                factor = factors[objective.name] / jnp.maximum(output.loss.weight, 1.0)
+                part = jax.tree.map(lambda total, g, f=factor: total + f * g, part, own)
+                loss += factor * output.loss.sum
+                outputs[objective.name] = output
+            grads = part if grads is None else jax.tree.map(jnp.add, grads, part)
+            if sequential:
+                each[group[0]] = part
+        parts = {name: jnp.zeros(()) for name in buckets}
+        for objective in objectives:
+            own_loss = weights[objective.name] * _ratio(outputs[objective.name].loss)
+            parts[objective.batch_name] += own_loss
+        return grads, Losses(loss, outputs, parts, _compared(each))
 
     return gradient
+
+
+def _compared(each: Mapping[str, Any]) -> Metrics:
+    """Norm of the gradient of every batch, and the cosine of every two; none of fewer than two."""
+    if len(each) < 2:
+        return {}
+    norms = {name: global_norm(tree) for name, tree in each.items()}
+    found = {f"batch/{name}/grad_norm": norm for name, norm in norms.items()}
+    for one, other in itertools.combinations(each, 2):
+        products = jax.tree.map(
+            lambda a, b: jnp.vdot(a, b, precision=jax.lax.Precision.HIGHEST), each[one], each[other]
+        )
+        lengths = norms[one] * norms[other]
+        cosine = jax.tree.reduce(jnp.add, products) / jnp.where(lengths > 0, lengths, 1.0)
+        found[f"batch/{one}/cosine/{other}"] = cosine
+    return found
 
 
 def make_step(
@@ -229,7 +285,8 @@ def make_step(
 
     def step(state: TrainState, batches: Batches, moment: Moment) -> tuple[TrainState, Metrics]:
         learning_rate = moment.learning_rate
-        grads, (loss, outputs) = gradient(state, batches, moment)
+        grads, losses = gradient(state, batches, moment)
+        loss, outputs = losses.loss, losses.outputs
         grad_norm = global_norm(grads)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, progress=moment.progress
@@ -238,8 +295,16 @@ def make_step(
         params = {**params, **_renewed(outputs)}
         extras = {
             **state.extras,
-            "objectives": {name: output.extras for name, output in outputs.items()},
+            "objectives": state.extras["objectives"]
+            | {name: output.extras for name, output in outputs.items()},
         }
+        alarms: Metrics = {}
+        if "watched" in extras:
+            extras["watched"] = dict(extras["watched"])
+            for name, part in losses.batches.items():
+                watched, alarm = watch(extras["watched"][name], part)
+                extras["watched"][name] = watched
+                alarms |= {f"batch/{name}/loss": part, f"batch/{name}/alarm": alarm}
         if ema_decay:
             extras["ema"] = moving_average(state.extras["ema"], params, ema_decay**moment.cost)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -267,6 +332,8 @@ def make_step(
             "skipped": extras["skipped"],
             "skipped_in_a_row": extras["skipped_in_a_row"],
             "replaced": extras["replaced"],
+            **alarms,
+            **losses.gradients,
         }
         for name, output in outputs.items():
             metrics[f"{name}/loss"] = _ratio(output.loss)
