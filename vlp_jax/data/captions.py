@@ -18,6 +18,7 @@ import os
 import pathlib
 import threading
 import zipfile
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,20 +131,13 @@ class EncodedCaptions:
         """
         if self._stored:
             row = self._first_row[records] + indices
-            start = self._start[row]
-            lengths = (self._start[row + 1] - start).astype(np.int32)
-            place = start[:, None] + np.arange(width)
-            # Where the last captions are padded, the place is beyond the end and does not matter.
-            ids = np.take(self._flat, place, mode="clip").astype(np.int32)
-            ids[np.arange(width) >= lengths[:, None]] = self.tokenizer.pad_id
-        else:
-            rows = [self.ids(*key) for key in zip(records.tolist(), indices.tolist(), strict=True)]
-            lengths = np.fromiter(map(len, rows), np.int32, len(rows))
-            ids = np.full((len(rows), width), self.tokenizer.pad_id, np.int32)
-            for padded, tokens in zip(ids, rows, strict=True):
-                padded[: len(tokens)] = tokens[:width]
-        if lengths.max(initial=0) > width:
-            raise ValueError(f"a caption of {lengths.max()} tokens does not fit rows of {width}")
+            return padded_rows(self._flat, self._start, row, width, self.tokenizer.pad_id)
+        rows = [self.ids(*key) for key in zip(records.tolist(), indices.tolist(), strict=True)]
+        lengths = np.fromiter(map(len, rows), np.int32, len(rows))
+        _check_fit(lengths, width)
+        ids = np.full((len(rows), width), self.tokenizer.pad_id, np.int32)
+        for padded, tokens in zip(ids, rows, strict=True):
+            padded[: len(tokens)] = tokens
         return ids, lengths
 
     def histogram(self, sample: int = 4096) -> np.ndarray:
@@ -158,7 +152,7 @@ class EncodedCaptions:
         else:
             records = np.arange(min(sample, self.source.num_records or sample))
             counts = self.source.num_captions(records)
-            lengths = self.lengths(np.repeat(records, counts), _count_up(counts))
+            lengths = self.lengths(np.repeat(records, counts), count_up(counts))
         return np.bincount(lengths, minlength=self.max_length + 1).astype(np.int64)
 
     def unknown_share(self, sample: int = 1024) -> float:
@@ -173,7 +167,7 @@ class EncodedCaptions:
         else:
             records = np.arange(min(sample, self.source.num_records or sample))
             counts = self.source.num_captions(records)
-            keys = np.repeat(records, counts).tolist(), _count_up(counts).tolist()
+            keys = np.repeat(records, counts).tolist(), count_up(counts).tolist()
             encoded = self._encode_on_demand(list(zip(*keys, strict=True)))
             tokens, rows = np.concatenate(list(encoded.values())), len(encoded)
         words = tokens.size - 2 * rows
@@ -195,15 +189,7 @@ class EncodedCaptions:
         assert self.source.num_records is not None
         records = np.arange(self.source.num_records)
         self._first_row = np.concatenate([[0], np.cumsum(self.source.num_captions(records))])
-        if cache_file is None:
-            stored = self._encode_all(workers)
-        else:
-            file, digest = cache_file, self._digest(cache_file)
-
-            def make() -> dict[str, np.ndarray]:
-                return _write_cache(file, digest, self._encode_all(workers))
-
-            stored = found_or_made(file, lambda: _read_cache(file, digest), make)
+        stored = kept_arrays(cache_file, self._digest, lambda: self._encode_all(workers))
         self._start, self._flat = stored["start"], stored["flat"]
         self.num_truncated = int(stored["num_truncated"])
         self.longest = int(np.diff(self._start).max(initial=0))
@@ -228,12 +214,7 @@ class EncodedCaptions:
 
     def _digest(self, cache_file: pathlib.Path) -> str:
         """Of everything the stored arrays depend on."""
-        identity = self.source.identity if isinstance(self.source, Identified) else None
-        if identity is None:
-            raise ValueError(
-                f"{cache_file}: source {self.source.name} has no identity by which the file could "
-                "be recognised; keep its captions in memory"
-            )
+        identity = known_identity(self.source, cache_file)
         digest = hashlib.sha256(f"{self.max_length}\n{self.tokenizer.to_json()}\n".encode())
         digest.update(identity.encode() + b"\n" + self._first_row.tobytes())
         return digest.hexdigest()
@@ -258,7 +239,83 @@ def captions_file(pictures: pathlib.Path, tokenizer: Tokenizer, max_length: int)
 def every_caption(source: Source, records: np.ndarray) -> list[str]:
     """The captions of each of the records, int64 [n], one record's after another's."""
     counts = source.num_captions(records)
-    return _texts(source, np.repeat(records, counts), _count_up(counts))
+    return _texts(source, np.repeat(records, counts), count_up(counts))
+
+
+def count_up(counts: np.ndarray) -> np.ndarray:
+    """[2, 3] -> [0, 1, 0, 1, 2]."""
+    starts = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) - np.repeat(starts, counts)
+
+
+def id_dtype(tokenizer: Tokenizer) -> type[np.generic]:
+    """What ids are stored as."""
+    return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+
+
+def padded_rows(
+    flat: np.ndarray, start: np.ndarray, rows: np.ndarray, width: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Stored rows as one array.
+
+    Args:
+        flat: ids of all rows, one row after the other.
+        start: where each row begins, int64, and at last where the last one ends.
+        rows: int64 [n].
+        width: tokens of a padded row.
+        pad_id: what rows are filled up with.
+
+    Returns:
+        Ids int32 [n, width] and lengths int32 [n].
+
+    Raises:
+        ValueError: a row is longer.
+    """
+    first = start[rows]
+    lengths = (start[rows + 1] - first).astype(np.int32)
+    _check_fit(lengths, width)
+    # Where the last rows are padded, the place is beyond the end and does not matter.
+    ids = np.take(flat, first[:, None] + np.arange(width), mode="clip").astype(np.int32)
+    ids[np.arange(width) >= lengths[:, None]] = pad_id
+    return ids, lengths
+
+
+def kept_arrays(
+    file: pathlib.Path | None,
+    digest: Callable[[pathlib.Path], str],
+    make: Callable[[], dict[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """Arrays by name: read from a file if it holds them, or else made, and kept in it.
+
+    Args:
+        file: an ``.npz``; None keeps nothing.
+        digest: file -> a text that differs for other arrays; called only if there is a file.
+        make: makes the arrays.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if file is None:
+        return make()
+    own = digest(file)
+    return found_or_made(
+        file, lambda: _read_cache(file, own), lambda: _write_cache(file, own, make())
+    )
+
+
+def known_identity(source: Source, cache_file: pathlib.Path) -> str:
+    """What a file of a source's captions is recognised by.
+
+    Raises:
+        ValueError: the source cannot tell.
+    """
+    identity = source.identity if isinstance(source, Identified) else None
+    if identity is None:
+        raise ValueError(
+            f"{cache_file}: source {source.name} has no identity by which the file could "
+            "be recognised; keep its captions in memory"
+        )
+    return identity
 
 
 def batch_maxima(
@@ -326,12 +383,6 @@ def fit_edges(
     return tuple(reversed(chosen))
 
 
-def _count_up(counts: np.ndarray) -> np.ndarray:
-    """[2, 3] -> [0, 1, 0, 1, 2]."""
-    starts = np.cumsum(counts) - counts
-    return np.arange(counts.sum()) - np.repeat(starts, counts)
-
-
 class _Encoded(NamedTuple):
     """Captions of some records: lengths int64 [n], their ids one after the other, and cuts."""
 
@@ -348,7 +399,7 @@ def _encode_chunk(
     rows, num_truncated = _encode(tokenizer, texts, max_length)
     return _Encoded(
         np.fromiter(map(len, rows), np.int64, len(rows)),
-        np.concatenate(rows).astype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32),
+        np.concatenate(rows).astype(id_dtype(tokenizer)),
         num_truncated,
     )
 
@@ -373,6 +424,11 @@ def _texts(source: Source, records: np.ndarray, indices: np.ndarray) -> list[str
         source.caption(record, index)
         for record, index in zip(records.tolist(), indices.tolist(), strict=True)
     ]
+
+
+def _check_fit(lengths: np.ndarray, width: int) -> None:
+    if lengths.max(initial=0) > width:
+        raise ValueError(f"a caption of {lengths.max()} tokens does not fit rows of {width}")
 
 
 def _read_cache(file: pathlib.Path, digest: str) -> dict[str, np.ndarray] | None:
