@@ -40,6 +40,7 @@ MAX_ANSWERS = 10  # distinct answers of one question; VQA v2 asked ten people
 EXTRA_FIELDS: Mapping[str, Field] = {
     "second_image": Field(np.uint8, ("B", "H", "W", "3"), "RGB pixels of the pair's other picture"),
     "label": Field(np.int32, ("B",), "index of the example's class"),
+    "target": Field(np.float32, ("B",), "the example's score, where it has one and no class"),
     "answer": Field(np.int32, ("B", "10"), "indices of the accepted answers, then -1"),
     "answer_score": Field(np.float32, ("B", "10"), "score of each accepted answer in [0, 1]"),
 }

@@ -35,7 +35,7 @@ from vlp_jax.data.scenes import (
     ScenesVQA,
 )
 from vlp_jax.data.source import Source, Worded
-from vlp_jax.data.tasks import NLVR2, VQA, ImageLabels, VisualEntailment
+from vlp_jax.data.tasks import GLUE, NLVR2, VQA, ImageLabels, VisualEntailment
 from vlp_jax.data.tasks.annotated import AnnotatedImages
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.errors import ConfigError, section_arguments
@@ -52,6 +52,7 @@ SOURCES: Mapping[str, type] = {
     "nlvr2": NLVR2,
     "visual_entailment": VisualEntailment,
     "image_labels": ImageLabels,
+    "glue": GLUE,
 }
 # Keys of a source's section that are read here and not by the source.
 _RESERVED = ("type", "weight", "split", "cache")
@@ -236,7 +237,7 @@ def bad_captions(sources: Mapping[str, Source]) -> dict[str, int]:
     counts: collections.Counter[str] = collections.Counter()
     for source in sources.values():
         read = uncached(source)
-        if isinstance(read, Folder | AnnotatedImages):
+        if isinstance(read, Folder | AnnotatedImages | GLUE):
             counts += read.bad_captions
     return dict(counts)
 
