@@ -48,14 +48,21 @@ MAX_ANSWERS = 10  # distinct answers of one question; VQA v2 asked ten people
 EXTRA_FIELDS: Mapping[str, Field] = {
     "second_image": Field(np.uint8, ("B", "H", "W", "3"), "RGB pixels of the pair's other picture"),
     "label": Field(np.int32, ("B",), "index of the example's class"),
+    "target": Field(np.float32, ("B",), "the example's score, where it has one and no class"),
     "answer": Field(np.int32, ("B", "10"), "indices of the accepted answers, then -1"),
     "answer_score": Field(np.float32, ("B", "10"), "score of each accepted answer in [0, 1]"),
 }
 
 
-def standard_fields(pictures: bool) -> tuple[str, ...]:
-    """The arrays of every batch: with pictures, or of texts alone."""
-    return tuple(name for name in FIELDS if pictures or name != "image")
+def standard_fields(pictures: bool, packed: bool) -> tuple[str, ...]:
+    """The arrays of a batch of sources of a kind, but for those that only some sources have.
+
+    Args:
+        pictures: whether its records are pictures; False: texts alone.
+        packed: whether several texts share a row.
+    """
+    names = [name for name in FIELDS if pictures or name != "image"]
+    return (*names, *(PACKED_FIELDS if packed else ()))
 
 
 def batch_spec(

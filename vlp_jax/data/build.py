@@ -28,6 +28,7 @@ from vlp_jax.data.joint_plan import JointPlan
 from vlp_jax.data.loader import JointLoader, Loader
 from vlp_jax.data.making import found_or_made
 from vlp_jax.data.named import BatchSection, batch_section, batch_sources
+from vlp_jax.data.packing import PackedTexts
 from vlp_jax.data.plan import Plan
 from vlp_jax.data.planned import PlannedSource
 from vlp_jax.data.scenes import (
@@ -38,8 +39,9 @@ from vlp_jax.data.scenes import (
     ScenesVQA,
 )
 from vlp_jax.data.source import Source, Worded, has_pictures
-from vlp_jax.data.tasks import NLVR2, VQA, ImageLabels, VisualEntailment
+from vlp_jax.data.tasks import GLUE, NLVR2, VQA, ImageLabels, VisualEntailment
 from vlp_jax.data.tasks.annotated import AnnotatedImages
+from vlp_jax.data.texts import Texts
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.errors import ConfigError, section_arguments
 from vlp_jax.infra.files import write_text
@@ -55,6 +57,8 @@ SOURCES: Mapping[str, type] = {
     "nlvr2": NLVR2,
     "visual_entailment": VisualEntailment,
     "image_labels": ImageLabels,
+    "glue": GLUE,
+    "texts": Texts,
 }
 # Keys of a source's section that are read here and not by the source.
 _RESERVED = ("type", "weight", "split", "cache", "batch")
@@ -102,6 +106,8 @@ def build_source(
     if "key" in parameters:
         arguments["key"] = f"{path}.root"
     source = SOURCES[kind](split=split or own_split, name=name, **arguments)
+    if section.get("cache", False) and not has_pictures(source):
+        raise ConfigError(f"{path}.cache", f"{kind!r} has no pictures to keep", "Remove it")
     if section.get("cache", False) and source.num_records is not None:
         source = ImageCache(
             source,
@@ -164,21 +170,15 @@ def build_plan(
     """
     if not sources:
         raise ConfigError("data.sources", "there is none", f"Add one of {sorted(SOURCES)}")
-    if config.data.max_text_length > config.model.text.max_positions:
-        raise ConfigError(
-            "data.max_text_length",
-            f"{config.data.max_text_length} tokens exceed "
-            f"model.text.max_positions={config.model.text.max_positions}",
-            "Lower the one or raise the other",
-        )
     plans = {
         batch: _batch_plan(
             config,
             batch,
             [
-                PlannedSource(
+                _planned(
+                    config,
                     sources[name],
-                    _encoded(config, sources[name], tokenizer),
+                    tokenizer,
                     config.data.sources[name].get("weight", 1.0),
                     (guarded or {}).get(name, np.empty(0, np.int64)),
                 )
@@ -209,7 +209,7 @@ def batch_fields(config: ConfigDict, name: str) -> tuple[str, ...]:
             f"it has no pictures, and data.sources.{with_them} of the same batch {name!r} has",
             "Give it a batch of its own",
         )
-    return standard_fields(all(pictures.values()))
+    return standard_fields(all(pictures.values()), any(_is_packed(config, s) for s in names))
 
 
 def build_eval_plan(
@@ -220,11 +220,14 @@ def build_eval_plan(
     num_examples: int,
     batch_size: int,
 ) -> EvalPlan:
-    """The first records of a source, each with its first caption, in a fixed order."""
-    captions = EncodedCaptions(source, tokenizer, config.data.max_text_length, store=False)
-    return EvalPlan(
-        PlannedSource(source, captions), num_examples, batch_size, edges, config.data.image_size
-    )
+    """The first records of a source (rows of packed texts), each with its first caption, in order."""
+    length = _text_length(config, source)
+    if isinstance(uncached(source), Texts):
+        packed = PackedTexts(source, tokenizer, length)
+        planned = PlannedSource(packed, packed)
+    else:
+        planned = PlannedSource(source, EncodedCaptions(source, tokenizer, length, store=False))
+    return EvalPlan(planned, num_examples, batch_size, edges, config.data.image_size)
 
 
 def open_loader(
@@ -272,7 +275,7 @@ def bad_captions(sources: Mapping[str, Source]) -> dict[str, int]:
     counts: collections.Counter[str] = collections.Counter()
     for source in sources.values():
         read = uncached(source)
-        if isinstance(read, Folder | AnnotatedImages):
+        if isinstance(read, Folder | AnnotatedImages | GLUE | Texts):
             counts += read.bad_captions
     return dict(counts)
 
@@ -297,9 +300,44 @@ def _cache_path(config: ConfigDict, source: Source) -> pathlib.Path | None:
     return pathlib.Path(config.data.cache_dir) / f"{source.name}-{digest[:12]}.npy"
 
 
+def _text_length(config: ConfigDict, source: Source) -> int:
+    """Most tokens of a text of a source; of packed ones, of a row.
+
+    Raises:
+        ConfigError: the model has fewer positions.
+    """
+    section = batch_section(config, config.data.sources[source.name].get("batch", PAIRS))
+    if section.max_text_length > config.model.text.max_positions:
+        raise ConfigError(
+            section.length_key,
+            f"{section.max_text_length} tokens exceed "
+            f"model.text.max_positions={config.model.text.max_positions}",
+            "Lower the one or raise the other",
+        )
+    return section.max_text_length
+
+
+def _planned(
+    config: ConfigDict, source: Source, tokenizer: Tokenizer, weight: float, guarded: np.ndarray
+) -> PlannedSource:
+    """A training source; texts without pictures are packed into rows."""
+    if not isinstance(source, Texts):
+        return PlannedSource(source, _encoded(config, source, tokenizer), weight, guarded)
+    length, data = _text_length(config, source), config.data
+    file = None
+    if data.cache_dir:
+        digest = hashlib.sha256(f"{source.identity} {length} {tokenizer.to_json()}".encode())
+        name = f"{source.name}.packed-{digest.hexdigest()[:12]}.npz"
+        file = pathlib.Path(data.cache_dir) / name
+    packed = PackedTexts(
+        source, tokenizer, length, cache_file=file, workers=data.cache_workers if file else 0
+    )
+    return PlannedSource(packed, packed, weight, guarded)
+
+
 def _encoded(config: ConfigDict, source: Source, tokenizer: Tokenizer) -> EncodedCaptions:
     """The captions of a training source, kept beside its pictures if these are kept."""
-    max_length = config.data.max_text_length
+    max_length = _text_length(config, source)
     if not isinstance(source, ImageCache):
         return EncodedCaptions(source, tokenizer, max_length)
     return EncodedCaptions(
@@ -378,6 +416,11 @@ def _turns(config: ConfigDict, plans: Mapping[str, Plan]) -> dict[str, float] | 
     return shares
 
 
+def _is_packed(config: ConfigDict, source: str) -> bool:
+    """Whether several texts of a source of the config share a row."""
+    return SOURCES.get(config.data.sources[source].get("type", source)) is Texts
+
+
 def _batch_plan(
     config: ConfigDict, name: str, planned: Sequence[PlannedSource], most_edges: int
 ) -> Plan:
@@ -405,7 +448,7 @@ def _fitted_edges(
     config: ConfigDict, section: BatchSection, planned: Sequence[PlannedSource], most: int
 ) -> tuple[int, ...]:
     data = config.data
-    total = np.zeros(data.max_text_length + 1)
+    total = np.zeros(section.max_text_length + 1)
     weights = sum(p.weight for p in planned)
     for p in planned:
         histogram = p.captions.histogram()

@@ -10,6 +10,8 @@
 The captions of a finite source are tokenised once into flat arrays, which a file can keep. Those
 of an unbounded source are tokenised as they are planned, a window at a time, and the latest
 windows are kept.
+
+Captions of two sentences (``source.Paired``) become ``<s> first </s> second </s>``.
 """
 
 import collections
@@ -25,7 +27,7 @@ import numpy as np
 
 from vlp_jax.data.cache import uncached
 from vlp_jax.data.making import found_or_made, in_order
-from vlp_jax.data.source import Identified, ManyCaptions, Source
+from vlp_jax.data.source import PAIR_SEPARATOR, Identified, ManyCaptions, Paired, Source
 from vlp_jax.data.tokenizer import Tokenizer
 
 _CHUNK = 512  # records whose captions one worker encodes at a time
@@ -170,14 +172,16 @@ class EncodedCaptions:
             keys = np.repeat(records, counts).tolist(), count_up(counts).tolist()
             encoded = self._encode_on_demand(list(zip(*keys, strict=True)))
             tokens, rows = np.concatenate(list(encoded.values())), len(encoded)
-        words = tokens.size - 2 * rows
+        words = tokens.size - rows - int((tokens == self.tokenizer.eos_id).sum())
         return float((tokens == self.tokenizer.unk_id).sum() / max(words, 1))
 
     def _encode_on_demand(self, keys: list[tuple[int, int]]) -> dict[tuple[int, int], np.ndarray]:
         unique = list(dict.fromkeys(keys))
         records, indices = np.asarray(unique, np.int64).T
         texts = _texts(self.source, records, indices)
-        rows, num_truncated = _encode(self.tokenizer, texts, self.max_length)
+        rows, num_truncated = _encode(
+            self.tokenizer, texts, self.max_length, _has_pairs(self.source)
+        )
         encoded = dict(zip(unique, rows, strict=True))
         with self._lock:
             self.num_truncated += num_truncated
@@ -396,7 +400,7 @@ def _encode_chunk(
 ) -> _Encoded:
     """All captions of the records from ``start`` to ``stop``."""
     texts = every_caption(source, np.arange(start, stop))
-    rows, num_truncated = _encode(tokenizer, texts, max_length)
+    rows, num_truncated = _encode(tokenizer, texts, max_length, _has_pairs(source))
     return _Encoded(
         np.fromiter(map(len, rows), np.int64, len(rows)),
         np.concatenate(rows).astype(id_dtype(tokenizer)),
@@ -405,15 +409,61 @@ def _encode_chunk(
 
 
 def _encode(
-    tokenizer: Tokenizer, texts: list[str], max_length: int
+    tokenizer: Tokenizer, texts: list[str], max_length: int, pairs: bool
 ) -> tuple[list[np.ndarray], int]:
     """Rows of ids, int32 [length] each, and how many of them were cut."""
+    if pairs:
+        return _encode_pairs(tokenizer, texts, max_length)
     # One token more than fits tells a caption that is cut from one that just fits.
     rows = tokenizer.encode(texts, max_length + 1)
     cut = [index for index, row in enumerate(rows) if len(row) > max_length]
     for index in cut:
         rows[index] = np.append(rows[index][: max_length - 1], np.int32(tokenizer.eos_id))
     return rows, len(cut)
+
+
+def _encode_pairs(
+    tokenizer: Tokenizer, texts: list[str], max_length: int
+) -> tuple[list[np.ndarray], int]:
+    """As ``_encode``, for texts of one or two sentences.
+
+    Raises:
+        ValueError: ``max_length`` leaves no room for a word of each sentence.
+    """
+    if max_length < 5:
+        raise ValueError(
+            f"data.max_text_length={max_length}: must be at least 5 for pairs of sentences (<s>, "
+            "one token, </s>, one token, </s>)"
+        )
+    parts = [text.split(PAIR_SEPARATOR, 1) for text in texts]
+    # One token more than fits beside the fewest special tokens, as above.
+    encoded = iter(tokenizer.encode([part for two in parts for part in two], max_length + 1))
+    rows, num_truncated = [], 0
+    for two in parts:
+        sentences = [next(encoded)[1:-1] for _ in two]
+        lengths = [len(sentence) for sentence in sentences]
+        room = max_length - 1 - len(lengths)
+        row = [tokenizer.bos_id]
+        for sentence, length in zip(sentences, _kept_lengths(lengths, room), strict=True):
+            row += [*sentence[:length].tolist(), tokenizer.eos_id]
+        rows.append(np.asarray(row, np.int32))
+        num_truncated += sum(lengths) > room
+    return rows, num_truncated
+
+
+def _kept_lengths(lengths: list[int], room: int) -> list[int]:
+    """What is left of one or two sentences, if the end of the longer is taken until they fit.
+
+    Of two as long as each other the second loses a token, as in BERT.
+    """
+    first, *others = lengths
+    second = [min(other, max(room - first, room // 2)) for other in others]
+    return [min(first, room - sum(second)), *second]
+
+
+def _has_pairs(source: Source) -> bool:
+    read = uncached(source)
+    return isinstance(read, Paired) and read.pairs
 
 
 def _texts(source: Source, records: np.ndarray, indices: np.ndarray) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the readers of annotation files share: JSON, fields, paths, texts and missing images."""
+"""What readers of annotation files share: JSON, tables, fields, paths, texts and missing images."""
 
 import json
 import os
@@ -69,6 +69,19 @@ def read_json_lines(file: pathlib.Path) -> list[tuple[str, Any]]:
     """
     lines = enumerate(_read_text(file).split("\n"), 1)
     return [(f"{file}:{n}", _parse(line, file, n)) for n, line in lines if line.strip()]
+
+
+def read_table(file: pathlib.Path) -> list[list[str]]:
+    """The rows of a file of columns with tabs between them; lines with nothing in them are none.
+
+    Quotation marks are letters like others, and only a line feed ends a row: sentences may hold
+    what Unicode counts as the end of a line.
+
+    Raises:
+        ValueError: the file is empty, compressed or not UTF-8 at all.
+    """
+    lines = (line.removesuffix("\r") for line in _read_text(file).split("\n"))
+    return [line.split("\t") for line in lines if line]
 
 
 def field(item: Any, name: str, kind: type, where: str) -> Any:

@@ -28,8 +28,9 @@ import grain
 import numpy as np
 from absl import flags
 
+from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import EXTRA_FIELDS, FIELDS, HostBatch, batch_spec
-from vlp_jax.data.planned import BatchPlan, PlannedBatch, host_rows
+from vlp_jax.data.planned import BatchPlan, EncodedTexts, Packed, PlannedBatch, host_rows
 from vlp_jax.data.source import BadExample, ManyRows, NothingReadable, Source
 from vlp_jax.infra.errors import ConfigError
 
@@ -299,6 +300,9 @@ class _Reader:
                 record[rows], caption[rows], bucket.text_length
             )
             _put(batch, rows, {"text_ids": ids, "text_length": lengths})
+            if "text_document" in self._fields:
+                of = _documents(planned_source.captions, record[rows], caption[rows], bucket)
+                _put(batch, rows, {"text_document": of})
         return batch, met
 
     def _read_many(
@@ -370,6 +374,16 @@ class _Reader:
     def _candidates(self, t: int, planned: PlannedBatch, row: int) -> Iterator[tuple[int, int]]:
         yield int(planned.record[row]), int(planned.caption[row])
         yield from map(tuple, self._plan.substitutes(t, row).tolist())
+
+
+def _documents(
+    captions: EncodedTexts, records: np.ndarray, indices: np.ndarray, bucket: Bucket
+) -> np.ndarray:
+    """Which document each token is of: int32 [n, N]; a text that is not packed is the first."""
+    if isinstance(captions, Packed):
+        return captions.documents(records, indices, bucket.text_length)
+    place = np.arange(bucket.text_length)[None]
+    return (place < captions.lengths(records, indices)[:, None]).astype(np.int32)
 
 
 def _put(batch: HostBatch, rows: np.ndarray, values: Mapping[str, np.ndarray]) -> None:

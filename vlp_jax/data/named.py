@@ -26,6 +26,8 @@ class BatchSection:
         batch_size: rows of a global batch.
         text_edges: text lengths that it is padded to; none: they are fitted.
         num_edges: how many are fitted, at most.
+        max_text_length: most tokens of a text; of packed texts, of a row.
+        length_key: of the config, where that is said.
         weight: factor of the losses of the objectives that read it.
     """
 
@@ -33,6 +35,8 @@ class BatchSection:
     batch_size: int
     text_edges: tuple[int, ...]
     num_edges: int
+    max_text_length: int
+    length_key: str
     weight: float
 
 
@@ -43,9 +47,9 @@ def batch_section(config: ConfigDict, name: str) -> BatchSection:
         ConfigError: a key is unknown, or no number above 0.
     """
     data, path = config.data, f"data.batches.{name}"
-    keys = ("batch_size", "text_edges", "num_edges", "weight")
+    keys = ("batch_size", "text_edges", "num_edges", "max_text_length", "weight")
     own = section_arguments(data.batches.get(name, ConfigDict()), path, keys, ())
-    for key in ("batch_size", "num_edges"):
+    for key in ("batch_size", "num_edges", "max_text_length"):
         if key in own and (not isinstance(own[key], int) or own[key] < 1):
             raise ConfigError(f"{path}.{key}", f"{own[key]!r} is out of range", "Use 1 or more")
     edges, weight = own.get("text_edges", data.text_edges), own.get("weight", 1.0)
@@ -56,6 +60,8 @@ def batch_section(config: ConfigDict, name: str) -> BatchSection:
         own.get("batch_size", data.batch_size),
         tuple(edges),
         own.get("num_edges", data.num_edges),
+        own.get("max_text_length", data.max_text_length),
+        f"{path}.max_text_length" if "max_text_length" in own else "data.max_text_length",
         float(weight),
     )
 

@@ -3,13 +3,51 @@
 import dataclasses
 import zlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from vlp_jax.compress.buckets import Bucket
-from vlp_jax.data.captions import EncodedCaptions
 from vlp_jax.data.source import Source
+
+
+class EncodedTexts(Protocol):
+    """What a plan and a loader ask of the encoded texts of a source."""
+
+    max_length: int
+    num_truncated: int
+
+    @property
+    def longest(self) -> int:
+        """No row has more tokens."""
+        ...
+
+    def lengths(self, records: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """Tokens of rows: int64 [n], int [n] -> int32 [n]."""
+        ...
+
+    def padded(
+        self, records: np.ndarray, indices: np.ndarray, width: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 [n, width] and lengths int32 [n]."""
+        ...
+
+    def histogram(self) -> np.ndarray:
+        """How many rows have each length: int64 [max_length + 1]."""
+        ...
+
+    def unknown_share(self) -> float:
+        """Share of the tokens of words that are <unk>."""
+        ...
+
+
+@runtime_checkable
+class Packed(Protocol):
+    """Encoded texts of which several share a row."""
+
+    def documents(self, records: np.ndarray, indices: np.ndarray, width: int) -> np.ndarray:
+        """Which document each token of ``padded`` is of: int32 [n, width], 0 at padding."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +62,7 @@ class PlannedSource:
     """
 
     source: Source
-    captions: EncodedCaptions
+    captions: EncodedTexts
     weight: float = 1.0
     guarded: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
 

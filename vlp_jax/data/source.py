@@ -5,6 +5,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+PAIR_SEPARATOR = "\x1f"  # between the two sentences of a caption of a source with ``pairs``
+
 
 class BadExample(Exception):
     """A record that cannot be used; it is counted, logged once per kind and replaced.
@@ -162,6 +164,17 @@ class Worded(Protocol):
     def task_words(self) -> tuple[str, ...]:
         """Words that a tokenizer trained on the captions shall have whole."""
         ...
+
+
+@runtime_checkable
+class Paired(Protocol):
+    """A source whose captions may be two sentences, with ``PAIR_SEPARATOR`` between them.
+
+    Elsewhere that character is white space: captions from just any file cannot pose as pairs. A
+    source that says ``pairs`` sees to it that its sentences hold none.
+    """
+
+    pairs: bool  # False: each caption is one text
 
 
 @runtime_checkable

@@ -15,6 +15,7 @@ from vlp_jax.data.batch import HostBatch, standard_fields
 from vlp_jax.data.build import build_eval_plan, build_source
 from vlp_jax.data.eval_plan import EvalPlan
 from vlp_jax.data.loader import Loader
+from vlp_jax.data.planned import Packed
 from vlp_jax.data.source import Source, has_pictures
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.artifacts import ARTIFACTS_FOLDER, Artifact
@@ -181,7 +182,8 @@ def fixed_plan(
 def set_fields(plan: EvalPlan, extra_fields: Sequence[str] = ()) -> tuple[str, ...]:
     """The arrays of a set's batches: the standard ones that its source gives, and these."""
     [planned] = plan.sources
-    return (*standard_fields(has_pictures(planned.source)), *extra_fields)
+    packed = isinstance(planned.captions, Packed)
+    return (*standard_fields(has_pictures(planned.source), packed), *extra_fields)
 
 
 def read(

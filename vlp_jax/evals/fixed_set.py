@@ -11,7 +11,7 @@ from absl import logging
 from vlp_jax.data.batch import HostBatch
 from vlp_jax.data.build import missing_images
 from vlp_jax.data.planned import PlannedBatch
-from vlp_jax.data.source import BadExample, Source
+from vlp_jax.data.source import BadExample, Source, has_pictures
 from vlp_jax.data.tasks import shared_images
 from vlp_jax.evals.base import EvalContext, fixed_plan, read
 from vlp_jax.infra.errors import ConfigError
@@ -136,6 +136,9 @@ class FixedSet:
         lost = 0
         for planned, batch in zip(self.planned(), batches, strict=True):
             lost += int(planned.valid[self.rows].sum() - batch["valid"].sum())
+            if "image" not in batch:
+                yield batch
+                continue
             keys = [frozenset(self.source.image_key(r)) for r in planned.record.tolist()]
             names = [name for name in _IMAGES if name in batch]
             shown = {name: batch[name].copy() for name in names}
@@ -200,6 +203,8 @@ def _check_clean(key: str, train: Source, held_out: Source) -> None:
     """Refuse a set whose pictures are trained on."""
     if train.num_records is None or held_out.num_records is None:
         return  # made, not listed: the splits of such sources share nothing
+    if not has_pictures(train):
+        return  # texts: their sources keep the splits apart
     if shared := shared_images(train, held_out):
         raise ConfigError(
             key,

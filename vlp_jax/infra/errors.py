@@ -23,6 +23,12 @@ class ConfigError(ValueError):
         self.remedy = remedy
 
 
+def instead_of(name: str, known: Collection[str]) -> str:
+    """What to use in place of an unknown name: the known one nearest to it, or else any of them."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Perhaps you mean {close[0]!r}" if close else f"Use one of {', '.join(sorted(known))}"
+
+
 def unknown_key(path: str, known: Sequence[str]) -> ConfigError:
     """The error for a key that nobody reads.
 
@@ -30,9 +36,7 @@ def unknown_key(path: str, known: Sequence[str]) -> ConfigError:
         path: dotted name of the key.
         known: the last parts of the names that would be read in its place.
     """
-    close = difflib.get_close_matches(path.rpartition(".")[2], known, n=1)
-    remedy = f"Perhaps you mean {close[0]!r}" if close else f"Use one of {', '.join(sorted(known))}"
-    return ConfigError(path, "unknown key", remedy)
+    return ConfigError(path, "unknown key", instead_of(path.rpartition(".")[2], known))
 
 
 def section_arguments(

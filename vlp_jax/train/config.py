@@ -28,8 +28,9 @@ is not here is an error that names it, whether it comes from the file or from a 
                     encoded captions, for all runs; empty: in memory), cache_workers (processes that
                     make them). An update reads one batch of each name: `batch` of a source and of
                     an objective says which (pairs where absent), and batches (name -> batch_size,
-                    text_edges, num_edges, weight of its losses) what differs in it; alternate:
-                    instead, batches take turns, `uniform` or `proportional` to their records
+                    text_edges, num_edges, max_text_length, weight of its losses) what differs in
+                    it; alternate: instead, batches take turns, `uniform` or `proportional` to
+                    their records
     tokenizer       path (a file or folder to load; empty: train on the captions), kind, vocab_size
     compression     which part of its images an update encodes, see train.bucket_schedule: buckets
                     (cheapest first), schedule (empty: whole images), costs (of an update in each,
