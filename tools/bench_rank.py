@@ -43,7 +43,7 @@ from ml_collections import ConfigDict, config_flags
 
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import batch_spec
-from vlp_jax.data.build import build_source
+from vlp_jax.data.sources import build_source
 from vlp_jax.evals.base import EvalContext
 from vlp_jax.evals.retrieval import Retrieval
 from vlp_jax.infra.command import bad_input, check_length, parse_flags

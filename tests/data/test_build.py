@@ -6,9 +6,10 @@ from ml_collections import ConfigDict
 
 from tests.data.fake import Fake
 from vlp_jax.data import build
-from vlp_jax.data.build import build_plan, build_source, build_tokenizer
+from vlp_jax.data.build import build_plan, build_tokenizer
 from vlp_jax.data.scenes import VOCABULARY, Scenes, ScenesNLVR2
 from vlp_jax.data.scenes.task_texts import TASK_WORDS
+from vlp_jax.data.sources import build_source
 from vlp_jax.data.tokenizer import Tokenizer
 
 

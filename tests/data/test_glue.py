@@ -8,10 +8,10 @@ import pytest
 from tests.data.fake import TOKENIZER, WORDS, Fake
 from tests.data.test_build import config_of
 from vlp_jax.data.batch import EXTRA_FIELDS
-from vlp_jax.data.build import bad_captions, build_source
 from vlp_jax.data.cache import ImageCache
 from vlp_jax.data.captions import EncodedCaptions
 from vlp_jax.data.source import PAIR_SEPARATOR, Paired
+from vlp_jax.data.sources import bad_captions, build_source
 from vlp_jax.data.tasks import GLUE, shared_images
 from vlp_jax.data.tasks.glue import TASKS
 from vlp_jax.infra.errors import ConfigError

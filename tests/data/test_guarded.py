@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.tiny_config import get_config
-from vlp_jax.data.build import build_source
 from vlp_jax.data.guarded import keep_guarded, kept_guarded, read_guarded
+from vlp_jax.data.sources import build_source
 from vlp_jax.infra.errors import ConfigError
 
 

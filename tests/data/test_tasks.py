@@ -12,12 +12,12 @@ from PIL import Image
 import vlp_jax.data.tasks.columns as columns_module
 from tests.data.fake import MAX_LENGTH, TOKENIZER
 from vlp_jax.data.batch import EXTRA_FIELDS, MAX_ANSWERS
-from vlp_jax.data.build import build_source
 from vlp_jax.data.cache import ImageCache
 from vlp_jax.data.captions import EncodedCaptions
 from vlp_jax.data.folder import Folder
 from vlp_jax.data.scenes import Scenes, ScenesVQA
 from vlp_jax.data.source import BadExample, Grouped
+from vlp_jax.data.sources import build_source
 from vlp_jax.data.tasks import NLVR2, VQA, VisualEntailment, shared_images
 from vlp_jax.data.tasks.answers import accuracy
 from vlp_jax.infra.errors import ConfigError

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import batch_spec
-from vlp_jax.data.build import build_source, build_tokenizer
+from vlp_jax.data.build import build_tokenizer
+from vlp_jax.data.sources import build_source
 from vlp_jax.evals import EvalContext, Evaluator
 from vlp_jax.evals.base import has_figure
 from vlp_jax.infra.mesh import make_mesh, replicated

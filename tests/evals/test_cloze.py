@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from tests.evals.conftest import EXAMPLES, announced
-from vlp_jax.data.build import build_source
+from vlp_jax.data.sources import build_source
 from vlp_jax.data.tokenizer import Tokenizer, normalise_caption
 from vlp_jax.evals import build_evaluators
 from vlp_jax.evals import cloze as module

@@ -9,7 +9,7 @@ import pytest
 from tests.evals.conftest import announced
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import batch_spec
-from vlp_jax.data.build import build_source
+from vlp_jax.data.sources import build_source
 from vlp_jax.evals import build_evaluators
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import make_mesh, replicated

@@ -6,7 +6,7 @@ import pytest
 
 from tests.evals.conftest import announced
 from vlp_jax.data.augment import normalize
-from vlp_jax.data.build import build_source
+from vlp_jax.data.sources import build_source
 from vlp_jax.evals import build_evaluators
 from vlp_jax.evals.neighbours import (
     TEMPERATURE,

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from tests.evals.conftest import EXAMPLES, RATES, announced
-from vlp_jax.data.build import build_source
 from vlp_jax.data.scenes import Scenes
 from vlp_jax.data.source import BadExample
+from vlp_jax.data.sources import build_source
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.evals import build_evaluators
 from vlp_jax.evals import fixed_set as module

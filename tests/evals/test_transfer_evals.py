@@ -11,10 +11,10 @@ from PIL import Image
 from tests.evals.conftest import announced
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import MAX_ANSWERS, batch_spec
-from vlp_jax.data.build import SOURCES, build_source
 from vlp_jax.data.scenes import Scenes
 from vlp_jax.data.scenes.source import EVALUATION_RECORDS
 from vlp_jax.data.source import BadExample
+from vlp_jax.data.sources import SOURCES, build_source
 from vlp_jax.evals import build_evaluators
 from vlp_jax.evals.attention_maps import attention_rollout
 from vlp_jax.evals.fixed_set import FixedSet

@@ -6,7 +6,7 @@ import pytest
 
 from configs.flm_folder import get_config
 from configs.transfer import captioning, retrieval
-from vlp_jax.data.build import build_source
+from vlp_jax.data.sources import build_source
 from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.train.loop import train
 from vlp_jax.train.setup import prepare

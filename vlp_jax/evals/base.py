@@ -12,11 +12,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlp_jax.data.batch import HostBatch, standard_fields
-from vlp_jax.data.build import build_eval_plan, build_source
+from vlp_jax.data.build import build_eval_plan
 from vlp_jax.data.eval_plan import EvalPlan
 from vlp_jax.data.loader import Loader
 from vlp_jax.data.planned import Packed
 from vlp_jax.data.source import Source, has_pictures
+from vlp_jax.data.sources import build_source
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.artifacts import ARTIFACTS_FOLDER, Artifact
 from vlp_jax.infra.errors import ConfigError

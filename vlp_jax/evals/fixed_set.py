@@ -9,9 +9,9 @@ import numpy as np
 from absl import logging
 
 from vlp_jax.data.batch import HostBatch
-from vlp_jax.data.build import missing_images
 from vlp_jax.data.planned import PlannedBatch
 from vlp_jax.data.source import BadExample, Source, has_pictures
+from vlp_jax.data.sources import missing_images
 from vlp_jax.data.tasks import shared_images
 from vlp_jax.evals.base import EvalContext, fixed_plan, read
 from vlp_jax.infra.errors import ConfigError

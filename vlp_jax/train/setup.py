@@ -13,16 +13,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS
-from vlp_jax.data.build import (
-    bad_captions,
-    build_plan,
-    build_source,
-    build_tokenizer,
-    missing_images,
-)
+from vlp_jax.data.build import build_plan, build_tokenizer
 from vlp_jax.data.guarded import Guarded, keep_guarded, kept_guarded, read_guarded
 from vlp_jax.data.joint_plan import JointPlan
 from vlp_jax.data.source import Source
+from vlp_jax.data.sources import bad_captions, build_source, missing_images
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.evals import EvalContext, Evaluator, build_evaluators
 from vlp_jax.infra.checkpoint import Checkpoints
