@@ -173,6 +173,54 @@ def test_the_alarm_of_a_constant_loss_is_silent():
     assert float(alarm) == pytest.approx(0.0, abs=0.1)
 
 
+MIXTURE = {
+    "mixture.metrics": {"pairs": "held/a", "text": "held/b"},
+    "mixture.strength": 2.0,
+    "mixture.limit": 3.0,
+}
+
+
+def weights_of(state: Any) -> dict[str, float]:
+    return {name: float(weight) for name, weight in state.extras["mixture"]["weight"].items()}
+
+
+def test_what_gains_less_weighs_more_within_limits():
+    program = make_program(named_config(**MIXTURE))
+    state = program.init()
+    assert set(weights_of(state).values()) == {1.0}
+    state = program.observe(state, {"held/a": 4.0})  # not yet all
+    state = program.observe(state, {"held/a": 4.0, "held/b": 2.0})
+    assert set(weights_of(state).values()) == {1.0}
+    state = program.observe(state, {"held/a": 3.0, "held/b": 1.8})
+    weight = weights_of(state)
+    assert weight["text"] / weight["pairs"] == pytest.approx((0.9 / 0.75) ** 2, rel=1e-5)
+    assert weight["text"] + weight["pairs"] == pytest.approx(2.0, rel=1e-5)
+    state = program.observe(state, {"held/a": 0.1, "held/b": 4.0})  # one is forgotten
+    weight = weights_of(state)
+    assert weight["pairs"] == pytest.approx(1 / 3, rel=1e-5)
+    assert weight["text"] == pytest.approx(5 / 3, rel=1e-5)
+    spec = program.state_spec.extras["mixture"]
+    for leaf, expected in zip(
+        jax.tree.leaves(state.extras["mixture"]), jax.tree.leaves(spec), strict=True
+    ):
+        assert (leaf.shape, leaf.dtype) == (expected.shape, expected.dtype)
+        assert leaf.sharding.is_equivalent_to(expected.sharding, 0)
+
+
+def test_moved_weights_are_those_of_the_gradient(alone):
+    program = make_program(named_config(**MIXTURE))
+    state = program.observe(program.init(), {"held/a": 4.0, "held/b": 2.0})
+    state = program.observe(state, {"held/a": 2.0, "held/b": 2.0})
+    weight = weights_of(state)
+    assert weight["text"] != weight["pairs"]
+    batches = {name: global_batch(HOST[name], program.mesh) for name, _ in SIZES}
+    grads, _ = jax.jit(program.gradient(SIZES))(state, batches, program.moment(0))
+    expected = jax.tree.map(
+        lambda a, b: weight["pairs"] * a + weight["text"] * b, alone["pairs"][0], alone["text"][0]
+    )
+    chex.assert_trees_all_close(jax.device_get(grads), expected, atol=2e-6, rtol=1e-5)
+
+
 def run_config(**overrides: Any) -> Any:
     """A run that reads two batches: AR on pairs, and on as many other captions of its own."""
     config = get_config()
@@ -244,13 +292,20 @@ def test_turns_in_proportion_follow_the_records(tmp_path):
         ("data.sources.captions.batch", "words", r"data\.batches\.text: no source feeds"),
         ("data.batches.text.weight", -1.0, r"data\.batches\.text\.weight: -1\.0 is no weight"),
         ("data.batches.text.batch_size", 12, r"data\.batches\.text\.batch_size: 12 rows cannot"),
+        ("mixture.metrics", {"pairs": "a/b"}, r"mixture\.metrics: has figures for \['pairs'\]"),
+        (
+            "mixture.metrics",
+            {"pairs": "a/b", "text": "a/c"},
+            r"mixture\.metrics: learns from 'a/b', which no evaluator reports",
+        ),
         ("data.alternate", "sometimes", r"data\.alternate: 'sometimes' is no way to take turns"),
     ],
 )
 def test_bad_sections_are_named(tmp_path, key, value, message):
     config = run_config()
     with config.unlocked():
-        config.update_from_flattened_dict({key: value})
+        section, _, last = key.rpartition(".")
+        config.update_from_flattened_dict({section: {last: value}} if section else {key: value})
     with pytest.raises(ConfigError, match=message):
         prepare(config, tmp_path)
 

@@ -52,19 +52,21 @@ def check_figure(key: str, metric: str, evaluators: Mapping[str, Evaluator]) -> 
 
 
 def check_teachers(config: ConfigDict, evaluators: Mapping[str, Evaluator]) -> None:
-    """Refuse an objective that would wait in vain for a figure that it learns from."""
-    for name, metrics in learns_from(config.objectives).items():
+    """Refuse what would wait in vain for a figure that it learns from."""
+    waiting = {f"objectives.{name}": m for name, m in learns_from(config.objectives).items()}
+    waiting["mixture.metrics"] = tuple(config.mixture.metrics.values())
+    for key, metrics in waiting.items():
         for metric in metrics:
             evaluator = metric.partition("/")[0]
             section = config.evals.get(evaluator, {})
             repeated = any(section.get(f"every_{unit}") for unit in UNITS)
             if not repeated or section.get("on", "last") == "best":
                 raise ConfigError(
-                    f"objectives.{name}",
+                    key,
                     f"learns from {metric!r}, which no evaluator reports while the run trains",
                     f"Add evals.{evaluator} with every_steps or the like, or name another metric",
                 )
-            check_figure(f"objectives.{name}", metric, evaluators)
+            check_figure(key, metric, evaluators)
 
 
 def check_batches(objectives: Sequence[Objective], batches: Mapping[str, Plan]) -> None:
@@ -241,7 +243,7 @@ def completed(old: Mapping[str, Any]) -> dict[str, Any]:
         image = {key: default["model"]["image"][key] for key in ("positions", "drop_path")}
         model["image"] = {**image, **model["image"]}
     compression = {**default["compression"], **old.get("compression", {})}
-    found = {**old, "compression": compression}
+    found = {"mixture": default["mixture"], **old, "compression": compression}
     if "data" in old:
         found["data"] = {"batches": {}, "alternate": "", **old["data"]}
     if "optim" in old:

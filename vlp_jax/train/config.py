@@ -31,6 +31,8 @@ is not here is an error that names it, whether it comes from the file or from a 
                     text_edges, num_edges, max_text_length, weight of its losses) what differs in
                     it; alternate: instead, batches take turns, `uniform` or `proportional` to
                     their records
+    mixture         metrics (name of a batch -> a figure of an evaluator by which the weights of
+                    batches move, see train.mixture; empty: they are fixed), strength, limit
     tokenizer       path (a file or folder to load; empty: train on the captions), kind, vocab_size
     compression     which part of its images an update encodes, see train.bucket_schedule: buckets
                     (cheapest first), schedule (empty: whole images), costs (of an update in each,
@@ -72,7 +74,14 @@ from vlp_jax.models.sizes import model_config
 from vlp_jax.train.schedule import duration
 
 # Sections whose keys are names chosen by the user; what they hold is checked by its builder.
-OPEN_SECTIONS = ("objectives", "data.sources", "data.batches", "optim.groups", "evals")
+OPEN_SECTIONS = (
+    "objectives",
+    "data.sources",
+    "data.batches",
+    "mixture.metrics",
+    "optim.groups",
+    "evals",
+)
 
 
 def default_config(size: str = "tiny") -> ConfigDict:
@@ -111,6 +120,7 @@ def default_config(size: str = "tiny") -> ConfigDict:
                 "batches": {},
                 "alternate": "",
             },
+            "mixture": {"metrics": {}, "strength": 1.0, "limit": 4.0},
             "tokenizer": {"path": "", "kind": "wordpiece", "vocab_size": 8192},
             "compression": {
                 "schedule": "",

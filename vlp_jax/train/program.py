@@ -23,6 +23,7 @@ from vlp_jax.models.flops import image_flops
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives
 from vlp_jax.train.bucket_schedule import Resolved, resolve
+from vlp_jax.train.mixture import Mixture
 from vlp_jax.train.optim import optimizer
 from vlp_jax.train.schedule import TEXT_LENGTH, Budget, learning_rate
 from vlp_jax.train.state import TrainState
@@ -50,6 +51,7 @@ class Program:
         state_spec: shapes, dtypes and shardings of the state.
         batch_sizes: rows of every named batch.
         fields: the arrays of every named batch, see ``data.batch``.
+        mixture: by which the weights of batches change; None: they are fixed.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Program:
         for section in sections.values():
             check_batch_size(mesh, section.batch_size, config.optim.accumulation, section.key)
         self.batch_sizes = {name: section.batch_size for name, section in sections.items()}
+        self.mixture = Mixture.of(config.mixture, self.batch_names)
         self._batch_weights = {name: section.weight for name, section in sections.items()}
         self.fields = {name: self._fields(name) for name in self.batch_names}
         self.compression = kept or dataclasses.replace(
@@ -123,6 +126,7 @@ class Program:
             key,
             ema=self.config.optim.ema_decay > 0,
             decisions=self.compression.decisions,
+            mixture=self.mixture,
         )
 
     @property
@@ -280,13 +284,18 @@ class Program:
         return {o.name: o.served for o in self.objectives if o.served}
 
     def observe(self, state: TrainState, values: Mapping[str, float]) -> TrainState:
-        """Let objectives learn from an evaluation: their extras after it, where they belong.
+        """Let objectives and the mixture learn from an evaluation: extras, where they belong.
 
         Args:
             state: between two updates.
             values: what the evaluators gave, the same on every host.
         """
         extras = state.extras["objectives"]
+        moved = {}
+        if self.mixture is not None:
+            old = state.extras["mixture"]
+            new = self.mixture.observe(old, values)
+            moved["mixture"] = jax.device_put(new, jax.tree.map(lambda leaf: leaf.sharding, old))
         seen = {
             o.name: jax.tree.map(
                 lambda new, old: jax.device_put(new, old.sharding),
@@ -295,7 +304,7 @@ class Program:
             )
             for o in self.objectives
         }
-        return state.replace(extras={**state.extras, "objectives": seen})
+        return state.replace(extras={**state.extras, "objectives": seen, **moved})
 
     def flops(self, text_lengths: Mapping[str, float], bucket: StepBucket | None = None) -> float:
         """Model FLOPs of an example in an update, mean over its batches: three forward passes.

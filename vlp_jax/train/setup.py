@@ -386,6 +386,11 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in by_path(params).items()}
 
 
+def _learns(config: ConfigDict) -> bool:
+    """Whether what a run computes depends on its evaluators."""
+    return any(learns_from(config.objectives).values()) or bool(config.mixture.metrics)
+
+
 def _write_config(config: ConfigDict, workdir: pathlib.Path, begun: bool) -> None:
     """Keep the config in the workdir; say so where it changes what a resumed run computes."""
     if jax.process_index() != 0:
@@ -394,7 +399,7 @@ def _write_config(config: ConfigDict, workdir: pathlib.Path, begun: bool) -> Non
     new = plain(config)
     if begun and file.exists():
         old = json.loads(file.read_text())
-        changed = changed_keys(old, new, watched=any(learns_from(config.objectives).values()))
+        changed = changed_keys(old, new, watched=_learns(config))
         if changed:
             logging.warning(
                 "the config differs from that of the last start in %s: from here on the run is "

@@ -23,6 +23,7 @@ from vlp_jax.objectives.base import (
     encode_image,
     seen_part,
 )
+from vlp_jax.train.mixture import Mixture, mixture_metrics
 from vlp_jax.train.optim import global_norm, moving_average
 from vlp_jax.train.state import TrainState
 from vlp_jax.train.watch import first_watched, watch
@@ -74,6 +75,7 @@ def init_state(
     rng: jax.Array,
     ema: bool,
     decisions: int = 0,
+    mixture: Mixture | None = None,
 ) -> TrainState:
     """A fresh state. Objectives that share a module agree on its parameters.
 
@@ -87,6 +89,7 @@ def init_state(
         rng: PRNG key of the run.
         ema: whether to keep a moving average of the parameters.
         decisions: of an online schedule of buckets.
+        mixture: by which the weights of batches change; None: they are fixed.
     """
     init_rng, run_rng = jax.random.split(rng)
     params: dict[str, Any] = {}
@@ -103,6 +106,7 @@ def init_state(
             "ema": jax.tree.map(jnp.copy, params) if ema else {},
             **({"decided": jnp.full(decisions, -1, jnp.int32)} if decisions else {}),
             **({"watched": first_watched(batch_specs)} if len(batch_specs) > 1 else {}),
+            **({"mixture": mixture.init()} if mixture else {}),
             **{name: jnp.zeros((), jnp.int32) for name in counters},
         },
         opt_state=optimizer_of(params).init(params),
@@ -181,13 +185,17 @@ def make_gradient(
     # Keys are numbered over the whole run, whichever batches the bucket has.
     numbers = {objective.name: index for index, objective in enumerate(objectives)}
     objectives = tuple(o for o in objectives if o.batch_name in buckets)
-    factors = {
+    fixed = {
         o.name: weights[o.name] * (batch_weights or {}).get(o.batch_name, 1.0) for o in objectives
     }
     groups = [(name,) for name in buckets] if sequential else [tuple(buckets)]
 
     def gradient(state: TrainState, batches: Batches, moment: Moment) -> tuple[Any, Losses]:
         step_rng = jax.random.fold_in(state.rng, state.step)
+        factors = dict(fixed)
+        if "mixture" in state.extras:
+            moved = state.extras["mixture"]["weight"]
+            factors = {o.name: fixed[o.name] * moved[o.batch_name] for o in objectives}
         keys = {name: jax.random.fold_in(step_rng, number) for name, number in numbers.items()}
 
         def evaluate(objective: Objective, params: Any, extras: Any, batch: Batch) -> LossOutput:
@@ -334,6 +342,7 @@ def make_step(
             "replaced": extras["replaced"],
             **alarms,
             **losses.gradients,
+            **mixture_metrics(state.extras),
         }
         for name, output in outputs.items():
             metrics[f"{name}/loss"] = _ratio(output.loss)
