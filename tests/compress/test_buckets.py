@@ -38,5 +38,7 @@ def test_a_bucket_has_a_name_and_a_view_for_each_index():
     assert [view_of(bucket, index) for index in range(3)] == [query, key, key]
     assert view_of(Bucket(12, 64)) is None
     assert view_of(None) is None
-    assert bucket_label((("pairs", bucket), ("text", Bucket(8, 64)))) == "12x64/p8@64k16/p8@64+8x64"
+    sizes = (("pairs", bucket), ("text", Bucket(8, 64)))
+    assert bucket_label(sizes) == "12x64/p8@64k16/p8@64+8x64"
+    assert bucket_label(sizes, named=True) == "pairs:12x64/p8@64k16/p8@64+text:8x64"
     assert sorted([bucket, Bucket(12, 64)])[0] == Bucket(12, 64)

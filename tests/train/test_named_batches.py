@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import BATCH, IMAGE_SIZE, TOKENS, make_batch, make_program, objective_config
-from tiny_config import get_config
+from two_batches import logged, run_config
 
 from vlp_jax.compress.buckets import Bucket, StepBucket
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch, make_mesh
-from vlp_jax.infra.metrics import read_metrics
 from vlp_jax.train.loop import train
 from vlp_jax.train.setup import prepare
 from vlp_jax.train.watch import ALARM, alarmed, first_watched, watch
@@ -221,31 +220,6 @@ def test_moved_weights_are_those_of_the_gradient(alone):
     chex.assert_trees_all_close(jax.device_get(grads), expected, atol=2e-6, rtol=1e-5)
 
 
-def run_config(**overrides: Any) -> Any:
-    """A run that reads two batches: AR on pairs, and on as many other captions of its own."""
-    config = get_config()
-    with config.unlocked():
-        config.objectives = {"ar": {"type": "ar"}, "other": {"type": "ar", "batch": "text"}}
-        config.data.sources.captions = {
-            "type": "scenes",
-            "level": "easy",
-            "num_records": 256,
-            "batch": "text",
-        }
-        config.data.batches.text = {"batch_size": 8}
-        config.evals = {}
-    config.checkpoint.best_metric = ""
-    config.optim.ema_decay = 0.0
-    config.total_steps = 12
-    config.checkpoint.every_steps = 6
-    config.update_from_flattened_dict(overrides)
-    return config
-
-
-def logged(workdir: Any) -> list[dict[str, float]]:
-    return [record for record in read_metrics(workdir) if "train/loss" in record]
-
-
 def test_a_run_reads_every_batch_in_every_update(tmp_path):
     setup = prepare(run_config(), tmp_path)
     assert setup.budget.batch_size == 24
@@ -302,10 +276,12 @@ def test_turns_in_proportion_follow_the_records(tmp_path):
     ],
 )
 def test_bad_sections_are_named(tmp_path, key, value, message):
-    config = run_config()
+    config_section = config = run_config()
     with config.unlocked():
         section, _, last = key.rpartition(".")
-        config.update_from_flattened_dict({section: {last: value}} if section else {key: value})
+        for part in section.split("."):
+            config_section = config_section[part] if part else config_section
+        config_section[last] = value
     with pytest.raises(ConfigError, match=message):
         prepare(config, tmp_path)
 

@@ -93,11 +93,17 @@ def view_of(bucket: Bucket | None, index: int = 0) -> View | None:
 StepBucket = tuple[tuple[str, Bucket], ...]
 
 
-def bucket_label(bucket: StepBucket) -> str:
-    """A short name of a step's sizes for logs: text length x image size of each named batch."""
+def bucket_label(bucket: StepBucket, named: bool = False) -> str:
+    """A short name of a step's sizes for logs: text length x image size of each named batch.
+
+    Args:
+        bucket: of the step.
+        named: begin each with the name of the batch.
+    """
     return "+".join(
-        "/".join((f"{sizes.text_length}x{sizes.image_size}", *(v.label for v in sizes.views)))
-        for _, sizes in bucket
+        (f"{name}:" if named else "")
+        + "/".join((f"{sizes.text_length}x{sizes.image_size}", *(v.label for v in sizes.views)))
+        for name, sizes in bucket
     )
 
 

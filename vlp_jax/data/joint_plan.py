@@ -17,7 +17,7 @@ same ones.
 
 import dataclasses
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -54,9 +54,14 @@ class JointPlan:
             raise ValueError(f"{len(self.plans)} batches in {most} sizes: both must be 1 or more")
         if len({plan.window_batches for plan in self.plans.values()}) > 1:
             raise ValueError("the plans of one run need windows of one length")
+        self._most, self._alternate = most, alternate
         self._turns = None if alternate is None or len(self.plans) == 1 else self._cycle(alternate)
         # int64 [C, batches], rising in every column
         self._chain = self._sizes_that_meet(most) if self._turns is None else np.empty((0, 0))
+
+    def part(self, names: Collection[str]) -> "JointPlan":
+        """The plan of updates that read these batches alone."""
+        return JointPlan({n: self.plans[n] for n in names}, self._most, self._alternate)
 
     def batches(self, t: int) -> dict[str, PlannedBatch]:
         """What is in every batch that update t reads, at the sizes of ``bucket(t)``.

@@ -55,6 +55,7 @@ def check_teachers(config: ConfigDict, evaluators: Mapping[str, Evaluator]) -> N
     """Refuse what would wait in vain for a figure that it learns from."""
     waiting = {f"objectives.{name}": m for name, m in learns_from(config.objectives).items()}
     waiting["mixture.metrics"] = tuple(config.mixture.metrics.values())
+    waiting["stages.metrics"] = tuple(config.stages.metrics)
     for key, metrics in waiting.items():
         for metric in metrics:
             evaluator = metric.partition("/")[0]
@@ -243,7 +244,8 @@ def completed(old: Mapping[str, Any]) -> dict[str, Any]:
         image = {key: default["model"]["image"][key] for key in ("positions", "drop_path")}
         model["image"] = {**image, **model["image"]}
     compression = {**default["compression"], **old.get("compression", {})}
-    found = {"mixture": default["mixture"], **old, "compression": compression}
+    came = {key: default[key] for key in ("mixture", "stages")}
+    found = {**came, **old, "compression": compression}
     if "data" in old:
         found["data"] = {"batches": {}, "alternate": "", **old["data"]}
     if "optim" in old:

@@ -33,6 +33,9 @@ is not here is an error that names it, whether it comes from the file or from a 
                     their records
     mixture         metrics (name of a batch -> a figure of an evaluator by which the weights of
                     batches move, see train.mixture; empty: they are fixed), strength, limit
+    stages          batches (names that each stage reads, joined by +; empty: all, throughout) and
+                    metrics (the figure by whose end of falling each but the last ends), patience
+                    (evaluations), min_change (see train.stages)
     tokenizer       path (a file or folder to load; empty: train on the captions), kind, vocab_size
     compression     which part of its images an update encodes, see train.bucket_schedule: buckets
                     (cheapest first), schedule (empty: whole images), costs (of an update in each,
@@ -120,6 +123,7 @@ def default_config(size: str = "tiny") -> ConfigDict:
                 "batches": {},
                 "alternate": "",
             },
+            "stages": {"batches": (), "metrics": (), "patience": 2, "min_change": 0.01},
             "mixture": {"metrics": {}, "strength": 1.0, "limit": 4.0},
             "tokenizer": {"path": "", "kind": "wordpiece", "vocab_size": 8192},
             "compression": {

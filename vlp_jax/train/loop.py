@@ -16,10 +16,8 @@ import jax
 import rich
 from absl import logging
 
-from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket, bucket_label
+from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket
 from vlp_jax.data.batch import HostBatch
-from vlp_jax.data.build import open_loader
-from vlp_jax.data.loader import JointLoader
 from vlp_jax.data.source import NothingReadable
 from vlp_jax.infra.checkpoint import Checkpoints
 from vlp_jax.infra.compilation import CompiledSteps, enable_compile_cache
@@ -39,9 +37,11 @@ from vlp_jax.train.facts import (
     write_bad_examples,
     write_facts,
 )
+from vlp_jax.train.feed import Feed
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import to_steps
-from vlp_jax.train.setup import Setup, plain
+from vlp_jax.train.setup import Setup, plain, sizes_of
+from vlp_jax.train.stages import stage_of
 from vlp_jax.train.step import StepFunction
 from vlp_jax.train.watch import alarmed
 
@@ -95,9 +95,8 @@ def train(setup: Setup) -> ExitCode:
         start = 0 if restored is None else restored.step
         if restored is not None:
             setup.check_same_data(restored.extra)
-        loader = stack.enter_context(
-            open_loader(config, setup.plan, range(start, program.longest), program.fields)
-        )
+        stage = 0 if restored is None else stage_of(restored.state.extras)
+        feed = stack.enter_context(Feed(setup, stage, start))
         profiler = stack.enter_context(
             ProfilerWindow(setup.workdir / PROFILE_FOLDER, **config.profile.to_dict())
         )
@@ -122,7 +121,7 @@ def train(setup: Setup) -> ExitCode:
             program.follow(state)
         peak = _matmul_peak()
         steps = _compile(setup, primary)
-        compiled = {bucket_label(key): seconds for key, seconds in steps.seconds.items()}
+        compiled = {program.label(key): seconds for key, seconds in steps.seconds.items()}
         if setup.decider is not None:
             setup.decider.compile()
             compiled["decisions"] = setup.decider.compile_seconds
@@ -133,7 +132,7 @@ def train(setup: Setup) -> ExitCode:
         write_facts(setup, facts | {"status": "running", "step": start}, primary)
         facts["status"] = "failed"  # unless the end of this function is reached
         stack.callback(lambda: write_facts(setup, facts, primary))
-        stack.callback(lambda: write_bad_examples(setup, loader.bad.places(), primary))
+        stack.callback(lambda: write_bad_examples(setup, feed.bad.places(), primary))
         writer = open_writer(
             setup.workdir,
             setup.total_steps,
@@ -158,6 +157,7 @@ def train(setup: Setup) -> ExitCode:
             evaluated = evaluate(setup, state, step, writer, guard)
             if evaluated:
                 state = program.observe(state, evaluated)
+                feed.move(stage_of(state.extras), step)
                 checkpoints.rank(step, ranked(setup, evaluated))
         # Without jit, the constants of a step are transfers.
         guarded = "allow" if config.debug else "disallow"
@@ -167,14 +167,14 @@ def train(setup: Setup) -> ExitCode:
                     state, values = setup.decider.decide(state, step)
                     writer.write(step, values)
             waiting = time.perf_counter()
-            host, planned = _next(loader), setup.plan.batches(step)
+            host, planned = _next(feed), feed.plan.batches(step)
             if step == start:
                 clock = Clock()  # until here reading began: nothing was trained
             else:
                 clock.waited += time.perf_counter() - waiting
             batches = program.batches(host)
-            sizes, moment = setup.plan.bucket(step), program.moment(step)
-            bucket = program.bucket(sizes, step)
+            bucket = program.bucket(feed.plan.bucket(step), step)
+            moment = program.moment(step)
             with profiler.step(step), jax.transfer_guard(guarded):
                 state, metrics = steps[bucket](state, batches, moment)
             clock.count(bucket, planned)
@@ -196,8 +196,9 @@ def train(setup: Setup) -> ExitCode:
                     {f"train/{name}": value for name, value in values.items()}
                     | clock.speed(program, peak)
                     | {"memory/peak_bytes": used.peak, "memory/in_use_bytes": used.in_use}
-                    | {"data/fingerprint": float(setup.plan.fingerprint(step - 1))}
-                    | _compression(program, step - 1),
+                    | {"data/fingerprint": float(feed.plan.fingerprint(step - 1))}
+                    | _compression(program, step - 1)
+                    | ({"data/stage": float(feed.stage)} if program.stages else {}),
                 )
                 trained += clock.seconds
                 clock = Clock()
@@ -206,6 +207,7 @@ def train(setup: Setup) -> ExitCode:
                 evaluated = evaluate(setup, state, step, writer, guard)
                 if evaluated:
                     state = program.observe(state, evaluated)
+                    feed.move(stage_of(state.extras), step)
                 if evaluated is not None and step < setup.total_steps:
                     scores = ranked(setup, evaluated)
                     if is_save_due(step, saved, save_every, bool(scores), ranks_every):
@@ -228,7 +230,7 @@ def train(setup: Setup) -> ExitCode:
             "step": step,
             "end": now(),
             "total_steps": setup.total_steps,
-            "bad_examples": dict(loader.bad.counts + collections.Counter(facts["bad_examples"])),
+            "bad_examples": dict(feed.bad.counts + collections.Counter(facts["bad_examples"])),
         }
     if primary:
         report = write_report(setup.workdir)
@@ -243,14 +245,14 @@ def train(setup: Setup) -> ExitCode:
     return ExitCode.PREEMPTED if preempted else ExitCode.OK
 
 
-def _next(loader: JointLoader) -> dict[str, HostBatch]:
+def _next(feed: Feed) -> dict[str, HostBatch]:
     """The next batches, by name.
 
     Raises:
         RunStopped: nothing of a source can be read.
     """
     try:
-        return next(loader)
+        return next(feed)
     except NothingReadable as error:
         raise RunStopped(ExitCode.TOO_MANY_BAD_EXAMPLES, str(error)) from error
 
@@ -265,9 +267,9 @@ def _compile(setup: Setup, primary: bool) -> CompiledSteps[StepBucket, StepFunct
 
     def done(key: StepBucket) -> None:
         if primary and not debug:
-            print(f"compiled bucket {bucket_label(key)} in {steps.seconds[key]:.1f} s", flush=True)
+            print(f"compiled bucket {program.label(key)} in {steps.seconds[key]:.1f} s", flush=True)
 
-    steps.compile(program.buckets(setup.plan.buckets()), lower, done)
+    steps.compile(program.buckets(sizes_of(setup.plans)), lower, done)
     return steps
 
 

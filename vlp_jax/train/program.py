@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vlp_jax.compress.buckets import Bucket, StepBucket, Views, view_of
+from vlp_jax.compress.buckets import Bucket, StepBucket, Views, bucket_label, view_of
 from vlp_jax.data.batch import Batch, HostBatch, batch_spec
 from vlp_jax.data.build import batch_fields
 from vlp_jax.data.named import batch_section
@@ -26,6 +26,7 @@ from vlp_jax.train.bucket_schedule import Resolved, resolve
 from vlp_jax.train.mixture import Mixture
 from vlp_jax.train.optim import optimizer
 from vlp_jax.train.schedule import TEXT_LENGTH, Budget, learning_rate
+from vlp_jax.train.stages import Stages
 from vlp_jax.train.state import TrainState
 from vlp_jax.train.step import (
     GradientFunction,
@@ -52,6 +53,7 @@ class Program:
         batch_sizes: rows of every named batch.
         fields: the arrays of every named batch, see ``data.batch``.
         mixture: by which the weights of batches change; None: they are fixed.
+        stages: of the run; None: it has one.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Program:
             check_batch_size(mesh, section.batch_size, config.optim.accumulation, section.key)
         self.batch_sizes = {name: section.batch_size for name, section in sections.items()}
         self.mixture = Mixture.of(config.mixture, self.batch_names)
+        self.stages = Stages.of(config.stages, self.batch_names)
         self._batch_weights = {name: section.weight for name, section in sections.items()}
         self.fields = {name: self._fields(name) for name in self.batch_names}
         self.compression = kept or dataclasses.replace(
@@ -127,6 +130,7 @@ class Program:
             ema=self.config.optim.ema_decay > 0,
             decisions=self.compression.decisions,
             mixture=self.mixture,
+            stages=self.stages,
         )
 
     @property
@@ -243,6 +247,10 @@ class Program:
             views.add(())
         return tuple(self.with_views(sizes, some) for some in sorted(views) for sizes in planned)
 
+    def label(self, bucket: StepBucket) -> str:
+        """A short name of a bucket, with those of its batches if the run has several."""
+        return bucket_label(bucket, named=len(self.batch_names) > 1)
+
     def follow(self, state: TrainState) -> None:
         """Take up what the state has decided of an online schedule."""
         if not self.compression.decisions:
@@ -284,7 +292,7 @@ class Program:
         return {o.name: o.served for o in self.objectives if o.served}
 
     def observe(self, state: TrainState, values: Mapping[str, float]) -> TrainState:
-        """Let objectives and the mixture learn from an evaluation: extras, where they belong.
+        """Let objectives, mixture and stages learn from an evaluation: extras, where they belong.
 
         Args:
             state: between two updates.
@@ -292,10 +300,11 @@ class Program:
         """
         extras = state.extras["objectives"]
         moved = {}
-        if self.mixture is not None:
-            old = state.extras["mixture"]
-            new = self.mixture.observe(old, values)
-            moved["mixture"] = jax.device_put(new, jax.tree.map(lambda leaf: leaf.sharding, old))
+        for name, learner in (("mixture", self.mixture), ("stage", self.stages)):
+            if learner is not None:
+                old = state.extras[name]
+                new = learner.observe(old, values)
+                moved[name] = jax.device_put(new, jax.tree.map(lambda leaf: leaf.sharding, old))
         seen = {
             o.name: jax.tree.map(
                 lambda new, old: jax.device_put(new, old.sharding),

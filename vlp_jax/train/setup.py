@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS
+from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS, StepBucket
 from vlp_jax.data.build import build_plan, build_tokenizer
 from vlp_jax.data.guarded import Guarded, keep_guarded, kept_guarded, read_guarded
 from vlp_jax.data.joint_plan import JointPlan
@@ -68,6 +68,7 @@ class Setup:
         tokenizer: loaded or trained; kept in the workdir and in every checkpoint.
         sources: training sources by name.
         plan: of the training batches.
+        plans: of the batches that each stage reads; of a run without stages, that plan alone.
         budget: examples of an update, epoch and total steps.
         program: the update.
         evaluators: by name.
@@ -87,6 +88,7 @@ class Setup:
     tokenizer: Tokenizer
     sources: dict[str, Source]
     plan: JointPlan
+    plans: tuple[JointPlan, ...]
     budget: Budget
     program: Program
     evaluators: dict[str, Evaluator]
@@ -227,13 +229,15 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     check_batches(program.objectives, plan.plans)
     # From here on, its length is the updates that the budget buys.
     budget = dataclasses.replace(budget, total_steps=program.schedule.total_steps)
-    buckets = program.buckets(plan.buckets())
+    stages = program.stages.batches if program.stages else (tuple(plan.plans),)
+    plans = tuple(plan.part(names) for names in stages)
+    buckets = program.buckets(sizes_of(plans))
     if len(buckets) > MAX_SCHEDULED_BUCKETS:
         raise ConfigError(
             "compression.buckets" if program.schedule.compresses else "data.text_edges",
             f"a run compiles at most {MAX_SCHEDULED_BUCKETS} buckets, not {len(buckets)}: "
-            f"{len(plan.buckets())} text lengths with each of "
-            f"{len(buckets) // len(plan.buckets())} views",
+            f"{len(sizes_of(plans))} text lengths with each of "
+            f"{len(buckets) // len(sizes_of(plans))} views",
             "Give fewer",
         )
     check_classes(sources, program.objectives)
@@ -271,6 +275,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         tokenizer,
         sources,
         plan,
+        plans,
         budget,
         program,
         evaluators,
@@ -283,6 +288,11 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         unknown,
         Decider(program, plan) if program.compression.decisions else None,
     )
+
+
+def sizes_of(plans: Sequence[JointPlan]) -> tuple[StepBucket, ...]:
+    """The sizes of batches that can occur in any stage, each once."""
+    return tuple(dict.fromkeys(sizes for plan in plans for sizes in plan.buckets()))
 
 
 def with_durations(section: ConfigDict) -> ConfigDict:
@@ -388,7 +398,8 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
 
 def _learns(config: ConfigDict) -> bool:
     """Whether what a run computes depends on its evaluators."""
-    return any(learns_from(config.objectives).values()) or bool(config.mixture.metrics)
+    learns = any(learns_from(config.objectives).values())
+    return learns or bool(config.mixture.metrics) or bool(config.stages.metrics)
 
 
 def _write_config(config: ConfigDict, workdir: pathlib.Path, begun: bool) -> None:

@@ -25,6 +25,7 @@ from vlp_jax.objectives.base import (
 )
 from vlp_jax.train.mixture import Mixture, mixture_metrics
 from vlp_jax.train.optim import global_norm, moving_average
+from vlp_jax.train.stages import Stages
 from vlp_jax.train.state import TrainState
 from vlp_jax.train.watch import first_watched, watch
 
@@ -76,6 +77,7 @@ def init_state(
     ema: bool,
     decisions: int = 0,
     mixture: Mixture | None = None,
+    stages: Stages | None = None,
 ) -> TrainState:
     """A fresh state. Objectives that share a module agree on its parameters.
 
@@ -90,6 +92,7 @@ def init_state(
         ema: whether to keep a moving average of the parameters.
         decisions: of an online schedule of buckets.
         mixture: by which the weights of batches change; None: they are fixed.
+        stages: of the run; None: it has one.
     """
     init_rng, run_rng = jax.random.split(rng)
     params: dict[str, Any] = {}
@@ -107,6 +110,7 @@ def init_state(
             **({"decided": jnp.full(decisions, -1, jnp.int32)} if decisions else {}),
             **({"watched": first_watched(batch_specs)} if len(batch_specs) > 1 else {}),
             **({"mixture": mixture.init()} if mixture else {}),
+            **({"stage": stages.init()} if stages else {}),
             **{name: jnp.zeros((), jnp.int32) for name in counters},
         },
         opt_state=optimizer_of(params).init(params),
