@@ -42,7 +42,11 @@ from vlp_jax.models.decoding import (
 from vlp_jax.models.flops import text_flops, tower_flops, vocabulary_flops
 from vlp_jax.models.masks import forward_mask
 from vlp_jax.models.sizes import build_model
-from vlp_jax.models.vision_language import VisionLanguageConfig, VisionLanguageModel
+from vlp_jax.models.vision_language import (
+    VisionLanguageConfig,
+    VisionLanguageModel,
+    two_stacks,
+)
 from vlp_jax.transfer.generate import Search, greedy_search
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration to measure")
@@ -77,7 +81,9 @@ def bench_generate(
     """
     check_length("max_length", max_length, config.model.text.max_positions)
     size = config.data.image_size
-    model = build_model(config.model, config.tokenizer.vocab_size, MASK, size)
+    model = two_stacks(
+        build_model(config.model, config.tokenizer.vocab_size, MASK, size), "generating"
+    )
     pixels = np.random.default_rng(config.seed).integers(
         0, 256, (batch, size, size, 3), dtype=np.uint8
     )

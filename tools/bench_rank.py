@@ -51,9 +51,15 @@ from vlp_jax.infra.compilation import set_gpu_flags
 from vlp_jax.infra.hardware import device_facts
 from vlp_jax.infra.mesh import make_mesh
 from vlp_jax.models.decoding import project_image_flops
-from vlp_jax.models.flops import block_flops, image_flops
+from vlp_jax.models.flops import (
+    image_feature_flops,
+    image_flops,
+    image_input_flops,
+    lower_flops,
+    text_feature_flops,
+)
 from vlp_jax.models.sizes import build_model
-from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.models.vision_language import VisionLanguageModel, two_stacks
 from vlp_jax.objectives.base import Params, encode_image
 from vlp_jax.objectives.contrastive import ITC, ITM
 from vlp_jax.objectives.readout import EncodedText, Kind
@@ -152,24 +158,21 @@ def encode_flops(itm: ITM, text_length: int) -> tuple[float, float]:
     """FLOPs of encoding one image and one text once, for embedding and for matching."""
     c = itm.model.config
     head = 2.0 * c.text.width * itm.itc.embedding_dim
-    lower = c.lower_depth * block_flops(c.text, text_length, text_length)
-    return image_flops(c) + head, (1 + _streams(itm)) * lower + head
+    lower = lower_flops(c, text_length, itm.reader.streams)
+    image = image_flops(c) + image_feature_flops(c)
+    return image + head, text_feature_flops(c, text_length) + lower + head
 
 
 def pair_flops(itm: ITM, text_length: int) -> tuple[float, float]:
     """FLOPs of matching one pair: with both sides encoded before, and from pixels and tokens."""
-    c = itm.model.config
+    c = two_stacks(itm.model, "this benchmark").config
     tower = image_flops(c)
-    projection = 2.0 * c.image.tokens * c.image.width * c.text.width
-    lower = _streams(itm) * c.lower_depth * block_flops(c.text, text_length, text_length)
+    projection = tower - image_input_flops(c)
+    lower = lower_flops(c, text_length, itm.reader.streams)
     pair = itm.reader.flops(c, text_length) - projection - lower
     # The texts of a group share keys and values of the image in every block of the upper half.
     shared = project_image_flops(c) * (1 - 1 / TEXTS_AT_ONCE)
     return pair - shared, tower + lower + pair
-
-
-def _streams(itm: ITM) -> int:
-    return 2 if itm.readout == "query" else 1
 
 
 def _random_set(config: Any, images: int, sizes: Sizes) -> Set:

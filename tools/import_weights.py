@@ -41,6 +41,7 @@ from vlp_jax.models.pretrained import (
     save_parameters,
 )
 from vlp_jax.models.sizes import build_model
+from vlp_jax.models.vision_language import two_stacks
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import Budget
 from vlp_jax.train.setup import plain
@@ -91,7 +92,8 @@ def import_weights(
         parts["image"] = convert_image(read_weights(vision), model.config, fed, trained)
     if text and library:
         special_ids = {role: getattr(library, f"{role}_id") for role in ("bos", "pad", "eos")}
-        parts["text"] = convert_text(read_weights(text), model.config, special_ids, mlm_head)
+        config_of_text = two_stacks(model, "an imported text encoder").config
+        parts["text"] = convert_text(read_weights(text), config_of_text, special_ids, mlm_head)
     shapes = _shapes(config, vocabulary)
     fitted = [part.fit(shapes) for part in parts.values()]
     metadata = Metadata(

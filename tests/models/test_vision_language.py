@@ -10,8 +10,9 @@ import pytest
 from tiny import IMAGE_SIZE, TOKENS, make_batch, tiny_model
 
 from vlp_jax.data.augment import normalize
+from vlp_jax.models.encoder import TextEmbedding, TextStates
 from vlp_jax.models.masks import forward_mask, reverse_mask, two_stream_mask
-from vlp_jax.models.vision_language import TextEmbedding, TextStates, VisionLanguageModel
+from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.models.vit import ViT
 
 LENGTHS = [12, 9, 5, 2]

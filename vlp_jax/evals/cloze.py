@@ -27,7 +27,7 @@ from vlp_jax.infra.artifacts import Card, Gallery, Picture, Span, SpanKind
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch, replicated
 from vlp_jax.models.masks import two_stream_mask
-from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.models.vision_language import VisionLanguageModel, two_stacks
 from vlp_jax.objectives.base import Params
 from vlp_jax.objectives.flm import FLM, visible_mask
 
@@ -88,7 +88,7 @@ class Cloze:
         self._context = context
         self._name = name
         self._rate = rate
-        self._model = context.objective(name, objective, FLM).model
+        self._model = two_stacks(context.objective(name, objective, FLM).model, f"evals.{name}")
         self._set = FixedSet.one_batch(context, name, source, split, num_examples)
         classes = self._set.source.word_classes().values()
         self._classes = tuple(sorted({*classes} - {"function"}))

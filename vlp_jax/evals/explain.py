@@ -30,7 +30,7 @@ from vlp_jax.evals.pictures import enlarge, heat_map
 from vlp_jax.infra.artifacts import Card, Gallery, Picture, Span
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch, replicated
-from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.models.vision_language import VisionLanguageModel, two_stacks
 from vlp_jax.objectives.base import Params
 from vlp_jax.objectives.classification import NLVR2, VQA, Classification, known_only
 
@@ -87,6 +87,7 @@ class Explain:
         self.figures: tuple[str, ...] = ("agreement",)
         self._context, self._name = context, name
         self._objective = context.objective(name, objective, Classification)
+        two_stacks(self._objective.model, f"evals.{name}")
         if isinstance(self._objective, NLVR2):
             raise ConfigError(
                 f"evals.{name}.objective", f"{objective!r} reads two images", "Use a task with one"

@@ -19,6 +19,16 @@ def dropout_noise(rng: jax.Array) -> jax.Array:
     return jax.random.bits(rng, (2,), jnp.uint32)
 
 
+def noise_of(noise: jax.Array | None, part: str) -> jax.Array | None:
+    """The noise of one of several passes through the same places of a model; None for None.
+
+    Args:
+        noise: uint32 [2] from ``dropout_noise``.
+        part: name of the pass; no two passes of an update share one.
+    """
+    return None if noise is None else noise ^ jnp.uint32(zlib.crc32(part.encode()))
+
+
 def dropout(x: jax.Array, rate: float, noise: jax.Array, site: str) -> jax.Array:
     """Zero each element with probability ``rate`` and scale the others by 1 / (1 - rate).
 

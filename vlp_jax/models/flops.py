@@ -5,9 +5,11 @@ lowered module's own count in ``tests/models/test_flops.py``.
 """
 
 from vlp_jax.compress.buckets import View
+from vlp_jax.models.encoder import EncoderConfig
 from vlp_jax.models.image_tower import ImageTowerConfig
 from vlp_jax.models.layers import BlockConfig
 from vlp_jax.models.resnet import ResNetConfig
+from vlp_jax.models.shared import SharedConfig
 from vlp_jax.models.vision_language import VisionLanguageConfig
 from vlp_jax.models.vit import CONV_STRIDE, ViTConfig
 
@@ -33,8 +35,8 @@ def block_flops(
     return 2.0 * macs
 
 
-def vit_flops(config: ViTConfig, view: View | None = None) -> float:
-    """Forward FLOPs of an image tower for one image, or for what a view encodes of it."""
+def stem_flops(config: ViTConfig, view: View | None = None) -> float:
+    """Forward FLOPs of embedding one image, or what a view encodes of it."""
     width, view = config.block.width, view or config.view
     stem = 0.0
     patch, channels = view.patch_size, 3
@@ -45,8 +47,13 @@ def vit_flops(config: ViTConfig, view: View | None = None) -> float:
             stem += 2.0 * side * side * 9 * inputs * features
             inputs = features
         patch, channels = patch // CONV_STRIDE, inputs
-    stem += 2.0 * view.kept * patch * patch * channels * width
-    return stem + config.depth * block_flops(config.block, view.tokens, view.tokens)
+    return stem + 2.0 * view.kept * patch * patch * channels * width
+
+
+def vit_flops(config: ViTConfig, view: View | None = None) -> float:
+    """Forward FLOPs of an image tower for one image, or for what a view encodes of it."""
+    tokens = (view or config.view).tokens
+    return stem_flops(config, view) + config.depth * block_flops(config.block, tokens, tokens)
 
 
 def resnet_flops(config: ResNetConfig, view: View | None = None) -> float:
@@ -78,40 +85,101 @@ def tower_flops(config: ImageTowerConfig, view: View | None = None) -> float:
     return vit_flops(config, view)
 
 
-def image_flops(config: VisionLanguageConfig, view: View | None = None) -> float:
-    """Forward FLOPs of encoding one image: the tower, and the projection of its tokens."""
+def image_flops(config: EncoderConfig, view: View | None = None) -> float:
+    """Forward FLOPs of ``encode_image`` for one image.
+
+    Of two stacks: the tower, and the projection of its tokens. Of a shared one: the patches.
+    """
+    if isinstance(config, SharedConfig):
+        return stem_flops(config.image, view)
     image = config.image
     projection = 2.0 * (view or image.view).tokens * image.width * config.text.width
     return tower_flops(image, view) + projection
 
 
+def image_input_flops(config: EncoderConfig, view: View | None = None) -> float:
+    """Of ``image_flops``, what ``text_flops`` does not count: all but the projection."""
+    if isinstance(config, SharedConfig):
+        return stem_flops(config.image, view)
+    return tower_flops(config.image, view)
+
+
+def image_feature_flops(config: EncoderConfig, view: View | None = None) -> float:
+    """Forward FLOPs of ``image_feature`` for one image, which ``encode_image`` has encoded."""
+    if isinstance(config, SharedConfig):
+        return vit_flops(config.image, view) - stem_flops(config.image, view)
+    return 0.0
+
+
+def text_feature_flops(config: EncoderConfig, tokens: float) -> float:
+    """Forward FLOPs of ``text_feature`` for one text."""
+    if isinstance(config, SharedConfig):
+        return text_flops(config, tokens, streams=1, with_image=False)
+    return lower_flops(config, tokens, streams=1)
+
+
+def lower_flops(config: EncoderConfig, tokens: float, streams: int) -> float:
+    """Of ``text_flops``, what no image enters, and what a text needs once for several images."""
+    if isinstance(config, SharedConfig):
+        return 0.0  # a look-up
+    two = _of_two_stacks(config)
+    return two.lower_depth * block_flops(two.text, streams * tokens, tokens)
+
+
 def text_flops(
-    config: VisionLanguageConfig, tokens: float, streams: int, view: View | None = None
+    config: EncoderConfig,
+    tokens: float,
+    streams: int,
+    view: View | None = None,
+    *,
+    joint: bool = False,
+    with_image: bool = True,
 ) -> float:
-    """Forward FLOPs of both halves of the text stack for one example.
+    """Forward FLOPs of the text stack for one example, both halves where there are two.
+
+    Of a shared stack with an image: also what it makes of the image.
 
     Args:
         config: geometry.
         tokens: of the text.
         streams: of the text.
         view: what is encoded of the image; None: everything.
+        joint: whether the streams are bidirectional; in a shared stack each is one sequence with
+            the image then.
+        with_image: False: the text alone, which a shared stack reads.
     """
-    text, image = config.text, config.image
-    rows, image_tokens = streams * tokens, (view or image.view).tokens
-    projections = 2.0 * text.width * (rows * text.width + image_tokens * image.width)
-    lower = config.lower_depth * block_flops(text, rows, tokens)
-    upper = config.upper_depth * block_flops(text, rows, tokens, image_tokens)
-    return projections + lower + upper
+    text, rows = config.text, streams * tokens
+    image_tokens = (view or config.image.view).tokens
+    if isinstance(config, SharedConfig):
+        if not with_image:
+            return config.depth * block_flops(text, rows, tokens)
+        both = image_tokens + tokens
+        if joint:
+            return config.depth * block_flops(text, streams * both, both)
+        image = (config.depth - 1) * block_flops(text, image_tokens, image_tokens)
+        read = 2.0 * image_tokens * 2 * text.width**2  # its keys and values in the last block
+        return image + read + config.depth * block_flops(text, rows, both)
+    two = _of_two_stacks(config)
+    projections = 2.0 * text.width * (rows * text.width + image_tokens * two.image.width)
+    upper = two.upper_depth * block_flops(text, rows, tokens, image_tokens)
+    return projections + lower_flops(two, tokens, streams) + upper
 
 
-def reconstructor_flops(config: VisionLanguageConfig, queries: float, keys: float) -> float:
+def reconstructor_flops(config: EncoderConfig, queries: float, keys: float) -> float:
     """Forward FLOPs of the reconstructor for ``queries`` queries over ``keys`` states."""
     text = config.text
-    projection = 2.0 * queries * text.width * text.width
+    shared = isinstance(config, SharedConfig)  # no second half to be projected into
+    projection = 0.0 if shared else 2.0 * queries * text.width * text.width
     return projection + config.reconstructor_depth * block_flops(text, queries, context_keys=keys)
 
 
-def vocabulary_flops(config: VisionLanguageConfig, rows: float) -> float:
+def vocabulary_flops(config: EncoderConfig, rows: float) -> float:
     """Forward FLOPs of the vocabulary head for ``rows`` predictions."""
     width = config.text.width
     return 2.0 * rows * width * (width + config.padded_vocab_size)
+
+
+def _of_two_stacks(config: EncoderConfig) -> VisionLanguageConfig:
+    if not isinstance(config, VisionLanguageConfig):
+        raise TypeError(f"no formula for a {type(config).__name__}")
+    return config

@@ -311,6 +311,8 @@ class Block(nn.Module):
         context_mask: jax.Array | None = None,
         noise: Noise = None,
         tokens: int | None = None,
+        own: KeyValue | None = None,
+        beside: KeyValue | None = None,
     ) -> jax.Array:
         """Apply the block.
 
@@ -321,19 +323,32 @@ class Block(nn.Module):
             context_mask: bool [B or 1, S * N or N, K].
             noise: of the dropout, or None.
             tokens: real ones of a stream, those beyond are padding; None: all.
+            own: ``project(x)``, where it was made before.
+            beside: of ``project``, [B, K, H, d]: other tokens of an example, which self-attention
+                of every stream reads beside the stream's own. None: there are none.
 
         Returns:
             Same shape as ``x``.
         """
         if self.self_attention:
             h = self._enter("self_attention", x)
-            out = self.attend_self(h, None, mask, noise, tokens)
+            if own is None and beside is None:
+                out = self.attend_self(h, None, mask, noise, tokens)
+            else:
+                read = self.attend_self.project(h) if own is None else own
+                if beside is not None:
+                    read, mask = _read_beside(read, beside, mask)
+                out = self.attend_self.read(h, read, mask, noise)
             x = self._leave("self_attention", x, out, noise)
         if self.cross_attention:
             if context is None:
                 raise ValueError("a block with cross-attention needs a context")
             x = self._read_context(x, self.project_context(context), context_mask, noise)
         return self._feed_forward(x, noise)
+
+    def project(self, x: jax.Array) -> KeyValue:
+        """What self-attention reads of tokens: [..., N, D] -> [..., N, H, d] each."""
+        return self.attend_self.project(self._enter("self_attention", x))
 
     def project_context(self, context: jax.Array) -> KeyValue:
         """What cross-attention reads of a context: [B, K, D] -> [B, K, H, d] each."""
@@ -398,6 +413,21 @@ class Block(nn.Module):
 
     def _norm(self, branch: str) -> nn.LayerNorm:
         return getattr(self, f"{branch}_norm")
+
+
+def _read_beside(
+    own: KeyValue, beside: KeyValue, mask: jax.Array | None
+) -> tuple[KeyValue, jax.Array | None]:
+    """Keys and values of both, the others' first, and a mask that hides none of the others'."""
+    if own.key.ndim > beside.key.ndim:  # the same for every stream
+        beside = KeyValue(
+            *(jnp.broadcast_to(x[:, None], (*own.key.shape[:2], *x.shape[1:])) for x in beside)
+        )
+    read = KeyValue(*(jnp.concatenate(pair, axis=-3) for pair in zip(beside, own, strict=True)))
+    if mask is not None:
+        seen = jnp.ones((*mask.shape[:-1], beside.key.shape[-3]), jnp.bool_)
+        mask = jnp.concatenate([seen, mask], axis=-1)
+    return read, mask
 
 
 def norm(config: BlockConfig, name: str | None = None) -> nn.LayerNorm:

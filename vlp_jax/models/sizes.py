@@ -1,17 +1,22 @@
 """Named sizes, and the way from a config to a model."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vlp_jax.models.image_tower import ImageTowerConfig
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.layers import BlockConfig
 from vlp_jax.models.resnet import ResNetConfig
+from vlp_jax.models.shared import SharedConfig, SharedModel
 from vlp_jax.models.vision_language import VisionLanguageConfig, VisionLanguageModel
 from vlp_jax.models.vit import ViTConfig
+
+TWO_STACKS, SHARED = "two_stacks", "shared"  # ``model.type``; the first where there is none
 
 _SIZES: dict[str, dict[str, dict[str, Any]]] = {
     # For CPUs: the demo and the tests.
@@ -115,12 +120,26 @@ _RESNETS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+# One stack for both modalities (fact sheet of MoMo, section 1): heads, width, depth, patch size,
+# and the depth of the reconstructor, which only FLM and its readout have.
+_SHARED: dict[str, tuple[int, int, int, int, int]] = {
+    "shared_tiny": (4, 128, 4, 4, 2),
+    "shared_mini": (4, 256, 6, 8, 3),
+    "shared_small": (6, 384, 12, 8, 6),
+    "shared_base": (12, 768, 12, 16, 6),
+    "shared_large": (16, 1024, 24, 16, 12),
+}
+
+
 def model_config(size: str) -> ConfigDict:
     """The explicit geometry of a named size, to be changed key by key.
 
     Args:
         size: ``tiny``, ``mini``, ``small`` or ``base``; ``resnet18`` or ``resnet50``, whose image
-            tower is a ResNet and serves the objectives of images alone.
+            tower is a ResNet and serves the objectives of images alone; ``shared_tiny``,
+            ``shared_mini``, ``shared_small``, ``shared_base`` or ``shared_large``, whose one stack
+            reads images and texts (``type="shared"``). There `image` is the stack, and `text` what
+            texts have beside it.
 
     Raises:
         ValueError: the size is none of these.
@@ -130,8 +149,11 @@ def model_config(size: str) -> ConfigDict:
         config = model_config(text)
         config.image = ConfigDict({"type": "resnet", **image})
         return config
+    if size in _SHARED:
+        return _shared_config(*_SHARED[size])
     if size not in _SIZES:
-        raise ValueError(f"model size {size!r} is none of {sorted([*_SIZES, *_RESNETS])}")
+        known = sorted([*_SIZES, *_RESNETS, *_SHARED])
+        raise ValueError(f"model size {size!r} is none of {known}")
     chosen = _SIZES[size]
     block = {"norm_eps": 1e-5, "activation": "gelu", "dropout": 0.0}
     return ConfigDict(
@@ -152,9 +174,62 @@ def model_config(size: str) -> ConfigDict:
     )
 
 
-def build_model(
-    config: ConfigDict, vocab_size: int, mask_id: int, image_size: int
-) -> VisionLanguageModel:
+def _shared_config(
+    heads: int, width: int, depth: int, patch_size: int, reconstructor: int
+) -> ConfigDict:
+    return ConfigDict(
+        {
+            "type": SHARED,
+            "dtype": "bfloat16",
+            "attention": "auto",
+            "image": {
+                "norm_eps": 1e-6,  # as of ViT and MAE, whose weights fit
+                "activation": "gelu",
+                "dropout": 0.0,
+                "stem": "patch",
+                "pre_norm": False,
+                "positions": "sincos",
+                "drop_path": 0.0,
+                "width": width,
+                "heads": heads,
+                "mlp_width": 4 * width,
+                "depth": depth,
+                "patch_size": patch_size,
+            },
+            "text": {"max_positions": 512, "tied": True},
+            "reconstructor": {"depth": reconstructor},
+        }
+    )
+
+
+def kind_of(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Which stacks ``config.model`` describes, and which image tower.
+
+    Configs of earlier checkpoints do not say: two stacks, and a vision transformer.
+
+    Raises:
+        ConfigError: a type is unknown.
+    """
+    stacks = config.get("type", TWO_STACKS)
+    if stacks not in (TWO_STACKS, SHARED):
+        raise ConfigError("model.type", f"{stacks!r}", f"Use {TWO_STACKS!r} or {SHARED!r}")
+    tower = config.get("image", {}).get("type", "vit")
+    towers = ("vit",) if stacks == SHARED else ("vit", "resnet")
+    if tower not in towers:
+        raise ConfigError("model.image.type", f"{tower!r}", f"Use {' or '.join(map(repr, towers))}")
+    return stacks, tower
+
+
+def known_keys(config: Mapping[str, Any]) -> ConfigDict:
+    """A geometry of the same kind as ``config.model``: its keys are those that one may have."""
+    stacks, tower = kind_of(config)
+    size = "shared_tiny" if stacks == SHARED else {"vit": "tiny", "resnet": "resnet18"}[tower]
+    known = model_config(size)
+    known.type, known.image.type = stacks, tower
+    return known
+
+
+def build_model(config: ConfigDict, vocab_size: int, mask_id: int, image_size: int) -> Encoder:
     """Build the module a config describes.
 
     Args:
@@ -172,15 +247,7 @@ def build_model(
         values = {key: value for key, value in section.items() if key in shared}
         return BlockConfig(**values, attention=config.attention, dtype=jnp.dtype(config.dtype))
 
-    def tower(section: ConfigDict) -> ImageTowerConfig:
-        # Configs of earlier checkpoints have neither a type nor positions.
-        kind = section.get("type", "vit")
-        if kind == "resnet":
-            values = {key: value for key, value in section.items() if key != "type"}
-            values["stages"] = tuple(section.stages)
-            return ResNetConfig(image_size, dtype=jnp.dtype(config.dtype), **values)
-        if kind != "vit":
-            raise ValueError(f"model.image.type={kind!r} is neither 'vit' nor 'resnet'")
+    def vit(section: ConfigDict, modality: bool) -> ViTConfig:
         return ViTConfig(
             block=block(section),
             depth=section.depth,
@@ -188,12 +255,30 @@ def build_model(
             image_size=image_size,
             stem=section.stem,
             pre_norm=section.pre_norm,
-            positions=section.get("positions", "learned"),
+            positions=section.get("positions", "learned"),  # earlier checkpoints do not say
+            modality=modality,
         )
 
+    def resnet(section: ConfigDict) -> ResNetConfig:
+        values = {key: value for key, value in section.items() if key != "type"}
+        values["stages"] = tuple(section.stages)
+        return ResNetConfig(image_size, dtype=jnp.dtype(config.dtype), **values)
+
+    stacks, tower = kind_of(config)
+    if stacks == SHARED:
+        return SharedModel(
+            SharedConfig(
+                image=vit(config.image, modality=True),
+                reconstructor_depth=config.reconstructor.depth,
+                vocab_size=vocab_size,
+                max_positions=config.text.max_positions,
+                mask_id=mask_id,
+                tied=config.text.tied,
+            )
+        )
     return VisionLanguageModel(
         VisionLanguageConfig(
-            image=tower(config.image),
+            image=resnet(config.image) if tower == "resnet" else vit(config.image, modality=False),
             text=block(config.text),
             lower_depth=config.text.lower_depth,
             upper_depth=config.text.upper_depth,

@@ -41,6 +41,8 @@ class ViTConfig:
         pre_norm: a layer norm before the first block, as in CLIP.
         positions: ``learned`` (a table of the model's own grid, which includes the class token) or
             ``sincos`` (fixed, none for the class token).
+        modality: a learned vector is added to every token, which tells an image from a text where
+            one stack reads both.
     """
 
     block: BlockConfig
@@ -50,6 +52,7 @@ class ViTConfig:
     stem: Literal["patch", "conv"] = "patch"
     pre_norm: bool = False
     positions: Literal["learned", "sincos"] = "learned"
+    modality: bool = False
 
     def block_of(self, layer: int) -> BlockConfig:
         """What a block is: the probability to be left out rises linearly to the last one's."""
@@ -129,11 +132,26 @@ class ViTConfig:
 
 
 class ViT(nn.Module):
-    """Image tower: [B, S, S, 3] -> [B, I, D], the class token first."""
+    """Image tower: [B, S, S, 3] -> [B, I, D], the class token first.
+
+    Its two stages can be called by themselves: ``embed`` makes tokens of an image, and ``encode``
+    runs the blocks over tokens, wherever these come from.
+    """
 
     config: ViTConfig
 
-    @nn.compact
+    def setup(self) -> None:
+        """Name the blocks and the final norm; ``embed`` creates what it reads."""
+        c = self.config
+        for layer in range(c.depth):
+            setattr(self, f"block_{layer:02d}", Block(c.block_of(layer)))
+        self.norm = norm(c.block)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks, in their order."""
+        return tuple(getattr(self, f"block_{layer:02d}") for layer in range(self.config.depth))
+
     def __call__(
         self,
         image: jax.Array,
@@ -158,12 +176,27 @@ class ViT(nn.Module):
             ValueError: the images are of another size, or there are no keys to drop by.
         """
         del train
+        return self.encode(self.embed(image, view, keys), noise)
+
+    @nn.compact
+    def embed(
+        self, image: jax.Array, view: View | None = None, keys: jax.Array | None = None
+    ) -> jax.Array:
+        """Tokens of normalised images before the first block; arguments as of ``__call__``.
+
+        Returns:
+            [B, I, D], the class token first.
+
+        Raises:
+            ValueError: as ``__call__``.
+        """
         c = self.config
         block, view = c.block, view or c.view
         if image.shape[1:3] != (view.image_size, view.image_size):
             raise ValueError(f"images of {image.shape[1:3]} px for a view of {view.image_size} px")
         patches = self._patches(image.astype(block.dtype), view)
-        class_token = self.param("class_token", nn.initializers.normal(0.02), (1, 1, block.width))
+        small = nn.initializers.normal(0.02)
+        class_token = self.param("class_token", small, (1, 1, block.width))
         positions, class_position = self._positions(view)
         if view.kept < view.patches:
             if keys is None:
@@ -179,16 +212,28 @@ class ViT(nn.Module):
         first = class_token.astype(x.dtype) + class_position.astype(x.dtype)
         first = jnp.broadcast_to(first, (len(x), 1, block.width))
         x = jnp.concatenate([first, x + positions.astype(x.dtype)], axis=1)
+        if c.modality:
+            x = x + self.param("modality_embedding", small, (1, 1, block.width)).astype(x.dtype)
+        return norm(block, "pre_norm")(x) if c.pre_norm else x
+
+    def encode(self, tokens: jax.Array, noise: Noise = None) -> jax.Array:
+        """Run the blocks over tokens that all see one another: [B, I, D] -> [B, I, D].
+
+        Args:
+            tokens: of ``embed``.
+            noise: of the dropout, or None.
+
+        Returns:
+            After the final norm.
+        """
+        block, count = self.config.block, tokens.shape[1]
+        x = tokens
         if noise is None or not block.dropout:
-            length = padded_length(view.tokens, block.dtype, block.attention)
-            x = jnp.pad(x, ((0, 0), (0, length - view.tokens), (0, 0)))
-        if c.pre_norm:
-            x = norm(block, "pre_norm")(x)
-        for layer in range(c.depth):
-            x = Block(c.block_of(layer), name=f"block_{layer:02d}")(
-                x, noise=noise, tokens=view.tokens
-            )
-        return norm(block, "norm")(x[:, : view.tokens])
+            length = padded_length(count, block.dtype, block.attention)
+            x = jnp.pad(x, ((0, 0), (0, length - count), (0, 0)))
+        for layer in self.blocks:
+            x = layer(x, noise=noise, tokens=count)
+        return self.norm(x[:, :count])
 
     def _side(self, patch_size: int) -> int:
         """Side of a patch where it is projected."""

@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 from vlp_jax.data.batch import PAIRS
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.errors import ConfigError, section_arguments
+from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.image_tower import as_vit
-from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.models.vision_language import VisionLanguageModel, two_stacks
 from vlp_jax.objectives.base import Objective
 from vlp_jax.objectives.classification import NLVR2, VQA, Classification
 from vlp_jax.objectives.contrastive import ITC, ITM
@@ -46,7 +47,7 @@ _GIVEN = ("model", "name", "batch_name", "vocabulary", "itc")
 
 def build_objectives(
     config: ConfigDict,
-    model: VisionLanguageModel,
+    model: Encoder,
     vocabulary: Vocabulary,
 ) -> tuple[Objective, ...]:
     """The objectives of ``config.objectives``, sorted by name.
@@ -85,11 +86,16 @@ def learns_from(config: ConfigDict) -> dict[str, tuple[str, ...]]:
 
 
 def captioner(objective: Objective) -> VisionLanguageModel | None:
-    """The model whose forward stream an objective trains, for captions; None: it trains none."""
+    """The model whose forward stream an objective trains, for captions; None: it trains none.
+
+    Raises:
+        ConfigError: the model has no way to grow a text token by token.
+    """
+    reader = f"captioning by objectives.{objective.name}"
     if isinstance(objective, AR | PrefixLM):
-        return objective.model
+        return two_stacks(objective.model, reader)
     if isinstance(objective, FLM) and objective.loss_weights["forward"]:
-        return objective.model
+        return two_stacks(objective.model, reader)
     return None
 
 

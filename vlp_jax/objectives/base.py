@@ -9,9 +9,10 @@ import jax
 from vlp_jax.compress.buckets import Bucket, View, view_of
 from vlp_jax.data.augment import normalize, resize
 from vlp_jax.data.batch import Batch
+from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.dropout import dropout_noise
+from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.layers import Noise
-from vlp_jax.models.vision_language import VisionLanguageModel
 
 Params = Any  # nested dict of float32 arrays
 Extras = Any  # nested dict of whatever an objective carries beside its parameters
@@ -87,7 +88,7 @@ class Objective(Protocol):
     @property
     def served(self) -> str: ...  # noqa: D102
     @property
-    def image_encoder(self) -> VisionLanguageModel | None: ...  # noqa: D102
+    def image_encoder(self) -> Any: ...  # noqa: D102 (an ``Encoder`` or None)
     @classmethod
     def learns_from(cls, section: Mapping[str, Any]) -> tuple[str, ...]:
         """Figures of evaluators that ``observe`` waits for, such as ``reconstruction/0.3/loss``.
@@ -142,7 +143,7 @@ class Defaults:
     served: ClassVar[str] = ""
 
     @property
-    def image_encoder(self) -> VisionLanguageModel | None:
+    def image_encoder(self) -> Encoder | None:
         """No image is shared."""
         return None
 
@@ -218,9 +219,7 @@ def seen_part(
     return Seen(view, example_keys(key, batch["position"]))
 
 
-def encode_seen(
-    model: VisionLanguageModel, image: jax.Array, noise: Noise, seen: Seen | None
-) -> jax.Array:
+def encode_seen(model: Encoder, image: jax.Array, noise: Noise, seen: Seen | None) -> jax.Array:
     """Encode what is seen of the pixels: uint8 [B, H, W, 3] -> [B, I, D]."""
     pixels = normalize(image)
     if seen is None:
@@ -228,9 +227,7 @@ def encode_seen(
     return model.encode_image(resize(pixels, seen.view.image_size), noise, *seen)
 
 
-def image_tokens(
-    model: VisionLanguageModel, batch: Batch, noise: Noise, seen: Seen | None = None
-) -> jax.Array:
+def image_tokens(model: Encoder, batch: Batch, noise: Noise, seen: Seen | None = None) -> jax.Array:
     """Tokens of the batch's image: those that the update made for several objectives, or new ones.
 
     Args:
@@ -248,7 +245,7 @@ def image_tokens(
 
 
 def encode_image(
-    model: VisionLanguageModel,
+    model: Encoder,
     params: Params,
     batch: Batch,
     noise: Noise,
@@ -256,10 +253,29 @@ def encode_image(
 ) -> jax.Array:
     """``image_tokens`` by a model that is not bound."""
 
-    def forward(model: VisionLanguageModel) -> jax.Array:
+    def forward(model: Encoder) -> jax.Array:
         return image_tokens(model, batch, noise, seen)
 
     return nn.apply(forward, model)({"params": params})
+
+
+def check_image(name: str, with_image: bool, spec: Mapping[str, Any]) -> None:
+    """Refuse a batch without images for an objective that reads texts with theirs.
+
+    Args:
+        name: of the objective.
+        with_image: its key.
+        spec: of the batch.
+
+    Raises:
+        ConfigError: names the key and the remedy.
+    """
+    if with_image and "image" not in spec:
+        raise ConfigError(
+            f"objectives.{name}.with_image",
+            "True, but its batch has texts alone",
+            "Set it to False, or read a batch with images",
+        )
 
 
 def zeros(spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from vlp_jax.compress.buckets import Bucket, view_of
 from vlp_jax.data.batch import PAIRS, Batch
 from vlp_jax.infra.errors import ConfigError
-from vlp_jax.models.flops import block_flops, tower_flops
+from vlp_jax.models.encoder import Encoder
+from vlp_jax.models.flops import image_input_flops, lower_flops
 from vlp_jax.models.heads import ClassificationHead, apply_head
-from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import (
     Defaults,
     Extras,
@@ -49,7 +49,7 @@ class Classifier(Defaults):
         batch_name: named batch it reads.
     """
 
-    model: VisionLanguageModel
+    model: Encoder
     name: str
     num_classes: int
     batch_name: str = PAIRS
@@ -129,7 +129,7 @@ class Classification(Classifier):
         _ = self.reader  # checks the key
 
     @property
-    def image_encoder(self) -> VisionLanguageModel | None:
+    def image_encoder(self) -> Encoder | None:
         """``model``, whose pass may be shared."""
         return self.model
 
@@ -149,7 +149,7 @@ class Classification(Classifier):
         """Parameters of what it reads and of the head; no extras."""
         batch = zeros(batch_spec)
 
-        def forward(model: VisionLanguageModel) -> jax.Array:
+        def forward(model: Encoder) -> jax.Array:
             return self._features(model, batch, None, None)
 
         features, variables = nn.init_with_output(forward, self.model)(rng)
@@ -165,7 +165,7 @@ class Classification(Classifier):
     ) -> jax.Array:
         """Scores of the classes: float32 [B, C]."""
 
-        def forward(model: VisionLanguageModel) -> jax.Array:
+        def forward(model: Encoder) -> jax.Array:
             return self._features(model, batch, noise, seen)
 
         features = nn.apply(forward, self.model)({"params": params})
@@ -174,11 +174,11 @@ class Classification(Classifier):
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of one example; by formula over real tokens."""
         c, view = self.model.config, view_of(bucket)
-        return tower_flops(c.image, view) + self.reader.flops(c, text_length, view)
+        return image_input_flops(c, view) + self.reader.flops(c, text_length, view)
 
     def _features(
         self,
-        model: VisionLanguageModel,
+        model: Encoder,
         batch: Batch,
         noise: jax.Array | None,
         seen: Seen | None,
@@ -240,7 +240,7 @@ class NLVR2(Classification):
     extra_fields: ClassVar[tuple[str, ...]] = ("second_image", "label")
 
     @property
-    def image_encoder(self) -> VisionLanguageModel | None:
+    def image_encoder(self) -> Encoder | None:
         """None: both images pass the tower together."""
         return None
 
@@ -256,7 +256,7 @@ class NLVR2(Classification):
         marks = 0.02 * jax.random.normal(jax.random.fold_in(rng, 1), (2, width))
         batch = zeros(batch_spec)
 
-        def forward(model: VisionLanguageModel) -> jax.Array:
+        def forward(model: Encoder) -> jax.Array:
             return self._pair_features(model, batch, marks, None, None)
 
         features, variables = nn.init_with_output(forward, self.model)(rng)
@@ -272,22 +272,20 @@ class NLVR2(Classification):
     ) -> jax.Array:
         """Scores of false and true: float32 [B, 2]."""
 
-        def forward(model: VisionLanguageModel) -> jax.Array:
+        def forward(model: Encoder) -> jax.Array:
             return self._pair_features(model, batch, params[self._mark_name], noise, seen)
 
         features = nn.apply(forward, self.model)({"params": params})
         return apply_head(self.head, params[self.head_name], features, noise)
 
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
-        """Forward FLOPs of one example: two towers, the lower half of the text stack once."""
-        c = self.model.config
-        streams = 2 if self.readout == "query" else 1
-        lower = c.lower_depth * block_flops(c.text, streams * text_length, text_length)
+        """Forward FLOPs of one example: two images, once what of the text no image enters."""
+        lower = lower_flops(self.model.config, text_length, self.reader.streams)
         return 2 * super().flops(text_length, bucket) - lower
 
     def _pair_features(
         self,
-        model: VisionLanguageModel,
+        model: Encoder,
         batch: Batch,
         marks: jax.Array,
         noise: jax.Array | None,

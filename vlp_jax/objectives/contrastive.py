@@ -7,7 +7,9 @@ the similarities are one product of the global batch, which the compiler shards.
 ITM: does this text belong to this image? Each pair is joined by two wrong ones, drawn in
 proportion to the contrastive softmax (ALBEF, arXiv 2107.07651, section 3.2): hard negatives. A row
 whose text is the same is none: it would be as similar as the pair itself, and drawn most of all.
-Both read the text by the lower half of the stack; only matching runs the upper half.
+What both read of an image and of a text that have not met is ``image_feature`` and
+``text_feature`` of the model: of two stacks the class token, and <s> of the lower half of the text
+stack, so that only matching runs the upper half; of a shared stack one pass over each alone.
 """
 
 import dataclasses
@@ -22,10 +24,15 @@ from vlp_jax.compress.buckets import Bucket, view_of
 from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import PAIRS, Batch
 from vlp_jax.infra.errors import ConfigError
-from vlp_jax.models.flops import block_flops, image_flops, tower_flops
+from vlp_jax.models.encoder import Encoder
+from vlp_jax.models.flops import (
+    image_feature_flops,
+    image_flops,
+    image_input_flops,
+    lower_flops,
+    text_feature_flops,
+)
 from vlp_jax.models.heads import MAX_SCALE, ClassificationHead, ContrastiveHead, apply_head
-from vlp_jax.models.masks import bidirectional_mask
-from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import (
     Defaults,
     Extras,
@@ -46,19 +53,19 @@ MATCHING_HEAD = "matching_head"
 
 
 class DualEncoder:
-    """Image and text embeddings of the shared encoder, for ITC, ITM and retrieval.
+    """Image and text embeddings of the model, for ITC, ITM and retrieval.
 
-    The image is read at the class token, the text at <s> of the lower half, whose tokens all see
-    one another and no image.
+    The image is read at the class token, the text at <s>, whose tokens all see one another and no
+    image.
     """
 
-    def __init__(self, model: VisionLanguageModel, embedding_dim: int, temperature: float):
+    def __init__(self, model: Encoder, embedding_dim: int, temperature: float):
         """See ``ITC`` for the arguments."""
         self.model = model
         self.head = ContrastiveHead(model.config.text, embedding_dim, temperature)
 
     def image_tokens(self, params: Params, image: jax.Array) -> jax.Array:
-        """uint8 [B, H, W, 3] -> [B, I, D]; the class token comes first. Without dropout."""
+        """uint8 [B, H, W, 3] -> [B, I, D] of ``Encoder.encode_image``, without dropout."""
         return encode_image(self.model, params, {"image": image}, None)
 
     def text_feature(
@@ -66,24 +73,31 @@ class DualEncoder:
     ) -> jax.Array:
         """int32 [B, N], int32 [B] -> [B, D]."""
 
-        def forward(model: VisionLanguageModel) -> jax.Array:
-            mask = bidirectional_mask(lengths, ids.shape[1])[:, None]
-            return model.encode_text_lower(ids, mask, noise)[-1][:, 0, 0]
+        def forward(model: Encoder) -> jax.Array:
+            return model.text_feature(ids, lengths, noise)
+
+        return nn.apply(forward, self.model)({"params": params})
+
+    def image_feature(self, params: Params, tokens: jax.Array, noise: Any = None) -> jax.Array:
+        """Image tokens [B, I, D] -> [B, D]."""
+
+        def forward(model: Encoder) -> jax.Array:
+            return model.image_feature(tokens, noise)
 
         return nn.apply(forward, self.model)({"params": params})
 
     def embed(
-        self, params: Params, image: jax.Array, text: jax.Array
+        self, params: Params, image: jax.Array, text: jax.Array, noise: Any = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Unit vectors of image tokens [B, I, D] and text features [B', D], and their scale."""
         embedded: tuple[jax.Array, jax.Array, jax.Array] = self._head(
-            params, None, image[:, 0], text
+            params, None, self.image_feature(params, image, noise), text
         )
         return embedded
 
     def embed_image(self, params: Params, tokens: jax.Array) -> jax.Array:
         """Image tokens [B, I, D] -> unit vectors float32 [B, E]."""
-        embedded: jax.Array = self._head(params, "image", tokens[:, 0])
+        embedded: jax.Array = self._head(params, "image", self.image_feature(params, tokens))
         return embedded
 
     def embed_text(self, params: Params, feature: jax.Array) -> jax.Array:
@@ -97,12 +111,9 @@ class DualEncoder:
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         """Parameters of the towers and of the head."""
 
-        def forward(model: VisionLanguageModel) -> None:
-            model.encode_image(normalize(batch["image"]))
-            tokens = batch["text_ids"].shape[1]
-            model.encode_text_lower(
-                batch["text_ids"], bidirectional_mask(batch["text_length"], tokens)[:, None]
-            )
+        def forward(model: Encoder) -> None:
+            model.image_feature(model.encode_image(normalize(batch["image"])))
+            model.text_feature(batch["text_ids"], batch["text_length"])
 
         feature = jnp.zeros((1, self.model.config.text.width))
         # Names in the head are those of the model: another key, or they would start alike.
@@ -110,11 +121,11 @@ class DualEncoder:
         return nn.init(forward, self.model)(rng)["params"] | {CONTRASTIVE_HEAD: head}
 
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
-        """Forward FLOPs of both towers for one example; similarities not counted."""
-        c = self.model.config
-        lower = c.lower_depth * block_flops(c.text, text_length, text_length)
-        image = image_flops(c, view_of(bucket))
-        return image + lower + 2.0 * 2 * c.text.width * self.head.embedding_dim
+        """Forward FLOPs of both features for one example; similarities not counted."""
+        c, view = self.model.config, view_of(bucket)
+        image = image_flops(c, view) + image_feature_flops(c, view)
+        heads = 2.0 * 2 * c.text.width * self.head.embedding_dim
+        return image + text_feature_flops(c, text_length) + heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +140,7 @@ class ITC(Defaults):
         temperature: the first one, 0.01 or more; it is learned.
     """
 
-    model: VisionLanguageModel
+    model: Encoder
     name: str = "itc"
     batch_name: str = PAIRS
     embedding_dim: int = 256
@@ -146,7 +157,7 @@ class ITC(Defaults):
             )
 
     @property
-    def image_encoder(self) -> VisionLanguageModel | None:
+    def image_encoder(self) -> Encoder | None:
         """``model``, whose pass may be shared."""
         return self.model
 
@@ -175,7 +186,7 @@ class ITC(Defaults):
         seen = seen_part(rng, batch, bucket, train)
         image = encode_image(self.model, params, batch, noise, seen)
         text = towers.text_feature(params, batch["text_ids"], batch["text_length"], noise)
-        image, text, scale = towers.embed(params, image, text)
+        image, text, scale = towers.embed(params, image, text, noise)
         valid = batch["valid"]
         to_text, text_right = info_nce(scale * (image @ text.T), valid)
         to_image, image_right = info_nce(scale * (text @ image.T), valid)
@@ -213,12 +224,12 @@ class ITM(Defaults):
         _ = self.reader  # checks the key
 
     @property
-    def model(self) -> VisionLanguageModel:
+    def model(self) -> Encoder:
         """The shared encoder."""
         return self.itc.model
 
     @property
-    def image_encoder(self) -> VisionLanguageModel | None:
+    def image_encoder(self) -> Encoder | None:
         """``model``, whose pass may be shared."""
         return self.model
 
@@ -238,7 +249,7 @@ class ITM(Defaults):
         """Parameters of the whole encoder and of both heads; no extras."""
         batch = zeros(batch_spec)
 
-        def forward(model: VisionLanguageModel) -> None:
+        def forward(model: Encoder) -> None:
             image = model.encode_image(normalize(batch["image"]))
             text = self.reader.encode(model, batch["text_ids"], batch["text_length"], None)
             self.reader.read(model, text, image, None)
@@ -265,7 +276,7 @@ class ITM(Defaults):
         other_text, other_image, found = self._negatives(params, batch, image, draw_key)
         own = jnp.arange(len(other_text))
 
-        def forward(model: VisionLanguageModel) -> jax.Array:
+        def forward(model: Encoder) -> jax.Array:
             text = self.reader.encode(model, batch["text_ids"], batch["text_length"], noise)
             # Candidates sit on an inner axis: the batch axis is sharded and never concatenated.
             texts = text.rows(jnp.stack([own, other_text, own], axis=1).reshape(-1))
@@ -286,7 +297,7 @@ class ITM(Defaults):
     def match(self, params: Params, text: EncodedText, image: jax.Array) -> jax.Array:
         """Log-odds that texts belong to images: B texts, [B, I, D] -> float32 [B]."""
 
-        def forward(model: VisionLanguageModel) -> jax.Array:
+        def forward(model: Encoder) -> jax.Array:
             return self.reader.read(model, text, image, None)
 
         features = nn.apply(forward, self.model)({"params": params})
@@ -294,13 +305,13 @@ class ITM(Defaults):
         return logits[:, 1] - logits[:, 0]
 
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
-        """Forward FLOPs of one example: both towers once, three readings."""
+        """Forward FLOPs of one example: both modalities once, three readings."""
         c, view = self.model.config, view_of(bucket)
-        tower, image = tower_flops(c.image, view), image_flops(c, view)
-        lower = c.lower_depth * block_flops(c.text, text_length, text_length)
-        streams = 2 if self.readout == "query" else 1
-        once = streams * lower + (image - tower)  # of a reading, shared by all three
-        return tower + 3 * self.reader.flops(c, text_length, view) - 2 * once + lower
+        entering, image = image_input_flops(c, view), image_flops(c, view)
+        lower = lower_flops(c, text_length, self.reader.streams)
+        once = lower + (image - entering)  # of a reading, shared by all three
+        features = image_feature_flops(c, view) + text_feature_flops(c, text_length)
+        return entering + 3 * self.reader.flops(c, text_length, view) - 2 * once + features
 
     def _negatives(
         self, params: Params, batch: Batch, image: jax.Array, rng: jax.Array

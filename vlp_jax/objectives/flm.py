@@ -46,14 +46,14 @@ import jax.numpy as jnp
 from vlp_jax.compress.buckets import Bucket, view_of
 from vlp_jax.data.batch import PAIRS, Batch
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.encoder import Encoder, TextStates
 from vlp_jax.models.flops import (
+    image_input_flops,
     reconstructor_flops,
     text_flops,
-    tower_flops,
     vocabulary_flops,
 )
 from vlp_jax.models.masks import token_mask, two_stream_mask
-from vlp_jax.models.vision_language import TextStates, VisionLanguageModel
 from vlp_jax.objectives.base import (
     PROGRESS,
     Defaults,
@@ -63,6 +63,7 @@ from vlp_jax.objectives.base import (
     Params,
     Seen,
     batch_noise,
+    check_image,
     example_keys,
     image_tokens,
     seen_part,
@@ -70,12 +71,17 @@ from vlp_jax.objectives.base import (
 )
 from vlp_jax.objectives.corruption import Corruption, build_corruption
 from vlp_jax.objectives.cross_entropy import CHUNK_ROWS, TokenScores, vocabulary_cross_entropy
+from vlp_jax.objectives.documents import documents_of
 
 LOSSES = ("reconstruction", "forward", "reverse")
 
 
 def hidden_spans(
-    rng: jax.Array, lengths: jax.Array, tokens: int, rate: float | jax.Array
+    rng: jax.Array,
+    lengths: jax.Array,
+    tokens: int,
+    rate: float | jax.Array,
+    starts: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draw the span hidden from each query.
 
@@ -86,31 +92,36 @@ def hidden_spans(
 
     Args:
         rng: keys [B], one an example.
-        lengths: int32 [B], n, including <s> and </s>.
+        lengths: int32 [B], n, including <s> and </s>; [B, N], of each query's own text.
         tokens: N.
         rate: corruption rate r in [0, 1], one for all or float32 [B].
+        starts: int32 [B, N], where in the row each query's own text begins; None: with the row.
 
     Returns:
-        First and last hidden position of each query, int32 [B, N] each; meaningful for queries
-        1 .. n-1.
+        First and last hidden place of each query, int32 [B, N] each; meaningful for queries
+        1 .. n-1 of a text.
     """
-    rates = jnp.broadcast_to(jnp.asarray(rate, jnp.float32), lengths.shape)
+    rates = jnp.broadcast_to(jnp.asarray(rate, jnp.float32), lengths.shape[:1])
+    lengths = lengths.reshape(len(lengths), -1)  # [B, 1 or N]
+    starts = jnp.zeros_like(lengths) if starts is None else starts
 
-    def one(key: jax.Array, length: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def one(
+        key: jax.Array, length: jax.Array, rate: jax.Array, start: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         extra_key, side_key = jax.random.split(key)
         others = jnp.maximum(length - 2, 0)  # L - 1
         probability = jnp.clip((rate * (others + 1) - 1.0) / jnp.maximum(others, 1), 0.0, 1.0)
         # The binomial as a sum of coins, row i the coins of query i; coins past L - 1 do not count.
-        coins = jax.random.uniform(extra_key, (tokens, tokens)) < probability
-        coins &= (jnp.arange(tokens) < others)[None, :]
+        coins = jax.random.uniform(extra_key, (tokens, tokens)) < probability[:, None]
+        coins &= jnp.arange(tokens)[None, :] < others[:, None]
         extra = coins.sum(axis=-1, dtype=jnp.int32)
         odd_left = jax.random.bits(side_key, (tokens,), jnp.uint8) < 128
         before = (extra + odd_left) // 2
         first = jnp.arange(tokens) - before
-        first = jnp.clip(first, 1, jnp.maximum(length - 1 - extra, 1))
+        first = jnp.clip(first, start + 1, start + jnp.maximum(length - 1 - extra, 1))
         return first, first + extra
 
-    return jax.vmap(one)(rng, lengths, rates)
+    return jax.vmap(one)(rng, lengths, rates, starts)
 
 
 def visible_mask(
@@ -148,9 +159,10 @@ class FLM(Defaults):
         loss_weights: factor of each loss in ``LOSSES``; their sum need not be 1.
         chunk_rows: rows of logits that exist at a time.
         name: key in ``config.objectives``.
+        with_image: as of ``single_stream.SingleStream``.
     """
 
-    model: VisionLanguageModel
+    model: Encoder
     batch_name: str = PAIRS
     corruption_rate: float | Mapping[str, Any] = 0.0
     loss_weights: Mapping[str, float] = dataclasses.field(
@@ -158,6 +170,7 @@ class FLM(Defaults):
     )
     chunk_rows: int = CHUNK_ROWS
     name: str = "flm"
+    with_image: bool = True
 
     def __post_init__(self) -> None:
         key = f"config.objectives.{self.name}"
@@ -175,9 +188,9 @@ class FLM(Defaults):
         _ = self.rule  # checks its keys
 
     @property
-    def image_encoder(self) -> VisionLanguageModel | None:
+    def image_encoder(self) -> Encoder | None:
         """``model``, whose pass may be shared."""
-        return self.model
+        return self.model if self.with_image else None
 
     @functools.cached_property
     def rule(self) -> Corruption:
@@ -189,9 +202,10 @@ class FLM(Defaults):
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
     ) -> tuple[Params, Extras]:
         """Parameters of the whole model; extras of the rule of corruption."""
+        check_image(self.name, self.with_image, batch_spec)
         batch = zeros(batch_spec)
 
-        def forward(model: VisionLanguageModel) -> None:
+        def forward(model: Encoder) -> None:
             queries, _ = self._encode(model, batch, rng, 0.0, None)
             model.predict_vocabulary(queries)
 
@@ -245,8 +259,8 @@ class FLM(Defaults):
         predictions = text_length - 1
         weighted = sum(weight != 0 for weight in self.loss_weights.values())
         return (
-            tower_flops(c.image, view)
-            + text_flops(c, text_length, streams=2, view=view)
+            (image_input_flops(c, view) if self.with_image else 0.0)
+            + text_flops(c, text_length, streams=2, view=view, with_image=self.with_image)
             + reconstructor_flops(c, predictions, keys=2 * text_length)
             + vocabulary_flops(c, weighted * predictions)
         )
@@ -266,7 +280,7 @@ class FLM(Defaults):
             Scores [B, N - 1] of the tokens 1 .. N-1, zero at padding.
         """
 
-        def forward(model: VisionLanguageModel) -> tuple[jax.Array, ...]:
+        def forward(model: Encoder) -> tuple[jax.Array, ...]:
             queries, _ = self._encode(model, batch, rng, rate, None)
             return model.predict_vocabulary(queries)
 
@@ -283,7 +297,7 @@ class FLM(Defaults):
 
     def _encode(
         self,
-        model: VisionLanguageModel,
+        model: Encoder,
         batch: Batch,
         rng: jax.Array,
         rate: float | jax.Array,
@@ -293,14 +307,24 @@ class FLM(Defaults):
         """Queries [B, N - 1, D] for the tokens 1 .. N-1, and the states they read."""
         ids, lengths = batch["text_ids"], batch["text_length"]
         tokens = ids.shape[1]
-        image = image_tokens(model, batch, noise, seen)
+        documents = documents_of(batch)
+        image = image_tokens(model, batch, noise, seen) if self.with_image else None
+        streams = documents.within(two_stream_mask(lengths, tokens))
         states = model.encode_text(
-            ids, two_stream_mask(lengths, tokens), image, ("forward", "reverse"), noise
+            ids, streams, image, ("forward", "reverse"), noise, documents.positions
         )
-        first, last = hidden_spans(example_keys(rng, batch["position"]), lengths, tokens, rate)
-        positions = jnp.arange(1, tokens)
-        mask = visible_mask(positions, lengths, first, last, tokens)
-        return model.reconstruct(positions, states, mask, noise), states
+        keys = example_keys(rng, batch["position"])
+        places = jnp.arange(1, tokens)
+        if documents.positions is None:
+            first, last = hidden_spans(keys, lengths, tokens, rate)
+            mask = visible_mask(places, lengths, first, last, tokens)
+            return model.reconstruct(places, states, mask, noise), states
+        first, last = hidden_spans(keys, documents.length, tokens, rate, documents.start)
+        mask = visible_mask(places, lengths, first, last, tokens)
+        # A query reads no further than its document, of whichever stream.
+        own = documents.within(jnp.ones((1, tokens, tokens), jnp.bool_))[:, 1:]
+        mask &= jnp.concatenate([own, own], axis=-1)
+        return model.reconstruct(documents.positions[:, 1:], states, mask, noise), states
 
     def _scores(
         self,
@@ -314,7 +338,7 @@ class FLM(Defaults):
         """Scores [B, 3 (N - 1)] in the order of ``LOSSES``, and which tokens count [B, N - 1]."""
         ids = batch["text_ids"]
 
-        def forward(model: VisionLanguageModel) -> tuple[jax.Array, ...]:
+        def forward(model: Encoder) -> tuple[jax.Array, ...]:
             queries, states = self._encode(model, batch, rng, rates, noise, seen)
             forward_rows, reverse_rows = states.last[:, 0, :-1], states.last[:, 1, 1:]
             rows = jnp.concatenate([queries, forward_rows, reverse_rows], axis=1)
@@ -337,7 +361,7 @@ class FLM(Defaults):
 
 
 def _token_weights(batch: Batch) -> jax.Array:
-    """1 for each of the n - 1 tokens of a valid row, 0 for padding: float32 [B, N - 1]."""
-    tokens = batch["text_ids"].shape[1]
-    real = token_mask(batch["text_length"] - 1, tokens - 1)
-    return (real & batch["valid"][:, None]).astype(jnp.float32)
+    """1 for each of the n - 1 tokens of a valid text, 0 for padding: float32 [B, N - 1]."""
+    documents = documents_of(batch)
+    real = (documents.position >= 1) & (documents.position < documents.length)
+    return (real[:, 1:] & batch["valid"][:, None]).astype(jnp.float32)

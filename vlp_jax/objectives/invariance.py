@@ -23,9 +23,9 @@ from vlp_jax.compress.buckets import Bucket, View, view_of
 from vlp_jax.data.augment import Recipe
 from vlp_jax.data.batch import PAIRS, Batch
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.flops import tower_flops
 from vlp_jax.models.heads import ProjectionHead, PrototypeHead, unit
-from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.models.vit import ViTConfig
 from vlp_jax.objectives.base import (
     PROGRESS,
@@ -111,7 +111,7 @@ class Invariance(Defaults, abc.ABC):
         augment_second: the same for the second view alone.
     """
 
-    model: VisionLanguageModel
+    model: Encoder
     name: str
     batch_name: str = PAIRS
     hidden_dim: int = 4096

@@ -8,12 +8,17 @@ mean and unit variance.
 A bucket's view says by what patches the image is encoded and how many are kept at most. Whatever
 the patch size, a patch's target has as many pixels as the model's own: the crop is made at that
 size for it.
+
+With its text (``with_text``), an image is encoded together with all of it by a shared stack, and
+the decoder reads what the stack makes of the patches: what they do not show, the text may tell.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -22,12 +27,14 @@ from vlp_jax.compress.token_dropout import are_kept, kept_patches, split_patches
 from vlp_jax.data.augment import Recipe
 from vlp_jax.data.batch import PAIRS, Batch
 from vlp_jax.infra.errors import ConfigError
-from vlp_jax.models.flops import vit_flops
+from vlp_jax.models.encoder import Encoder
+from vlp_jax.models.flops import image_input_flops, text_flops, vit_flops
 from vlp_jax.models.image_decoder import ImageDecoder, ImageDecoderConfig
 from vlp_jax.models.image_tower import as_vit
-from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.models.masks import bidirectional_mask
+from vlp_jax.models.shared import SharedModel
 from vlp_jax.models.vit import ViTConfig
-from vlp_jax.objectives.base import Defaults, Extras, LossOutput, Params, Seen, example_keys
+from vlp_jax.objectives.base import Defaults, Extras, LossOutput, Params, Seen, example_keys, zeros
 from vlp_jax.objectives.similarity import valid_mean
 from vlp_jax.objectives.tower import (
     check_no_dropout,
@@ -46,15 +53,16 @@ class MIM(Defaults):
     """Masked autoencoding of pixels.
 
     Attributes:
-        model: the shared encoder, of which only the image tower is used.
+        model: of which the image tower alone is used, unless ``with_text``.
         name: key in ``config.objectives``.
         batch_name: named batch it reads.
         kept_share: of the patches, how many are encoded at most, rounded.
         decoder_width, decoder_depth, decoder_heads: geometry of the decoder.
         augment: keys of ``data.augment.Recipe``.
+        with_text: images are encoded together with their texts; of models with one stack for both.
     """
 
-    model: VisionLanguageModel
+    model: Encoder
     name: str
     batch_name: str = PAIRS
     kept_share: float = 0.25
@@ -62,6 +70,7 @@ class MIM(Defaults):
     decoder_depth: int = 8
     decoder_heads: int = 16
     augment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    with_text: bool = False
 
     def __post_init__(self) -> None:
         key = f"objectives.{self.name}"
@@ -88,6 +97,12 @@ class MIM(Defaults):
         except ValueError as error:
             raise ConfigError(f"{key}.decoder_width", str(error), "Choose one that fits") from error
         _ = self.recipe  # checks its keys
+        if self.with_text and not isinstance(self.model, SharedModel):
+            raise ConfigError(
+                f"{key}.with_text",
+                "True, but no stack of this model makes image tokens that have read a text",
+                "Use a model of type 'shared', or set it to False",
+            )
 
     @property
     def image(self) -> ViTConfig:
@@ -123,9 +138,14 @@ class MIM(Defaults):
     def init(
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
     ) -> tuple[Params, Extras]:
-        """Parameters of the tower and the decoder; no extras."""
+        """Parameters of the tower, of what texts have beside it, and of the decoder; no extras."""
         view = self.image.view
         params, tokens = init_tower(self.model, rng, batch_spec)
+        if self.with_text:
+            batch = zeros(batch_spec)
+            pixels = jnp.zeros((len(tokens), view.image_size, view.image_size, 3))
+            forward = functools.partial(_read_together, batch=batch, pixels=pixels, seen=None)
+            params = nn.init(forward, self.model)(rng)["params"]
         kept = jnp.broadcast_to(jnp.arange(view.kept)[None], (len(tokens), view.kept))
         own = self.decoder.init(jax.random.fold_in(rng, 1), tokens, kept, view)
         return {**params, self._key: own["params"]}, {}
@@ -148,7 +168,12 @@ class MIM(Defaults):
         target, size = pixels, view.grid * image.patch_size
         if size != view.image_size:
             target = random_pixels(batch, rng, self.recipe, size, image)
-        tokens = tower_tokens(image, params, pixels, None, Seen(view, chosen))
+        seen = Seen(view, chosen)
+        if self.with_text:
+            forward = functools.partial(_read_together, batch=batch, pixels=pixels, seen=seen)
+            tokens = nn.apply(forward, self.model)({"params": params})
+        else:
+            tokens = tower_tokens(image, params, pixels, None, seen)
         found = self.decoder.apply({"params": params[self._key]}, tokens, kept, view)
         error = jnp.square(jnp.asarray(found) - scaled_patches(target, image.patch_size))
         hidden = ~are_kept(kept, view.patches)
@@ -157,14 +182,27 @@ class MIM(Defaults):
 
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of one example."""
-        del text_length
-        image, view = self.image, self.encoded(bucket)
-        return vit_flops(image, view) + self.decoder.config.flops(image.block.width, view)
+        image, view, config = self.image, self.encoded(bucket), self.model.config
+        decoder = self.decoder.config.flops(image.block.width, view)
+        if not self.with_text:
+            return vit_flops(image, view) + decoder
+        text = text_flops(config, text_length, streams=1, view=view, joint=True)
+        return image_input_flops(config, view) + text + decoder
 
     @property
     def _key(self) -> str:
         """Key of the decoder's parameters."""
         return f"{self.name}_decoder"
+
+
+def _read_together(
+    model: SharedModel, batch: Batch, pixels: jax.Array, seen: Seen | None
+) -> jax.Array:
+    """Tokens [B, I, D] of images by a stack that reads them with their texts."""
+    mask = bidirectional_mask(batch["text_length"], batch["text_ids"].shape[1])[:, None]
+    image = model.encode_image(pixels, None, *(seen or (None, None)))
+    [text] = model.encode_text_lower(batch["text_ids"], mask)
+    return model.encode_pair(text, mask, image).image[:, 0]
 
 
 def scaled_patches(pixels: jax.Array, side: int) -> jax.Array:

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from vlp_jax.compress.buckets import View
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.encoder import Encoder, EncoderConfig, TextStates
 from vlp_jax.models.flops import reconstructor_flops, text_flops
 from vlp_jax.models.layers import Noise
 from vlp_jax.models.masks import bidirectional_mask, forward_mask, token_mask, two_stream_mask
-from vlp_jax.models.vision_language import TextStates, VisionLanguageConfig, VisionLanguageModel
 
 Kind = Literal["query", "bidirectional", "forward"]
 
@@ -63,17 +63,20 @@ class Readout:
                 self.key, f"{self.kind!r} is no readout", f"Use one of {', '.join(get_args(Kind))}"
             )
 
+    @property
+    def streams(self) -> int:
+        """In how many streams a text is read."""
+        return 2 if self.kind == "query" else 1
+
     def encode(
-        self, model: VisionLanguageModel, ids: jax.Array, lengths: jax.Array, noise: Noise
+        self, model: Encoder, ids: jax.Array, lengths: jax.Array, noise: Noise
     ) -> EncodedText:
-        """The lower half, which no image enters: int32 [B, N], int32 [B]."""
+        """The part that no image enters: int32 [B, N], int32 [B]."""
         return EncodedText(
             lengths, model.encode_text_lower(ids, self._mask(lengths, ids.shape[1]), noise)
         )
 
-    def read(
-        self, model: VisionLanguageModel, text: EncodedText, image: jax.Array, noise: Noise
-    ) -> jax.Array:
+    def read(self, model: Encoder, text: EncodedText, image: jax.Array, noise: Noise) -> jax.Array:
         """The vector of each text with its image.
 
         Args:
@@ -110,12 +113,10 @@ class Readout:
         states = TextStates(lower, upper, last)
         return model.reconstruct(jnp.zeros(1, jnp.int32), states, visible, noise)[:, 0]
 
-    def flops(
-        self, config: VisionLanguageConfig, text_length: float, view: View | None = None
-    ) -> float:
-        """Forward FLOPs of one text with one image, its tower not counted."""
-        streams = 2 if self.kind == "query" else 1
-        total = text_flops(config, text_length, streams, view)
+    def flops(self, config: EncoderConfig, text_length: float, view: View | None = None) -> float:
+        """Forward FLOPs of one text with one image, without ``flops.image_input_flops``."""
+        joint = self.kind == "bidirectional"
+        total = text_flops(config, text_length, self.streams, view, joint=joint)
         if self.kind == "query":
             total += reconstructor_flops(config, 1, keys=2 * text_length)
         return total

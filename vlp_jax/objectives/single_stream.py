@@ -30,9 +30,9 @@ from vlp_jax.compress.buckets import Bucket, view_of
 from vlp_jax.data.batch import PAIRS, Batch
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.errors import ConfigError
-from vlp_jax.models.flops import text_flops, tower_flops, vocabulary_flops
-from vlp_jax.models.masks import bidirectional_mask, forward_mask, token_mask
-from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.models.encoder import Encoder
+from vlp_jax.models.flops import image_input_flops, text_flops, vocabulary_flops
+from vlp_jax.models.masks import bidirectional_mask, forward_mask
 from vlp_jax.objectives.base import (
     Defaults,
     Extras,
@@ -41,12 +41,14 @@ from vlp_jax.objectives.base import (
     Params,
     Seen,
     batch_noise,
+    check_image,
     example_keys,
     image_tokens,
     seen_part,
     zeros,
 )
 from vlp_jax.objectives.cross_entropy import CHUNK_ROWS, vocabulary_cross_entropy
+from vlp_jax.objectives.documents import Documents, documents_of
 
 
 class Stream(NamedTuple):
@@ -76,19 +78,22 @@ class SingleStream(Defaults, abc.ABC):
         name: key in ``config.objectives``.
         batch_name: named batch it reads.
         chunk_rows: rows of logits that exist at a time.
+        with_image: texts are read with their images. False: texts alone, by a model that reads
+            them so (``model.type="shared"``), whether the batch has images or none.
     """
 
-    model: VisionLanguageModel
+    model: Encoder
     name: str
     batch_name: str = PAIRS
     chunk_rows: int = CHUNK_ROWS
+    with_image: bool = True
 
     stream_type: ClassVar[str]  # key of ``STREAM_TYPES``
 
     @property
-    def image_encoder(self) -> VisionLanguageModel | None:
+    def image_encoder(self) -> Encoder | None:
         """``model``, whose pass may be shared."""
-        return self.model
+        return self.model if self.with_image else None
 
     @abc.abstractmethod
     def stream(self, batch: Batch, rng: jax.Array) -> Stream:
@@ -102,9 +107,10 @@ class SingleStream(Defaults, abc.ABC):
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
     ) -> tuple[Params, Extras]:
         """Parameters of the encoder and the vocabulary head; no extras."""
+        check_image(self.name, self.with_image, batch_spec)
         batch = zeros(batch_spec)
 
-        def forward(model: VisionLanguageModel) -> None:
+        def forward(model: Encoder) -> None:
             self._features(model, batch, self.stream(batch, rng), None)
 
         return nn.init(forward, self.model)(rng)["params"], {}
@@ -124,7 +130,7 @@ class SingleStream(Defaults, abc.ABC):
         noise = batch_noise(dropout_key, batch, train)
         seen = seen_part(rng, batch, bucket, train)
 
-        def forward(model: VisionLanguageModel) -> tuple[jax.Array, ...]:
+        def forward(model: Encoder) -> tuple[jax.Array, ...]:
             return self._features(model, batch, stream, noise, seen)
 
         features, kernel, bias = nn.apply(forward, self.model)({"params": params})
@@ -148,23 +154,23 @@ class SingleStream(Defaults, abc.ABC):
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of one example; by formula over real tokens, padding not counted."""
         c, view = self.model.config, view_of(bucket)
-        return (
-            tower_flops(c.image, view)
-            + text_flops(c, text_length, streams=1, view=view)
-            + vocabulary_flops(c, self.predictions(text_length))
-        )
+        joint = self.stream_type == "bidirectional"
+        text = text_flops(c, text_length, 1, view, joint=joint, with_image=self.with_image)
+        image = image_input_flops(c, view) if self.with_image else 0.0
+        return image + text + vocabulary_flops(c, self.predictions(text_length))
 
     def _features(
         self,
-        model: VisionLanguageModel,
+        model: Encoder,
         batch: Batch,
         stream: Stream,
         noise: jax.Array | None,
         seen: Seen | None = None,
     ) -> tuple[jax.Array, ...]:
-        image = image_tokens(model, batch, noise, seen)
+        image = image_tokens(model, batch, noise, seen) if self.with_image else None
+        positions = documents_of(batch).positions
         states = model.encode_text(
-            stream.ids, stream.mask[:, None], image, (self.stream_type,), noise
+            stream.ids, stream.mask[:, None], image, (self.stream_type,), noise, positions
         )
         return model.predict_vocabulary(states.last[:, 0])
 
@@ -198,25 +204,24 @@ class MLM(SingleStream):
     def stream(self, batch: Batch, rng: jax.Array) -> Stream:
         """Mask each text on its own; see the class."""
         ids, lengths = batch["text_ids"], batch["text_length"]
-        keys = example_keys(rng, batch["position"])
+        keys, documents = example_keys(rng, batch["position"]), documents_of(batch)
         continues = jnp.asarray(self.vocabulary.continues)[ids] & self.whole_word
-        masked = jax.vmap(self._choose)(keys, lengths, continues)
+        position = jnp.broadcast_to(documents.position, ids.shape)
+        words = (position >= 1) & (position <= documents.length - 2)
+        masked = jax.vmap(self._choose)(keys, words, continues & (position > 1))
         inputs = jax.vmap(self._corrupt)(keys, ids, masked)
-        mask = bidirectional_mask(lengths, ids.shape[1])
+        mask = documents.within(bidirectional_mask(lengths, ids.shape[1]))
         return Stream(inputs, masked, mask, ids, masked)
 
     def predictions(self, text_length: float) -> float:
         """The rate of all words."""
         return self.rate * (text_length - 2)
 
-    def _choose(self, key: jax.Array, length: jax.Array, continues: jax.Array) -> jax.Array:
-        """Which tokens are masked: bool [N]."""
-        tokens = continues.shape[0]
-        index = jnp.arange(tokens)
-        words = (index >= 1) & (index <= length - 2)
-        word = jnp.cumsum(~continues | (index <= 1))
+    def _choose(self, key: jax.Array, words: jax.Array, continues: jax.Array) -> jax.Array:
+        """Which tokens are masked, of those of words; all bool [N]."""
+        word = jnp.cumsum(~continues)
         rank_key, count_key = jax.random.split(jax.random.fold_in(key, 0))
-        scores = jax.random.uniform(rank_key, (tokens,))[word - 1]
+        scores = jax.random.uniform(rank_key, words.shape)[word - 1]
         scores = jnp.where(words, scores, jnp.inf)
         # Tokens of words that come before a token's own in the drawn order, and of its own.
         before = jnp.sum(scores[None, :] < scores[:, None], axis=-1)
@@ -243,14 +248,13 @@ class AR(SingleStream):
     def stream(self, batch: Batch, rng: jax.Array) -> Stream:
         """Nothing is drawn."""
         del rng
-        ids, lengths = batch["text_ids"], batch["text_length"]
-        tokens = ids.shape[1]
+        ids, documents = batch["text_ids"], documents_of(batch)
         return Stream(
             ids,
             jnp.zeros(ids.shape, jnp.bool_),
-            forward_mask(lengths, tokens),
+            documents.within(forward_mask(batch["text_length"], ids.shape[1])),
             _next_tokens(ids),
-            token_mask(lengths - 1, tokens),
+            _have_next(documents),
         )
 
     def predictions(self, text_length: float) -> float:
@@ -281,24 +285,33 @@ class PrefixLM(SingleStream):
 
     def stream(self, batch: Batch, rng: jax.Array) -> Stream:
         """Cut each text in two at random."""
-        ids, lengths = batch["text_ids"], batch["text_length"]
+        ids, lengths, documents = batch["text_ids"], batch["text_length"], documents_of(batch)
         tokens = ids.shape[1]
         keys = example_keys(rng, batch["position"])
-        prefix = (lengths - jax.vmap(self._predicted)(keys, lengths - 1))[:, None]
-        index = jnp.arange(tokens)[None]
-        in_prefix = (index < prefix)[:, None, :]
+        if documents.number is None:
+            draw = jax.vmap(jax.random.uniform)(keys)[:, None]
+        else:  # each document's is that of its first token
+            draw = jax.vmap(lambda key: jax.random.uniform(key, (tokens,)))(keys)
+            draw = jnp.take_along_axis(draw, documents.start, axis=1)
+        prefix = documents.length - self._predicted(draw, documents.length - 1)
+        in_prefix = (documents.position < prefix)[:, None, :]
         mask = forward_mask(lengths, tokens) | (in_prefix & bidirectional_mask(lengths, tokens))
-        predicts = (index >= prefix - 1) & token_mask(lengths - 1, tokens)
-        return Stream(ids, jnp.zeros(ids.shape, jnp.bool_), mask, _next_tokens(ids), predicts)
+        predicts = (documents.position >= prefix - 1) & _have_next(documents)
+        return Stream(
+            ids,
+            jnp.zeros(ids.shape, jnp.bool_),
+            documents.within(mask),
+            _next_tokens(ids),
+            predicts,
+        )
 
     def predictions(self, text_length: float) -> float:
         """The rate of L, or half of L + 1."""
         last = text_length - 1
         return (last + 1) / 2 if self.rate is None else max(self.rate * last, 1.0)
 
-    def _predicted(self, key: jax.Array, last: jax.Array) -> jax.Array:
-        """How many of L = ``last`` tokens are predicted: int32 []."""
-        draw = jax.random.uniform(key)
+    def _predicted(self, draw: jax.Array, last: jax.Array) -> jax.Array:
+        """How many of L = ``last`` tokens are predicted, by draws from [0, 1): int32 like both."""
         wanted = draw * last + 1 if self.rate is None else self.rate * last + draw
         return jnp.clip(wanted.astype(jnp.int32), 1, jnp.maximum(last, 1))
 
@@ -306,3 +319,8 @@ class PrefixLM(SingleStream):
 def _next_tokens(ids: jax.Array) -> jax.Array:
     """Token i + 1 at row i: int32 [B, N]; the last row's is never predicted."""
     return jnp.roll(ids, -1, axis=1)
+
+
+def _have_next(documents: Documents) -> jax.Array:
+    """Which tokens are followed by one of their own document: bool [B, N]."""
+    return documents.position < documents.length - 1

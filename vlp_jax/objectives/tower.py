@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from vlp_jax.data.augment import Recipe, normalize, random_view, standardize
 from vlp_jax.data.batch import Batch
 from vlp_jax.infra.errors import ConfigError, unknown_key
+from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.image_tower import ImageTowerConfig, image_tower
 from vlp_jax.models.layers import Noise
-from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.objectives.base import Params, Seen, example_keys, zeros
 
 TOWER = "image_tower"
@@ -40,7 +40,7 @@ class Encoded(NamedTuple):
 
 
 def init_tower(
-    model: VisionLanguageModel, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+    model: Encoder, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
 ) -> tuple[Params, jax.Array]:
     """Parameters of the tower alone, and the tokens [B, I, D] that it makes of black pictures."""
     size = model.config.image.image_size
@@ -158,7 +158,7 @@ def view_recipe(default: Recipe, section: Mapping[str, Any], key: str) -> Recipe
     return recipe
 
 
-def check_no_dropout(model: VisionLanguageModel, name: str) -> None:
+def check_no_dropout(model: Encoder, name: str) -> None:
     """Raise a ConfigError where the tower has dropout, which objective ``name`` does not apply."""
     rate = model.config.image.dropout
     if rate:

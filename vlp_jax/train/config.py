@@ -15,7 +15,8 @@ is not here is an error that names it, whether it comes from the file or from a 
     init_checkpoint which checkpoint of a workdir: latest, best or a step
     adopt_model     True: take the geometry of the model (all of `model` but dtype and attention)
                     from init_from
-    model           geometry, see models.sizes
+    model           geometry, see models.sizes; its keys are those of its kind: of two stacks, of
+                    type="shared", and of image.type="resnet"
     objectives      name -> weight, batch (named batch it reads), and what the objective takes
     data            batch_size (global), image_size (pixels), max_text_length (tokens),
                     text_edges (fitted where empty), num_edges (of the fit; fewer where each is
@@ -73,7 +74,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from vlp_jax.infra.errors import ConfigError, unknown_key
-from vlp_jax.models.sizes import model_config
+from vlp_jax.models.sizes import known_keys, model_config
 from vlp_jax.train.schedule import duration
 
 # Sections whose keys are names chosen by the user; what they hold is checked by its builder.
@@ -209,7 +210,11 @@ def check_keys(config: ConfigDict) -> None:
     Raises:
         ConfigError: names the key and the nearest one that exists, or the range.
     """
-    _check_section(config, default_config(), "")
+    known = default_config()
+    if isinstance(config.model, ConfigDict):
+        with known.unlocked():
+            known.model = known_keys(config.model)
+    _check_section(config, known, "")
     for key, low in _LEAST.items():
         _check_range(key, _value(config, key), low)
     for key in _UP_TO_ONE:

@@ -29,6 +29,7 @@ from vlp_jax.infra.metrics import check_wandb
 from vlp_jax.infra.sharding import by_path
 from vlp_jax.models.pretrained import Metadata, Report, check_vocabulary, merge
 from vlp_jax.models.pretrained.merge import fit
+from vlp_jax.models.sizes import kind_of
 from vlp_jax.objectives import learns_from
 from vlp_jax.objectives.readout import READOUT_OF
 from vlp_jax.train.bucket_schedule import Resolved, count_buckets
@@ -346,9 +347,8 @@ def _adopt(config: ConfigDict, begun: pathlib.Path | None, origin: Origin | None
     file = None if begun is None else begun / CONFIG_FILE
     kept = json.loads(file.read_text()) if file and file.exists() else {}
     model = kept.get("model", {}) if origin is None else origin.config.get("model", {})
-    if config.adopt_model:
-        for part in ("image", "text", "reconstructor"):
-            config.model[part].update(model.get(part, {}))
+    if config.adopt_model and model:
+        _adopt_model(config, model)
     kinds = [section.get("type", name) for name, section in config.objectives.items()]
     kinds += origin.objectives if origin else ()
     trained = [READOUT_OF[kind] for kind in kinds if kind in READOUT_OF]
@@ -365,6 +365,21 @@ def _adopt(config: ConfigDict, begun: pathlib.Path | None, origin: Origin | None
                     origin.where,
                 )
             section.readout = settled or (trained[0] if trained else "query")
+
+
+def _adopt_model(config: ConfigDict, model: Mapping[str, Any]) -> None:
+    """Take a geometry: all of ``config.model`` but how it is computed.
+
+    Keys that a checkpoint is too old to have keep the values of the config, where that describes a
+    model of the same kind; of another kind, it has nothing to say.
+    """
+    if kind_of(config.model) == kind_of(model):
+        for part in ("image", "text", "reconstructor"):
+            config.model[part].update(model.get(part, {}))
+        return
+    computed = {key: config.model[key] for key in ("dtype", "attention")}
+    with config.unlocked():
+        config.model = ConfigDict({**model, **computed})
 
 
 def _same_compression(config: ConfigDict, workdir: pathlib.Path) -> bool:

@@ -1,4 +1,4 @@
-"""Rank images by texts and texts by images: towers run once, pairs meet in the upper half.
+"""Rank images by texts and texts by images: what does not depend on the pair runs once.
 
     ranker = Ranker(itc, itm, mesh)
     images = ranker.encode_images(params, batches_of_pixels)
@@ -7,7 +7,8 @@
 
 Re-encoding each pair took 38 hours for one test set in a predecessor (fact sheet of Free Language
 Modeling, section 6): the image tower and the lower half of the text stack do not depend on the
-pair.
+pair. In a shared stack only embeddings do not, and every pair that is matched passes the whole
+stack.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlp_jax.infra.mesh import batch_sharding, batch_shards, host_rows, replicated
-from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.models.encoder import Encoder
 from vlp_jax.objectives.base import Params
 from vlp_jax.objectives.contrastive import ITC, ITM
 from vlp_jax.objectives.readout import EncodedText
@@ -177,7 +178,7 @@ class Ranker:
             return embedding, None
         reader = self.itm.reader
 
-        def forward(model: VisionLanguageModel) -> EncodedText:
+        def forward(model: Encoder) -> EncodedText:
             return reader.encode(model, ids, lengths, None)
 
         return embedding, nn.apply(forward, self.itm.model)({"params": params})

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from vlp_jax.models.encoder import EncoderConfig
 from vlp_jax.models.image_tower import as_vit
 from vlp_jax.models.pretrained import naming, pixels
 from vlp_jax.models.pretrained.converted import (
@@ -25,7 +26,7 @@ from vlp_jax.models.pretrained.geometry import check_block, expect, expect_depth
 from vlp_jax.models.pretrained.merge import IMAGE_POSITIONS
 from vlp_jax.models.pretrained.naming import BlockNames, Leaf
 from vlp_jax.models.pretrained.pixels import PIXELS, Pixels
-from vlp_jax.models.vision_language import VisionLanguageConfig
+from vlp_jax.models.vit import ViTConfig
 
 _PATCH = "image_tower/patch_embedding"
 
@@ -104,7 +105,7 @@ _NPZ_BLOCKS = "Transformer/encoderblock_"
 
 
 def convert_image(
-    weights: Weights, config: VisionLanguageConfig, fed: Pixels, trained: Pixels | None = None
+    weights: Weights, config: EncoderConfig, fed: Pixels, trained: Pixels | None = None
 ) -> Converted:
     """An image tower of CLIP, ViT or MAE.
 
@@ -138,7 +139,7 @@ def convert_image(
 
 def _convert_torch_image(
     weights: Weights,
-    config: VisionLanguageConfig,
+    config: EncoderConfig,
     family: _ImageFamily,
     prefix: str,
     fed: Pixels,
@@ -191,6 +192,7 @@ def _convert_torch_image(
             IMAGE_POSITIONS, (prefix + family.positions,), lambda table: table.reshape(1, -1, width)
         ),
         Leaf(f"{_PATCH}/kernel", (patch,), _patch_kernel),
+        *_modality(image, prefix + family.class_token),
         *naming.norm("image_tower/norm", prefix + family.norm, there),
     ]
     bias = f"{prefix}{family.patch}.bias"
@@ -217,7 +219,7 @@ def _convert_torch_image(
 
 
 def _convert_npz(
-    weights: Weights, config: VisionLanguageConfig, fed: Pixels, trained: Pixels | None
+    weights: Weights, config: EncoderConfig, fed: Pixels, trained: Pixels | None
 ) -> Converted:
     there = weights.arrays
     kernel, hidden = "embedding/kernel", f"{_NPZ_BLOCKS}0/MlpBlock_3/Dense_0/kernel"
@@ -244,6 +246,7 @@ def _convert_npz(
         Leaf(IMAGE_POSITIONS, ("Transformer/posembed_input/pos_embedding",), naming.same),
         Leaf(f"{_PATCH}/kernel", (kernel,), lambda array: array.reshape(-1, array.shape[-1])),
         Leaf(f"{_PATCH}/bias", ("embedding/bias",), naming.same),
+        *_modality(as_vit(config.image, str(weights.file)), "cls"),
         *naming.jax_norm("image_tower/norm", "Transformer/encoder_norm"),
     ]
     for layer in range(depth):
@@ -251,6 +254,19 @@ def _convert_npz(
     refuse_surplus(weights, leaves, _NPZ_BLOCKS, depth, separator="/")
     title = "ViT (npz of its authors)"
     return _with_pixels(weights, title, leaves, notes, fed, trained, PIXELS["half"])
+
+
+def _modality(image: ViTConfig, token: str) -> list[Leaf]:
+    """Zeros for the vector that marks images, which no tower of images alone has.
+
+    Args:
+        image: of the model.
+        token: name of a tensor of the vector's size.
+    """
+    if not image.modality:
+        return []
+    path = "image_tower/modality_embedding"
+    return [Leaf(path, (token,), lambda array: np.zeros_like(array).reshape(1, 1, -1))]
 
 
 def _patch_kernel(kernel: np.ndarray) -> np.ndarray:
@@ -298,7 +314,7 @@ def _expect_patches(weights: Weights, name: str, shape: tuple[int, ...]) -> None
 
 def _check_image(
     weights: Weights,
-    config: VisionLanguageConfig,
+    config: EncoderConfig,
     *,
     width: int,
     patch_size: int,

@@ -1,0 +1,246 @@
+"""One stack for images, texts and both: every block reads tokens of either modality.
+
+After MoMo (arXiv 2304.05523): an image alone, a text alone, and a text with its image pass through
+the same blocks. What the paper leaves open (its fact sheet, section 1) is chosen here: patches at
+fixed sine-cosine positions, a learned vector for each modality, pre-LN blocks with a final norm,
+and a vocabulary head that is tied to the table of tokens.
+
+The stack is the image tower, so that whatever reads or trains a tower has it under its name.
+
+How a text meets its image follows from what the text may see of itself:
+
+* *Bidirectional*: both are one sequence, whose tokens all see one another.
+* *Forward and reverse*: the tokens of the image do not see the text, or each row of it would see
+  all others through them. The image passes the blocks by itself, once for all streams, and every
+  block of a stream reads the states of the image that enter this block beside its own. That is one
+  sequence under a mask, with nothing computed that the mask would hide.
+"""
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vlp_jax.compress.buckets import View
+from vlp_jax.models.dropout import noise_of
+from vlp_jax.models.encoder import Encoder, TextStates, padded_vocabulary, run_of_keys
+from vlp_jax.models.layers import Block, BlockConfig, Noise, norm
+from vlp_jax.models.masks import bidirectional_mask
+from vlp_jax.models.vit import ViTConfig
+
+# Rows of the table that marks streams which see one side; what sees all is the plain text.
+STREAM_TYPES = {"forward": 0, "reverse": 1}
+JOINT = "bidirectional"  # the kind of stream that is one sequence with the image
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedConfig:
+    """Geometry of the whole model.
+
+    Attributes:
+        image: the stack and how images enter it: pre-LN, with the vector of a modality.
+        reconstructor_depth: 1 or more, at most the depth of the stack; the reconstructor reads the
+            states of the last so many blocks.
+        vocab_size: entries of the tokenizer.
+        max_positions: rows of the position table.
+        mask_id: token whose embedding starts every reconstruction query.
+        tied: the vocabulary head reads the table of tokens.
+    """
+
+    image: ViTConfig
+    reconstructor_depth: int
+    vocab_size: int
+    max_positions: int
+    mask_id: int
+    tied: bool = True
+
+    marks_text: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.image.block.norm != "pre":
+            raise ValueError(
+                f"model.image.norm={self.image.block.norm!r}: a shared stack has norm='pre'"
+            )
+        if not self.image.modality:
+            raise ValueError("the stack of a shared model needs a vector for images: modality=True")
+        if not 1 <= self.reconstructor_depth <= self.image.depth:
+            raise ValueError(
+                f"model.reconstructor.depth={self.reconstructor_depth} must be 1 or more, and at "
+                f"most model.image.depth={self.image.depth}"
+            )
+
+    @property
+    def text(self) -> BlockConfig:
+        """Of the blocks, for what stands beside the stack; there no path is dropped."""
+        return dataclasses.replace(self.image.block, drop_path=0.0)
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the stack."""
+        return self.image.depth
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """``vocab_size`` rounded up to a multiple of 128."""
+        return padded_vocabulary(self.vocab_size)
+
+
+class Pair(NamedTuple):
+    """What the stack makes of texts that are one sequence with their image.
+
+    Attributes:
+        image: [B, S, I, D], of the image's tokens after the final norm, for each text.
+        blocks: of the text's tokens after every block, [B, S, N, D] each.
+        text: [B, S, N, D], of the text's tokens after the final norm.
+    """
+
+    image: jax.Array
+    blocks: tuple[jax.Array, ...]
+    text: jax.Array
+
+
+class SharedModel(Encoder):
+    """One stack, embeddings of both modalities, reconstructor and vocabulary head."""
+
+    config: SharedConfig
+
+    def setup(self) -> None:
+        """Name the submodules; linen creates the parameters of those that are called."""
+        super().setup()
+        c = self.config
+        self.stream_embedding = self.param(
+            "stream_embedding", nn.initializers.normal(0.02), (len(STREAM_TYPES), c.text.width)
+        )
+        self.reconstructor = [
+            Block(c.text, self_attention=False, cross_attention=True)
+            for _ in range(c.reconstructor_depth)
+        ]
+        self.query_norm = norm(c.text)
+
+    def encode_image(
+        self,
+        image: jax.Array,
+        noise: Noise = None,
+        view: View | None = None,
+        keys: jax.Array | None = None,
+    ) -> jax.Array:
+        """Embedded patches, which have met no block: [B, S, S, 3] -> [B, I, D]; see ``ViT``."""
+        del noise  # there is no dropout before the first block
+        return self.image_tower.embed(image, view, keys)
+
+    def image_feature(self, tokens: jax.Array, noise: Noise = None) -> jax.Array:
+        """The class token of the stack on the image alone: [B, I, D] -> [B, D]."""
+        return self.image_tower.encode(tokens, noise_of(noise, "image"))[:, 0]
+
+    def text_feature(self, ids: jax.Array, lengths: jax.Array, noise: Noise = None) -> jax.Array:
+        """<s> of the stack on the text alone: int32 [B, N], int32 [B] -> [B, D]."""
+        mask = bidirectional_mask(lengths, ids.shape[1])[:, None]
+        return self.encode_text(ids, mask, None, (JOINT,), noise).last[:, 0, 0]
+
+    def encode_text_lower(
+        self,
+        ids: jax.Array,
+        mask: jax.Array,
+        noise: Noise = None,
+        positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, ...]:
+        """What enters the stack: tokens, positions and the vector of texts; see ``Encoder``."""
+        return (self._embedded(ids, mask.shape[1], noise, positions),)
+
+    def encode_text_upper(
+        self,
+        lower: jax.Array,
+        mask: jax.Array,
+        image: jax.Array | None,
+        streams: tuple[str, ...],
+        noise: Noise = None,
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """The stack; see ``Encoder`` and the module's docstring.
+
+        Raises:
+            ValueError: some streams see one side and others both.
+        """
+        if any(stream in STREAM_TYPES for stream in streams):
+            if JOINT in streams:
+                raise ValueError(f"{streams} do not see an image in one way")
+            types = jnp.stack([self.stream_embedding[STREAM_TYPES[name]] for name in streams])
+            lower = lower + types.astype(lower.dtype)[None, :, None]
+        elif image is not None:
+            pair = self.encode_pair(lower, mask, image, noise)
+            return pair.blocks, pair.text
+        if image is None:
+            return self._text_alone(lower, mask, noise)
+        return self._beside_image(lower, mask, image, noise)
+
+    def encode_pair(
+        self, lower: jax.Array, mask: jax.Array, image: jax.Array, noise: Noise = None
+    ) -> Pair:
+        """Texts and their image as one sequence each, the image first.
+
+        Args:
+            lower: [B, S, N, D], of ``encode_text_lower``; S texts of one image.
+            mask: bool [B, S, N, N], of the texts. A token that no row of its text sees is not seen
+                by the image either.
+            image: [B, I, D] from ``encode_image``.
+            noise: of the dropout, or None.
+        """
+        count, tokens = image.shape[1], lower.shape[2]
+        image = jnp.broadcast_to(image[:, None], (*lower.shape[:2], *image.shape[1:]))
+        x = jnp.concatenate([image.astype(lower.dtype), lower], axis=2)
+        seen = mask.any(axis=2, keepdims=True)
+        seen = jnp.broadcast_to(seen, (*seen.shape[:2], count, tokens))
+        text = jnp.concatenate([seen, mask], axis=2)
+        seen = jnp.ones((*text.shape[:3], count), jnp.bool_)
+        mask = jnp.concatenate([seen, text], axis=3)
+        states = []
+        for block in self.image_tower.blocks:
+            x = block(x, mask=mask, noise=noise)
+            states.append(x[:, :, count:])
+        x = self.image_tower.norm(x)
+        return Pair(x[:, :, :count], tuple(states), x[:, :, count:])
+
+    def _text_alone(
+        self, x: jax.Array, mask: jax.Array, noise: Noise
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        self._complete_tower()
+        noise = noise_of(noise, "text")
+        states = []
+        for block in self.image_tower.blocks:
+            x = block(x, mask=mask, noise=noise)
+            states.append(x)
+        return tuple(states), self.image_tower.norm(x)
+
+    def _beside_image(
+        self, x: jax.Array, mask: jax.Array, image: jax.Array, noise: Noise
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        of_image, of_text = noise_of(noise, "image"), noise_of(noise, "text")
+        blocks, states = self.image_tower.blocks, []
+        for layer, block in enumerate(blocks):
+            read = block.project(image)
+            x = block(x, mask=mask, noise=of_text, beside=read)
+            states.append(x)
+            if layer + 1 < len(blocks):  # nobody reads what the last block makes of the image
+                image = block(image, noise=of_image, own=read)
+        return tuple(states), self.image_tower.norm(x)
+
+    def _complete_tower(self) -> None:
+        """Create what the tower has for images, where a text alone would leave it out.
+
+        A tower is loaded whole or not at all, so that a run of texts begins from one of images, and
+        the other way round, only where both have all of it.
+        """
+        if self.is_initializing():
+            size = self.config.image.image_size
+            self.image_tower.embed(jnp.zeros((1, size, size, 3)))
+
+    def reconstruct(
+        self, positions: jax.Array, states: TextStates, mask: jax.Array, noise: Noise = None
+    ) -> jax.Array:
+        """Answer independent queries from the last states of the stack; see ``Encoder``."""
+        x = self._queries(positions, len(states.last), noise)
+        read = states.upper[len(states.upper) - self.config.reconstructor_depth :]
+        for block, state in zip(self.reconstructor, read, strict=True):
+            x = block(x, context=run_of_keys(state), context_mask=mask, noise=noise)
+        return self.query_norm(x)
