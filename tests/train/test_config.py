@@ -14,7 +14,9 @@ from tiny import BATCH, VOCABULARY, Run, make_batch, make_program
 from configs import invariance, language_objective
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import batch_spec
+from vlp_jax.data.named import batch_sources
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.mesh import global_batch
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives
 from vlp_jax.train.config import check_keys, default_config
@@ -170,9 +172,13 @@ def shrunk(config: ConfigDict) -> ConfigDict:
         if "readout" in section:
             section.readout = "query"  # `auto` is settled by the run's origin
     block = {"width": 32, "heads": 2, "mlp_width": 64}
-    config.model.image.update(**block, depth=1, patch_size=8)
-    config.model.text.update(**block, lower_depth=1, upper_depth=1)
+    config.model.image.update(**block, depth=2, patch_size=8)
     config.model.reconstructor.depth = 2
+    if config.model.get("type", "") != "shared":
+        config.model.image.depth = 1
+        config.model.text.update(**block, lower_depth=1, upper_depth=1)
+    if "mim" in config.objectives:
+        config.objectives.mim.update(decoder_width=16, decoder_depth=1, decoder_heads=2)
     config.data.image_size = 16
     config.data.batch_size = BATCH
     config.total_steps = 100
@@ -185,7 +191,7 @@ def test_shipped_config_builds(name: str) -> None:
     check_keys(config)
     program = make_program(config)
     assert program.state_spec.step.shape == ()
-    assert {objective.batch_name for objective in program.objectives} == {"pairs"}
+    assert {objective.batch_name for objective in program.objectives} == set(batch_sources(config))
 
 
 @pytest.mark.parametrize("size", ["", "base"])
@@ -213,10 +219,15 @@ def test_shipped_config_runs_one_step(name: str) -> None:
     program = make_program(config)
     bucket = tuple((name, Bucket(12, 16)) for name in program.batch_names)
     run = Run(program, program.lower(bucket).compile())
-    batch = make_batch()
-    extra = batch_spec(Bucket(12, 16), BATCH, program.fields["pairs"])
-    batch = {key: np.zeros(spec.shape, spec.dtype) for key, spec in extra.items()} | batch
-    state, metrics = run(run.init(), batch)
+    batches = {}
+    for batch, fields in program.fields.items():
+        spec = batch_spec(Bucket(12, 16), program.batch_sizes[batch], fields)
+        drawn = make_batch() | {"text_document": np.ones((BATCH, 12), np.int32)}
+        zeros = {key: np.zeros(leaf.shape, leaf.dtype) for key, leaf in spec.items()}
+        batches[batch] = global_batch(
+            {key: drawn.get(key, zero) for key, zero in zeros.items()}, program.mesh
+        )
+    state, metrics = run.step(run.init(), batches, program.moment(0))
     assert int(state.step) == 1
-    assert np.isfinite(list(metrics.values())).all()
+    assert np.isfinite([float(value) for value in metrics.values()]).all()
     assert metrics["skipped"] == 0

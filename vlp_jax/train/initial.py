@@ -24,6 +24,7 @@ from vlp_jax.objectives import OBJECTIVES
 
 CHECKPOINT_FOLDER = "checkpoints"
 KEY = "init_from"
+_OF_WORDS = ("text_embedding", "vocabulary_head")  # parts of a model with a row for each word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Origin:
     def params(self) -> dict[str, Any]:
         """The parameters as nested dicts."""
         return nested(self.arrays)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether some of the parameters belong to words of its tokenizer."""
+        return any(path.split("/")[0] in _OF_WORDS for path in self.arrays)
 
     @property
     def objectives(self) -> tuple[str, ...]:

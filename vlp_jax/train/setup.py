@@ -325,6 +325,8 @@ def _tokenizer(
             f"the run in {workdir} was begun with another tokenizer section",
             "Use the old one (it is in config.json there) or another workdir",
         )
+    if origin is not None and not origin.reads_text:
+        origin = None  # whatever words there are, none of its parameters means one
     if origin is not None and origin.tokenizer and not config.tokenizer.path:
         tokenizer = Tokenizer.from_json(origin.tokenizer, origin.where)
     else:

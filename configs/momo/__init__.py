@@ -1,0 +1,163 @@
+"""What the stages of the shared encoder have in common.
+
+One transformer reads images, texts and both (fact sheet of MoMo). What the paper leaves open is
+chosen after the sheet's defaults: MAE's recipe for images, 15 % of the words masked, all losses at
+weight 1, a fresh optimiser and warm-up in every stage.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import language_objective
+from vlp_jax.train.config import default_config
+
+DATA = ("scenes", "folder")
+# Objectives of pairs that stage 3 may do without.
+PAIR_OBJECTIVES = ("language", "mim", "itc", "itm")
+
+
+def base(stage: int, arg: str | None) -> tuple[ConfigDict, dict[str, Any]]:
+    """A config without sources, objectives and evaluators.
+
+    Args:
+        stage: 1, 2 or 3.
+        arg: ``DATA[,SIZE[,LANGUAGE[,PAIRS]]]``: one of ``DATA``; a shared size of models/sizes.py
+            (`shared_small` by default); the language objective, a name of configs/__init__.py
+            (`mlm15` by default); objectives of pairs, joined by +, of ``PAIR_OBJECTIVES``.
+
+    Returns:
+        The config, and ``data``, ``size``, ``language`` and ``pairs`` of the argument.
+
+    Raises:
+        ValueError: the argument names something else.
+    """
+    where = f"--config=configs/momo/stage{stage}.py:{arg}"
+    parts = [*(arg or "").split(","), *[""] * 4]
+    if any(parts[4:]) or (parts[0] or DATA[0]) not in DATA:
+        raise ValueError(f"{where}: write DATA[,SIZE[,LANGUAGE[,PAIRS]]], DATA one of {DATA}")
+    size = parts[1] or "shared_small"
+    pairs = (parts[3] or "+".join(PAIR_OBJECTIVES)).split("+")
+    if strange := [name for name in pairs if name not in PAIR_OBJECTIVES]:
+        raise ValueError(f"{where}: {strange[0]!r} is none of {', '.join(PAIR_OBJECTIVES)}")
+    given = {
+        "data": parts[0] or DATA[0],
+        "size": size,
+        "language": language_objective(parts[2] or "mlm15", where),
+        "pairs": pairs,
+    }
+    config = default_config(size)
+    config.name = f"momo_stage{stage}"
+    config.total_steps = 20_000
+    config.data.image_size = 64 if given["data"] == "scenes" else 224
+    config.data.batch_size = 256
+    config.data.max_text_length = 48
+    config.data.threads = 16
+    config.data.prefetch = 32
+    config.tokenizer.vocab_size = 8192
+    config.schedule.peak = 5e-4
+    config.schedule.decay = "cosine"
+    config.optim.update(weight_decay=0.05, b2=0.95)
+    config.log.every_steps = 20
+    return config, given
+
+
+def images(config: ConfigDict, data: str, batch: str = "images") -> None:
+    """Add a batch of pictures, whose captions are not read, and MAE on it.
+
+    Args:
+        config: changed.
+        data: of the argument.
+        batch: its name.
+    """
+    with config.unlocked():
+        config.data.sources.pictures = {**_pictures(config, data), "batch": batch}
+        config.data.batches[batch] = {"num_edges": 1}
+        config.objectives.mim = _mim(config, batch)
+        config.evals.heldout_images = _heldout("pictures", "mim")
+
+
+def text(config: ConfigDict, data: str, language: dict[str, Any], weight: float = 1.0) -> None:
+    """Add a batch of packed texts, and the language objective on it.
+
+    Args:
+        config: changed.
+        data: of the argument.
+        language: section of the objective.
+        weight: factor of its loss.
+    """
+    with config.unlocked():
+        if data == "scenes":
+            # The free text beside the checkout stands for a corpus; any folder of files does.
+            root = "../shared/data/text"
+            config.data.sources.prose = {
+                "type": "texts",
+                "root": root,
+                "files": "wikitext*.txt",
+                "weight": 1.0,
+                "batch": "text",
+            }
+            config.data.sources.phrases = {
+                "type": "texts",
+                "root": root,
+                "files": "sst2_train.tsv",
+                "column": "sentence",
+                "weight": 1.0,
+                "batch": "text",
+            }
+        else:
+            config.data.sources.prose = {"type": "texts", "root": "", "batch": "text"}
+        config.data.batches.text = {"max_text_length": 128, "text_edges": (128,), "weight": weight}
+        config.objectives.text = {**language, "batch": "text", "with_image": False}
+        config.evals.heldout_text = _heldout("prose", "text")
+
+
+def pairs(config: ConfigDict, data: str, language: dict[str, Any], chosen: list[str]) -> None:
+    """Add a batch of pictures with their captions, and objectives on it.
+
+    Args:
+        config: changed.
+        data: of the argument.
+        language: section of the language objective.
+        chosen: of ``PAIR_OBJECTIVES``.
+    """
+    readout = "query" if language["type"] == "flm" else "bidirectional"
+    with config.unlocked():
+        config.data.sources.captions = {**_pictures(config, data), "batch": "pairs"}
+        config.data.batches.pairs = {"num_edges": 2}
+        if "language" in chosen:
+            config.objectives.language = {**language, "batch": "pairs"}
+            config.evals.heldout_pairs = _heldout("captions", "language")
+        if "mim" in chosen:
+            config.objectives.mim = {**_mim(config, "pairs"), "with_text": True}
+        if "itc" in chosen or "itm" in chosen:  # which draws its negatives by the contrast
+            config.objectives.itc = {"batch": "pairs"}
+        if "itm" in chosen:
+            config.objectives.itm = {"batch": "pairs", "readout": readout}
+
+
+def _pictures(config: ConfigDict, data: str) -> dict[str, Any]:
+    if data == "scenes":
+        return {"type": "scenes", "level": "hard"}
+    return {"type": "folder", "root": config.data.get_oneway_ref("root")}
+
+
+def _mim(config: ConfigDict, batch: str) -> dict[str, Any]:
+    """MAE; its decoder as wide in proportion as that of a ViT-B, and half as deep where small."""
+    width = config.model.image.width
+    heads = config.model.image.heads
+    decoder = {"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16}
+    if width < 768:
+        decoder = {"decoder_width": width // 2, "decoder_depth": 2, "decoder_heads": heads}
+    return {"type": "mim", "batch": batch, **decoder}
+
+
+def _heldout(source: str, objective: str) -> dict[str, Any]:
+    return {
+        "type": "heldout",
+        "source": source,
+        "objective": objective,
+        "num_examples": 512,
+        "num_draws": 2,
+        "every_percent": 20.0,
+    }
