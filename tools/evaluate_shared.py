@@ -1,0 +1,368 @@
+"""Score runs in three columns: images, texts, and both (fact sheet of MoMo, section 4).
+
+    python -m tools.evaluate_shared runs/momo3
+    python -m tools.evaluate_shared runs/momo1 runs/momo2 runs/momo3 --seeds=3 --out=runs/columns
+    python -m tools.evaluate_shared runs/momo3 --data=pack --glue=../shared/data/text
+
+Every task is scored on the test split of its data, fractions of one:
+
+image       the frozen tower by nearest neighbours and by a linear probe, and the tower fine-tuned
+text        tasks of GLUE, fine-tuned, by their official scores
+multimodal  questions and entailment, fine-tuned; retrieval by embeddings (mean of recall at 1 both
+            ways), as it is where the run has learned a contrast, and fine-tuned
+
+What is fine-tuned is trained once a seed by the config of the task (configs/transfer/), which
+--steps, --batch_size and --records shorten; what is frozen has no seeds. A column's average is the
+mean of its tasks, and its spread the standard deviation of that over seeds.
+
+Writes to --out (by default WORKDIR/columns of the first run): ``table.md``, ``scores.json``, and
+the runs themselves. What is finished is not run again, so that seeds and tasks can be added.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import pathlib
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import rich
+import rich.table
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from tools.compare.configs import load, with_overrides
+from vlp_jax.infra.command import bad_input, parse_flags
+from vlp_jax.infra.compilation import enable_compile_cache, set_gpu_flags
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.files import write_text
+from vlp_jax.infra.metrics import read_metrics
+from vlp_jax.infra.preemption import ExitCode
+from vlp_jax.objectives.contrastive import CONTRASTIVE_HEAD
+from vlp_jax.train.loop import train
+from vlp_jax.train.setup import Setup, prepare
+
+COLUMNS = ("image", "text", "multimodal")
+RECALL = ("i2t_r1", "t2i_r1")
+_REPO = pathlib.Path(__file__).resolve().parent.parent
+
+_SEEDS = flags.DEFINE_integer("seeds", 1, "seeds of everything that is fine-tuned", lower_bound=1)
+_DATA = flags.DEFINE_enum("data", "scenes", ["scenes", "pack"], "of tasks with images")
+_GLUE = flags.DEFINE_string("glue", "../shared/data/text", "folder of GLUE; empty: no text tasks")
+_GLUE_TASKS = flags.DEFINE_list("glue_tasks", ["sst2"], "tasks of GLUE")
+_TASKS = flags.DEFINE_list("tasks", None, "names of tasks to run; by default all")
+_STEPS = flags.DEFINE_integer("steps", None, "updates of each fine-tuning", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch_size", None, "rows of a batch of these", lower_bound=1)
+_RECORDS = flags.DEFINE_integer("records", None, "training records of scenes", lower_bound=1)
+_EXAMPLES = flags.DEFINE_integer("examples", None, "of a test split that has no end", lower_bound=1)
+_OUT = flags.DEFINE_string("out", None, "folder to write to")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One figure of a run.
+
+    Attributes:
+        column: of the table.
+        name: of the task.
+        config: file and argument of its config.
+        figures: of the evaluator ``test`` (of what is frozen: ``frozen``), whose mean is the score.
+        frozen: nothing is trained.
+        overrides: of the config.
+        evaluator: section of ``frozen``, in place of the config's own evaluators.
+        needs: part of the parameters without which there is no score.
+    """
+
+    column: str
+    name: str
+    config: str
+    figures: tuple[str, ...]
+    frozen: bool = False
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    evaluator: Mapping[str, Any] | None = None
+    needs: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What a run reached in a task: one value a seed, of what is frozen one."""
+
+    values: tuple[float, ...]
+
+    def of(self, seed: int) -> float:
+        """With a seed."""
+        return self.values[min(seed, len(self.values) - 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How tasks are run.
+
+    Attributes:
+        seeds: of what is fine-tuned.
+        steps: updates of a fine-tuning; None: those of the config.
+        batch_size: rows of its batch; None: as the config.
+        records: training records of scenes; None: as the config.
+        examples: of a test split of scenes; None: as the config.
+        out: where runs are kept.
+    """
+
+    seeds: int
+    steps: int | None
+    batch_size: int | None
+    records: int | None
+    examples: int | None
+    out: pathlib.Path
+
+
+def tasks_of(data: str, glue: str, glue_tasks: Sequence[str]) -> list[Task]:
+    """Every task, in the order of the columns.
+
+    Args:
+        data: ``scenes`` or ``pack``, of tasks with images.
+        glue: folder of GLUE; empty: no text tasks.
+        glue_tasks: names of its tasks.
+    """
+    source = {"scenes": {"source": "scenes"}, "pack": {"source": "images"}}[data]
+    tower = {"scenes": "configs/invariance.py:simclr", "pack": "configs/transfer/classification.py"}
+    arg = {"scenes": "", "pack": ":pack"}[data]
+    label = {"scenes": "shape", "pack": "label"}[data]
+
+    def frozen(name: str, kind: str, figure: str) -> Task:
+        evaluator = {"type": kind, "split": "test", **source}
+        return Task(
+            "image",
+            name,
+            tower[data] + arg,
+            (f"{label}/{figure}",),
+            frozen=True,
+            evaluator=evaluator,
+        )
+
+    def tuned(column: str, name: str, file: str, *figures: str) -> Task:
+        return Task(column, name, f"configs/transfer/{file}.py:{data}", figures)
+
+    texts = [
+        Task(
+            "text",
+            name,
+            f"configs/transfer/glue.py:{name}",
+            ("score",),
+            overrides={"data.root": glue},
+        )
+        for name in (glue_tasks if glue else ())
+    ]
+    return [
+        frozen("neighbours", "neighbours", "knn_accuracy"),
+        frozen("linear probe", "linear_probe", "accuracy"),
+        tuned("image", "classification", "classification", "accuracy"),
+        *texts,
+        tuned("multimodal", "vqa", "vqa", "accuracy"),
+        tuned("multimodal", "entailment", "entailment", "accuracy"),
+        Task(
+            "multimodal",
+            "retrieval, as it is",
+            f"configs/transfer/retrieval.py:{data}",
+            RECALL,
+            frozen=True,
+            overrides={"objectives.itm": None, "evals.val": None, "evals.test.matching": ""},
+            needs=CONTRASTIVE_HEAD,
+        ),
+        tuned("multimodal", "retrieval", "retrieval", *RECALL),
+    ]
+
+
+def evaluate(workdir: pathlib.Path, task: Task, settings: Settings) -> Score | None:
+    """Score a run in a task; None: it has not learned what the task reads.
+
+    Args:
+        workdir: of the run.
+        task: what is asked.
+        settings: how it is run.
+
+    Raises:
+        ConfigError, ValueError, OSError: the run does not fit the task, or data are missing.
+    """
+    folder = settings.out / "runs" / _slug(f"{workdir.resolve().name}-{task.name}")
+    if task.frozen:
+        setup = prepare(_config(task, workdir, settings, 0), folder)
+        return _as_it_is(setup, task)
+    values = []
+    for seed in range(settings.seeds):
+        values.append(_tuned(task, workdir, settings, seed, folder / f"seed{seed}"))
+    return Score(tuple(values))
+
+
+def _tuned(
+    task: Task, workdir: pathlib.Path, settings: Settings, seed: int, folder: pathlib.Path
+) -> float:
+    facts = folder / "run.json"
+    if not (facts.exists() and json.loads(facts.read_text())["status"] == "finished"):
+        setup = prepare(_config(task, workdir, settings, seed), folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+            code = train(setup)
+        del setup
+        gc.collect()  # a run holds its state and its programs in cycles
+        if code is not ExitCode.OK:
+            raise SystemExit(code)
+    found: dict[str, float] = {}
+    for record in read_metrics(folder):
+        found |= record
+    return statistics.fmean(found[f"test/{figure}"] for figure in task.figures)
+
+
+def _as_it_is(setup: Setup, task: Task) -> Score | None:
+    """The score of a run's own parameters."""
+    origin = setup.origin
+    if origin is not None and task.needs:
+        if not any(path.split("/")[0] == task.needs for path in origin.arrays):
+            return None
+    state, _ = setup.first_state()
+    [evaluator] = setup.evaluators.values()
+    figures = dict(evaluator.run(setup.program.served(state), 0))
+    return Score((statistics.fmean(figures[figure] for figure in task.figures),))
+
+
+def _config(task: Task, workdir: pathlib.Path, settings: Settings, seed: int) -> ConfigDict:
+    path, _, arg = task.config.partition(":")
+    named = load(f"{_REPO / path}:{arg}" if arg else str(_REPO / path))
+    config = with_overrides(named.config, task.overrides)
+    with config.unlocked():
+        config.seed = seed
+        config.init_from = str(workdir)
+        config.adopt_model = True
+        config.compile_cache = str(settings.out / "compile_cache")
+        config.data.cache_dir = str(settings.out / "data")
+        config.log.tensorboard = False
+        if task.evaluator is not None:
+            config.evals = {"frozen": dict(task.evaluator)}
+            config.checkpoint.best_metric = ""
+        if settings.steps is not None:
+            config.total_steps, config.total_epochs = settings.steps, 0.0
+        if settings.batch_size is not None:
+            config.data.batch_size = settings.batch_size
+        for section in config.data.sources.values():
+            scenes = section.type.startswith("scenes")
+            if scenes and settings.records is not None:
+                section.update(num_records=settings.records, cache=True)
+        for section in config.evals.values():
+            if settings.examples is not None and section.get("num_examples", 1):
+                section.num_examples = settings.examples
+            if settings.examples is not None and section.type in ("neighbours", "linear_probe"):
+                section.num_train = settings.records or section.get("num_train", 10_000)
+    return config
+
+
+def averages(scores: Mapping[str, Score], tasks: Sequence[Task], seeds: int) -> dict[str, Score]:
+    """The mean of every column's tasks, for every seed; of a column without a score, none."""
+    found = {}
+    for column in COLUMNS:
+        mine = [
+            scores[task.name] for task in tasks if task.column == column and task.name in scores
+        ]
+        if mine:
+            means = [statistics.fmean(score.of(seed) for score in mine) for seed in range(seeds)]
+            found[column] = Score(tuple(means))
+    return found
+
+
+def told(score: Score | None) -> str:
+    """In percent, with the spread over seeds where there are several."""
+    if score is None:
+        return "–"
+    mean = f"{100 * statistics.fmean(score.values):.1f}"
+    if len(score.values) == 1:
+        return mean
+    return f"{mean} ± {100 * statistics.stdev(score.values):.1f}"
+
+
+def rows_of(
+    scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[Task], seeds: int
+) -> list[list[str]]:
+    """The lines of the table: a run, its three averages, and every task."""
+    means = {run: averages(found, tasks, seeds) for run, found in scores.items()}
+    return [
+        [
+            run,
+            *(told(means[run].get(column)) for column in COLUMNS),
+            *(told(found.get(task.name)) for task in tasks),
+        ]
+        for run, found in scores.items()
+    ]
+
+
+def header_of(tasks: Sequence[Task]) -> list[str]:
+    """Names of the columns of ``rows_of``."""
+    return ["run", *(column.upper() for column in COLUMNS), *(task.name for task in tasks)]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def terminal(header: Sequence[str], rows: Sequence[Sequence[str]]) -> rich.table.Table:
+    """The same for the terminal."""
+    table = rich.table.Table(header[0])
+    for name in header[1:]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name).strip("-")
+
+
+def _chosen(tasks: Sequence[Task], names: Sequence[str] | None) -> Iterator[Task]:
+    known = [task.name for task in tasks]
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"--tasks: {name!r} is none of {', '.join(known)}")
+    yield from (task for task in tasks if names is None or task.name in names)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Score every run in every task, and write the table after each run."""
+    workdirs = [pathlib.Path(arg) for arg in argv[1:]]
+    if not workdirs:
+        raise app.UsageError("name the workdir of a run: python -m tools.evaluate_shared WORKDIR")
+    logging.set_verbosity(logging.ERROR)
+    with bad_input():
+        if len({workdir.resolve().name for workdir in workdirs}) < len(workdirs):
+            raise ValueError("two of the workdirs have one name; rename one")
+        tasks = list(_chosen(tasks_of(_DATA.value, _GLUE.value, _GLUE_TASKS.value), _TASKS.value))
+        out = pathlib.Path(_OUT.value) if _OUT.value else workdirs[0] / "columns"
+        settings = Settings(
+            _SEEDS.value, _STEPS.value, _BATCH.value, _RECORDS.value, _EXAMPLES.value, out
+        )
+        enable_compile_cache(out / "compile_cache")
+        scores: dict[str, dict[str, Score]] = {}
+        for workdir in workdirs:
+            found = scores[workdir.resolve().name] = {}
+            for task in tasks:
+                try:
+                    score = evaluate(workdir, task, settings)
+                except ConfigError as error:
+                    raise ValueError(f"{workdir}, {task.name}: {error}") from error
+                if score is not None:
+                    found[task.name] = score
+            header, rows = header_of(tasks), rows_of(scores, tasks, settings.seeds)
+            write_text(out / "table.md", markdown(header, rows))
+            plain = {
+                run: {name: list(score.values) for name, score in found.items()}
+                for run, found in scores.items()
+            }
+            write_text(out / "scores.json", json.dumps(plain, indent=2) + "\n")
+    rich.print(terminal(header, rows))
+    print(out / "table.md")
+
+
+if __name__ == "__main__":
+    set_gpu_flags()
+    app.run(main, flags_parser=parse_flags)
