@@ -57,6 +57,7 @@ _STEPS = flags.DEFINE_integer("steps", None, "updates of each fine-tuning", lowe
 _BATCH = flags.DEFINE_integer("batch_size", None, "rows of a batch of these", lower_bound=1)
 _RECORDS = flags.DEFINE_integer("records", None, "training records of scenes", lower_bound=1)
 _EXAMPLES = flags.DEFINE_integer("examples", None, "of a test split that has no end", lower_bound=1)
+_LEVEL = flags.DEFINE_enum("level", "hard", ["easy", "hard"], "of scenes")
 _OUT = flags.DEFINE_string("out", None, "folder to write to")
 
 
@@ -106,6 +107,7 @@ class Settings:
         batch_size: rows of its batch; None: as the config.
         records: training records of scenes; None: as the config.
         examples: of a test split of scenes; None: as the config.
+        level: of scenes.
         out: where runs are kept.
     """
 
@@ -114,6 +116,7 @@ class Settings:
     batch_size: int | None
     records: int | None
     examples: int | None
+    level: str
     out: pathlib.Path
 
 
@@ -217,9 +220,9 @@ def _tuned(
 def _as_it_is(setup: Setup, task: Task) -> Score | None:
     """The score of a run's own parameters."""
     origin = setup.origin
-    if origin is not None and task.needs:
-        if not any(path.split("/")[0] == task.needs for path in origin.arrays):
-            return None
+    parts = {path.split("/")[0] for path in origin.arrays} if origin is not None else set()
+    if task.needs and task.needs not in parts:
+        return None
     state, _ = setup.first_state()
     [evaluator] = setup.evaluators.values()
     figures = dict(evaluator.run(setup.program.served(state), 0))
@@ -245,8 +248,10 @@ def _config(task: Task, workdir: pathlib.Path, settings: Settings, seed: int) ->
         if settings.batch_size is not None:
             config.data.batch_size = settings.batch_size
         for section in config.data.sources.values():
-            scenes = section.type.startswith("scenes")
-            if scenes and settings.records is not None:
+            if not section.type.startswith("scenes"):
+                continue
+            section.level, config.data.image_size = settings.level, _image_size(workdir)
+            if settings.records is not None:
                 section.update(num_records=settings.records, cache=True)
         for section in config.evals.values():
             if settings.examples is not None and section.get("num_examples", 1):
@@ -254,6 +259,16 @@ def _config(task: Task, workdir: pathlib.Path, settings: Settings, seed: int) ->
             if settings.examples is not None and section.type in ("neighbours", "linear_probe"):
                 section.num_train = settings.records or section.get("num_train", 10_000)
     return config
+
+
+def _image_size(workdir: pathlib.Path) -> int:
+    """The side of the pictures that a run has read, in pixels."""
+    file = workdir / "config.json"
+    if not file.exists():
+        raise ConfigError(
+            "init_from", f"{workdir} is no workdir of a run", "Give a folder with a config.json"
+        )
+    return int(json.loads(file.read_text())["data"]["image_size"])
 
 
 def averages(scores: Mapping[str, Score], tasks: Sequence[Task], seeds: int) -> dict[str, Score]:
@@ -339,7 +354,13 @@ def main(argv: Sequence[str]) -> None:
         tasks = list(_chosen(tasks_of(_DATA.value, _GLUE.value, _GLUE_TASKS.value), _TASKS.value))
         out = pathlib.Path(_OUT.value) if _OUT.value else workdirs[0] / "columns"
         settings = Settings(
-            _SEEDS.value, _STEPS.value, _BATCH.value, _RECORDS.value, _EXAMPLES.value, out
+            _SEEDS.value,
+            _STEPS.value,
+            _BATCH.value,
+            _RECORDS.value,
+            _EXAMPLES.value,
+            _LEVEL.value,
+            out,
         )
         enable_compile_cache(out / "compile_cache")
         scores: dict[str, dict[str, Score]] = {}
