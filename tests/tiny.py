@@ -13,6 +13,7 @@ from vlp_jax.compress.buckets import Bucket, StepBucket
 from vlp_jax.data.batch import HostBatch
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.mesh import global_batch, make_mesh
+from vlp_jax.models.shared import SharedModel
 from vlp_jax.models.sizes import build_model
 from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.train.config import default_config
@@ -63,7 +64,31 @@ def objective_config(name: str, section: Mapping[str, Any], **overrides: Any) ->
 def tiny_model(**overrides: Any) -> VisionLanguageModel:
     """The model of ``tiny_config``; overrides are keys of ``config.model``."""
     config = tiny_config(**{f"model.{key}": value for key, value in overrides.items()})
-    return build_model(config.model, VOCAB, MASK_ID, IMAGE_SIZE)
+    model = build_model(config.model, VOCAB, MASK_ID, IMAGE_SIZE)
+    assert isinstance(model, VisionLanguageModel)
+    return model
+
+
+def shared_config(**overrides: Any) -> ConfigDict:
+    """As ``tiny_config``, of a shared stack of two blocks."""
+    config = tiny_config()
+    with config.unlocked():
+        config.model = default_config("shared_tiny").model
+    size = {"width": 32, "heads": 2, "mlp_width": 64, "depth": 2, "patch_size": 8}
+    config.model.image.update(size)
+    config.model.text.max_positions = 64
+    config.model.reconstructor.depth = 1
+    config.model.dtype = "float32"
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def shared_model(**overrides: Any) -> SharedModel:
+    """The model of ``shared_config``; overrides are keys of ``config.model``."""
+    config = shared_config(**{f"model.{key}": value for key, value in overrides.items()})
+    model = build_model(config.model, VOCAB, MASK_ID, IMAGE_SIZE)
+    assert isinstance(model, SharedModel)
+    return model
 
 
 def make_batch(

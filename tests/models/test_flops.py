@@ -3,11 +3,14 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
 from tiny import tiny_config
 
 from vlp_jax.compress.buckets import Bucket
-from vlp_jax.data.batch import batch_spec
+from vlp_jax.data.batch import FIELDS, batch_spec
+from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.models.sizes import build_model, model_config, parameter_table
+from vlp_jax.objectives import build_objectives
 from vlp_jax.objectives.flm import FLM
 
 TOKENS, IMAGE_SIZE, ROWS = 16, 288, 4
@@ -70,3 +73,46 @@ def test_parameter_table_depth() -> None:
     params = {"a": {"x": jnp.ones((2, 3)), "y": jnp.ones(4)}, "b": {"z": jnp.ones(5)}}
     assert parameter_table(params) == [("a", 10), ("b", 5), ("total", 15)]
     assert parameter_table(params, depth=2) == [("a/x", 6), ("a/y", 4), ("b/z", 5), ("total", 15)]
+
+
+SHARED = {
+    "mlm": {"rate": 1.0},
+    "mlm_of_texts": {"type": "mlm", "rate": 1.0, "with_image": False},
+    "ar": {},
+    "ar_of_texts": {"type": "ar", "with_image": False},
+    "flm": {},
+    "itc": {},
+    "itm": {},
+    "itm_by_text": {"type": "itm", "readout": "bidirectional"},
+    "vqa": {"num_classes": 8, "readout": "forward"},
+    "nlvr2": {"readout": "query"},
+    "mim": {"decoder_depth": 2},  # beside which the crop weighs little
+    "mim_with_text": {"type": "mim", "decoder_depth": 1, "with_text": True},
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_formulas_of_a_shared_stack_match_the_lowered_module(name: str) -> None:
+    """Images alone, texts alone, pairs as one sequence and in streams, queries."""
+    config = model_config("shared_small")
+    config.dtype = "float32"
+    config.image.depth, config.image.patch_size, config.reconstructor.depth = 4, 16, 2
+    model = build_model(config, 1000, 3, 144)
+    section = {"chunk_rows": 10**9} if name.partition("_")[0] in ("mlm", "ar", "flm") else {}
+    sections = {name: {**section, **SHARED[name]}}
+    if name.startswith("itm"):
+        sections["itc"] = {}
+    built = build_objectives(ConfigDict(sections), model, Vocabulary.of_words(1000, 3))
+    [objective] = [one for one in built if one.name == name]
+    bucket = Bucket(48, 144)
+    spec = batch_spec(bucket, ROWS, (*FIELDS, *objective.extra_fields))
+    if "of_texts" in name:
+        del spec["image"]
+    params, extras = jax.eval_shape(lambda key: objective.init(key, spec), jax.random.key(0))
+
+    def loss(params: dict, batch: dict, rng: jax.Array) -> jax.Array:
+        return objective.loss(params, extras, batch, rng, bucket).loss.sum
+
+    lowered = jax.jit(loss).lower(params, spec, jax.random.key(0))
+    counted = lowered.cost_analysis()["flops"] / ROWS
+    assert counted == pytest.approx(objective.flops(48), rel=0.04)

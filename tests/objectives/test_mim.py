@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import TOKENS, Run, make_batch, make_program, objective_config, tiny_model
+from tiny import (
+    TOKENS,
+    Run,
+    make_batch,
+    make_program,
+    objective_config,
+    shared_model,
+    tiny_model,
+)
 
 from vlp_jax.compress.buckets import Bucket, View
 from vlp_jax.compress.token_dropout import kept_patches
@@ -144,9 +152,66 @@ def test_an_update_trains_and_the_loss_falls():
     assert last["loss"] < first["loss"]
 
 
+def on_shared(**arguments):
+    """The objective on a shared stack, with parameters that differ from zero and one."""
+    model = shared_model()
+    model = model.clone(config=_sized(model.config))
+    objective = MIM(model=model, name="mim", **{**SMALL, **arguments})
+    params, extras = objective.init(jax.random.key(0), batch_spec(SIZES, 1))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return objective, jax.tree.unflatten(tree, moved), extras
+
+
+def test_a_shared_stack_is_the_tower_with_its_modality_folded(batch):
+    """Added to the class token and to the bias of the patches, it is gone."""
+    objective, params, extras = on_shared()
+    image = dataclasses.replace(objective.model.config.image, modality=False)
+    model = tiny_model()
+    model = model.clone(config=dataclasses.replace(model.config, image=image))
+    plain = dataclasses.replace(objective, model=model)
+    tower = dict(params["image_tower"])
+    mark = tower.pop("modality_embedding")
+    patches = tower["patch_embedding"]
+    tower["class_token"] = tower["class_token"] + mark
+    tower["patch_embedding"] = {**patches, "bias": patches["bias"] + mark[0, 0]}
+    folded = {**params, "image_tower": tower}
+    spec = jax.eval_shape(lambda: plain.init(KEY, batch_spec(SIZES, 1))[0])
+    assert jax.tree.map(jnp.shape, spec) == jax.tree.map(jnp.shape, folded)
+    loss = jax.jit(lambda p: objective.loss(p, extras, batch, KEY, SIZES).loss.sum)
+    expected = jax.jit(lambda p: plain.loss(p, extras, batch, KEY, SIZES).loss.sum)
+    np.testing.assert_allclose(loss(params), expected(folded), rtol=1e-5)
+
+
+def test_with_text_the_words_tell_what_is_hidden(batch):
+    """Their padding tells nothing, hidden patches still nothing, and texts learn."""
+    objective, params, extras = on_shared(with_text=True)
+    assert {"image_tower", "text_embedding", "mim_decoder"} <= params.keys()
+
+    @jax.jit
+    def losses(ids, image):
+        changed = {**batch, "text_ids": ids, "image": image}
+        output = objective.loss(params, extras, changed, KEY, SIZES)
+        return output.loss.sum
+
+    ids, image = batch["text_ids"], batch["image"]
+    plain = float(losses(ids, image))
+    padding = jnp.arange(TOKENS)[None] >= batch["text_length"][:, None]
+    assert float(losses(jnp.where(padding, 9, ids), image)) == plain
+    assert float(losses(jnp.where(padding, ids, (ids + 3) % 50), image)) != plain
+    gradient = jax.jit(jax.grad(lambda p: objective.loss(p, extras, batch, KEY, SIZES).loss.sum))(
+        params
+    )
+    assert np.asarray(gradient["text_embedding"]["token"]["embedding"]).any()
+    assert not np.asarray(gradient["stream_embedding"]).any()
+    assert objective.flops(10) > dataclasses.replace(objective, with_text=False).flops(10)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"with_text": True}, r"objectives\.mim\.with_text: True, .* type 'shared'"),
         ({"kept_share": 1.0}, r"objectives\.mim\.kept_share: 1.0"),
         ({"decoder_depth": 0}, r"objectives\.mim\.decoder_depth: 0"),
         ({"decoder_heads": 3}, r"objectives\.mim\.decoder_width: width 16 is not a multiple"),
