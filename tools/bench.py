@@ -17,7 +17,8 @@ With `--fixed_views` the pictures themselves, some of them mirrored, stand for r
 saved is what those cost.
 
 Batches are planned as in training (windows sorted by length, cut, permuted; edges fitted to the
-lengths) from caption lengths uniform in [min_length, max_length]. Pixels, tokens and labels are
+lengths) from caption lengths uniform in [min_length, max_length]; of packed texts rows are full, of
+documents of such lengths. Pixels, tokens and labels are
 random and lie on the device, so that the figure is that of the update alone. ``readout="auto"``
 stands for "query", as in a run that starts from nothing.
 """
@@ -169,7 +170,8 @@ def _prepare(config: Any, like: Prepared | None = None) -> Prepared:
             f"{config.compression.schedule!r} uses several buckets, and one is measured",
             "Take `python -m tools.bench buckets`, which measures each",
         )
-    plan = JointPlan({name: _plan(config, name) for name in program.batch_names})
+    packed = {name: "text_document" in fields for name, fields in program.fields.items()}
+    plan = JointPlan({name: _plan(config, name, several) for name, several in packed.items()})
     updates = range(min(_STEPS.value, plan.window_batches))
     planned = [plan.batches(t) for t in updates]
     rng = np.random.default_rng(config.seed)
@@ -182,10 +184,18 @@ def _prepare(config: Any, like: Prepared | None = None) -> Prepared:
     return Prepared(config, program, planned, keys, pictures, batches)
 
 
-def _plan(config: Any, name: str) -> Plan:
-    """Of a named batch; a section without edges has them fitted as in training."""
+def _plan(config: Any, name: str, packed: bool) -> Plan:
+    """Of a named batch; a section without edges has them fitted as in training.
+
+    Args:
+        config: of the run.
+        name: of the batch.
+        packed: whether its rows hold several texts.
+    """
     data, section = config.data, batch_section(config, name)
     source = UniformLengths(_MIN_LENGTH.value, _MAX_LENGTH.value)
+    if packed:  # rows are full
+        source = UniformLengths(section.max_text_length, section.max_text_length)
     maxima = batch_maxima(source.histogram(), section.batch_size, data.window_batches)
     edges = section.text_edges or fit_edges(
         maxima, section.num_edges, data.edge_multiple, longest=source.longest
@@ -396,6 +406,8 @@ def _batch(rng: np.random.Generator, name: str, planned: PlannedBatch, program: 
         "valid": np.ones(rows, np.bool_),
         "replaced": np.zeros(rows, np.int32),
     }
+    if "text_document" in program.fields[name]:
+        host["text_document"] = _documents(rng, rows, tokens)
     # A label must be a class of every objective that reads it.
     classes = min(
         (getattr(o, "num_classes", 1) for o in program.objectives if o.extra_fields), default=1
@@ -405,6 +417,17 @@ def _batch(rng: np.random.Generator, name: str, planned: PlannedBatch, program: 
     for field, spec in batch_spec(planned.bucket, rows, fields).items():
         host[field] = _extra(rng, field, spec, classes)
     return global_batch(host, program.mesh)
+
+
+def _documents(rng: np.random.Generator, rows: int, tokens: int) -> np.ndarray:
+    """Full rows of documents of --min_length to --max_length tokens: int32 [rows, tokens]."""
+    mean = (_MIN_LENGTH.value + _MAX_LENGTH.value) / 2
+    # A document begins where the ends of those before it are passed.
+    drawn = rng.integers(
+        _MIN_LENGTH.value, _MAX_LENGTH.value + 1, (rows, 2 * math.ceil(tokens / mean) + 2)
+    )
+    ends = np.cumsum(drawn, axis=1)
+    return 1 + (ends[:, None, :] <= np.arange(tokens)[None, :, None]).sum(axis=2, dtype=np.int32)
 
 
 def _extra(
