@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from vlp_jax.data.augment import PIXEL_MEAN, PIXEL_STD
 from vlp_jax.models.pretrained import Pixels
 from vlp_jax.models.sizes import build_model
-from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.models.vision_language import VisionLanguageModel, two_stacks
 from vlp_jax.train.config import default_config
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "goldens" / "weights"
@@ -60,7 +60,8 @@ def config_for(image: str = "clip", text: str = "roberta", **overrides: Any) -> 
 
 def model_for(config: ConfigDict) -> VisionLanguageModel:
     """The model of a config, for the vocabulary of the goldens."""
-    return build_model(config.model, VOCAB, 3, config.data.image_size)
+    model = build_model(config.model, VOCAB, 3, config.data.image_size)
+    return two_stacks(model, "a text encoder")
 
 
 def blank(model: VisionLanguageModel) -> Any:

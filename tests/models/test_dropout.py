@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vlp_jax.infra.mesh import batch_sharding, make_mesh
-from vlp_jax.models.dropout import dropout, dropout_noise
+from vlp_jax.models.dropout import dropout, dropout_noise, noise_of
 
 SHAPE = (64, 32, 32)
 SIZE = 2**16
@@ -40,8 +40,13 @@ def test_no_structure_along_any_axis() -> None:
 
 @pytest.mark.parametrize(
     ("noise", "site"),
-    [(NOISE, "b"), (dropout_noise(jax.random.key(1)), "a"), (NOISE, "block_01/mlp")],
-    ids=["another site", "another update", "a path"],
+    [
+        (NOISE, "b"),
+        (dropout_noise(jax.random.key(1)), "a"),
+        (NOISE, "block_01/mlp"),
+        (noise_of(NOISE, "text"), "a"),
+    ],
+    ids=["another site", "another update", "a path", "another pass"],
 )
 def test_masks_are_independent(noise: jax.Array, site: str) -> None:
     """Neither equal nor shifted copies: no lag correlates two masks."""

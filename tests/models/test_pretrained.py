@@ -1,5 +1,6 @@
 """Imported weights give the outputs of the reference implementation; what does not fit is named."""
 
+import dataclasses
 import json
 import pathlib
 import pickle
@@ -17,6 +18,7 @@ from public_weights import (
     FED,
     FOLDER,
     SPECIALS,
+    VOCAB,
     Arrays,
     blank,
     config_for,
@@ -47,6 +49,7 @@ from vlp_jax.models.pretrained import (
     save_parameters,
 )
 from vlp_jax.models.pretrained.resize import resize_grid
+from vlp_jax.models.shared import SharedConfig, SharedModel
 from vlp_jax.models.vision_language import VisionLanguageModel
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
@@ -116,6 +119,18 @@ def check_text(weights: Weights, family: str, reference: Arrays) -> None:
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
 def test_image_tower_equals_the_reference(family: str) -> None:
     check_image(weights_of(family), family, golden(family))
+
+
+@pytest.mark.parametrize("family", ["vit", "mae"])
+def test_a_shared_stack_takes_an_image_tower(family: str) -> None:
+    """The vector that marks images starts at zero: the tokens are the reference's."""
+    image = dataclasses.replace(model_for(config_for(family)).config.image, modality=True)
+    model = SharedModel(SharedConfig(image, 1, VOCAB, max_positions=16, mask_id=3))
+    weights, reference, fresh = weights_of(family), golden(family), blank(model)
+    params, _ = merge(fresh, image_of(weights, model).fit(shapes_of(fresh))[0])
+    np.testing.assert_allclose(
+        tower(model, params, reference["image"]), reference["image_states"], **TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("name", OTHER_NAMINGS)

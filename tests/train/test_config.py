@@ -21,7 +21,7 @@ from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives
 from vlp_jax.train.config import check_keys, default_config
 from vlp_jax.train.schedule import Budget, to_steps
-from vlp_jax.train.setup import with_durations
+from vlp_jax.train.setup import adopt_model, with_durations
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "configs"
 SHIPPED = sorted(
@@ -50,9 +50,58 @@ def flat(config: ConfigDict) -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
-@pytest.mark.parametrize("size", ["tiny", "mini", "small", "base"])
+SIZES = ["tiny", "mini", "small", "base", "resnet18", "resnet50"]
+SHARED_SIZES = [f"shared_{size}" for size in ("tiny", "mini", "small", "base", "large")]
+
+
+@pytest.mark.parametrize("size", SIZES + SHARED_SIZES)
 def test_default_config_passes_its_own_check(size: str) -> None:
     check_keys(default_config(size))
+
+
+@pytest.mark.parametrize(
+    ("size", "key", "message"),
+    [
+        ("shared_tiny", "model.text.lower_depth", r"model\.text\.lower_depth: unknown key"),
+        ("tiny", "model.text.tied", r"model\.text\.tied: unknown key"),
+        ("resnet18", "model.image.depth", r"model\.image\.depth: unknown key"),
+        ("tiny", "model.image.stages", r"model\.image\.stages: unknown key"),
+    ],
+)
+def test_a_geometry_has_the_keys_of_its_kind(size: str, key: str, message: str) -> None:
+    config = default_config(size)
+    with config.unlocked():
+        config.update_from_flattened_dict({key: 1})
+    with pytest.raises(ConfigError, match=message):
+        check_keys(config)
+
+
+def test_a_type_that_does_not_exist_is_named() -> None:
+    config = default_config("shared_tiny")
+    config.model.type = "both"
+    with pytest.raises(ConfigError, match=r"config\.model\.type: 'both'. Use 'two_stacks' or"):
+        check_keys(config)
+
+
+@pytest.mark.parametrize("mine", ["tiny", "resnet18", "shared_tiny"])
+@pytest.mark.parametrize("theirs", ["base", "resnet50", "shared_base"])
+def test_a_geometry_of_any_kind_is_adopted_whole(mine: str, theirs: str) -> None:
+    config = default_config(mine)
+    config.model.dtype, config.model.attention = "float32", "xla"
+    adopt_model(config, json.loads(default_config(theirs).model.to_json_best_effort()))
+    expected = default_config(theirs)
+    expected.model.dtype, expected.model.attention = "float32", "xla"
+    check_keys(config)
+    assert config.is_locked
+    made, wanted = (build_model(c.model, 50, 3, 224) for c in (config, expected))
+    assert made == wanted
+
+
+def test_of_a_geometry_of_an_earlier_version_what_is_there_is_adopted() -> None:
+    config, old = default_config(), default_config("base").model.to_dict()
+    del old["image"]["positions"], old["image"]["drop_path"]
+    adopt_model(config, old)
+    assert (config.model.image.width, config.model.image.positions) == (768, "learned")
 
 
 def test_golden_default_config() -> None:

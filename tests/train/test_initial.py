@@ -26,6 +26,7 @@ from vlp_jax.objectives import build_objectives
 from vlp_jax.objectives.classification import Classification
 from vlp_jax.predict import Predictor
 from vlp_jax.train.checks import check_classes
+from vlp_jax.train.config import default_config
 from vlp_jax.train.initial import read_origin
 from vlp_jax.train.setup import plain, prepare
 
@@ -84,6 +85,25 @@ def test_parameters_geometry_tokenizer_and_readout_are_taken_over(origin, tmp_pa
     assert "vocabulary_head" in {
         r.parameter.split("/")[0] or r.sources[0].split("/")[0] for r in report.of("unused")
     }
+
+
+def test_a_shared_stack_is_taken_over_by_a_config_that_names_none(tmp_path):
+    """Its type with its geometry, and of a run of images the stack for a task with texts."""
+    config = small_config({"mim": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}})
+    with config.unlocked():
+        config.model = default_config("shared_tiny").model
+    size = {"width": 16, "heads": 2, "mlp_width": 32, "depth": 2, "patch_size": 8}
+    config.model.image.update(size)
+    config.model.reconstructor.depth = 1
+    origin = save(config, tmp_path / "origin")
+    setup = prepare(downstream(origin), tmp_path / "run")
+    assert (setup.config.model.type, setup.config.model.image.depth) == ("shared", 2)
+    state, report = setup.first_state()
+    there = load_params(origin.workdir / "checkpoints").state
+    jax.tree.map(np.testing.assert_array_equal, state.params["image_tower"], there["image_tower"])
+    new = {row.parameter.split("/")[0] for row in report.of("new")}
+    assert {"text_embedding", "reconstructor_0", "answers_head"} <= new
+    assert "image_tower" not in new
 
 
 def test_of_a_student_and_its_teacher_the_teacher_is_handed_on(tmp_path):

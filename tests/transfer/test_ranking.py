@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import BUCKET, IMAGE_SIZE, TOKENS, VOCAB, tiny_model
+from tiny import BUCKET, IMAGE_SIZE, TOKENS, VOCAB, shared_model, tiny_model
 
 from vlp_jax.data.batch import batch_spec
 from vlp_jax.infra.mesh import make_mesh
@@ -25,9 +25,16 @@ def data():
     return pixels, ids, lengths
 
 
-@pytest.fixture(scope="module", params=["query", "bidirectional", "forward"])
+READERS = [
+    *((tiny_model, readout) for readout in ("query", "bidirectional", "forward")),
+    *((shared_model, readout) for readout in ("query", "bidirectional")),
+]
+
+
+@pytest.fixture(scope="module", params=READERS, ids=lambda one: f"{one[0].__name__}-{one[1]}")
 def itm_and_params(request):
-    itm = ITM(ITC(tiny_model(), embedding_dim=8), readout=request.param)
+    model, readout = request.param
+    itm = ITM(ITC(model(), embedding_dim=8), readout=readout)
     spec = batch_spec(BUCKET[0][1], 1)
     params = jax.jit(lambda key: itm.init(key, spec)[0])(jax.random.key(0))
     # Far from zero, so that scores depend on both sides.
@@ -104,7 +111,7 @@ def test_groups_hold_each_pair_in_its_place():
     assert grouped(pairs[:1]).text.shape == (1, 1)  # few pairs are not filled up
 
 
-@pytest.mark.parametrize("itm_and_params", ["query"], indirect=True)
+@pytest.mark.parametrize("itm_and_params", READERS[:1], indirect=True)
 def test_matching_needs_its_objective(itm_and_params, data):
     itm, params = itm_and_params
     pixels, ids, lengths = data

@@ -350,7 +350,7 @@ def _adopt(config: ConfigDict, begun: pathlib.Path | None, origin: Origin | None
     kept = json.loads(file.read_text()) if file and file.exists() else {}
     model = kept.get("model", {}) if origin is None else origin.config.get("model", {})
     if config.adopt_model and model:
-        _adopt_model(config, model)
+        adopt_model(config, model)
     kinds = [section.get("type", name) for name, section in config.objectives.items()]
     kinds += origin.objectives if origin else ()
     trained = [READOUT_OF[kind] for kind in kinds if kind in READOUT_OF]
@@ -369,7 +369,7 @@ def _adopt(config: ConfigDict, begun: pathlib.Path | None, origin: Origin | None
             section.readout = settled or (trained[0] if trained else "query")
 
 
-def _adopt_model(config: ConfigDict, model: Mapping[str, Any]) -> None:
+def adopt_model(config: ConfigDict, model: Mapping[str, Any]) -> None:
     """Take a geometry: all of ``config.model`` but how it is computed.
 
     Keys that a checkpoint is too old to have keep the values of the config, where that describes a
