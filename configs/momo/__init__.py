@@ -129,7 +129,9 @@ def pairs(config: ConfigDict, data: str, language: dict[str, Any], chosen: list[
             config.objectives.language = {**language, "batch": "pairs"}
             config.evals.heldout_pairs = _heldout("captions", "language")
         if "mim" in chosen:
-            config.objectives.mim = {**_mim(config, "pairs"), "with_text": True}
+            # Mirrored, a picture would belie what its caption says of left and right.
+            augment = {"scale": (0.2, 1.0), "flip": 0.0}
+            config.objectives.mim = {**_mim(config, "pairs"), "with_text": True, "augment": augment}
         if "itc" in chosen or "itm" in chosen:  # which draws its negatives by the contrast
             config.objectives.itc = {"batch": "pairs"}
         if "itm" in chosen:

@@ -32,7 +32,7 @@ def attention(
     dropout_noise: jax.Array | None = None,
     site: str = "",
     implementation: Implementation = "auto",
-    tokens: int | None = None,
+    tokens: int | jax.Array | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention over several heads.
 
@@ -48,8 +48,9 @@ def attention(
         implementation: ``xla``, ``cudnn`` (wherever there is neither mask nor dropout), ``pallas``
             (wherever there is no dropout and the operands fit ``short_attention``) or ``auto``
             (what was measured fastest of these).
-        tokens: how many keys there are; those beyond are padding (``padded_length``), which nobody
-            sees, and what a query of a padding token gives is finite, no more. None: all.
+        tokens: how many keys there are, one number for all or int32 [...] over the leading
+            dimensions; those beyond are padding, which nobody sees, and what a query of a padding
+            token gives is finite, no more. None: all.
 
     Returns:
         [..., Q, H, d] in the dtype of ``query``; zeros for a query that sees no key.
@@ -58,6 +59,13 @@ def attention(
         ValueError: dropout without ``dropout_noise``.
     """
     tokens = key.shape[-3] if tokens is None else tokens
+    if isinstance(tokens, jax.Array):
+        keys = key.shape[-3]
+        if mask is None and dropout_rate == 0.0 and _by_cudnn(keys, query.dtype, implementation):
+            return _cudnn_attention(query, key, value, tokens)
+        seen = real_keys(tokens, keys)
+        mask = seen if mask is None else mask & seen
+        tokens = keys
     if dropout_rate == 0.0 and _by_pallas(query, key, implementation):
         return _pallas_attention(query, key, value, mask, tokens)
     if mask is None and dropout_rate == 0.0 and _by_cudnn(tokens, query.dtype, implementation):
@@ -72,6 +80,12 @@ def attention(
         return dropout(weights, dropout_rate, dropout_noise, site)
 
     return _xla_attention(query, key, value, mask, drop)
+
+
+def real_keys(lengths: jax.Array, keys: int) -> jax.Array:
+    """The mask of keys that are no padding: int32 [...] -> bool [..., 1, K]."""
+    place = jnp.arange(keys).reshape((1,) * lengths.ndim + (keys,))
+    return (place < lengths[..., None])[..., None, :]
 
 
 def padded_length(tokens: int, dtype: jnp.dtype, implementation: Implementation = "auto") -> int:
@@ -219,7 +233,9 @@ def _pallas_attention(
     return short_attention(queries, keys, values, mask, tokens).reshape(query.shape)
 
 
-def _cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, tokens: int) -> jax.Array:
+def _cudnn_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, tokens: int | jax.Array
+) -> jax.Array:
     """Fused attention to the first ``tokens`` keys; odd lengths are padded to even ones."""
     queries, keys = query.shape[-3], key.shape[-3]
     rows = math.prod(query.shape[:-3])
@@ -228,9 +244,13 @@ def _cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, tokens:
         x = x.reshape(-1, *x.shape[-3:])
         return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
 
-    def lengths(count: int) -> jax.Array | None:
-        all_real = tokens == keys and queries % 2 == 0 and keys % 2 == 0
-        return None if all_real else jnp.full((rows,), count, jnp.int32)
+    def lengths(count: int | jax.Array) -> jax.Array | None:
+        if isinstance(count, jax.Array):
+            return count.reshape(rows).astype(jnp.int32)
+        all_real = isinstance(tokens, int) and tokens == keys
+        if all_real and queries % 2 == 0 and keys % 2 == 0:
+            return None
+        return jnp.full((rows,), count, jnp.int32)
 
     out = jax.nn.dot_product_attention(
         padded(query),

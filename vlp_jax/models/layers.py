@@ -19,6 +19,7 @@ from vlp_jax.models.attention import (
     attention,
     attention_over_memory,
     attention_weights,
+    real_keys,
 )
 from vlp_jax.models.dense import Dense, DenseGeneral, HeadProjection
 from vlp_jax.models.dropout import dropout
@@ -182,7 +183,7 @@ class Attention(nn.Module):
         context: jax.Array | None,
         mask: jax.Array | None,
         noise: Noise,
-        tokens: int | None = None,
+        tokens: int | jax.Array | None = None,
     ) -> jax.Array:
         """Attend.
 
@@ -242,12 +243,16 @@ class Attention(nn.Module):
         context: KeyValue,
         mask: jax.Array | None,
         noise: Noise,
-        tokens: int | None = None,
+        tokens: int | jax.Array | None = None,
     ) -> jax.Array:
         c = self.config
         if self.is_mutable_collection("intermediates"):
-            keys = context.key[..., :tokens, :, :]
-            self.sow("intermediates", "weights", attention_weights(query, keys, mask))
+            keys, seen = context.key, mask
+            if isinstance(tokens, jax.Array):
+                seen = real_keys(tokens, keys.shape[-3])
+            else:
+                keys = keys[..., :tokens, :, :]
+            self.sow("intermediates", "weights", attention_weights(query, keys, seen))
         out = attention(
             query,
             context.key,
@@ -310,7 +315,7 @@ class Block(nn.Module):
         context: jax.Array | None = None,
         context_mask: jax.Array | None = None,
         noise: Noise = None,
-        tokens: int | None = None,
+        tokens: int | jax.Array | None = None,
         own: KeyValue | None = None,
         beside: KeyValue | None = None,
     ) -> jax.Array:
@@ -322,7 +327,8 @@ class Block(nn.Module):
             context: [B, K, D], read by cross-attention.
             context_mask: bool [B or 1, S * N or N, K].
             noise: of the dropout, or None.
-            tokens: real ones of a stream, those beyond are padding; None: all.
+            tokens: real ones of a stream, those beyond are padding: one number for all or int32 [B]
+                (of streams [B, S]); None: all.
             own: ``project(x)``, where it was made before.
             beside: of ``project``, [B, K, H, d]: other tokens of an example, which self-attention
                 of every stream reads beside the stream's own. None: there are none.

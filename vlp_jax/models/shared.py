@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vlp_jax.compress.buckets import View
+from vlp_jax.models.attention import padded_length
 from vlp_jax.models.dropout import noise_of
 from vlp_jax.models.encoder import Encoder, TextStates, padded_vocabulary, run_of_keys
 from vlp_jax.models.layers import Block, BlockConfig, Noise, norm
@@ -179,26 +180,29 @@ class SharedModel(Encoder):
     ) -> Pair:
         """Texts and their image as one sequence each, the image first.
 
+        What all see is told by lengths and not by a mask, which fused kernels do without.
+
         Args:
             lower: [B, S, N, D], of ``encode_text_lower``; S texts of one image.
-            mask: bool [B, S, N, N], of the texts. A token that no row of its text sees is not seen
-                by the image either.
+            mask: bool [B, S, N, N], of the texts: all tokens of one see one another. Those that its
+                first token does not see are padding.
             image: [B, I, D] from ``encode_image``.
             noise: of the dropout, or None.
         """
         count, tokens = image.shape[1], lower.shape[2]
         image = jnp.broadcast_to(image[:, None], (*lower.shape[:2], *image.shape[1:]))
         x = jnp.concatenate([image.astype(lower.dtype), lower], axis=2)
-        seen = mask.any(axis=2, keepdims=True)
-        seen = jnp.broadcast_to(seen, (*seen.shape[:2], count, tokens))
-        text = jnp.concatenate([seen, mask], axis=2)
-        seen = jnp.ones((*text.shape[:3], count), jnp.bool_)
-        mask = jnp.concatenate([seen, text], axis=3)
+        lengths = count + mask[:, :, 0].sum(axis=-1, dtype=jnp.int32)
+        lengths = jnp.broadcast_to(lengths, x.shape[:2])
+        c, both = self.config.text, count + tokens
+        if noise is None or not c.dropout:
+            padding = padded_length(both, c.dtype, c.attention) - both
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0)))
         states = []
         for block in self.image_tower.blocks:
-            x = block(x, mask=mask, noise=noise)
-            states.append(x[:, :, count:])
-        x = self.image_tower.norm(x)
+            x = block(x, tokens=lengths, noise=noise)
+            states.append(x[:, :, count:both])
+        x = self.image_tower.norm(x[:, :, :both])
         return Pair(x[:, :, :count], tuple(states), x[:, :, count:])
 
     def _text_alone(
