@@ -36,13 +36,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     task = "sst2" if which == "pack" else which
     config.data.batch_size = 32
     config.data.image_size = 64  # no image is read
+    config.data.max_text_length = 64 if task == "sst2" else 128
     config.schedule.warmup_percent = 6.0
     config.optim.weight_decay = 0.1
     if which == "pack":
         config.data.root = "../shared/data/text"
         config.total_epochs = 3.0
-    else:
-        config.data.max_text_length = 128
     if which in _LARGE:
         config.total_epochs = None
         config.total_steps = MOST_UPDATES
