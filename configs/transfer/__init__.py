@@ -16,7 +16,9 @@ from vlp_jax.train.config import default_config
 NUM_EXAMPLES = 2000  # of the validation split; of the test split, where that is made and has no end
 
 
-def base(name: str, arg: str | None, data: Collection[str]) -> tuple[ConfigDict, str]:
+def base(
+    name: str, arg: str | None, data: Collection[str], size: str = "small"
+) -> tuple[ConfigDict, str]:
     """A config without source, objective and evaluators.
 
     Args:
@@ -24,6 +26,7 @@ def base(name: str, arg: str | None, data: Collection[str]) -> tuple[ConfigDict,
         arg: ``DATA`` or ``DATA,SIZE``: one of ``data``, and the model's size where nothing is
             pretrained (``init_from`` brings its own geometry).
         data: what the task can be trained on; the first is the default.
+        size: of the model, where the argument names none.
 
     Returns:
         The config, and which data.
@@ -38,7 +41,7 @@ def base(name: str, arg: str | None, data: Collection[str]) -> tuple[ConfigDict,
             f"--config=configs/transfer/{name}.py:{arg}: write DATA or DATA,SIZE, with DATA one of "
             f"{', '.join(data)}"
         )
-    config = default_config(given[1] if len(given) == 2 else "small")
+    config = default_config(given[1] if len(given) == 2 else size)
     config.name = f"{name}_{which}"
     config.adopt_model = True
     config.data.max_text_length = 48

@@ -112,6 +112,7 @@ def test_every_task_as_published(tmp_path, task, end):
         for split, name, percent in splits:
             source = GLUE(root, split, task, held_out_percent=percent)
             single = task in SINGLE
+            assert source.task == task
             assert source.pairs is not single
             assert isinstance(source, Paired)
             assert texts(source) == [

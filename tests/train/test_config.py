@@ -15,9 +15,10 @@ from configs import invariance, language_objective
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import batch_spec
 from vlp_jax.data.named import batch_sources
+from vlp_jax.data.tasks.glue import TASKS
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch
-from vlp_jax.models.sizes import build_model
+from vlp_jax.models.sizes import SHARED, build_model, kind_of
 from vlp_jax.objectives import build_objectives
 from vlp_jax.train.config import check_keys, default_config
 from vlp_jax.train.schedule import Budget, to_steps
@@ -207,6 +208,22 @@ def test_pictures_of_a_listed_test_split_are_scored_whole(name: str) -> None:
         assert (evals.val.num_examples, evals.test.num_examples) == (val, test)
 
 
+def test_every_task_of_glue_has_a_config() -> None:
+    for task in TASKS:
+        config = importlib.import_module("configs.transfer.glue").get_config(task)
+        check_keys(config)
+        assert config.data.sources.sentences.task == task
+        classes = 3 if "mnli" in task else 2
+        section = {"readout": "auto"}
+        section |= {"scale": 5.0} if task == "stsb" else {"num_classes": classes}
+        [objective] = config.objectives.values()
+        assert objective.to_dict() == section
+        # Ten epochs, or where these are more the length of FLAVA's preset.
+        assert (config.total_epochs, config.total_steps) in ((10.0, None), (None, 33_112))
+        assert (config.evals.val.num_examples, config.evals.test.num_examples) == (2000, 0)
+        assert config.checkpoint.best_metric == "val/score"
+
+
 @pytest.mark.parametrize("task", ["vqa", "nlvr2", "entailment", "captioning", "retrieval"])
 def test_what_a_reader_asks_to_set_is_a_key(task: str) -> None:
     """Its message says to set missing_images, and only keys that are there can be flags."""
@@ -221,11 +238,12 @@ def shrunk(config: ConfigDict) -> ConfigDict:
         if "readout" in section:
             section.readout = "query"  # `auto` is settled by the run's origin
     block = {"width": 32, "heads": 2, "mlp_width": 64}
-    config.model.image.update(**block, depth=2, patch_size=8)
-    config.model.reconstructor.depth = 2
-    if config.model.get("type", "") != "shared":
-        config.model.image.depth = 1
+    config.model.image.update(**block, depth=1, patch_size=8)
+    if kind_of(config.model)[0] == SHARED:
+        config.model.reconstructor.depth = 1
+    else:
         config.model.text.update(**block, lower_depth=1, upper_depth=1)
+        config.model.reconstructor.depth = 2
     if "mim" in config.objectives:
         config.objectives.mim.update(decoder_width=16, decoder_depth=1, decoder_heads=2)
     config.data.image_size = 16

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs.flm_folder import get_config
-from configs.transfer import captioning, retrieval
+from configs.transfer import captioning, glue, retrieval
 from vlp_jax.data.sources import build_source
 from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.train.loop import train
@@ -21,6 +21,18 @@ def test_every_image_of_the_pack_is_captioned_and_ranked(pack, task, split):
     source = build_source(config, "captions", split)
     wanted = config.evals[split].num_examples
     assert wanted == 0 if split == "test" else wanted == source.num_records  # 0: all of them
+
+
+@pytest.mark.pack
+def test_the_sentences_of_the_pack_are_a_run(pack, tmp_path):
+    config = glue.get_config("pack,shared_tiny")
+    config.data.root = str(pack / "text")
+    setup = prepare(config, tmp_path)
+    source = setup.sources["sentences"]
+    assert source.task == "sst2"
+    assert 17_000 < source.num_records < 19_000  # nine tenths of 20,000
+    assert setup.evaluators["test"].figures == ("accuracy", "score", "majority")
+    assert setup.total_steps == 3 * source.num_records // 32
 
 
 @pytest.mark.slow

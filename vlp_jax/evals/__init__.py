@@ -15,6 +15,7 @@ from vlp_jax.evals.neighbours import Neighbours
 from vlp_jax.evals.reconstruction import Reconstruction
 from vlp_jax.evals.retrieval import Retrieval
 from vlp_jax.evals.task import Task
+from vlp_jax.evals.text_task import TextTask
 from vlp_jax.infra.errors import ConfigError, section_arguments
 
 EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {
@@ -29,6 +30,7 @@ EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {
     "reconstruction": Reconstruction,
     "retrieval": Retrieval,
     "task": Task,
+    "text_task": TextTask,
 }
 # Keys of a section that are read by the train loop and not by the evaluator.
 _RESERVED = ("type", "on", "every_steps", "every_examples", "every_epochs", "every_percent")

@@ -41,6 +41,8 @@ class FixedSet:
         num_examples: int,
         batch_size: int = 0,
         extra_fields: Sequence[str] = (),
+        *,
+        pictures: bool = True,
     ):
         """Plans the set; reads no image yet.
 
@@ -52,14 +54,17 @@ class FixedSet:
             num_examples: the first records, fewer where the split has fewer; 0: all of them.
             batch_size: rows of a global batch; 0: those of the run's micro-batches.
             extra_fields: keys of ``batch.EXTRA_FIELDS`` to read.
+            pictures: whether the evaluator needs pictures; False: it does with texts alone.
 
         Raises:
-            ConfigError: an argument does not fit, or a picture of the set is in the split that the
-                run trains on as well; the message names the key.
+            ConfigError: an argument does not fit, the source lacks what the evaluator needs, or a
+                picture of the set is in the split that the run trains on as well; the message names
+                the key.
         """
         config = context.config
         self.context = context
         self.source: Source = context.source(evaluator, source, split, num_examples)
+        _check_has(self.source, evaluator, source, extra_fields, pictures)
         num_examples = num_examples or self.source.num_records or 0
         self._evaluator = evaluator
         self._told = False  # what could not be read
@@ -196,6 +201,25 @@ class FixedSet:
         raise ValueError(
             f"data.sources.{self.source.name}: only one picture of the evaluation set could be "
             "read, and there is no other to shuffle it with; check the files or raise num_examples"
+        )
+
+
+def _check_has(
+    found: Source, evaluator: str, source: str, extra_fields: Sequence[str], pictures: bool
+) -> None:
+    """Refuse a source without what an evaluator reads."""
+    key = f"evals.{evaluator}.source"
+    if pictures and not has_pictures(found):
+        raise ConfigError(
+            key,
+            f"data.sources.{source} has no pictures, which this evaluator shows",
+            "Name a source that has some, or use an evaluator of texts, such as `text_task`",
+        )
+    if missing := [name for name in extra_fields if name not in found.extra_fields]:
+        raise ConfigError(
+            key,
+            f"data.sources.{source} gives no {', '.join(missing)}, which its objective reads",
+            "Name a source made for the task",
         )
 
 

@@ -77,7 +77,9 @@ class Heldout:
         self._objective = _chosen(context, name, objective)
         self._num_draws = num_draws
         fields = self._objective.extra_fields
-        self._set = FixedSet(context, name, source, split, num_examples, batch_size, fields)
+        self._set = FixedSet(
+            context, name, source, split, num_examples, batch_size, fields, pictures=False
+        )
         if split == context.config.data.sources[source].get("split", "train"):
             raise ConfigError(
                 f"evals.{name}.split", f"the run trains on {split!r}", "Use one that is held out"

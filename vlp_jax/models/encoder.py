@@ -6,13 +6,14 @@ both at once. An objective calls stages and knows neither; parameters of stages 
 not created.
 """
 
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vlp_jax.compress.buckets import View
+from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.image_tower import ImageTowerConfig, image_tower
 from vlp_jax.models.layers import ACTIVATIONS, BlockConfig, Noise, drop, norm
@@ -179,9 +180,16 @@ class VocabularyHead(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A vision-language model; its methods are the stages that objectives call."""
+    """A vision-language model; its methods are the stages that objectives call.
+
+    Attributes:
+        config: geometry.
+        reads_text_alone: whether ``encode_text`` takes a text without an image.
+    """
 
     config: EncoderConfig
+
+    reads_text_alone: ClassVar[bool] = False
 
     def setup(self) -> None:
         """Name what all models have; linen creates the parameters of those that are called."""
@@ -339,6 +347,24 @@ class Encoder(nn.Module):
         x = self.text_embedding(mask_token, positions)
         x = jnp.broadcast_to(x, (batch, *x.shape[1:]))
         return drop(self, "queries", x, self.config.text.dropout, noise)
+
+
+def check_text_alone(model: Encoder, reader: str) -> None:
+    """Refuse a model that reads no text without an image.
+
+    Args:
+        model: of a run.
+        reader: what has no image for it, for the message.
+
+    Raises:
+        ConfigError: the model has a text stack whose upper half reads an image.
+    """
+    if not model.reads_text_alone:
+        raise ConfigError(
+            "model.type",
+            f"'two_stacks', but {reader} gives it a text without an image",
+            "Use a model of type 'shared', such as the size shared_small",
+        )
 
 
 def run_of_keys(states: jax.Array) -> jax.Array:

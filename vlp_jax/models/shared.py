@@ -107,6 +107,8 @@ class SharedModel(Encoder):
 
     config: SharedConfig
 
+    reads_text_alone: ClassVar[bool] = True
+
     def setup(self) -> None:
         """Name the submodules; linen creates the parameters of those that are called."""
         super().setup()

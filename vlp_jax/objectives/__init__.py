@@ -21,6 +21,7 @@ from vlp_jax.objectives.image_classification import ImageClassification
 from vlp_jax.objectives.invariance import Invariance, MoCoV3, SimCLR, SimSiam
 from vlp_jax.objectives.mim import MIM
 from vlp_jax.objectives.single_stream import AR, MLM, PrefixLM
+from vlp_jax.objectives.text_tasks import TextClassification, TextRegression
 
 OBJECTIVES: Mapping[str, type[Any]] = {  # each an ``Objective``
     "flm": FLM,
@@ -32,6 +33,8 @@ OBJECTIVES: Mapping[str, type[Any]] = {  # each an ``Objective``
     "vqa": VQA,
     "nlvr2": NLVR2,
     "entailment": Classification,
+    "text_classification": TextClassification,
+    "text_regression": TextRegression,
     "image_classification": ImageClassification,
     "simclr": SimCLR,
     "simsiam": SimSiam,

@@ -278,6 +278,24 @@ def check_image(name: str, with_image: bool, spec: Mapping[str, Any]) -> None:
         )
 
 
+def check_pictures(name: str, spec: Mapping[str, Any]) -> None:
+    """Refuse a batch without images for an objective that cannot do without.
+
+    Args:
+        name: of the objective.
+        spec: of the batch.
+
+    Raises:
+        ConfigError: names the objective and the remedy.
+    """
+    if "image" not in spec:
+        raise ConfigError(
+            f"objectives.{name}",
+            "reads texts with images, but its batch has texts alone",
+            "Read a batch with images, or use text_classification or text_regression",
+        )
+
+
 def zeros(spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """A batch of zeros, to trace the creation of parameters with."""
     return {name: jax.numpy.zeros(leaf.shape, leaf.dtype) for name, leaf in spec.items()}

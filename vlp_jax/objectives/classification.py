@@ -20,54 +20,44 @@ from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.flops import image_input_flops, lower_flops
 from vlp_jax.models.heads import ClassificationHead, apply_head
 from vlp_jax.objectives.base import (
-    Defaults,
     Extras,
     LossOutput,
     Mean,
     Params,
     Seen,
     batch_noise,
+    check_pictures,
     encode_seen,
     image_tokens,
     seen_part,
     zeros,
 )
-from vlp_jax.objectives.readout import Kind, Readout
+from vlp_jax.objectives.reading import Headed, Reading
 from vlp_jax.objectives.tower import statistics
 
 
 @dataclasses.dataclass(frozen=True)
-class Classifier(Defaults):
+class Classifier(Headed):
     """One of several classes: ``label`` int32 [B]; what tasks on texts and on images share.
 
-    Its head lies in the parameters under ``<name>_head``.
-
     Attributes:
-        model: the shared encoder.
-        name: key in ``config.objectives``.
         num_classes: C, as many as the source has at least.
         batch_name: named batch it reads.
     """
 
-    model: Encoder
-    name: str
     num_classes: int
     batch_name: str = PAIRS
 
     extra_fields: ClassVar[tuple[str, ...]] = ("label",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_classes < 2:
             raise ConfigError(
                 f"objectives.{self.name}.num_classes",
                 f"{self.num_classes} classes leave nothing to tell apart",
                 "Use as many as the source has",
             )
-
-    @property
-    def head_name(self) -> str:
-        """Key of the head's parameters."""
-        return f"{self.name}_head"
 
     def logits(
         self,
@@ -115,46 +105,13 @@ class Classifier(Defaults):
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification(Classifier):
-    """One of several classes by a text and an image; also the base of the other tasks.
-
-    Attributes:
-        readout: how text and image are read together, see ``objectives.readout``.
-    """
-
-    readout: Kind = "query"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _ = self.reader  # checks the key
-
-    @property
-    def image_encoder(self) -> Encoder | None:
-        """``model``, whose pass may be shared."""
-        return self.model
-
-    @property
-    def reader(self) -> Readout:
-        """The way text and image are read together."""
-        return Readout(self.readout, f"objectives.{self.name}.readout")
+class ReadingClassifier(Reading, Classifier):
+    """One of several classes by what is read."""
 
     @property
     def head(self) -> ClassificationHead:
         """From the vector to logits."""
         return ClassificationHead(self.model.config.text, self.num_classes)
-
-    def init(
-        self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
-    ) -> tuple[Params, Extras]:
-        """Parameters of what it reads and of the head; no extras."""
-        batch = zeros(batch_spec)
-
-        def forward(model: Encoder) -> jax.Array:
-            return self._features(model, batch, None, None)
-
-        features, variables = nn.init_with_output(forward, self.model)(rng)
-        head = self.head.init(rng, features)["params"]
-        return variables["params"] | {self.head_name: head}, {}
 
     def logits(
         self,
@@ -164,12 +121,24 @@ class Classification(Classifier):
         seen: Seen | None = None,
     ) -> jax.Array:
         """Scores of the classes: float32 [B, C]."""
+        return self.outputs(params, batch, noise, seen)
 
-        def forward(model: Encoder) -> jax.Array:
-            return self._features(model, batch, noise, seen)
 
-        features = nn.apply(forward, self.model)({"params": params})
-        return apply_head(self.head, params[self.head_name], features, noise)
+@dataclasses.dataclass(frozen=True)
+class Classification(ReadingClassifier):
+    """One of several classes by a text and an image; also the base of the other tasks."""
+
+    @property
+    def image_encoder(self) -> Encoder | None:
+        """``model``, whose pass may be shared."""
+        return self.model
+
+    def init(
+        self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> tuple[Params, Extras]:
+        """Parameters of what it reads and of the head; no extras."""
+        check_pictures(self.name, batch_spec)
+        return super().init(rng, batch_spec)
 
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of one example; by formula over real tokens."""
@@ -252,6 +221,7 @@ class NLVR2(Classification):
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
     ) -> tuple[Params, Extras]:
         """Parameters as of the base, and the two marks [2, D]."""
+        check_pictures(self.name, batch_spec)
         width = self.model.config.text.width
         marks = 0.02 * jax.random.normal(jax.random.fold_in(rng, 1), (2, width))
         batch = zeros(batch_spec)

@@ -1,4 +1,4 @@
-"""One vector for a text and an image, read in the way that pretraining has trained."""
+"""One vector for a text, with an image or alone, read in the way that pretraining has trained."""
 
 import dataclasses
 from typing import Literal, NamedTuple, get_args
@@ -76,14 +76,17 @@ class Readout:
             lengths, model.encode_text_lower(ids, self._mask(lengths, ids.shape[1]), noise)
         )
 
-    def read(self, model: Encoder, text: EncodedText, image: jax.Array, noise: Noise) -> jax.Array:
-        """The vector of each text with its image.
+    def read(
+        self, model: Encoder, text: EncodedText, image: jax.Array | None, noise: Noise
+    ) -> jax.Array:
+        """The vector of each text with its image, or alone.
 
         Args:
             model: bound.
             text: B texts.
             image: [B / G, I, D] from ``encode_image``; G texts in a row are read with each image,
-                whose keys and values are computed once for all of them.
+                whose keys and values are computed once for all of them. None: texts alone, by a
+                model that reads them so.
             noise: of the dropout, or None.
 
         Returns:
@@ -94,7 +97,8 @@ class Readout:
         mask = self._mask(lengths, tokens)
         streams = ("forward", "reverse") if self.kind == "query" else (self.kind,)
         # The texts of an image pass through the blocks as so many more streams of one example.
-        joined, together = len(lengths) // len(image), (len(image), -1)
+        rows = len(lengths) if image is None else len(image)
+        joined, together = len(lengths) // rows, (rows, -1)
         upper, last = model.encode_text_upper(
             lower[-1].reshape(*together, *lower[-1].shape[2:]),
             mask.reshape(*together, *mask.shape[2:]),
@@ -113,10 +117,26 @@ class Readout:
         states = TextStates(lower, upper, last)
         return model.reconstruct(jnp.zeros(1, jnp.int32), states, visible, noise)[:, 0]
 
-    def flops(self, config: EncoderConfig, text_length: float, view: View | None = None) -> float:
-        """Forward FLOPs of one text with one image, without ``flops.image_input_flops``."""
+    def flops(
+        self,
+        config: EncoderConfig,
+        text_length: float,
+        view: View | None = None,
+        *,
+        with_image: bool = True,
+    ) -> float:
+        """Forward FLOPs of one text with one image, without ``flops.image_input_flops``.
+
+        Args:
+            config: geometry.
+            text_length: real tokens of the text.
+            view: what is encoded of the image; None: everything.
+            with_image: False: of the text alone.
+        """
         joint = self.kind == "bidirectional"
-        total = text_flops(config, text_length, self.streams, view, joint=joint)
+        total = text_flops(
+            config, text_length, self.streams, view, joint=joint, with_image=with_image
+        )
         if self.kind == "query":
             total += reconstructor_flops(config, 1, keys=2 * text_length)
         return total

@@ -105,6 +105,8 @@ _LAYOUTS: Mapping[str, _Layout] = {
     "wnli": _Layout("WNLI", _TWO, "label", classes=_ENTAILMENT),
 }
 TASKS = tuple(_LAYOUTS)
+# What ``label`` indexes in each task; () where there is a score instead.
+CLASSES: Mapping[str, tuple[str, ...]] = {task: own.classes for task, own in _LAYOUTS.items()}
 
 
 class GLUE:
@@ -115,6 +117,7 @@ class GLUE:
 
     Attributes:
         name: names the source in messages and metrics.
+        task: of ``TASKS``.
         num_records: examples of the split.
         classes: what ``label`` indexes; () for STS-B, whose ``target`` is a score. Where there are
             two, the second is the positive one of F1.
@@ -156,7 +159,7 @@ class GLUE:
         """
         section = key.rpartition(".")[0]
         _check_arguments(section, split, task, held_out_percent)
-        self.name = name
+        self.name, self.task = name, task
         self.bad_captions: collections.Counter[str] = collections.Counter()
         self._layout = _LAYOUTS[task]
         self.classes = self._layout.classes
