@@ -13,7 +13,12 @@ from vlp_jax.infra.sharding import describe, leaf_path
 from vlp_jax.models.sizes import build_model, model_config
 from vlp_jax.objectives.flm import FLM
 
-SIZES = {"tiny": (32, 8192), "small": (64, 8192), "base": (288, 50_265)}  # pixels, vocabulary
+SIZES = {  # pixels, vocabulary
+    "tiny": (32, 8192),
+    "small": (64, 8192),
+    "base": (288, 50_265),
+    "towers_tiny": (32, 8192),
+}
 
 
 def parameter_shapes(size: str) -> Any:
