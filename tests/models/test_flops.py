@@ -64,7 +64,8 @@ def test_flops_grow_with_the_text() -> None:
 
 def test_unknown_size_names_the_known() -> None:
     known = r"\['base', 'mini', 'resnet18', 'resnet50', 'shared_base', 'shared_large', "
-    known += r"'shared_mini', 'shared_small', 'shared_tiny', 'small', 'tiny'\]"
+    known += r"'shared_mini', 'shared_small', 'shared_tiny', 'small', 'tiny', "
+    known += r"'towers_base', 'towers_mini', 'towers_small', 'towers_tiny'\]"
     with pytest.raises(ValueError, match=f"'huge' is none of {known}"):
         model_config("huge")
 

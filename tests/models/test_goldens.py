@@ -18,6 +18,7 @@ SIZES = {  # pixels, vocabulary
     "small": (64, 8192),
     "base": (288, 50_265),
     "shared_tiny": (32, 8192),
+    "towers_tiny": (32, 8192),
 }
 
 

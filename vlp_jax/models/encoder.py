@@ -1,9 +1,9 @@
 """What objectives need of a vision-language model: its stages, whichever model has them.
 
-Two models have these stages. ``VisionLanguageModel`` has an image tower and a text stack whose
+Three models have these stages. ``VisionLanguageModel`` has an image tower and a text stack whose
 upper half reads the image by cross-attention; in ``SharedModel`` one stack reads images, texts, and
-both at once. An objective calls stages and knows neither; parameters of stages it does not call are
-not created.
+both at once; ``ThreeTowers`` has a tower for each of these. An objective calls stages and knows
+none of them; parameters of stages it does not call are not created.
 """
 
 from typing import ClassVar, NamedTuple, Protocol
@@ -65,8 +65,10 @@ class TextStates(NamedTuple):
     """Outputs of every text block, for the reconstructor and the heads.
 
     Attributes:
-        lower: one [B, S, N, D] for each block of the lower half; of a shared stack, what enters it.
-        upper: one [B, S, N, D] for each block of the upper half, or of a shared stack.
+        lower: one [B, S, N, D] for each block of the lower half, or of a text tower; of a shared
+            stack, what enters it.
+        upper: one [B, S, N, D] for each block of the upper half, of a shared stack, or of a fusion
+            tower, which a text alone does not pass.
         last: [B, S, N, D], what the heads read (after the final norm of a pre-LN stack).
     """
 

@@ -10,6 +10,7 @@ from vlp_jax.models.image_tower import ImageTowerConfig
 from vlp_jax.models.layers import BlockConfig
 from vlp_jax.models.resnet import ResNetConfig
 from vlp_jax.models.shared import SharedConfig
+from vlp_jax.models.three_towers import ThreeTowersConfig
 from vlp_jax.models.vision_language import VisionLanguageConfig
 from vlp_jax.models.vit import CONV_STRIDE, ViTConfig
 
@@ -88,10 +89,11 @@ def tower_flops(config: ImageTowerConfig, view: View | None = None) -> float:
 def image_flops(config: EncoderConfig, view: View | None = None) -> float:
     """Forward FLOPs of ``encode_image`` for one image.
 
-    Of two stacks: the tower, and the projection of its tokens. Of a shared one: the patches.
+    Of two stacks: the tower, and the projection of its tokens. Of a shared one: the patches. Of
+    three towers: that of images.
     """
-    if isinstance(config, SharedConfig):
-        return stem_flops(config.image, view)
+    if isinstance(config, SharedConfig | ThreeTowersConfig):
+        return image_input_flops(config, view)
     image = config.image
     projection = 2.0 * (view or image.view).tokens * image.width * config.text.width
     return tower_flops(image, view) + projection
@@ -122,6 +124,8 @@ def lower_flops(config: EncoderConfig, tokens: float, streams: int) -> float:
     """Of ``text_flops``, what no image enters, and what a text needs once for several images."""
     if isinstance(config, SharedConfig):
         return 0.0  # a look-up
+    if isinstance(config, ThreeTowersConfig):
+        return config.text_depth * block_flops(config.text, streams * tokens, tokens)
     two = _of_two_stacks(config)
     return two.lower_depth * block_flops(two.text, streams * tokens, tokens)
 
@@ -137,39 +141,59 @@ def text_flops(
 ) -> float:
     """Forward FLOPs of the text stack for one example, both halves where there are two.
 
-    Of a shared stack with an image: also what it makes of the image.
+    Of a shared stack with an image: also what it makes of the image. Of three towers: those of
+    texts and of pairs, with the maps from one to the other.
 
     Args:
         config: geometry.
         tokens: of the text.
         streams: of the text.
         view: what is encoded of the image; None: everything.
-        joint: whether the streams are bidirectional; in a shared stack each is one sequence with
-            the image then.
-        with_image: False: the text alone, which a shared stack reads.
+        joint: whether the streams are bidirectional; each is one sequence with the image then,
+            in a shared stack and in a fusion tower.
+        with_image: False: the text alone, which a shared stack reads, and a text tower.
     """
     text, rows = config.text, streams * tokens
     image_tokens = (view or config.image.view).tokens
     if isinstance(config, SharedConfig):
         if not with_image:
             return config.depth * block_flops(text, rows, tokens)
-        both = image_tokens + tokens
-        if joint:
-            return config.depth * block_flops(text, streams * both, both)
-        image = (config.depth - 1) * block_flops(text, image_tokens, image_tokens)
-        read = 2.0 * image_tokens * 2 * text.width**2  # its keys and values in the last block
-        return image + read + config.depth * block_flops(text, rows, both)
+        return _pair_flops(text, config.depth, tokens, streams, image_tokens, joint)
+    if isinstance(config, ThreeTowersConfig):
+        lower = lower_flops(config, tokens, streams)
+        if not with_image:
+            return lower
+        entering = 2.0 * (rows + image_tokens) * text.width**2
+        fusion = _pair_flops(text, config.fusion_depth, tokens, streams, image_tokens, joint)
+        return lower + entering + fusion
     two = _of_two_stacks(config)
     projections = 2.0 * text.width * (rows * text.width + image_tokens * two.image.width)
     upper = two.upper_depth * block_flops(text, rows, tokens, image_tokens)
     return projections + lower_flops(two, tokens, streams) + upper
 
 
+def _pair_flops(
+    config: BlockConfig,
+    depth: int,
+    tokens: float,
+    streams: int,
+    image_tokens: float,
+    joint: bool,
+) -> float:
+    """Forward FLOPs of ``depth`` blocks that read a text and its image; see ``models.pairs``."""
+    both = image_tokens + tokens
+    if joint:
+        return depth * block_flops(config, streams * both, both)
+    image = (depth - 1) * block_flops(config, image_tokens, image_tokens)
+    read = 2.0 * image_tokens * 2 * config.width**2  # its keys and values in the last block
+    return image + read + depth * block_flops(config, streams * tokens, both)
+
+
 def reconstructor_flops(config: EncoderConfig, queries: float, keys: float) -> float:
     """Forward FLOPs of the reconstructor for ``queries`` queries over ``keys`` states."""
     text = config.text
-    shared = isinstance(config, SharedConfig)  # no second half to be projected into
-    projection = 0.0 if shared else 2.0 * queries * text.width * text.width
+    halves = isinstance(config, VisionLanguageConfig)  # the second is projected into
+    projection = 2.0 * queries * text.width * text.width if halves else 0.0
     return projection + config.reconstructor_depth * block_flops(text, queries, context_keys=keys)
 
 

@@ -13,10 +13,12 @@ from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.layers import BlockConfig
 from vlp_jax.models.resnet import ResNetConfig
 from vlp_jax.models.shared import SharedConfig, SharedModel
+from vlp_jax.models.three_towers import ThreeTowers, ThreeTowersConfig
 from vlp_jax.models.vision_language import VisionLanguageConfig, VisionLanguageModel
 from vlp_jax.models.vit import ViTConfig
 
-TWO_STACKS, SHARED = "two_stacks", "shared"  # ``model.type``; the first where there is none
+# ``model.type``; the first where there is none
+TWO_STACKS, SHARED, THREE_TOWERS = "two_stacks", "shared", "three_towers"
 
 _SIZES: dict[str, dict[str, dict[str, Any]]] = {
     # For CPUs: the demo and the tests.
@@ -129,6 +131,14 @@ _SHARED: dict[str, tuple[int, int, int, int, int]] = {
     "shared_base": (12, 768, 12, 16, 6),
     "shared_large": (16, 1024, 24, 16, 12),
 }
+# Three towers: those of images and of texts are each as the shared stack named, and the fusion
+# tower is so deep (FLAVA has 6 blocks beside twice 12).
+_TOWERS: dict[str, tuple[str, int]] = {
+    "towers_tiny": ("shared_tiny", 2),
+    "towers_mini": ("shared_mini", 3),
+    "towers_small": ("shared_small", 6),
+    "towers_base": ("shared_base", 6),
+}
 
 
 def model_config(size: str) -> ConfigDict:
@@ -138,8 +148,10 @@ def model_config(size: str) -> ConfigDict:
         size: ``tiny``, ``mini``, ``small`` or ``base``; ``resnet18`` or ``resnet50``, whose image
             tower is a ResNet and serves the objectives of images alone; ``shared_tiny``,
             ``shared_mini``, ``shared_small``, ``shared_base`` or ``shared_large``, whose one stack
-            reads images and texts (``type="shared"``). There `image` is the stack, and `text` what
-            texts have beside it.
+            reads images and texts (``type="shared"``): there `image` is the stack, and `text` what
+            texts have beside it; or ``towers_tiny``, ``towers_mini``, ``towers_small`` or
+            ``towers_base``, as wide, with a tower for each and one for both
+            (``type="three_towers"``).
 
     Raises:
         ValueError: the size is none of these.
@@ -151,8 +163,11 @@ def model_config(size: str) -> ConfigDict:
         return config
     if size in _SHARED:
         return _shared_config(*_SHARED[size])
+    if size in _TOWERS:
+        shared, fusion = _TOWERS[size]
+        return _towers_config(model_config(shared), fusion)
     if size not in _SIZES:
-        known = sorted([*_SIZES, *_RESNETS, *_SHARED])
+        known = sorted([*_SIZES, *_RESNETS, *_SHARED, *_TOWERS])
         raise ValueError(f"model size {size!r} is none of {known}")
     chosen = _SIZES[size]
     block = {"norm_eps": 1e-5, "activation": "gelu", "dropout": 0.0}
@@ -202,6 +217,20 @@ def _shared_config(
     )
 
 
+def _towers_config(shared: ConfigDict, fusion: int) -> ConfigDict:
+    """Of a shared stack the image tower, blocks of the same kind for texts, and a fusion tower."""
+    block = ("norm_eps", "activation", "dropout", "width", "heads", "mlp_width", "depth")
+    of_text = {key: shared.image[key] for key in block}
+    return ConfigDict(
+        {
+            **shared,
+            "type": THREE_TOWERS,
+            "text": {**of_text, **shared.text},
+            "fusion": {"depth": fusion},
+        }
+    )
+
+
 def kind_of(config: Mapping[str, Any]) -> tuple[str, str]:
     """Which stacks ``config.model`` describes, and which image tower.
 
@@ -211,10 +240,11 @@ def kind_of(config: Mapping[str, Any]) -> tuple[str, str]:
         ConfigError: a type is unknown.
     """
     stacks = config.get("type", TWO_STACKS)
-    if stacks not in (TWO_STACKS, SHARED):
-        raise ConfigError("model.type", f"{stacks!r}", f"Use {TWO_STACKS!r} or {SHARED!r}")
+    known = (TWO_STACKS, SHARED, THREE_TOWERS)
+    if stacks not in known:
+        raise ConfigError("model.type", f"{stacks!r}", f"Use one of {', '.join(map(repr, known))}")
     tower = config.get("image", {}).get("type", "vit")
-    towers = ("vit",) if stacks == SHARED else ("vit", "resnet")
+    towers = ("vit", "resnet") if stacks == TWO_STACKS else ("vit",)
     if tower not in towers:
         raise ConfigError("model.image.type", f"{tower!r}", f"Use {' or '.join(map(repr, towers))}")
     return stacks, tower
@@ -223,8 +253,8 @@ def kind_of(config: Mapping[str, Any]) -> tuple[str, str]:
 def known_keys(config: Mapping[str, Any]) -> ConfigDict:
     """A geometry of the same kind as ``config.model``: its keys are those that one may have."""
     stacks, tower = kind_of(config)
-    size = "shared_tiny" if stacks == SHARED else {"vit": "tiny", "resnet": "resnet18"}[tower]
-    known = model_config(size)
+    two = {"vit": "tiny", "resnet": "resnet18"}[tower]
+    known = model_config({SHARED: "shared_tiny", THREE_TOWERS: "towers_tiny"}.get(stacks, two))
     known.type, known.image.type = stacks, tower
     return known
 
@@ -269,6 +299,20 @@ def build_model(config: ConfigDict, vocab_size: int, mask_id: int, image_size: i
         return SharedModel(
             SharedConfig(
                 image=vit(config.image, modality=True),
+                reconstructor_depth=config.reconstructor.depth,
+                vocab_size=vocab_size,
+                max_positions=config.text.max_positions,
+                mask_id=mask_id,
+                tied=config.text.tied,
+            )
+        )
+    if stacks == THREE_TOWERS:
+        return ThreeTowers(
+            ThreeTowersConfig(
+                image=vit(config.image, modality=False),
+                text=block(config.text),
+                text_depth=config.text.depth,
+                fusion_depth=config.fusion.depth,
                 reconstructor_depth=config.reconstructor.depth,
                 vocab_size=vocab_size,
                 max_positions=config.text.max_positions,

@@ -21,6 +21,7 @@ from vlp_jax.models.encoder import Encoder, TextStates, padded_vocabulary, run_o
 from vlp_jax.models.image_tower import ImageTowerConfig
 from vlp_jax.models.layers import Block, BlockConfig, Noise, norm
 from vlp_jax.models.masks import bidirectional_mask
+from vlp_jax.models.three_towers import ThreeTowers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,7 @@ class VisionLanguageModel(Encoder):
             raise ConfigError(
                 "model.type",
                 "the upper half of this model's text stack reads an image with every text",
-                "Use a model of type 'shared' for text alone, or texts that come with images",
+                "Use a model of type 'shared' or 'three_towers', or texts that come with images",
             )
         x = self.text_projection(lower)
         types = jnp.stack([self._type_vector(stream, x) for stream in streams])
@@ -209,12 +210,13 @@ def two_stacks(model: nn.Module, reader: str) -> VisionLanguageModel:
         reader: what needs it, for the message.
 
     Raises:
-        ConfigError: it has one stack for images and texts.
+        ConfigError: it has one stack for images and texts, or three towers.
     """
     if not isinstance(model, VisionLanguageModel):
+        kind = "three_towers" if isinstance(model, ThreeTowers) else "shared"
         raise ConfigError(
             "model.type",
-            f"'shared', but {reader} needs a text stack beside the image tower",
+            f"{kind!r}, but {reader} needs a text stack that reads the image tower",
             "Leave that out, or use a size of model that has two stacks",
         )
     return model

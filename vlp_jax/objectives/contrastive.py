@@ -9,7 +9,8 @@ proportion to the contrastive softmax (ALBEF, arXiv 2107.07651, section 3.2): ha
 whose text is the same is none: it would be as similar as the pair itself, and drawn most of all.
 What both read of an image and of a text that have not met is ``image_feature`` and
 ``text_feature`` of the model: of two stacks the class token, and <s> of the lower half of the text
-stack, so that only matching runs the upper half; of a shared stack one pass over each alone.
+stack, so that only matching runs the upper half; of three towers the class token, and <s> of the
+text tower, so that only matching runs the fusion tower; of a shared stack one pass over each alone.
 """
 
 import dataclasses

@@ -9,8 +9,9 @@ A bucket's view says by what patches the image is encoded and how many are kept 
 the patch size, a patch's target has as many pixels as the model's own: the crop is made at that
 size for it.
 
-With its text (``with_text``), an image is encoded together with all of it by a shared stack, and
-the decoder reads what the stack makes of the patches: what they do not show, the text may tell.
+With its text (``with_text``), an image is encoded together with all of it, by a shared stack or a
+fusion tower, and the decoder reads what that makes of the patches: what they do not show, the text
+may tell.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ from vlp_jax.models.image_decoder import ImageDecoder, ImageDecoderConfig
 from vlp_jax.models.image_tower import as_vit
 from vlp_jax.models.masks import bidirectional_mask
 from vlp_jax.models.shared import SharedModel
+from vlp_jax.models.three_towers import ThreeTowers
 from vlp_jax.models.vit import ViTConfig
 from vlp_jax.objectives.base import Defaults, Extras, LossOutput, Params, Seen, example_keys, zeros
 from vlp_jax.objectives.similarity import valid_mean
@@ -59,7 +61,7 @@ class MIM(Defaults):
         kept_share: of the patches, how many are encoded at most, rounded.
         decoder_width, decoder_depth, decoder_heads: geometry of the decoder.
         augment: keys of ``data.augment.Recipe``.
-        with_text: images are encoded together with their texts; of models with one stack for both.
+        with_text: images are encoded together with their texts; of models with a stack for both.
     """
 
     model: Encoder
@@ -97,11 +99,11 @@ class MIM(Defaults):
         except ValueError as error:
             raise ConfigError(f"{key}.decoder_width", str(error), "Choose one that fits") from error
         _ = self.recipe  # checks its keys
-        if self.with_text and not isinstance(self.model, SharedModel):
+        if self.with_text and not isinstance(self.model, SharedModel | ThreeTowers):
             raise ConfigError(
                 f"{key}.with_text",
                 "True, but no stack of this model makes image tokens that have read a text",
-                "Use a model of type 'shared', or set it to False",
+                "Use a model of type 'shared' or 'three_towers', or set it to False",
             )
 
     @property
@@ -196,12 +198,12 @@ class MIM(Defaults):
 
 
 def _read_together(
-    model: SharedModel, batch: Batch, pixels: jax.Array, seen: Seen | None
+    model: SharedModel | ThreeTowers, batch: Batch, pixels: jax.Array, seen: Seen | None
 ) -> jax.Array:
-    """Tokens [B, I, D] of images by a stack that reads them with their texts."""
+    """Tokens [B, I, D] of images by blocks that read them with their texts."""
     mask = bidirectional_mask(batch["text_length"], batch["text_ids"].shape[1])[:, None]
     image = model.encode_image(pixels, None, *(seen or (None, None)))
-    [text] = model.encode_text_lower(batch["text_ids"], mask)
+    text = model.encode_text_lower(batch["text_ids"], mask)[-1]
     return model.encode_pair(text, mask, image).image[:, 0]
 
 

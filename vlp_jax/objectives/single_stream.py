@@ -79,7 +79,8 @@ class SingleStream(Defaults, abc.ABC):
         batch_name: named batch it reads.
         chunk_rows: rows of logits that exist at a time.
         with_image: texts are read with their images. False: texts alone, by a model that reads
-            them so (``model.type="shared"``), whether the batch has images or none.
+            them so (``model.type`` "shared" or "three_towers"), whether the batch has images or
+            none.
     """
 
     model: Encoder

@@ -376,8 +376,9 @@ def adopt_model(config: ConfigDict, model: Mapping[str, Any]) -> None:
     model of the same kind; of another kind, it has nothing to say.
     """
     if kind_of(config.model) == kind_of(model):
-        for part in ("image", "text", "reconstructor"):
-            config.model[part].update(model.get(part, {}))
+        for part, section in config.model.items():
+            if isinstance(section, ConfigDict):
+                section.update(model.get(part, {}))
         return
     computed = {key: config.model[key] for key in ("dtype", "attention")}
     with config.unlocked():

@@ -6,9 +6,9 @@
     scores = ranker.match(params, images, texts, pairs)      # re-ranks what embeddings shortlist
 
 Re-encoding each pair took 38 hours for one test set in a predecessor (fact sheet of Free Language
-Modeling, section 6): the image tower and the lower half of the text stack do not depend on the
-pair. In a shared stack only embeddings do not, and every pair that is matched passes the whole
-stack.
+Modeling, section 6): the image tower and the lower half of the text stack (of three towers: that
+of texts) do not depend on the pair. In a shared stack only embeddings do not, and every pair that
+is matched passes the whole stack.
 """
 
 from collections.abc import Callable, Iterable, Iterator

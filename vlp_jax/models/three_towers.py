@@ -1,0 +1,222 @@
+"""A tower for images, one for texts, and one that reads what both have made of a pair.
+
+After FLAVA (arXiv 2112.04482; its code as read for the fact sheet of MoMo, sections 1 and 7), for
+comparison with the shared stack: a ViT, a text tower of pre-LN blocks, and a fusion tower over the
+image's and the text's tokens, which a linear map each takes there. An image alone never leaves its
+tower, and a text alone neither; a pair runs all three.
+
+What is otherwise than in FLAVA is as in the shared stack, so that the towers alone make the
+difference: patches at fixed sine-cosine positions, one vocabulary head, tied to the table of
+tokens, for texts with and without images, and no poolers. The vector of a pair is read at <s> of
+the text or by a query (``objectives.readout``), so that a class token of the fusion tower, which
+FLAVA has, would be read by nobody. Unlike in FLAVA's code, the fusion tower does not see padding.
+
+How a pair meets in the fusion tower follows from what the text may see of itself
+(``models.pairs``): bidirectional, both are one sequence; forward and reverse, the image does not
+see the text. A stream is known by its mask alone.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+from flax import linen as nn
+
+from vlp_jax.compress.buckets import View
+from vlp_jax.models.dense import Dense
+from vlp_jax.models.encoder import Encoder, TextStates, padded_vocabulary, run_of_keys
+from vlp_jax.models.layers import Block, BlockConfig, Noise, norm
+from vlp_jax.models.masks import bidirectional_mask
+from vlp_jax.models.pairs import read_as_one, read_beside
+from vlp_jax.models.shared import JOINT, Pair
+from vlp_jax.models.vit import ViTConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ThreeTowersConfig:
+    """Geometry of the whole model.
+
+    Attributes:
+        image: the image tower, as wide as the others.
+        text: what the blocks of the text tower, of the fusion tower and of the reconstructor share.
+        text_depth: blocks of the text tower, 1 or more.
+        fusion_depth: blocks of the fusion tower, 1 or more.
+        reconstructor_depth: 1 or more, at most the depth of the text and of the fusion tower; the
+            reconstructor reads the states of the last so many blocks of the one that ends.
+        vocab_size: entries of the tokenizer.
+        max_positions: rows of the position table.
+        mask_id: token whose embedding starts every reconstruction query.
+        tied: the vocabulary head reads the table of tokens.
+    """
+
+    image: ViTConfig
+    text: BlockConfig
+    text_depth: int
+    fusion_depth: int
+    reconstructor_depth: int
+    vocab_size: int
+    max_positions: int
+    mask_id: int
+    tied: bool = True
+
+    marks_text: ClassVar[bool] = False  # towers and projections of their own tell it
+
+    def __post_init__(self) -> None:
+        if "post" in (self.image.block.norm, self.text.norm):
+            raise ValueError("the three towers of a model have norm='pre'")
+        if self.image.width != self.text.width:
+            raise ValueError(
+                f"model.image.width={self.image.width} must be "
+                f"model.text.width={self.text.width}: heads read features of every tower"
+            )
+        for key in ("text_depth", "fusion_depth"):
+            if getattr(self, key) < 1:
+                name = key.replace("_", ".")
+                raise ValueError(f"model.{name}={getattr(self, key)} must be 1 or more")
+        if not 1 <= self.reconstructor_depth <= min(self.text_depth, self.fusion_depth):
+            raise ValueError(
+                f"model.reconstructor.depth={self.reconstructor_depth} must be 1 or more, and at "
+                f"most model.text.depth={self.text_depth} and "
+                f"model.fusion.depth={self.fusion_depth}"
+            )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """``vocab_size`` rounded up to a multiple of 128."""
+        return padded_vocabulary(self.vocab_size)
+
+
+class Tower(nn.Module):
+    """Blocks of self-attention and a final norm; parameters are named as those of ``ViT``."""
+
+    config: BlockConfig
+    depth: int
+
+    def setup(self) -> None:
+        """Name the blocks and the final norm."""
+        for layer in range(self.depth):
+            setattr(self, f"block_{layer:02d}", Block(self.config))
+        self.norm = norm(self.config)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks, in their order."""
+        return tuple(getattr(self, f"block_{layer:02d}") for layer in range(self.depth))
+
+
+class ThreeTowers(Encoder):
+    """Image tower, text tower, fusion tower, reconstructor and vocabulary head."""
+
+    config: ThreeTowersConfig
+
+    def setup(self) -> None:
+        """Name the submodules; linen creates the parameters of those that are called."""
+        super().setup()
+        c = self.config
+        self.text_tower = Tower(c.text, c.text_depth)
+        self.image_to_fusion = Dense(c.text.width, dtype=c.text.dtype)
+        self.text_to_fusion = Dense(c.text.width, dtype=c.text.dtype)
+        self.fusion_tower = Tower(c.text, c.fusion_depth)
+        self.reconstructor = [
+            Block(c.text, self_attention=False, cross_attention=True)
+            for _ in range(c.reconstructor_depth)
+        ]
+        self.query_norm = norm(c.text)
+
+    def encode_image(
+        self,
+        image: jax.Array,
+        noise: Noise = None,
+        view: View | None = None,
+        keys: jax.Array | None = None,
+    ) -> jax.Array:
+        """Image tokens as their tower makes them: [B, S, S, 3] -> [B, I, D]; see ``ViT``.
+
+        Not yet projected, for ``image_feature`` reads them as well.
+        """
+        return self.image_tower(image, noise, view, keys)
+
+    def image_feature(self, tokens: jax.Array, noise: Noise = None) -> jax.Array:
+        """The class token, which the image tower has made: [B, I, D] -> [B, D]."""
+        del noise
+        return tokens[:, 0]
+
+    def text_feature(self, ids: jax.Array, lengths: jax.Array, noise: Noise = None) -> jax.Array:
+        """<s> of the text tower: int32 [B, N], int32 [B] -> [B, D]."""
+        mask = bidirectional_mask(lengths, ids.shape[1])[:, None]
+        return self.encode_text(ids, mask, None, (JOINT,), noise).last[:, 0, 0]
+
+    def encode_text_lower(
+        self,
+        ids: jax.Array,
+        mask: jax.Array,
+        noise: Noise = None,
+        positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, ...]:
+        """The blocks of the text tower; see ``Encoder``."""
+        x = self._embedded(ids, mask.shape[1], noise, positions)
+        states = []
+        for block in self.text_tower.blocks:
+            x = block(x, mask=mask, noise=noise)
+            states.append(x)
+        return tuple(states)
+
+    def encode_text_upper(
+        self,
+        lower: jax.Array,
+        mask: jax.Array,
+        image: jax.Array | None,
+        streams: tuple[str, ...],
+        noise: Noise = None,
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """The fusion tower; see ``Encoder`` and the module's docstring.
+
+        Without an image there are no further blocks: heads read the text tower after its norm.
+
+        Raises:
+            ValueError: some streams see one side and others both.
+        """
+        if len({stream == JOINT for stream in streams}) > 1:
+            raise ValueError(f"{streams} do not see an image in one way")
+        if image is None:
+            return (), self.text_tower.norm(lower)
+        if JOINT in streams:
+            pair = self.encode_pair(lower, mask, image, noise)
+            return pair.blocks, pair.text
+        states = read_beside(self.fusion_tower.blocks, *self._enter(lower, mask, image), noise)
+        return states, self.fusion_tower.norm(states[-1])
+
+    def encode_pair(
+        self, lower: jax.Array, mask: jax.Array, image: jax.Array, noise: Noise = None
+    ) -> Pair:
+        """Texts and their image as one sequence each in the fusion tower, the image first.
+
+        Args:
+            lower: [B, S, N, D], last of the states of ``encode_text_lower``; S texts of one image.
+            mask: bool [B, S, N, N], of the texts. A token that no row of its text sees is not seen
+                by the image either.
+            image: [B, I, D] from ``encode_image``.
+            noise: of the dropout, or None.
+        """
+        fusion = self.fusion_tower
+        of_image, states = read_as_one(fusion.blocks, *self._enter(lower, mask, image), noise)
+        return Pair(fusion.norm(of_image), states, fusion.norm(states[-1]))
+
+    def _enter(
+        self, lower: jax.Array, mask: jax.Array, image: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Text, mask and image as the fusion tower reads them."""
+        text = self.text_to_fusion(self.text_tower.norm(lower))
+        return text, mask, self.image_to_fusion(image)
+
+    def reconstruct(
+        self, positions: jax.Array, states: TextStates, mask: jax.Array, noise: Noise = None
+    ) -> jax.Array:
+        """Answer queries from the last states of the last tower that was run; see ``Encoder``."""
+        x = self._queries(positions, len(states.last), noise)
+        read = states.upper or states.lower
+        for block, state in zip(
+            self.reconstructor, read[len(read) - self.config.reconstructor_depth :], strict=True
+        ):
+            x = block(x, context=run_of_keys(state), context_mask=mask, noise=noise)
+        return self.query_norm(x)
