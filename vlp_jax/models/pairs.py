@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from vlp_jax.models.attention import padded_length
 from vlp_jax.models.dropout import noise_of
 from vlp_jax.models.layers import Block, Noise
 
@@ -16,13 +17,15 @@ from vlp_jax.models.layers import Block, Noise
 def read_as_one(
     blocks: Sequence[Block], text: jax.Array, mask: jax.Array, image: jax.Array, noise: Noise = None
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Each text and its image as one sequence, the image first.
+    """Each text and its image as one sequence, the image first, whose tokens all see one another.
+
+    What is padding is told by lengths and not by a mask, which fused kernels do without.
 
     Args:
         blocks: of the stack.
         text: [B, S, N, D], S texts of one image.
-        mask: bool [B, S, N, N], of the texts. A token that no row of its text sees is not seen by
-            the image either.
+        mask: bool [B, S, N, N], of the texts, all tokens of which see one another. Those that the
+            first does not see are padding.
         image: [B, I, D].
         noise: of the dropout, or None.
 
@@ -33,15 +36,16 @@ def read_as_one(
     count, tokens = image.shape[1], text.shape[2]
     image = jnp.broadcast_to(image[:, None], (*text.shape[:2], *image.shape[1:]))
     x = jnp.concatenate([image.astype(text.dtype), text], axis=2)
-    seen = mask.any(axis=2, keepdims=True)
-    seen = jnp.broadcast_to(seen, (*seen.shape[:2], count, tokens))
-    of_text = jnp.concatenate([seen, mask], axis=2)
-    of_image = jnp.ones((*of_text.shape[:3], count), jnp.bool_)
-    mask = jnp.concatenate([of_image, of_text], axis=3)
+    lengths = count + mask[:, :, 0].sum(axis=-1, dtype=jnp.int32)
+    lengths = jnp.broadcast_to(lengths, x.shape[:2])
+    config, both = blocks[0].config, count + tokens
+    if noise is None or not config.dropout:
+        padding = padded_length(both, config.dtype, config.attention) - both
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0)))
     states = []
     for block in blocks:
-        x = block(x, mask=mask, noise=noise)
-        states.append(x[:, :, count:])
+        x = block(x, tokens=lengths, noise=noise)
+        states.append(x[:, :, count:both])
     return x[:, :, :count], tuple(states)
 
 

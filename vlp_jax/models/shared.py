@@ -24,11 +24,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vlp_jax.compress.buckets import View
-from vlp_jax.models.attention import padded_length
 from vlp_jax.models.dropout import noise_of
 from vlp_jax.models.encoder import Encoder, TextStates, padded_vocabulary, run_of_keys
 from vlp_jax.models.layers import Block, BlockConfig, Noise, norm
 from vlp_jax.models.masks import bidirectional_mask
+from vlp_jax.models.pairs import read_as_one, read_beside
 from vlp_jax.models.vit import ViTConfig
 
 # Rows of the table that marks streams which see one side; what sees all is the plain text.
@@ -175,14 +175,13 @@ class SharedModel(Encoder):
             return pair.blocks, pair.text
         if image is None:
             return self._text_alone(lower, mask, noise)
-        return self._beside_image(lower, mask, image, noise)
+        states = read_beside(self.image_tower.blocks, lower, mask, image, noise)
+        return states, self.image_tower.norm(states[-1])
 
     def encode_pair(
         self, lower: jax.Array, mask: jax.Array, image: jax.Array, noise: Noise = None
     ) -> Pair:
         """Texts and their image as one sequence each, the image first.
-
-        What all see is told by lengths and not by a mask, which fused kernels do without.
 
         Args:
             lower: [B, S, N, D], of ``encode_text_lower``; S texts of one image.
@@ -191,21 +190,9 @@ class SharedModel(Encoder):
             image: [B, I, D] from ``encode_image``.
             noise: of the dropout, or None.
         """
-        count, tokens = image.shape[1], lower.shape[2]
-        image = jnp.broadcast_to(image[:, None], (*lower.shape[:2], *image.shape[1:]))
-        x = jnp.concatenate([image.astype(lower.dtype), lower], axis=2)
-        lengths = count + mask[:, :, 0].sum(axis=-1, dtype=jnp.int32)
-        lengths = jnp.broadcast_to(lengths, x.shape[:2])
-        c, both = self.config.text, count + tokens
-        if noise is None or not c.dropout:
-            padding = padded_length(both, c.dtype, c.attention) - both
-            x = jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0)))
-        states = []
-        for block in self.image_tower.blocks:
-            x = block(x, tokens=lengths, noise=noise)
-            states.append(x[:, :, count:both])
-        x = self.image_tower.norm(x[:, :, :both])
-        return Pair(x[:, :, :count], tuple(states), x[:, :, count:])
+        tower = self.image_tower
+        of_image, states = read_as_one(tower.blocks, lower, mask, image, noise)
+        return Pair(tower.norm(of_image), states, tower.norm(states[-1]))
 
     def _text_alone(
         self, x: jax.Array, mask: jax.Array, noise: Noise
@@ -216,19 +203,6 @@ class SharedModel(Encoder):
         for block in self.image_tower.blocks:
             x = block(x, mask=mask, noise=noise)
             states.append(x)
-        return tuple(states), self.image_tower.norm(x)
-
-    def _beside_image(
-        self, x: jax.Array, mask: jax.Array, image: jax.Array, noise: Noise
-    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-        of_image, of_text = noise_of(noise, "image"), noise_of(noise, "text")
-        blocks, states = self.image_tower.blocks, []
-        for layer, block in enumerate(blocks):
-            read = block.project(image)
-            x = block(x, mask=mask, noise=of_text, beside=read)
-            states.append(x)
-            if layer + 1 < len(blocks):  # nobody reads what the last block makes of the image
-                image = block(image, noise=of_image, own=read)
         return tuple(states), self.image_tower.norm(x)
 
     def _complete_tower(self) -> None:

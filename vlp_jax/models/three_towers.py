@@ -193,8 +193,8 @@ class ThreeTowers(Encoder):
 
         Args:
             lower: [B, S, N, D], last of the states of ``encode_text_lower``; S texts of one image.
-            mask: bool [B, S, N, N], of the texts. A token that no row of its text sees is not seen
-                by the image either.
+            mask: bool [B, S, N, N], of the texts: all tokens of one see one another. Those that its
+                first token does not see are padding.
             image: [B, I, D] from ``encode_image``.
             noise: of the dropout, or None.
         """
