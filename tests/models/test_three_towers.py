@@ -2,13 +2,23 @@
 
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from tiny import IMAGE_SIZE, MASK_ID, TOKENS, VOCAB, VOCABULARY, make_batch
+from tiny import (
+    IMAGE_SIZE,
+    MASK_ID,
+    TOKENS,
+    VOCAB,
+    VOCABULARY,
+    compile_run,
+    make_batch,
+    tiny_config,
+)
 
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.augment import normalize
@@ -209,6 +219,23 @@ def test_several_texts_of_an_image_are_read_as_one_by_one(kind: Kind, params: An
     together, single = compiled(forward, params)()
     np.testing.assert_allclose(together, single, atol=2e-5)
     assert np.abs(single[0] - single[1]).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_eight_devices_equal_one() -> None:
+    """An update of contrast and of masked words, which share one pass of the image tower."""
+    config = tiny_config()
+    with config.unlocked():
+        config.model = towers_config()
+        config.objectives = {"itc": {"embedding_dim": 8}, "mlm": {}}
+    results = []
+    for mesh in (None, make_mesh(data=4, fsdp=2)):
+        update = compile_run(config, mesh)
+        state, metrics = update(update.init(), make_batch())
+        results.append((jax.device_get(state.params), metrics))
+    for name, value in results[0][1].items():
+        assert results[1][1][name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
+    chex.assert_trees_all_close(results[0][0], results[1][0], atol=2e-4)
 
 
 COUNTED = {
