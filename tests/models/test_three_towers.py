@@ -36,7 +36,7 @@ from vlp_jax.objectives.base import Objective
 from vlp_jax.objectives.contrastive import ITC, ITM
 from vlp_jax.objectives.readout import Kind, Readout
 from vlp_jax.train.config import check_keys, default_config
-from vlp_jax.train.setup import _adopt_model
+from vlp_jax.train.setup import adopt_model
 
 LENGTHS = [12, 9, 5, 2]
 BATCH = make_batch(LENGTHS)
@@ -330,7 +330,7 @@ def test_a_run_adopts_the_geometry_of_a_checkpoint(before: str) -> None:
     config = default_config(before)
     config.model.dtype = "float32"
     saved = towers_config(**{"fusion.depth": 3})
-    _adopt_model(config, saved.to_dict())
+    adopt_model(config, saved.to_dict())
     check_keys(config)
     assert config.model.to_dict() == saved.to_dict()
 
