@@ -12,8 +12,8 @@ multimodal  questions and entailment, fine-tuned; retrieval by embeddings (mean 
             ways), as it is where the run has learned a contrast, and fine-tuned
 
 What is fine-tuned is trained once a seed by the config of the task (configs/transfer/), which
---steps, --batch_size and --records shorten; what is frozen has no seeds. A column's average is the
-mean of its tasks, and its spread the standard deviation of that over seeds.
+--steps, --batch_size, --rate, --records and --num_edges change; what is frozen has no seeds. A
+column's average is the mean of its tasks, and its spread the standard deviation of that over seeds.
 
 Writes to --out (by default WORKDIR/columns of the first run): ``table.md``, ``scores.json``, and
 the runs themselves. What is finished is not run again, so that seeds and tasks can be added.
@@ -58,6 +58,8 @@ _BATCH = flags.DEFINE_integer("batch_size", None, "rows of a batch of these", lo
 _RECORDS = flags.DEFINE_integer("records", None, "training records of scenes", lower_bound=1)
 _EXAMPLES = flags.DEFINE_integer("examples", None, "of a test split that has no end", lower_bound=1)
 _LEVEL = flags.DEFINE_enum("level", "hard", ["easy", "hard"], "of scenes")
+_RATE = flags.DEFINE_float("rate", None, "peak learning rate of each fine-tuning", lower_bound=0)
+_EDGES = flags.DEFINE_integer("num_edges", None, "text lengths of each fine-tuning", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "folder to write to")
 
 
@@ -108,6 +110,8 @@ class Settings:
         records: training records of scenes; None: as the config.
         examples: of a test split of scenes; None: as the config.
         level: of scenes.
+        rate: peak learning rate of a fine-tuning; None: that of the config.
+        num_edges: text lengths, each a program to compile; None: as the config.
         out: where runs are kept.
     """
 
@@ -117,6 +121,8 @@ class Settings:
     records: int | None
     examples: int | None
     level: str
+    rate: float | None
+    num_edges: int | None
     out: pathlib.Path
 
 
@@ -153,7 +159,7 @@ def tasks_of(data: str, glue: str, glue_tasks: Sequence[str]) -> list[Task]:
             name,
             f"configs/transfer/glue.py:{name}",
             ("score",),
-            overrides={"data.root": glue},
+            overrides={"data.sources.sentences.root": glue},
         )
         for name in (glue_tasks if glue else ())
     ]
@@ -242,22 +248,33 @@ def _config(task: Task, workdir: pathlib.Path, settings: Settings, seed: int) ->
         config.log.tensorboard = False
         if task.evaluator is not None:
             config.evals = {"frozen": dict(task.evaluator)}
-            config.checkpoint.best_metric = ""
         if settings.steps is not None:
             config.total_steps, config.total_epochs = settings.steps, 0.0
         if settings.batch_size is not None:
             config.data.batch_size = settings.batch_size
-        for section in config.data.sources.values():
-            if not section.type.startswith("scenes"):
-                continue
-            section.level, config.data.image_size = settings.level, _image_size(workdir)
-            if settings.records is not None:
-                section.update(num_records=settings.records, cache=True)
-        for section in config.evals.values():
-            if settings.examples is not None and section.get("num_examples", 1):
+        if settings.num_edges is not None:
+            config.data.num_edges = settings.num_edges
+        if settings.rate is not None:
+            config.schedule.peak = settings.rate
+        # What shows a run's answers is for one run to look at.
+        config.evals = {n: s for n, s in config.evals.items() if n in ("val", "test", "frozen")}
+        if task.frozen:
+            config.checkpoint.best_metric = ""
+            for section in config.evals.values():
+                section.on = "last"
+        for name, section in config.data.sources.items():
+            if section.get("type", name).startswith("scenes"):
+                section.level, config.data.image_size = settings.level, _image_size(workdir)
+                if settings.records is not None:
+                    section.update(num_records=settings.records, cache=True)
+        for name, section in config.evals.items():
+            kind = section.get("type", name)
+            if kind == "task":
+                section.controls = False
+            if settings.examples is not None:
                 section.num_examples = settings.examples
-            if settings.examples is not None and section.type in ("neighbours", "linear_probe"):
-                section.num_train = settings.records or section.get("num_train", 10_000)
+                if kind in ("neighbours", "linear_probe"):
+                    section.num_train = settings.records or section.get("num_train", 10_000)
     return config
 
 
@@ -360,6 +377,8 @@ def main(argv: Sequence[str]) -> None:
             _RECORDS.value,
             _EXAMPLES.value,
             _LEVEL.value,
+            _RATE.value,
+            _EDGES.value,
             out,
         )
         enable_compile_cache(out / "compile_cache")

@@ -38,8 +38,8 @@ from vlp_jax.infra.files import write_text
 from vlp_jax.train.loop import train
 from vlp_jax.train.setup import prepare
 
-STEPS = {1: 700, 2: 500, 3: 500}
-BATCH = {"images": 64, "text": 16, "pairs": 64}
+STEPS = {1: 800, 2: 400, 3: 250}
+BATCH = {"images": 64, "text": 16, "pairs": 32}
 TASKS = ("neighbours", "linear probe", "sst2", "vqa", "retrieval, as it is")
 TEXTS = "../shared/data/text"
 
@@ -55,7 +55,7 @@ def stage_config(stage: int) -> ConfigDict:
     config = importlib.import_module(f"configs.momo.stage{stage}").get_config("scenes,shared_tiny")
     config.total_steps = STEPS[stage]
     config.model.dtype = "float32"
-    config.model.image.update(depth=3, patch_size=8, activation="gelu_tanh")
+    config.model.image.update(depth=2, patch_size=8, activation="gelu_tanh")
     config.model.text.max_positions = 64
     config.data.image_size = 32
     config.data.max_text_length = 24
@@ -88,7 +88,15 @@ def main(argv: Sequence[str]) -> None:
         if not pathlib.Path(TEXTS).is_dir():
             raise ValueError(f"{TEXTS} does not exist; the demo reads its texts: put some there")
         settings = Settings(
-            seeds=1, steps=150, batch_size=64, records=2000, examples=500, level="easy", out=out
+            seeds=1,
+            steps=150,
+            batch_size=64,
+            records=2000,
+            examples=500,
+            level="easy",
+            rate=1e-3,
+            num_edges=1,
+            out=out,
         )
         tasks = [task for task in tasks_of("scenes", TEXTS, ["sst2"]) if task.name in TASKS]
         scores: dict[str, dict[str, Score]] = {}

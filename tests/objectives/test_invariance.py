@@ -282,11 +282,13 @@ def test_an_update_trains_and_the_loss_falls(kind):
         with config.unlocked():
             config.objectives[kind].momentum = 0.5
     run = compile_run(config)
-    state, first = run(run.init(), make_batch())
-    for _ in range(40):
-        state, last = run(state, make_batch())
-    assert np.isfinite(last["loss"])
-    assert last["loss"] < first["loss"]
+    state, losses = run.init(), []
+    for _ in range(80):
+        state, metrics = run(state, make_batch())
+        losses.append(metrics["loss"])
+    assert np.isfinite(losses).all()
+    # Views differ from update to update, and so does the loss by itself.
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
     assert int(state.extras["skipped"]) == 0
 
 

@@ -28,6 +28,7 @@ NEEDED = {
     "image_classification": {"num_classes": 3},
     "mim": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "with_text": True},
     "itm": {"readout": "forward"},
+    "text_classification": {"num_classes": 3, "readout": "bidirectional"},
 }
 
 

@@ -166,5 +166,5 @@ def test_what_a_convolution_cannot_do_is_refused(kind, overrides, message):
 def test_another_kind_of_tower_is_refused():
     config = config_of("simclr")
     config.model.image.type = "convnext"
-    with pytest.raises(ValueError, match=r"model\.image\.type='convnext' is neither"):
+    with pytest.raises(ValueError, match=r"model\.image\.type: 'convnext'\. Use 'vit' or"):
         make_program(config)
