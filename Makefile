@@ -1,4 +1,4 @@
-# `make demo` and `make test` do everything on a fresh machine: they make .venv themselves.
+# `make demo`, `make momo-demo` and `make test` do everything on a fresh machine: they make .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,10 +6,13 @@ READY := $(VENV)/.ready
 WORKDIR ?= runs/demo
 SOURCES := vlp_jax configs tools tests setup.py
 
-.PHONY: demo test test-slow lint types format clean
+.PHONY: demo momo-demo test test-slow lint types format clean
 
 demo: $(READY)
 	$(BIN)/python -m vlp_jax.main --config=configs/demo.py --workdir=$(WORKDIR)
+
+momo-demo: $(READY)
+	$(BIN)/python -m tools.momo_demo --workdir=runs/momo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -5,6 +5,7 @@ chosen after the sheet's defaults: MAE's recipe for images, 15 % of the words ma
 weight 1, a fresh optimiser and warm-up in every stage.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -22,20 +23,24 @@ def base(stage: int, arg: str | None) -> tuple[ConfigDict, dict[str, Any]]:
 
     Args:
         stage: 1, 2 or 3.
-        arg: ``DATA[,SIZE[,LANGUAGE[,PAIRS]]]``: one of ``DATA``; a shared size of models/sizes.py
-            (`shared_small` by default); the language objective, a name of configs/__init__.py
-            (`mlm15` by default); objectives of pairs, joined by +, of ``PAIR_OBJECTIVES``.
+        arg: ``DATA[,SIZE[,LANGUAGE[,PAIRS[,IMAGES]]]]``: one of ``DATA``; a shared size of
+            models/sizes.py (`shared_small` by default), or one of three towers to compare with; the
+            language objective, a name of configs/__init__.py (`mlm15` by default); objectives of
+            pairs, joined by +, of ``PAIR_OBJECTIVES``; how many scenes each source has, rendered
+            once (unbounded by default).
 
     Returns:
-        The config, and ``data``, ``size``, ``language`` and ``pairs`` of the argument.
+        The config, and ``data``, ``size``, ``language``, ``pairs`` and ``images`` of the argument.
 
     Raises:
         ValueError: the argument names something else.
     """
     where = f"--config=configs/momo/stage{stage}.py:{arg}"
-    parts = [*(arg or "").split(","), *[""] * 4]
-    if any(parts[4:]) or (parts[0] or DATA[0]) not in DATA:
-        raise ValueError(f"{where}: write DATA[,SIZE[,LANGUAGE[,PAIRS]]], DATA one of {DATA}")
+    parts = [*(arg or "").split(","), *[""] * 5]
+    if any(parts[5:]) or (parts[0] or DATA[0]) not in DATA:
+        raise ValueError(
+            f"{where}: write DATA[,SIZE[,LANGUAGE[,PAIRS[,IMAGES]]]], DATA one of {DATA}"
+        )
     size = parts[1] or "shared_small"
     pairs = (parts[3] or "+".join(PAIR_OBJECTIVES)).split("+")
     if strange := [name for name in pairs if name not in PAIR_OBJECTIVES]:
@@ -45,6 +50,7 @@ def base(stage: int, arg: str | None) -> tuple[ConfigDict, dict[str, Any]]:
         "size": size,
         "language": language_objective(parts[2] or "mlm15", where),
         "pairs": pairs,
+        "images": int(parts[4] or 0),
     }
     config = default_config(size)
     config.name = f"momo_stage{stage}"
@@ -54,6 +60,8 @@ def base(stage: int, arg: str | None) -> tuple[ConfigDict, dict[str, Any]]:
     config.data.max_text_length = 48
     config.data.threads = 16
     config.data.prefetch = 32
+    if given["images"]:  # pictures that are there are copied, by few threads
+        config.data.threads, config.data.prefetch = 2, 4
     config.tokenizer.vocab_size = 8192
     config.schedule.peak = 5e-4
     config.schedule.decay = "cosine"
@@ -62,32 +70,30 @@ def base(stage: int, arg: str | None) -> tuple[ConfigDict, dict[str, Any]]:
     return config, given
 
 
-def images(config: ConfigDict, data: str, batch: str = "images") -> None:
+def images(config: ConfigDict, given: Mapping[str, Any], batch: str = "images") -> None:
     """Add a batch of pictures, whose captions are not read, and MAE on it.
 
     Args:
         config: changed.
-        data: of the argument.
+        given: of ``base``.
         batch: its name.
     """
     with config.unlocked():
-        config.data.sources.pictures = {**_pictures(config, data), "batch": batch}
+        config.data.sources.pictures = {**_pictures(config, given), "batch": batch}
         config.data.batches[batch] = {"num_edges": 1}
         config.objectives.mim = _mim(config, batch)
         config.evals.heldout_images = _heldout("pictures", "mim")
 
 
-def text(config: ConfigDict, data: str, language: dict[str, Any], weight: float = 1.0) -> None:
+def text(config: ConfigDict, given: Mapping[str, Any]) -> None:
     """Add a batch of packed texts, and the language objective on it.
 
     Args:
         config: changed.
-        data: of the argument.
-        language: section of the objective.
-        weight: factor of its loss.
+        given: of ``base``.
     """
     with config.unlocked():
-        if data == "scenes":
+        if given["data"] == "scenes":
             # The free text beside the checkout stands for a corpus; any folder of files does.
             root = "../shared/data/text"
             config.data.sources.prose = {
@@ -107,23 +113,22 @@ def text(config: ConfigDict, data: str, language: dict[str, Any], weight: float 
             }
         else:
             config.data.sources.prose = {"type": "texts", "root": "", "batch": "text"}
-        config.data.batches.text = {"max_text_length": 128, "text_edges": (128,), "weight": weight}
-        config.objectives.text = {**language, "batch": "text", "with_image": False}
+        config.data.batches.text = {"max_text_length": 128, "text_edges": (128,), "weight": 1.0}
+        config.objectives.text = {**given["language"], "batch": "text", "with_image": False}
         config.evals.heldout_text = _heldout("prose", "text")
 
 
-def pairs(config: ConfigDict, data: str, language: dict[str, Any], chosen: list[str]) -> None:
+def pairs(config: ConfigDict, given: Mapping[str, Any]) -> None:
     """Add a batch of pictures with their captions, and objectives on it.
 
     Args:
         config: changed.
-        data: of the argument.
-        language: section of the language objective.
-        chosen: of ``PAIR_OBJECTIVES``.
+        given: of ``base``.
     """
+    language, chosen = given["language"], given["pairs"]
     readout = "query" if language["type"] == "flm" else "bidirectional"
     with config.unlocked():
-        config.data.sources.captions = {**_pictures(config, data), "batch": "pairs"}
+        config.data.sources.captions = {**_pictures(config, given), "batch": "pairs"}
         config.data.batches.pairs = {"num_edges": 2}
         if "language" in chosen:
             config.objectives.language = {**language, "batch": "pairs"}
@@ -138,9 +143,10 @@ def pairs(config: ConfigDict, data: str, language: dict[str, Any], chosen: list[
             config.objectives.itm = {"batch": "pairs", "readout": readout}
 
 
-def _pictures(config: ConfigDict, data: str) -> dict[str, Any]:
-    if data == "scenes":
-        return {"type": "scenes", "level": "hard"}
+def _pictures(config: ConfigDict, given: Mapping[str, Any]) -> dict[str, Any]:
+    if given["data"] == "scenes":
+        rendered = {"num_records": given["images"], "cache": True} if given["images"] else {}
+        return {"type": "scenes", "level": "hard", **rendered}
     return {"type": "folder", "root": config.data.get_oneway_ref("root")}
 
 

@@ -18,5 +18,5 @@ from configs import momo
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of the run; ``arg`` is DATA[,SIZE]."""
     config, given = momo.base(1, arg)
-    momo.images(config, given["data"])
+    momo.images(config, given)
     return config

@@ -20,6 +20,6 @@ from configs import momo
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of the run; ``arg`` is DATA[,SIZE[,LANGUAGE]]."""
     config, given = momo.base(2, arg)
-    momo.images(config, given["data"])
-    momo.text(config, given["data"], given["language"])
+    momo.images(config, given)
+    momo.text(config, given)
     return config

@@ -20,6 +20,6 @@ from configs import momo
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of the run; ``arg`` is DATA[,SIZE[,LANGUAGE[,PAIRS]]]."""
     config, given = momo.base(3, arg)
-    momo.text(config, given["data"], given["language"])
-    momo.pairs(config, given["data"], given["language"], given["pairs"])
+    momo.text(config, given)
+    momo.pairs(config, given)
     return config

@@ -80,7 +80,7 @@ def test_a_geometry_has_the_keys_of_its_kind(size: str, key: str, message: str) 
 def test_a_type_that_does_not_exist_is_named() -> None:
     config = default_config("shared_tiny")
     config.model.type = "both"
-    with pytest.raises(ConfigError, match=r"config\.model\.type: 'both'. Use 'two_stacks' or"):
+    with pytest.raises(ConfigError, match=r"config\.model\.type: 'both'. Use one of 'two_stacks'"):
         check_keys(config)
 
 

@@ -365,7 +365,7 @@ def check_text_alone(model: Encoder, reader: str) -> None:
         raise ConfigError(
             "model.type",
             f"'two_stacks', but {reader} gives it a text without an image",
-            "Use a model of type 'shared', such as the size shared_small",
+            "Use a model of type 'shared' or 'three_towers', such as the size shared_small",
         )
 
 

@@ -109,6 +109,8 @@ class ThreeTowers(Encoder):
 
     config: ThreeTowersConfig
 
+    reads_text_alone: ClassVar[bool] = True
+
     def setup(self) -> None:
         """Name the submodules; linen creates the parameters of those that are called."""
         super().setup()

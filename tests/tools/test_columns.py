@@ -1,0 +1,94 @@
+"""The table of three columns: what is asked, and how scores become averages."""
+
+import json
+
+import pytest
+
+from tools.columns import (
+    COLUMNS,
+    Score,
+    Settings,
+    Task,
+    _config,
+    averages,
+    chosen,
+    header_of,
+    markdown,
+    rows_of,
+    tasks_of,
+    told,
+)
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.train.config import check_keys
+
+TASKS = [
+    Task("image", "frozen", "", (), frozen=True),
+    Task("image", "tuned", "", ()),
+    Task("text", "words", "", ()),
+    Task("multimodal", "questions", "", ()),
+]
+SCORES = {
+    "first": {"frozen": Score((0.5,)), "tuned": Score((0.6, 0.8)), "words": Score((0.7, 0.9))},
+    "second": {"frozen": Score((0.25,)), "questions": Score((0.5, 0.5))},
+}
+
+
+def settings(out, **changes):
+    values = {"steps": 7, "batch_size": 8, "records": 100, "examples": 50, "num_edges": 1}
+    return Settings(**{"seeds": 2, "level": "easy", "rate": 0.5, "out": out, **values, **changes})
+
+
+def test_averages_are_over_the_tasks_of_a_column_seed_by_seed():
+    found = averages(SCORES["first"], TASKS, seeds=2)
+    assert found == {"image": Score((0.55, 0.65)), "text": Score((0.7, 0.9))}
+    assert averages(SCORES["second"], TASKS, 2)["multimodal"] == Score((0.5, 0.5))
+
+
+def test_a_score_is_told_with_its_spread_and_what_is_absent_as_such():
+    assert told(None) == "–"
+    assert told(Score((0.123,))) == "12.3"
+    assert told(Score((0.6, 0.8))) == "70.0 ± 14.1"
+    rows = rows_of(SCORES, TASKS, seeds=2)
+    assert rows[0] == [
+        "first",
+        "60.0 ± 7.1",
+        "80.0 ± 14.1",
+        "–",
+        "50.0",
+        "70.0 ± 14.1",
+        "80.0 ± 14.1",
+        "–",
+    ]
+    table = markdown(header_of(TASKS), rows).splitlines()
+    assert table[0].startswith("| run | IMAGE | TEXT | MULTIMODAL | frozen |")
+    assert len({line.count("|") for line in table}) == 1
+
+
+@pytest.mark.parametrize("data", ["scenes", "pack"])
+def test_every_task_has_a_config_that_knows_its_keys(tmp_path, data):
+    """And each is told from the others by its name."""
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"image_size": 32}}))
+    tasks = tasks_of(data, "GLUE", ["sst2", "stsb"])
+    assert len({task.name for task in tasks}) == len(tasks)
+    assert {task.column for task in tasks} == set(COLUMNS)
+    for task in tasks:
+        config = _config(task, tmp_path, settings(tmp_path), seed=3)
+        check_keys(config)
+        assert (config.seed, config.total_steps, config.init_from) == (3, 7, str(tmp_path))
+        assert config.schedule.peak == 0.5
+        expected = {"frozen"} if task.evaluator else {"val", "test"}
+        assert set(config.evals) <= expected
+        assert set(config.evals) & {"frozen", "test"}
+        if data == "scenes" and task.column != "text":
+            assert config.data.image_size == 32
+            assert {section.level for section in config.data.sources.values()} == {"easy"}
+    assert not [task for task in tasks_of(data, "", ["sst2"]) if task.column == "text"]
+
+
+def test_what_is_asked_must_be_there(tmp_path):
+    tasks = tasks_of("scenes", "", [])
+    assert [task.name for task in chosen(tasks, ["vqa", "neighbours"])] == ["neighbours", "vqa"]
+    with pytest.raises(ValueError, match="--tasks: 'vqq' is none of neighbours, "):
+        list(chosen(tasks, ["vqq"]))
+    with pytest.raises(ConfigError, match="is no workdir of a run"):
+        _config(tasks[0], tmp_path / "nothing", settings(tmp_path), seed=0)
