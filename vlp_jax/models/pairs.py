@@ -1,17 +1,85 @@
-"""Two ways in which the blocks of one stack read a text together with its image.
+"""Models whose blocks read a text together with its image, and the two ways in which they do.
 
 Both take tokens of either modality as they enter the first block, and give what leaves the blocks,
 before any final norm.
 """
 
 from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from vlp_jax.models.attention import padded_length
 from vlp_jax.models.dropout import noise_of
-from vlp_jax.models.layers import Block, Noise
+from vlp_jax.models.encoder import Encoder, TextStates, run_of_keys
+from vlp_jax.models.layers import Block, Noise, norm
+from vlp_jax.models.masks import bidirectional_mask
+
+JOINT = "bidirectional"  # the kind of stream that is one sequence with the image
+
+
+class Pair(NamedTuple):
+    """What the stack makes of texts that are one sequence with their image.
+
+    Attributes:
+        image: [B, S, I, D], of the image's tokens after the final norm, for each text.
+        blocks: of the text's tokens after every block, [B, S, N, D] each.
+        text: [B, S, N, D], of the text's tokens after the final norm.
+    """
+
+    image: jax.Array
+    blocks: tuple[jax.Array, ...]
+    text: jax.Array
+
+
+class PairEncoder(Encoder):
+    """A model that reads a text alone, or as one sequence with its image.
+
+    The reconstructor reads the states of the last blocks that have read the text.
+    """
+
+    reads_text_alone: ClassVar[bool] = True
+
+    def setup(self) -> None:
+        """Name the reconstructor beside what all models have."""
+        super().setup()
+        c = self.config
+        self.reconstructor = [
+            Block(c.text, self_attention=False, cross_attention=True)
+            for _ in range(c.reconstructor_depth)
+        ]
+        self.query_norm = norm(c.text)
+
+    def text_feature(self, ids: jax.Array, lengths: jax.Array, noise: Noise = None) -> jax.Array:
+        """<s> of the text alone: int32 [B, N], int32 [B] -> [B, D]."""
+        mask = bidirectional_mask(lengths, ids.shape[1])[:, None]
+        return self.encode_text(ids, mask, None, (JOINT,), noise).last[:, 0, 0]
+
+    def encode_pair(
+        self, lower: jax.Array, mask: jax.Array, image: jax.Array, noise: Noise = None
+    ) -> Pair:
+        """Texts and their image as one sequence each; each model by its own blocks.
+
+        Args:
+            lower: [B, S, N, D], last of the states of ``encode_text_lower``; S texts of one image.
+            mask: bool [B, S, N, N], see ``read_as_one``.
+            image: [B, I, D] from ``encode_image``.
+            noise: of the dropout, or None.
+        """
+        raise NotImplementedError
+
+    def reconstruct(
+        self, positions: jax.Array, states: TextStates, mask: jax.Array, noise: Noise = None
+    ) -> jax.Array:
+        """Answer queries from the last states of the last tower that was run; see ``Encoder``."""
+        x = self._queries(positions, len(states.last), noise)
+        read = states.upper or states.lower
+        for block, state in zip(
+            self.reconstructor, read[len(read) - self.config.reconstructor_depth :], strict=True
+        ):
+            x = block(x, context=run_of_keys(state), context_mask=mask, noise=noise)
+        return self.query_norm(x)
 
 
 def read_as_one(

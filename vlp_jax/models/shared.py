@@ -17,7 +17,7 @@ How a text meets its image follows from what the text may see of itself:
 """
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +25,13 @@ from flax import linen as nn
 
 from vlp_jax.compress.buckets import View
 from vlp_jax.models.dropout import noise_of
-from vlp_jax.models.encoder import Encoder, TextStates, padded_vocabulary, run_of_keys
-from vlp_jax.models.layers import Block, BlockConfig, Noise, norm
-from vlp_jax.models.masks import bidirectional_mask
-from vlp_jax.models.pairs import read_as_one, read_beside
+from vlp_jax.models.encoder import padded_vocabulary
+from vlp_jax.models.layers import BlockConfig, Noise
+from vlp_jax.models.pairs import JOINT, Pair, PairEncoder, read_as_one, read_beside
 from vlp_jax.models.vit import ViTConfig
 
 # Rows of the table that marks streams which see one side; what sees all is the plain text.
 STREAM_TYPES = {"forward": 0, "reverse": 1}
-JOINT = "bidirectional"  # the kind of stream that is one sequence with the image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,26 +86,10 @@ class SharedConfig:
         return padded_vocabulary(self.vocab_size)
 
 
-class Pair(NamedTuple):
-    """What the stack makes of texts that are one sequence with their image.
-
-    Attributes:
-        image: [B, S, I, D], of the image's tokens after the final norm, for each text.
-        blocks: of the text's tokens after every block, [B, S, N, D] each.
-        text: [B, S, N, D], of the text's tokens after the final norm.
-    """
-
-    image: jax.Array
-    blocks: tuple[jax.Array, ...]
-    text: jax.Array
-
-
-class SharedModel(Encoder):
+class SharedModel(PairEncoder):
     """One stack, embeddings of both modalities, reconstructor and vocabulary head."""
 
     config: SharedConfig
-
-    reads_text_alone: ClassVar[bool] = True
 
     def setup(self) -> None:
         """Name the submodules; linen creates the parameters of those that are called."""
@@ -116,11 +98,6 @@ class SharedModel(Encoder):
         self.stream_embedding = self.param(
             "stream_embedding", nn.initializers.normal(0.02), (len(STREAM_TYPES), c.text.width)
         )
-        self.reconstructor = [
-            Block(c.text, self_attention=False, cross_attention=True)
-            for _ in range(c.reconstructor_depth)
-        ]
-        self.query_norm = norm(c.text)
 
     def encode_image(
         self,
@@ -136,11 +113,6 @@ class SharedModel(Encoder):
     def image_feature(self, tokens: jax.Array, noise: Noise = None) -> jax.Array:
         """The class token of the stack on the image alone: [B, I, D] -> [B, D]."""
         return self.image_tower.encode(tokens, noise_of(noise, "image"))[:, 0]
-
-    def text_feature(self, ids: jax.Array, lengths: jax.Array, noise: Noise = None) -> jax.Array:
-        """<s> of the stack on the text alone: int32 [B, N], int32 [B] -> [B, D]."""
-        mask = bidirectional_mask(lengths, ids.shape[1])[:, None]
-        return self.encode_text(ids, mask, None, (JOINT,), noise).last[:, 0, 0]
 
     def encode_text_lower(
         self,
@@ -214,13 +186,3 @@ class SharedModel(Encoder):
         if self.is_initializing():
             size = self.config.image.image_size
             self.image_tower.embed(jnp.zeros((1, size, size, 3)))
-
-    def reconstruct(
-        self, positions: jax.Array, states: TextStates, mask: jax.Array, noise: Noise = None
-    ) -> jax.Array:
-        """Answer independent queries from the last states of the stack; see ``Encoder``."""
-        x = self._queries(positions, len(states.last), noise)
-        read = states.upper[len(states.upper) - self.config.reconstructor_depth :]
-        for block, state in zip(self.reconstructor, read, strict=True):
-            x = block(x, context=run_of_keys(state), context_mask=mask, noise=noise)
-        return self.query_norm(x)

@@ -24,11 +24,9 @@ from flax import linen as nn
 
 from vlp_jax.compress.buckets import View
 from vlp_jax.models.dense import Dense
-from vlp_jax.models.encoder import Encoder, TextStates, padded_vocabulary, run_of_keys
+from vlp_jax.models.encoder import padded_vocabulary
 from vlp_jax.models.layers import Block, BlockConfig, Noise, norm
-from vlp_jax.models.masks import bidirectional_mask
-from vlp_jax.models.pairs import read_as_one, read_beside
-from vlp_jax.models.shared import JOINT, Pair
+from vlp_jax.models.pairs import JOINT, Pair, PairEncoder, read_as_one, read_beside
 from vlp_jax.models.vit import ViTConfig
 
 
@@ -104,12 +102,10 @@ class Tower(nn.Module):
         return tuple(getattr(self, f"block_{layer:02d}") for layer in range(self.depth))
 
 
-class ThreeTowers(Encoder):
+class ThreeTowers(PairEncoder):
     """Image tower, text tower, fusion tower, reconstructor and vocabulary head."""
 
     config: ThreeTowersConfig
-
-    reads_text_alone: ClassVar[bool] = True
 
     def setup(self) -> None:
         """Name the submodules; linen creates the parameters of those that are called."""
@@ -119,11 +115,6 @@ class ThreeTowers(Encoder):
         self.image_to_fusion = Dense(c.text.width, dtype=c.text.dtype)
         self.text_to_fusion = Dense(c.text.width, dtype=c.text.dtype)
         self.fusion_tower = Tower(c.text, c.fusion_depth)
-        self.reconstructor = [
-            Block(c.text, self_attention=False, cross_attention=True)
-            for _ in range(c.reconstructor_depth)
-        ]
-        self.query_norm = norm(c.text)
 
     def encode_image(
         self,
@@ -142,11 +133,6 @@ class ThreeTowers(Encoder):
         """The class token, which the image tower has made: [B, I, D] -> [B, D]."""
         del noise
         return tokens[:, 0]
-
-    def text_feature(self, ids: jax.Array, lengths: jax.Array, noise: Noise = None) -> jax.Array:
-        """<s> of the text tower: int32 [B, N], int32 [B] -> [B, D]."""
-        mask = bidirectional_mask(lengths, ids.shape[1])[:, None]
-        return self.encode_text(ids, mask, None, (JOINT,), noise).last[:, 0, 0]
 
     def encode_text_lower(
         self,
@@ -210,15 +196,3 @@ class ThreeTowers(Encoder):
         """Text, mask and image as the fusion tower reads them."""
         text = self.text_to_fusion(self.text_tower.norm(lower))
         return text, mask, self.image_to_fusion(image)
-
-    def reconstruct(
-        self, positions: jax.Array, states: TextStates, mask: jax.Array, noise: Noise = None
-    ) -> jax.Array:
-        """Answer queries from the last states of the last tower that was run; see ``Encoder``."""
-        x = self._queries(positions, len(states.last), noise)
-        read = states.upper or states.lower
-        for block, state in zip(
-            self.reconstructor, read[len(read) - self.config.reconstructor_depth :], strict=True
-        ):
-            x = block(x, context=run_of_keys(state), context_mask=mask, noise=noise)
-        return self.query_norm(x)

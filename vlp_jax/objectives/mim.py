@@ -33,8 +33,7 @@ from vlp_jax.models.flops import image_input_flops, text_flops, vit_flops
 from vlp_jax.models.image_decoder import ImageDecoder, ImageDecoderConfig
 from vlp_jax.models.image_tower import as_vit
 from vlp_jax.models.masks import bidirectional_mask
-from vlp_jax.models.shared import SharedModel
-from vlp_jax.models.three_towers import ThreeTowers
+from vlp_jax.models.pairs import PairEncoder
 from vlp_jax.models.vit import ViTConfig
 from vlp_jax.objectives.base import Defaults, Extras, LossOutput, Params, Seen, example_keys, zeros
 from vlp_jax.objectives.similarity import valid_mean
@@ -99,7 +98,7 @@ class MIM(Defaults):
         except ValueError as error:
             raise ConfigError(f"{key}.decoder_width", str(error), "Choose one that fits") from error
         _ = self.recipe  # checks its keys
-        if self.with_text and not isinstance(self.model, SharedModel | ThreeTowers):
+        if self.with_text and not isinstance(self.model, PairEncoder):
             raise ConfigError(
                 f"{key}.with_text",
                 "True, but no stack of this model makes image tokens that have read a text",
@@ -198,7 +197,7 @@ class MIM(Defaults):
 
 
 def _read_together(
-    model: SharedModel | ThreeTowers, batch: Batch, pixels: jax.Array, seen: Seen | None
+    model: PairEncoder, batch: Batch, pixels: jax.Array, seen: Seen | None
 ) -> jax.Array:
     """Tokens [B, I, D] of images by blocks that read them with their texts."""
     mask = bidirectional_mask(batch["text_length"], batch["text_ids"].shape[1])[:, None]
