@@ -446,7 +446,7 @@ def test_damaged_lists_name_file_and_place(tmp_path, source, file):
         source(tmp_path, "train", "train2014.json")
     for content, problem in (
         (b"", "is empty"),
-        (gzip.compress(b"[]"), "is compressed"),
+        (gzip.compress(b"[]", mtime=0), "is compressed"),
         ("[]".encode("utf-16"), "is UTF-16 text"),
         (b"\xef\xbb\xbf[]", "split 'train' is empty; present: none; put .* into the file$"),
     ):
