@@ -16,12 +16,15 @@ from tools.compare.configs import load, with_overrides
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.metrics import read_metrics
 from vlp_jax.infra.preemption import ExitCode
+from vlp_jax.infra.report import RUN_FILE
 from vlp_jax.objectives.contrastive import CONTRASTIVE_HEAD
 from vlp_jax.train.loop import train
 from vlp_jax.train.setup import Setup, prepare
 
 COLUMNS = ("image", "text", "multimodal")
 RECALL = ("i2t_r1", "t2i_r1")
+# Of the largest object, and how many there are: frozen features are asked for all of them.
+SCENE_LABELS = ("shape", "colour", "size", "texture", "count")
 _REPO = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -66,7 +69,7 @@ class Settings:
     """How tasks are run.
 
     Attributes:
-        seeds: of what is fine-tuned.
+        seeds: of what is fine-tuned, one run each.
         steps: updates of a fine-tuning; None: those of the config.
         batch_size: rows of its batch; None: as the config.
         records: training records of scenes; None: as the config.
@@ -74,10 +77,12 @@ class Settings:
         level: of scenes.
         rate: peak learning rate of a fine-tuning; None: that of the config.
         num_edges: text lengths, each a program to compile; None: as the config.
+        selections: how often a fine-tuning is validated, of which the best is tested; None: as the
+            config.
         out: where runs are kept.
     """
 
-    seeds: int
+    seeds: tuple[int, ...]
     steps: int | None
     batch_size: int | None
     records: int | None
@@ -85,6 +90,7 @@ class Settings:
     level: str
     rate: float | None
     num_edges: int | None
+    selections: int | None
     out: pathlib.Path
 
 
@@ -99,15 +105,16 @@ def tasks_of(data: str, glue: str, glue_tasks: Sequence[str]) -> list[Task]:
     source = {"scenes": {"source": "scenes"}, "pack": {"source": "images"}}[data]
     tower = {"scenes": "configs/invariance.py:simclr", "pack": "configs/transfer/classification.py"}
     arg = {"scenes": "", "pack": ":pack"}[data]
-    label = {"scenes": "shape", "pack": "label"}[data]
+    labels = {"scenes": SCENE_LABELS, "pack": ("label",)}[data]
 
     def frozen(name: str, kind: str, figure: str) -> Task:
-        evaluator = {"type": kind, "split": "test", **source}
+        # Masked patches alone, which stages begin with, ask nothing of a class token.
+        evaluator = {"type": kind, "split": "test", "pool": "mean", **source}
         return Task(
             "image",
             name,
             tower[data] + arg,
-            (f"{label}/{figure}",),
+            tuple(f"{label}/{figure}" for label in labels),
             frozen=True,
             evaluator=evaluator,
         )
@@ -161,28 +168,38 @@ def evaluate(workdir: pathlib.Path, task: Task, settings: Settings) -> Score | N
         setup = prepare(_config(task, workdir, settings, 0), folder)
         return _as_it_is(setup, task)
     values = []
-    for seed in range(settings.seeds):
-        values.append(_tuned(task, workdir, settings, seed, folder / f"seed{seed}"))
+    for seed in settings.seeds:
+        run = folder / f"seed{seed}"
+        train_to_end(_config(task, workdir, settings, seed), run)
+        found: dict[str, float] = {}
+        for record in read_metrics(run):
+            found |= record
+        values.append(statistics.fmean(found[f"test/{figure}"] for figure in task.figures))
     return Score(tuple(values))
 
 
-def _tuned(
-    task: Task, workdir: pathlib.Path, settings: Settings, seed: int, folder: pathlib.Path
-) -> float:
-    facts = folder / "run.json"
-    if not (facts.exists() and json.loads(facts.read_text())["status"] == "finished"):
-        setup = prepare(_config(task, workdir, settings, seed), folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
-            code = train(setup)
-        del setup
-        gc.collect()  # a run holds its state and its programs in cycles
-        if code is not ExitCode.OK:
-            raise SystemExit(code)
-    found: dict[str, float] = {}
-    for record in read_metrics(folder):
-        found |= record
-    return statistics.fmean(found[f"test/{figure}"] for figure in task.figures)
+def train_to_end(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Train a run, unless it is finished; what it prints goes to ``log.txt`` in its workdir.
+
+    Args:
+        config: of the run.
+        workdir: made when needed.
+
+    Raises:
+        ConfigError, ValueError, OSError: of ``train.setup.prepare``.
+        SystemExit: with the code of a run that did not come to its end.
+    """
+    facts = workdir / RUN_FILE
+    if facts.exists() and json.loads(facts.read_text())["status"] == "finished":
+        return
+    setup = prepare(config, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+        code = train(setup)
+    del setup
+    gc.collect()  # a run holds its state and its programs in cycles
+    if code is not ExitCode.OK:
+        raise SystemExit(code)
 
 
 def _as_it_is(setup: Setup, task: Task) -> Score | None:
@@ -229,8 +246,12 @@ def _config(task: Task, workdir: pathlib.Path, settings: Settings, seed: int) ->
                 section.level, config.data.image_size = settings.level, _image_size(workdir)
                 if settings.records is not None:
                     section.update(num_records=settings.records, cache=True)
+        if settings.selections is not None:
+            config.checkpoint.every_percent = 100.0 / settings.selections
         for name, section in config.evals.items():
             kind = section.get("type", name)
+            if settings.selections is not None and "every_percent" in section:
+                section.every_percent = 100.0 / settings.selections
             if kind == "task":
                 section.controls = False
             if settings.examples is not None:
@@ -250,8 +271,9 @@ def _image_size(workdir: pathlib.Path) -> int:
     return int(json.loads(file.read_text())["data"]["image_size"])
 
 
-def averages(scores: Mapping[str, Score], tasks: Sequence[Task], seeds: int) -> dict[str, Score]:
+def averages(scores: Mapping[str, Score], tasks: Sequence[Task]) -> dict[str, Score]:
     """The mean of every column's tasks, for every seed; of a column without a score, none."""
+    seeds = max((len(score.values) for score in scores.values()), default=0)
     found = {}
     for column in COLUMNS:
         mine = [
@@ -273,11 +295,18 @@ def told(score: Score | None) -> str:
     return f"{mean} ± {100 * statistics.stdev(score.values):.1f}"
 
 
-def rows_of(
-    scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[Task], seeds: int
-) -> list[list[str]]:
-    """The lines of the table: a run, its three averages, and every task."""
-    means = {run: averages(found, tasks, seeds) for run, found in scores.items()}
+def common(scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[Task]) -> list[Task]:
+    """The tasks in which every run has a score."""
+    return [task for task in tasks if all(task.name in found for found in scores.values())]
+
+
+def rows_of(scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[Task]) -> list[list[str]]:
+    """The lines of the table: a run, its three averages, and every task.
+
+    Averages are over the tasks that every run has a score in, or they would not compare.
+    """
+    asked = common(scores, tasks)
+    means = {run: averages(found, asked) for run, found in scores.items()}
     return [
         [
             run,

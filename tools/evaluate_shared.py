@@ -12,8 +12,9 @@ multimodal  questions and entailment, fine-tuned; retrieval by embeddings (mean 
             ways), as it is where the run has learned a contrast, and fine-tuned
 
 What is fine-tuned is trained once a seed by the config of the task (configs/transfer/), which
---steps, --batch_size, --rate, --records and --num_edges change; what is frozen has no seeds. A
-column's average is the mean of its tasks, and its spread the standard deviation of that over seeds.
+--steps, --batch_size, --rate, --records, --num_edges and --selections change; what is frozen has no
+seeds, and is read at the mean of the patches' tokens. A column's average is the mean of those of
+its tasks in which every run has a score, and its spread the standard deviation of that over seeds.
 
 Writes to --out (by default WORKDIR/columns of the first run): ``table.md``, ``scores.json``, and
 the runs themselves. What is finished is not run again, so that seeds and tasks can be added.
@@ -54,6 +55,9 @@ _EXAMPLES = flags.DEFINE_integer("examples", None, "of a test split that has no 
 _LEVEL = flags.DEFINE_enum("level", "hard", ["easy", "hard"], "of scenes")
 _RATE = flags.DEFINE_float("rate", None, "peak learning rate of each fine-tuning", lower_bound=0)
 _EDGES = flags.DEFINE_integer("num_edges", None, "text lengths of each fine-tuning", lower_bound=1)
+_SELECTIONS = flags.DEFINE_integer(
+    "selections", None, "how often each fine-tuning is validated", lower_bound=1
+)
 _OUT = flags.DEFINE_string("out", None, "folder to write to")
 
 
@@ -69,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
         tasks = list(chosen(tasks_of(_DATA.value, _GLUE.value, _GLUE_TASKS.value), _TASKS.value))
         out = pathlib.Path(_OUT.value) if _OUT.value else workdirs[0] / "columns"
         settings = Settings(
-            _SEEDS.value,
+            tuple(range(_SEEDS.value)),
             _STEPS.value,
             _BATCH.value,
             _RECORDS.value,
@@ -77,6 +81,7 @@ def main(argv: Sequence[str]) -> None:
             _LEVEL.value,
             _RATE.value,
             _EDGES.value,
+            _SELECTIONS.value,
             out,
         )
         enable_compile_cache(out / "compile_cache")
@@ -90,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
                     raise ValueError(f"{workdir}, {task.name}: {error}") from error
                 if score is not None:
                     found[task.name] = score
-            header, rows = header_of(tasks), rows_of(scores, tasks, settings.seeds)
+            header, rows = header_of(tasks), rows_of(scores, tasks)
             write_text(out / "table.md", markdown(header, rows))
             plain = {
                 run: {name: list(score.values) for name, score in found.items()}

@@ -14,8 +14,10 @@ from configs import language_objective
 from vlp_jax.train.config import default_config
 
 DATA = ("scenes", "folder")
-# Objectives of pairs that stage 3 may do without.
+# What stage 3 may do without: objectives of pairs.
 PAIR_OBJECTIVES = ("language", "mim", "itc", "itm")
+# And what it may have besides: images alone, as in the stages before (no part of the paper's).
+IMAGES_ALONE = "images"
 
 
 def base(stage: int, arg: str | None) -> tuple[ConfigDict, dict[str, Any]]:
@@ -26,8 +28,8 @@ def base(stage: int, arg: str | None) -> tuple[ConfigDict, dict[str, Any]]:
         arg: ``DATA[,SIZE[,LANGUAGE[,PAIRS[,IMAGES]]]]``: one of ``DATA``; a shared size of
             models/sizes.py (`shared_small` by default), or one of three towers to compare with; the
             language objective, a name of configs/__init__.py (`mlm15` by default); objectives of
-            pairs, joined by +, of ``PAIR_OBJECTIVES``; how many scenes each source has, rendered
-            once (unbounded by default).
+            pairs, joined by +, of ``PAIR_OBJECTIVES`` (all by default) and ``images``; how many
+            scenes each source has, rendered once (unbounded by default).
 
     Returns:
         The config, and ``data``, ``size``, ``language``, ``pairs`` and ``images`` of the argument.
@@ -43,8 +45,9 @@ def base(stage: int, arg: str | None) -> tuple[ConfigDict, dict[str, Any]]:
         )
     size = parts[1] or "shared_small"
     pairs = (parts[3] or "+".join(PAIR_OBJECTIVES)).split("+")
-    if strange := [name for name in pairs if name not in PAIR_OBJECTIVES]:
-        raise ValueError(f"{where}: {strange[0]!r} is none of {', '.join(PAIR_OBJECTIVES)}")
+    known = (*PAIR_OBJECTIVES, IMAGES_ALONE)
+    if strange := [name for name in pairs if name not in known]:
+        raise ValueError(f"{where}: {strange[0]!r} is none of {', '.join(known)}")
     given = {
         "data": parts[0] or DATA[0],
         "size": size,
@@ -70,19 +73,19 @@ def base(stage: int, arg: str | None) -> tuple[ConfigDict, dict[str, Any]]:
     return config, given
 
 
-def images(config: ConfigDict, given: Mapping[str, Any], batch: str = "images") -> None:
+def images(config: ConfigDict, given: Mapping[str, Any], objective: str = "mim") -> None:
     """Add a batch of pictures, whose captions are not read, and MAE on it.
 
     Args:
         config: changed.
         given: of ``base``.
-        batch: its name.
+        objective: its name.
     """
     with config.unlocked():
-        config.data.sources.pictures = {**_pictures(config, given), "batch": batch}
-        config.data.batches[batch] = {"num_edges": 1}
-        config.objectives.mim = _mim(config, batch)
-        config.evals.heldout_images = _heldout("pictures", "mim")
+        config.data.sources.pictures = {**_pictures(config, given), "batch": "images"}
+        config.data.batches.images = {"num_edges": 1}
+        config.objectives[objective] = _mim(config, "images")
+        config.evals.heldout_images = _heldout("pictures", objective)
 
 
 def text(config: ConfigDict, given: Mapping[str, Any]) -> None:

@@ -8,8 +8,7 @@
 The argument is DATA[,SIZE[,LANGUAGE[,PAIRS]]]: as of stage 2, and what is learned of pairs:
 `language` (masked words with the image), `mim` (masked patches with the text), `itc` and `itm`
 (which brings `itc` along), joined by +; all by default. Images alone are not among the data of this
-stage in the paper; --config.data.sources.pictures with a batch of its own brings them back, see
-docs/results/momo.md. Hardware and scores: as of stage 1.
+stage in the paper; `images` brings them back. Hardware and scores: as of stage 1.
 """
 
 from ml_collections import ConfigDict
@@ -22,4 +21,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config, given = momo.base(3, arg)
     momo.text(config, given)
     momo.pairs(config, given)
+    if momo.IMAGES_ALONE in given["pairs"]:
+        momo.images(config, given, "images")
     return config

@@ -34,21 +34,24 @@ SCORES = {
 
 
 def settings(out, **changes):
-    values = {"steps": 7, "batch_size": 8, "records": 100, "examples": 50, "num_edges": 1}
-    return Settings(**{"seeds": 2, "level": "easy", "rate": 0.5, "out": out, **values, **changes})
+    values = {
+        **{"seeds": (0, 1), "steps": 7, "batch_size": 8, "records": 100, "examples": 50},
+        **{"level": "easy", "rate": 0.5, "num_edges": 1, "selections": 1, "out": out},
+    }
+    return Settings(**{**values, **changes})
 
 
 def test_averages_are_over_the_tasks_of_a_column_seed_by_seed():
-    found = averages(SCORES["first"], TASKS, seeds=2)
+    found = averages(SCORES["first"], TASKS)
     assert found == {"image": Score((0.55, 0.65)), "text": Score((0.7, 0.9))}
-    assert averages(SCORES["second"], TASKS, 2)["multimodal"] == Score((0.5, 0.5))
+    assert averages(SCORES["second"], TASKS)["multimodal"] == Score((0.5, 0.5))
 
 
 def test_a_score_is_told_with_its_spread_and_what_is_absent_as_such():
     assert told(None) == "–"
     assert told(Score((0.123,))) == "12.3"
     assert told(Score((0.6, 0.8))) == "70.0 ± 14.1"
-    rows = rows_of(SCORES, TASKS, seeds=2)
+    rows = rows_of(SCORES, TASKS)
     assert rows[0] == [
         "first",
         "60.0 ± 7.1",

@@ -1,10 +1,10 @@
-"""Class tokens of pictures: what evaluators that judge a frozen image tower share."""
+"""Features of pictures: what evaluators that judge a frozen image tower share."""
 
 import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, get_args
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from vlp_jax.infra.mesh import global_batch, replicated
 from vlp_jax.models.image_tower import ImageTowerConfig
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives.base import Params
-from vlp_jax.objectives.tower import image_features
+from vlp_jax.objectives.tower import Pool, image_features
 
 
 class Rows(NamedTuple):
@@ -42,7 +42,7 @@ class Features:
     """Of the readable pictures of a set.
 
     Attributes:
-        values: float32 [n, D], class tokens of whole images.
+        values: float32 [n, D], class tokens or means of whole images.
         labels: name -> int [n].
     """
 
@@ -105,6 +105,7 @@ class LabelledSets:
         num_examples: int,
         num_train: int,
         batch_size: int = 0,
+        pool: Pool = "class",
     ):
         """Plans both sets; reads no image yet.
 
@@ -116,10 +117,15 @@ class LabelledSets:
             num_examples: the first records of it, fewer where it has fewer; 0: all.
             num_train: the first records of the training split, fewer where it has fewer.
             batch_size: rows of a global batch; 0: those of the run's micro-batches.
+            pool: what is read of the tower, see ``objectives.tower.image_features``.
 
         Raises:
             ConfigError: an argument does not fit; the message names its key.
         """
+        if pool not in get_args(Pool):
+            raise ConfigError(
+                f"evals.{name}.pool", f"{pool!r}", f"Use one of {', '.join(get_args(Pool))}"
+            )
         self._context = context
         self._set = FixedSet(context, name, source, split, num_examples, batch_size)
         if split == context.config.data.sources[source].get("split", "train"):
@@ -135,7 +141,7 @@ class LabelledSets:
         self._labelled = _labelled(name, source, train), _labelled(name, source, self._set.source)
         self._train_plan = fixed_plan(context, train, self.num_train, self._set.plan.batch_size)
         self.names = tuple(self._labelled[0].labels(np.arange(1)))
-        features = functools.partial(image_features, tower_config(context))
+        features = functools.partial(image_features, tower_config(context), pool=pool)
         self._features = jax.jit(features, out_shardings=replicated(context.mesh))
         self._embedded: tuple[Any, tuple[Features, Features]] | None = None
 

@@ -1,4 +1,4 @@
-"""Few-shot classification by frozen class tokens, for every label of a source.
+"""Few-shot classification by a frozen tower, for every label of a source.
 
     config.evals.few_shot = {"source": "scenes", "split": "test"}
 
@@ -16,6 +16,7 @@ from vlp_jax.evals.base import EvalContext
 from vlp_jax.evals.features import Features, LabelledSets, unit
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.objectives.base import Params
+from vlp_jax.objectives.tower import Pool
 
 _AT_ONCE = 250  # episodes
 
@@ -40,6 +41,7 @@ class FewShot:
         queries: int = 6,
         episodes: int = 5_000,
         batch_size: int = 0,
+        pool: Pool = "class",
     ):
         """Plans both sets; reads no image yet.
 
@@ -55,6 +57,7 @@ class FewShot:
             queries: of a class.
             episodes: how many; which they are does not depend on the run.
             batch_size: rows of a global batch; 0: those of the run's micro-batches.
+            pool: what is read of the tower: ``class`` token, or ``mean`` of the patches.
 
         Raises:
             ConfigError: an argument does not fit; the message names its key.
@@ -65,7 +68,7 @@ class FewShot:
             if value < least[key]:
                 raise ConfigError(f"evals.{name}.{key}", f"{value}", f"Use {least[key]} or more")
         self._sets = LabelledSets.of(
-            context, name, source, split, num_examples, num_train, batch_size
+            context, name, source, split, num_examples, num_train, batch_size, pool
         )
         self._ways, self._shots, self._queries, self._episodes = ways, shots, queries, episodes
         kinds = ("accuracy", "accuracy_std")

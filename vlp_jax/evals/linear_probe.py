@@ -1,4 +1,4 @@
-"""A linear classifier on frozen class tokens, for every label of a source.
+"""A linear classifier on a frozen tower, for every label of a source.
 
     config.evals.linear_probe = {"source": "scenes", "split": "test"}
 
@@ -25,6 +25,7 @@ from vlp_jax.evals.base import EvalContext
 from vlp_jax.evals.features import LabelledSets
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.objectives.base import Params
+from vlp_jax.objectives.tower import Pool
 
 PENALTIES = ("squared", "norm")
 EXPONENTS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # of C, at first
@@ -64,6 +65,7 @@ class LinearProbe:
         max_iterations: int = 1_000,
         labels: Sequence[str] = (),
         batch_size: int = 0,
+        pool: Pool = "class",
     ):
         """Plans both sets; reads no image yet.
 
@@ -78,6 +80,7 @@ class LinearProbe:
             max_iterations: of L-BFGS, in each fit.
             labels: those to be told; empty: all of the source.
             batch_size: rows of a global batch; 0: those of the run's micro-batches.
+            pool: what is read of the tower: ``class`` token, or ``mean`` of the patches.
 
         Raises:
             ConfigError: an argument does not fit; the message names its key.
@@ -91,7 +94,7 @@ class LinearProbe:
                 f"evals.{name}.max_iterations", f"{max_iterations} fit nothing", "Use 1 or more"
             )
         self._sets = LabelledSets.of(
-            context, name, source, split, num_examples, num_train, batch_size
+            context, name, source, split, num_examples, num_train, batch_size, pool
         )
         if self._sets.num_train < _CHOSEN_ON:
             raise ConfigError(

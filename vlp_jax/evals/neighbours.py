@@ -15,6 +15,7 @@ from vlp_jax.evals.base import EvalContext
 from vlp_jax.evals.features import LabelledSets, unit
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.objectives.base import Params
+from vlp_jax.objectives.tower import Pool
 
 TEMPERATURE = 0.07  # of the votes
 _PAIRS = 2_000  # features whose pairs measure uniformity
@@ -44,6 +45,7 @@ class Neighbours:
         num_train: int = 10_000,
         k: int = 20,
         batch_size: int = 0,
+        pool: Pool = "class",
     ):
         """Plans both sets; reads no image yet.
 
@@ -56,12 +58,13 @@ class Neighbours:
             num_train: the first records of the training split, whose labels are known.
             k: neighbours that vote, 1 to ``num_train``.
             batch_size: rows of a global batch; 0: those of the run's micro-batches.
+            pool: what is read of the tower: ``class`` token, or ``mean`` of the patches.
 
         Raises:
             ConfigError: an argument does not fit; the message names its key.
         """
         self._sets = LabelledSets.of(
-            context, name, source, split, num_examples, num_train, batch_size
+            context, name, source, split, num_examples, num_train, batch_size, pool
         )
         if not 1 <= k <= self._sets.num_train:
             raise ConfigError(

@@ -9,7 +9,7 @@ by every update (``LossOutput.statistics``) where those are trained.
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,8 @@ from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.image_tower import ImageTowerConfig, image_tower
 from vlp_jax.models.layers import Noise
 from vlp_jax.objectives.base import Params, Seen, example_keys, zeros
+
+Pool = Literal["class", "mean"]
 
 TOWER = "image_tower"
 STATISTICS = "image_tower_statistics"
@@ -108,9 +110,21 @@ def tower_tokens(
     return encode(config, params, pixels, noise, seen).tokens
 
 
-def image_features(config: ImageTowerConfig, params: Params, image: jax.Array) -> jax.Array:
-    """What is read of a frozen tower, its class token: uint8 [B, S, S, 3] -> float32 [B, D]."""
-    return tower_tokens(config, params, normalize(image))[:, 0].astype(jnp.float32)
+def image_features(
+    config: ImageTowerConfig, params: Params, image: jax.Array, pool: Pool = "class"
+) -> jax.Array:
+    """What is read of a frozen tower: uint8 [B, S, S, 3] -> float32 [B, D].
+
+    Args:
+        config: of the tower.
+        params: of the run.
+        image: whole images.
+        pool: ``class``, the class token, or ``mean``, that of the patches' tokens. Masked patches
+            alone ask nothing of a class token: what MAE's authors fine-tune is the mean
+            (arXiv 2111.06377, appendix A.1, and their code).
+    """
+    tokens = tower_tokens(config, params, normalize(image)).astype(jnp.float32)
+    return tokens[:, 1:].mean(axis=1) if pool == "mean" else tokens[:, 0]
 
 
 def random_pixels(

@@ -1,0 +1,154 @@
+"""What the runs of momo.md share: stages of a small shared encoder, one factor changed at a time.
+
+    python -m tools.compare_stages docs.results.momo --archive=docs/results/momo.jsonl --out=OUT
+
+Data: `scenes`, level hard, 64 px, 20,000 pictures of each source, rendered once (synthetic), and
+the texts of ../shared/data (WikiText-2, SST-2 without its labels). Every cell is a chain of stages
+(configs/momo/), each with a fresh optimiser. What a cell differs in from `shared` is its name;
+where stages are left out, the first that is there has what the others would have cost, by FLOPs.
+"""
+
+import importlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tools.chains import Study
+from tools.columns import Settings, tasks_of
+
+SIZE, TOWERS, SMALLER = "shared_small", "towers_small", "shared_mini"
+IMAGES = 20_000
+PAIRS = "language+mim+itc+itm"
+UPDATES = {1: 1_000, 2: 1_000, 3: 1_000}
+BATCH = {"images": 256, "text": 64, "pairs": 128}
+TEXTS = "../shared/data/text"
+# What an update of stage 3 costs three towers, as a share of what it costs the shared stack, alone
+# on an H200: `tools.bench step`, see momo.md.
+COSTS = pathlib.Path(__file__).parent / "momo_costs.json"
+# Without stage 1, and without 1 and 2: what its updates cost in those of another, by FLOPs.
+_STAGE_1_IN_2, _STAGE_1_AND_2_IN_3 = 370, 220
+TASKS = (
+    *("neighbours", "linear probe", "classification"),
+    *("sst2", "vqa", "entailment", "zero-shot retrieval"),
+)
+# One way of reading pairs and texts for all; runs of images alone have trained none.
+_READOUTS = {
+    "sst2": "objectives.text_classification.readout",
+    "vqa": "objectives.vqa.readout",
+    "entailment": "objectives.entailment.readout",
+}
+
+
+def stage(
+    number: int,
+    size: str = SIZE,
+    pairs: str = PAIRS,
+    updates: int = 0,
+    weights: Mapping[str, float] | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> ConfigDict:
+    """The config of a stage.
+
+    Args:
+        number: 1, 2 or 3.
+        size: of the model.
+        pairs: what is learned of pairs.
+        updates: 0: those of ``UPDATES``.
+        weights: of batches.
+        changes: by dotted key.
+    """
+    module = importlib.import_module(f"configs.momo.stage{number}")
+    config: ConfigDict = module.get_config(f"scenes,{size},mlm15,{pairs},{IMAGES}")
+    config.name = f"stage {number}"
+    config.total_steps = updates or UPDATES[number]
+    config.data.num_edges = 1
+    config.checkpoint.every_percent = 100.0
+    config.log.tensorboard = False
+    with config.unlocked():
+        for name, section in config.data.batches.items():
+            section.update(batch_size=BATCH[name])
+            if name == "pairs":
+                section.num_edges = 1
+        for name, weight in (weights or {}).items():
+            config.data.batches[name].weight = weight
+        for section in config.evals.values():
+            section.update(num_draws=1)
+    config.update_from_flattened_dict(changes or {})
+    return config
+
+
+def cells() -> dict[str, Sequence[ConfigDict]]:
+    """Name -> the configs of its stages; the first is the base."""
+    first, second, third = stage(1), stage(2), stage(3)
+    before = (first, second)
+    found: dict[str, Sequence[ConfigDict]] = {
+        "shared": (*before, third),
+        "three towers": [stage(number, TOWERS) for number in (1, 2, 3)],
+        "without ITC and ITM": (*before, stage(3, pairs="language+mim")),
+        "without ITM": (*before, stage(3, pairs="language+mim+itc")),
+        "stages 2, 3": (stage(2, updates=UPDATES[2] + _STAGE_1_IN_2), third),
+        "stage 3": (stage(3, updates=UPDATES[3] + _STAGE_1_AND_2_IN_3),),
+        "stages 2, 1, 3": (second, first, third),
+        "alternating": (*before, _alternating()),
+        "images in stage 3": (*before, stage(3, pairs=f"{PAIRS}+images")),
+        "a third of the pairs": (*before, _fewer_pairs()),
+        "mini": [stage(number, SMALLER) for number in (1, 2, 3)],
+        "text 1/3": (*before, stage(3, weights={"text": 1 / 3})),
+        "text 3": (*before, stage(3, weights={"text": 3.0})),
+        "automatic": (*before, _automatic()),
+    }
+    if COSTS.exists():
+        share = json.loads(COSTS.read_text())["towers_per_shared"]
+        updates = round(UPDATES[3] / share)
+        found["three towers, equal time"] = [
+            *(stage(number, TOWERS) for number in (1, 2)),
+            stage(3, TOWERS, updates=updates),
+        ]
+    return found
+
+
+def _alternating() -> ConfigDict:
+    """As many samples of each batch, one batch an update."""
+    return stage(3, updates=2 * UPDATES[3], changes={"data.alternate": "uniform"})
+
+
+def _fewer_pairs() -> ConfigDict:
+    """The same updates on a third of the records."""
+    return stage(3, changes={"data.sources.captions.num_records": IMAGES // 3})
+
+
+def _automatic() -> ConfigDict:
+    """Weights that follow what is gained on held-out records, twenty times."""
+    config = stage(3)
+    with config.unlocked():
+        for name in ("pairs", "text"):
+            config.mixture.metrics[name] = f"heldout_{name}/loss"
+        for section in config.evals.values():
+            section.every_percent = 5.0
+    return config
+
+
+def study() -> Study:
+    """What ``tools.compare_stages`` does."""
+    tasks = []
+    for task in tasks_of("scenes", TEXTS, ["sst2"]):
+        if task.name in TASKS:
+            if task.name in _READOUTS:
+                task.overrides[_READOUTS[task.name]] = "bidirectional"
+            tasks.append(task)
+    settings = Settings(
+        seeds=(),
+        steps=400,
+        batch_size=128,
+        records=8_000,
+        examples=1_000,
+        level="hard",
+        rate=3e-4,
+        num_edges=1,
+        selections=1,
+        out=pathlib.Path(),
+    )
+    return Study(cells(), tasks, ("shared", "three towers"), settings)

@@ -1,0 +1,182 @@
+"""Chains of runs share their beginnings, are done once, and compared on the same seeds."""
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+from ml_collections import ConfigDict
+
+from docs.results import momo
+from tools import chains
+from tools.chains import Job, Places, Run, Study, execute, jobs_of, read_archive, scores_of
+from tools.columns import Score, Settings, Task, train_to_end
+from tools.compare.configs import with_overrides
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.train.config import check_keys, default_config
+
+SETTINGS = Settings((), 2, 8, 8, 8, "easy", None, 1, 1, pathlib.Path())
+TASKS = [Task("image", "shapes", "A", ()), Task("text", "words", "B", ())]
+
+
+def named(name: str, peak: float = 1e-3) -> ConfigDict:
+    return with_overrides(default_config(), {"name": name, "schedule.peak": peak})
+
+
+@pytest.fixture
+def study() -> Study:
+    first, second = named("stage 1", 0.1), named("stage 2", 0.2)
+    cells = {
+        "both": (first, second),
+        "other": (first, named("stage 2", 0.3)),
+        "second": (second,),
+    }
+    return Study(cells, TASKS, ("both",), SETTINGS)
+
+
+def test_a_run_is_known_by_all_that_it_comes_from(study: Study) -> None:
+    both, other, second = (study.chain(cell, 0) for cell in study.cells)
+    assert both[0].key == other[0].key
+    assert len({both[1].key, other[1].key, second[0].key}) == 3
+    assert study.chain("both", 1)[0].key != both[0].key
+    assert [name for name, _ in study.scored("both", 0)] == ["both, stage 1", "both"]
+    assert study.scored("other", 0)[0][1].key == other[1].key
+
+
+def test_every_job_is_listed_once_after_what_it_needs(study: Study, tmp_path: pathlib.Path) -> None:
+    jobs = jobs_of(study, list(study.cells), range(2), tmp_path)
+    # Of a seed: stage 1, its second, another second, the second alone; four runs less none scored.
+    assert len(jobs) == 2 * (4 + 4 * len(TASKS))
+    before: set[str] = {""}
+    for job in jobs:
+        assert job.needs in before
+        before.add(job.key)
+    assert {job.settings.seeds for job in jobs} == {(0,), (1,)}
+    assert {job.settings.out for job in jobs} == {tmp_path}
+
+
+def test_what_is_asked_differently_is_another_job_but_where_it_lies_is_none(study: Study) -> None:
+    [run] = study.chain("second", 0)
+    job = Job(run, TASKS[0], SETTINGS)
+    assert job.key.startswith(f"{run.key}/shapes ")
+
+    def but(**changes: object) -> str:
+        return dataclasses.replace(job, **changes).key  # type: ignore[arg-type]
+
+    there = dataclasses.replace(SETTINGS, out=pathlib.Path("there"), seeds=(3,))
+    assert but(settings=there) == job.key
+    assert but(settings=dataclasses.replace(SETTINGS, steps=3)) != job.key
+    assert but(task=dataclasses.replace(TASKS[0], overrides={"a.root": "there"})) == job.key
+    assert but(task=dataclasses.replace(TASKS[0], overrides={"a.size": 1})) != job.key
+
+
+def fake(job: Job, places: Places) -> dict[str, object]:
+    """In place of ``do``: fails where the second stage of ``other`` is trained."""
+    assert (places.out / job.needs).exists(), "what it needs was not done before"
+    if job.run.config.schedule.peak == 0.3:
+        raise ConfigError("schedule.peak", "is too high", "Lower it")
+    (places.out / job.key.replace("/", " ")).touch()
+    return {"job": job.key, "values": None if job.task is None else [0.5]}
+
+
+def test_jobs_are_done_in_order_and_what_needs_a_failed_one_is_left_out(
+    study: Study, tmp_path: pathlib.Path
+) -> None:
+    jobs = jobs_of(study, list(study.cells), [0], tmp_path)
+    places = Places(tmp_path, "")
+    records = list(execute(jobs, places, 2, {}, lambda: True, work=fake))
+    [failed] = [record for record in records if "error" in record]
+    assert failed["job"] == study.chain("other", 0)[1].key
+    assert "Lower it" in failed["error"]
+    assert len(records) == len(jobs) - len(TASKS)
+
+    archive = tmp_path / "archive.jsonl"
+    archive.write_text("".join(json.dumps(record) + "\n" for record in records))
+    known = read_archive(archive)
+    assert failed["job"] not in known
+    # What is known is not done again, but for runs that a missing job needs.
+    again = [job.key for job in chains._wanted(jobs, known)]
+    assert again == [
+        *(study.chain("other", 0)[i].key for i in (0, 1)),
+        *(job.key for job in jobs if job.needs == failed["job"]),
+    ]
+    assert not list(execute(jobs, places, 1, known, lambda: False, work=fake))
+    scores = scores_of(study, known, range(3))
+    assert scores == {
+        name: {"shapes": Score((0.5,)), "words": Score((0.5,))}
+        for name in ("both, stage 1", "both", "second")
+    }
+
+
+def test_differences_are_those_of_equal_seeds() -> None:
+    scores = {
+        "base": {"shapes": Score((0.5, 0.6)), "words": Score((0.2, 0.4))},
+        "better": {"shapes": Score((0.6, 0.9)), "words": Score((0.2, 0.4))},
+        "once": {"shapes": Score((0.6,)), "words": Score((0.2,))},
+    }
+    rows = chains.differences(scores, TASKS, "base")
+    assert rows == [
+        ["better", "+20.0 ± 10.0", "+0.0 ± 0.0", "–"],
+        ["once", "–", "–", "–"],
+    ]
+
+
+def test_a_chain_of_two_stages_is_trained_and_scored(tmp_path: pathlib.Path) -> None:
+    """The study of momo.md, with runs of a few updates of a tiny model on a few pictures."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    lines = [f"the old captain saw {n} red ships and a blue square" for n in range(400)]
+    (texts / "wikitext.txt").write_text("\n".join(lines))
+
+    def small(number: int) -> ConfigDict:
+        config = momo.stage(number, "shared_tiny", updates=2)
+        config.model.dtype = "float32"
+        config.model.image.update(width=16, heads=2, mlp_width=32, depth=2, patch_size=8)
+        config.model.text.max_positions = 64
+        config.data.image_size = 16
+        config.data.threads, config.data.window_batches = 1, 32
+        config.tokenizer.vocab_size = 300
+        with config.unlocked():
+            config.evals = {}
+            config.objectives.mim.update(decoder_width=8, decoder_depth=1, decoder_heads=2)
+            config.data.sources.pictures.num_records = 32
+            for section in config.data.batches.values():
+                section.batch_size = 8
+            if "text" in config.data.batches:
+                del config.data.sources["phrases"]
+                config.data.batches.text.update(max_text_length=32, text_edges=(32,))
+        return config
+
+    study = Study({"cell": (small(1), small(2))}, momo.study().tasks[1:2], (), SETTINGS)
+    settings = dataclasses.replace(SETTINGS, records=40, examples=8)
+    study = dataclasses.replace(study, settings=settings)
+    jobs = jobs_of(study, ["cell"], [0], tmp_path / "out")
+    places = Places(tmp_path / "out", str(texts))
+    records = [chains.do(job, places) for job in jobs]
+    assert [record.get("name") for record in records] == ["stage 1", "stage 2", None]
+    [score] = records[-1]["values"]
+    assert 0.0 < score < 1.0
+    begun = json.loads((places.workdir(jobs[1].run) / "config.json").read_text())
+    assert begun["init_from"] == str(places.workdir(jobs[0].run))
+    # A run that is finished is not trained again.
+    log = places.workdir(jobs[1].run) / "log.txt"
+    written = log.stat().st_mtime_ns
+    chains.do(jobs[1], places)
+    train_to_end(jobs[1].run.config, places.workdir(jobs[1].run))
+    assert log.stat().st_mtime_ns == written
+
+
+def test_every_stage_of_the_study_is_a_config() -> None:
+    study = momo.study()
+    runs = {run.key: run for cell in study.cells for run in study.chain(cell, 0)}
+    assert len(study.cells) >= 14
+    for run in runs.values():
+        check_keys(run.config)
+    assert {type(run) for run in runs.values()} == {Run}
+    base = study.chain("shared", 0)
+    for cell in ("without ITM", "alternating", "automatic", "text 3"):
+        chain = study.chain(cell, 0)
+        assert [run.key for run in chain[:2]] == [run.key for run in base[:2]]
+        assert chain[2].key != base[2].key
+    alternating = study.chain("alternating", 0)[-1].config
+    assert alternating.total_steps == 2 * base[-1].config.total_steps

@@ -1,0 +1,342 @@
+"""Chains of runs, each of which starts from the one before, and what their ends score.
+
+A study gives every cell a chain of configs (docs/results/momo.py). Runs are known by what they
+compute, so that chains that begin alike share their beginning, and what an archive holds is not
+computed again. Jobs, a run to train or a task to score a run in, are done by several processes, in
+the order in which they are listed as far as what they need is there.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tools.columns import COLUMNS, Score, Settings, Task, averages, common, evaluate, train_to_end
+from tools.compare.configs import digest, with_overrides
+from tools.compare.measure import final_metrics
+from vlp_jax.infra.compilation import enable_compile_cache, set_gpu_flags
+from vlp_jax.infra.metrics import read_metrics
+
+MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+_ROOT = ".root"  # keys of folders end in it
+_SHARE = 0.9  # of a GPU's memory, that all processes have together
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a chain.
+
+    Attributes:
+        config: complete but for where it starts from.
+        parent: the run before; None: it starts from scratch.
+    """
+
+    config: ConfigDict
+    parent: "Run | None" = None
+
+    @functools.cached_property
+    def key(self) -> str:
+        """What the run computes, in 16 hexadecimal digits."""
+        return digest(self.config, "" if self.parent is None else self.parent.key)[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What is compared.
+
+    Attributes:
+        cells: name -> the configs of its chain; the first is what others are compared with.
+        tasks: in which the end of every chain is scored.
+        throughout: cells of which every stage is.
+        settings: of the scoring, whose ``out`` and ``seeds`` are filled in.
+    """
+
+    cells: Mapping[str, Sequence[ConfigDict]]
+    tasks: Sequence[Task]
+    throughout: Sequence[str]
+    settings: Settings
+
+    def chain(self, cell: str, seed: int) -> list[Run]:
+        """The runs of a cell, in their order."""
+        runs: list[Run] = []
+        for config in self.cells[cell]:
+            runs.append(Run(with_overrides(config, {"seed": seed}), runs[-1] if runs else None))
+        return runs
+
+    def scored(self, cell: str, seed: int) -> list[tuple[str, Run]]:
+        """The runs of a cell that are scored, with their names in the table."""
+        runs = self.chain(cell, seed)
+        if cell not in self.throughout:
+            return [(cell, runs[-1])]
+        return [(f"{cell}, {run.config.name}", run) for run in runs[:-1]] + [(cell, runs[-1])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Something to do.
+
+    Attributes:
+        run: what is trained, or scored.
+        task: in which it is scored; None: it is trained.
+        settings: of the scoring.
+    """
+
+    run: Run
+    task: Task | None
+    settings: Settings
+
+    @property
+    def key(self) -> str:
+        """Of the job, for an archive: the run, and what is asked of it in which way."""
+        return self.run.key if self.task is None else f"{self.run.key}/{_asked(self)}"
+
+    @property
+    def needs(self) -> str:
+        """Key of the job that must be done before; empty: none."""
+        if self.task is not None:
+            return self.run.key
+        return "" if self.run.parent is None else self.run.parent.key
+
+
+def _asked(job: Job) -> str:
+    """A task and how it is asked, without where."""
+    assert job.task is not None
+    what = {**dataclasses.asdict(job.task), **dataclasses.asdict(job.settings)}
+    for place in ("out", "seeds"):
+        del what[place]
+    what["overrides"] = {k: v for k, v in what["overrides"].items() if not k.endswith(_ROOT)}
+    text = json.dumps(what, sort_keys=True, default=list)
+    return f"{job.task.name} {hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where things are on this machine.
+
+    Attributes:
+        out: folder of runs and of what they share.
+        texts: folder of free texts, and of tasks of texts.
+    """
+
+    out: pathlib.Path
+    texts: str
+
+    def workdir(self, run: Run) -> pathlib.Path:
+        """Of a run."""
+        return self.out / "runs" / run.key
+
+
+def jobs_of(
+    study: Study, cells: Sequence[str], seeds: Sequence[int], out: pathlib.Path
+) -> list[Job]:
+    """All that is to be done, each once: seed after seed, of each cell after cell.
+
+    Args:
+        study: what is compared.
+        cells: of it.
+        seeds: of the chains; what is fine-tuned from one has its seed.
+        out: as of ``Places``.
+    """
+    jobs: dict[str, Job] = {}
+    for seed in seeds:
+        settings = dataclasses.replace(study.settings, seeds=(seed,), out=out)
+        for cell in cells:
+            trained = [Job(run, None, settings) for run in study.chain(cell, seed)]
+            scored = [
+                Job(run, task, settings)
+                for _, run in study.scored(cell, seed)
+                for task in study.tasks
+            ]
+            for job in (*trained, *scored):
+                jobs.setdefault(job.key, job)
+    return list(jobs.values())
+
+
+def do(job: Job, places: Places) -> dict[str, Any]:
+    """Train a run, or score one; what an archive keeps of it.
+
+    Args:
+        job: what it needs is there.
+        places: of this machine.
+
+    Raises:
+        ConfigError, ValueError, OSError: the run does not work, or data are missing.
+    """
+    workdir = places.workdir(job.run)
+    began = time.perf_counter()
+    if job.task is not None:
+        placed = {
+            key: places.texts if key.endswith(_ROOT) else value
+            for key, value in job.task.overrides.items()
+        }
+        task = dataclasses.replace(job.task, overrides=placed)
+        score = evaluate(workdir, task, job.settings)
+        found: dict[str, Any] = {"values": None if score is None else list(score.values)}
+    else:
+        config = job.run.config.copy_and_resolve_references()
+        parent = job.run.parent
+        config.init_from = "" if parent is None else str(places.workdir(parent))
+        config.compile_cache = str(places.out / "compile_cache")
+        config.data.cache_dir = str(places.out / "data")
+        for section in config.data.sources.values():
+            if section.type == "texts":
+                section.root = places.texts
+        train_to_end(config, workdir)
+        found = {"name": config.name, "metrics": final_metrics(read_metrics(workdir))}
+    return {"job": job.key, **found, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def execute(
+    jobs: Sequence[Job],
+    places: Places,
+    workers: int,
+    known: Mapping[str, Any],
+    may_start: Callable[[], bool],
+    work: Callable[[Job, Places], dict[str, Any]] = do,
+) -> Iterator[dict[str, Any]]:
+    """Do jobs, several at a time; yields what became of each as soon as it is done.
+
+    A job that fails yields its ``error``, and what needs it is left out.
+
+    Args:
+        jobs: in the order in which they are begun.
+        places: of this machine.
+        workers: processes.
+        known: what an archive holds, by key; a run is trained all the same where a job needs it.
+        may_start: whether there is time for another job.
+        work: does one, in one of the processes.
+    """
+    waiting = _wanted(jobs, known)
+    done: set[str] = set()
+    if workers > 1:
+        os.environ.setdefault(MEMORY, f"{_SHARE / workers:.3f}")
+    context = multiprocessing.get_context("spawn")  # a process that has begun JAX cannot be forked
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, context, initializer=_begin, initargs=(places.out,)
+    ) as pool:
+        running: dict[concurrent.futures.Future[dict[str, Any]], Job] = {}
+        while True:
+            for job in [job for job in waiting if not job.needs or job.needs in done]:
+                if len(running) < workers and may_start():
+                    waiting.remove(job)
+                    running[pool.submit(_attempt, work, job, places)] = job
+            if not running:
+                return
+            ended, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
+            for future in ended:
+                job, record = running.pop(future), future.result()
+                if "error" not in record:
+                    done.add(job.key)
+                yield record
+
+
+def _begin(out: pathlib.Path) -> None:
+    """Of a process that does jobs."""
+    set_gpu_flags()
+    enable_compile_cache(out / "compile_cache")
+
+
+def _attempt(
+    work: Callable[[Job, Places], dict[str, Any]], job: Job, places: Places
+) -> dict[str, Any]:
+    """Do a job; of an error its words, for not every error can be sent to another process."""
+    try:
+        return work(job, places)
+    except (Exception, SystemExit) as error:
+        return {"job": job.key, "error": f"{type(error).__name__}: {error}"}
+
+
+def _wanted(jobs: Sequence[Job], known: Mapping[str, Any]) -> list[Job]:
+    """Those that are not known, and what they need."""
+    wanted: set[str] = set()
+    for job in reversed(jobs):
+        if job.key not in known or job.key in wanted:
+            wanted |= {job.key, job.needs}
+    return [job for job in jobs if job.key in wanted]
+
+
+def read_archive(file: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """What has been done, by key; of a job that was done twice, the first.
+
+    Args:
+        file: of a JSON object a line; where there is none, nothing has.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for line in file.read_text().splitlines() if file.exists() else ():
+        record = json.loads(line)
+        if "error" not in record:
+            found.setdefault(record["job"], record)
+    return found
+
+
+def scores_of(
+    study: Study, known: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]
+) -> dict[str, dict[str, Score]]:
+    """Name in the table -> task -> a value for each seed that has been scored in all of its tasks.
+
+    Args:
+        study: what is compared.
+        known: what an archive holds.
+        seeds: of the chains.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for cell in study.cells:
+        for seed in seeds:
+            settings = dataclasses.replace(study.settings, seeds=(seed,))
+            for name, run in study.scored(cell, seed):
+                records = [known.get(Job(run, task, settings).key) for task in study.tasks]
+                if None in records:
+                    continue
+                for task, record in zip(study.tasks, records, strict=True):
+                    if record is not None and record["values"] is not None:
+                        found.setdefault(name, {}).setdefault(task.name, []).extend(
+                            record["values"]
+                        )
+    return {
+        name: {task: Score(tuple(values)) for task, values in tasks.items()}
+        for name, tasks in found.items()
+    }
+
+
+def differences(
+    scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[Task], base: str
+) -> list[list[str]]:
+    """Of every run with as many seeds as the base, how far its averages are from those.
+
+    Seed by seed, in points: the mean, and its standard error.
+
+    Args:
+        scores: of ``scores_of``.
+        tasks: of the study.
+        base: name of the run that is compared with.
+    """
+    asked = common(scores, tasks)
+    means = {name: averages(found, asked) for name, found in scores.items()}
+    rows = []
+    for name, mine in means.items():
+        if name != base:
+            row = [name]
+            for column in COLUMNS:
+                here, there = mine.get(column), means[base].get(column)
+                fits = here and there and len(here.values) == len(there.values)
+                row.append(_told(here, there) if here and there and fits else "–")
+            rows.append(row)
+    return rows
+
+
+def _told(here: Score, there: Score) -> str:
+    apart = [100 * (a - b) for a, b in zip(here.values, there.values, strict=True)]
+    mean = f"{statistics.fmean(apart):+.1f}"
+    if len(apart) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(apart) / len(apart) ** 0.5:.1f}"

@@ -1,0 +1,81 @@
+"""Train the chains of a study and score them in three columns.
+
+    python -m tools.compare_stages docs.results.momo --archive=docs/results/momo.jsonl --out=OUT
+    python -m tools.compare_stages docs.results.momo --archive=... --max_seconds=0  (tables alone)
+
+The argument names a module with ``study()``, see docs/results/momo.py. What --archive holds is not
+done again, so that a study can be given several times for a while (--max_seconds), on several
+machines; --cells and --seeds say which part. Runs lie in --out, of which nothing is needed later.
+Several processes share a GPU (--workers). Prints the tables of momo.md and writes them to
+OUT/table.md.
+
+Exit codes are those of vlp_jax.infra.preemption: 1 where a job has failed, whose error is told.
+"""
+
+import importlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+
+from tools.chains import Places, differences, execute, jobs_of, read_archive, scores_of
+from tools.columns import COLUMNS, header_of, markdown, rows_of
+from vlp_jax.infra.command import bad_input, parse_flags
+from vlp_jax.infra.files import write_text
+from vlp_jax.infra.preemption import ExitCode
+
+_CELLS = flags.DEFINE_list("cells", None, "names of cells; by default all")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "chains of each cell", lower_bound=1)
+_OUT = flags.DEFINE_string("out", "runs/stages", "folder of runs")
+_ARCHIVE = flags.DEFINE_string("archive", None, "file of what was done", required=True)
+_TEXTS = flags.DEFINE_string("texts", "../shared/data/text", "folder of texts")
+_WORKERS = flags.DEFINE_integer("workers", 1, "processes", lower_bound=1)
+_SECONDS = flags.DEFINE_float("max_seconds", None, "after these nothing more is begun")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Do what the archive does not hold, and write the tables."""
+    if len(argv) != 2:
+        raise app.UsageError("name a module: python -m tools.compare_stages docs.results.momo")
+    began = time.monotonic()
+    logging.set_verbosity(logging.ERROR)
+    with bad_input():
+        study = importlib.import_module(argv[1]).study()
+        names = _CELLS.value or list(study.cells)
+        if unknown := [name for name in names if name not in study.cells]:
+            raise ValueError(f"--cells: {unknown[0]!r} is none of {', '.join(study.cells)}")
+        archive, out = pathlib.Path(_ARCHIVE.value), pathlib.Path(_OUT.value).absolute()
+        known, seeds = read_archive(archive), range(_SEEDS.value)
+    limit = float("inf") if _SECONDS.value is None else _SECONDS.value
+    failed = 0
+    if limit:
+        out.mkdir(parents=True, exist_ok=True)
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        jobs = jobs_of(study, names, seeds, out)
+        places = Places(out, str(pathlib.Path(_TEXTS.value).absolute()))
+        for record in execute(
+            jobs, places, _WORKERS.value, known, lambda: time.monotonic() - began < limit
+        ):
+            failed += "error" in record
+            line = json.dumps(record)
+            print(f"{time.monotonic() - began:.0f} s {line[:200]}", flush=True)
+            with archive.open("a") as file:
+                file.write(line + "\n")
+    known = read_archive(archive)
+    scores = scores_of(study, known, seeds)
+    tables = markdown(header_of(study.tasks), rows_of(scores, study.tasks))
+    base = next(iter(study.cells))
+    if base in scores:
+        apart = differences(scores, study.tasks, base)
+        tables += "\n" + markdown([f"less {base}", *(c.upper() for c in COLUMNS)], apart)
+    write_text(out / "table.md", tables)
+    print(tables)
+    if failed:
+        sys.exit(ExitCode.FAILED)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)
