@@ -296,14 +296,25 @@ def told(score: Score | None) -> str:
 
 
 def common(scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[Task]) -> list[Task]:
-    """The tasks in which every run has a score."""
-    return [task for task in tasks if all(task.name in found for found in scores.values())]
+    """The tasks in which every run has a score that has any in their column."""
+    columns = {task.name: task.column for task in tasks}
+    kept = []
+    for task in tasks:
+        asked = [
+            found
+            for found in scores.values()
+            if any(columns.get(name) == task.column for name in found)
+        ]
+        if asked and all(task.name in found for found in asked):
+            kept.append(task)
+    return kept
 
 
 def rows_of(scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[Task]) -> list[list[str]]:
     """The lines of the table: a run, its three averages, and every task.
 
-    Averages are over the tasks that every run has a score in, or they would not compare.
+    Averages are over the tasks that all runs have a score in, or they would not compare; a run
+    without any in a column is not counted there.
     """
     asked = common(scores, tasks)
     means = {run: averages(found, asked) for run, found in scores.items()}

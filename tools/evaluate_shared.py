@@ -14,7 +14,7 @@ multimodal  questions and entailment, fine-tuned; retrieval by embeddings (mean 
 What is fine-tuned is trained once a seed by the config of the task (configs/transfer/), which
 --steps, --batch_size, --rate, --records, --num_edges and --selections change; what is frozen has no
 seeds, and is read at the mean of the patches' tokens. A column's average is the mean of those of
-its tasks in which every run has a score, and its spread the standard deviation of that over seeds.
+its tasks in which all runs have a score, and its spread the standard deviation of that over seeds.
 
 Writes to --out (by default WORKDIR/columns of the first run): ``table.md``, ``scores.json``, and
 the runs themselves. What is finished is not run again, so that seeds and tasks can be added.

@@ -54,7 +54,7 @@ def test_a_score_is_told_with_its_spread_and_what_is_absent_as_such():
     rows = rows_of(SCORES, TASKS)
     assert rows[0] == [
         "first",
-        "60.0 ± 7.1",
+        "50.0 ± 0.0",  # of what is frozen, which both have: tuned is the first alone
         "80.0 ± 14.1",
         "–",
         "50.0",
