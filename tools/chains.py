@@ -25,9 +25,10 @@ from tools.columns import COLUMNS, Score, Settings, Task, averages, common, eval
 from tools.compare.configs import digest, with_overrides
 from tools.compare.measure import final_metrics
 from vlp_jax.infra.compilation import enable_compile_cache, set_gpu_flags
+from vlp_jax.infra.hardware import device_facts
 from vlp_jax.infra.metrics import read_metrics
 
-MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+_MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _ROOT = ".root"  # keys of folders end in it
 _SHARE = 0.9  # of a GPU's memory, that all processes have together
 
@@ -193,7 +194,8 @@ def do(job: Job, places: Places) -> dict[str, Any]:
                 section.root = places.texts
         train_to_end(config, workdir)
         found = {"name": config.name, "metrics": final_metrics(read_metrics(workdir))}
-    return {"job": job.key, **found, "seconds": round(time.perf_counter() - began, 1)}
+    seconds = round(time.perf_counter() - began, 1)
+    return {"job": job.key, **found, "seconds": seconds, "machine": device_facts()}
 
 
 def execute(
@@ -219,7 +221,7 @@ def execute(
     waiting = _wanted(jobs, known)
     done: set[str] = set()
     if workers > 1:
-        os.environ.setdefault(MEMORY, f"{_SHARE / workers:.3f}")
+        os.environ.setdefault(_MEMORY, f"{_SHARE / workers:.3f}")
     context = multiprocessing.get_context("spawn")  # a process that has begun JAX cannot be forked
     with concurrent.futures.ProcessPoolExecutor(
         workers, context, initializer=_begin, initargs=(places.out,)
@@ -270,10 +272,16 @@ def read_archive(file: pathlib.Path) -> dict[str, dict[str, Any]]:
 
     Args:
         file: of a JSON object a line; where there is none, nothing has.
+
+    Raises:
+        ValueError: a line is damaged.
     """
     found: dict[str, dict[str, Any]] = {}
-    for line in file.read_text().splitlines() if file.exists() else ():
-        record = json.loads(line)
+    for number, line in enumerate(file.read_text().splitlines() if file.exists() else (), 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number}: {error}; remove the line") from error
         if "error" not in record:
             found.setdefault(record["job"], record)
     return found
@@ -320,21 +328,19 @@ def differences(
         tasks: of the study.
         base: name of the run that is compared with.
     """
-    asked = common(scores, tasks)
-    means = {name: averages(found, asked) for name, found in scores.items()}
-    rows = []
-    for name, mine in means.items():
-        if name != base:
-            row = [name]
-            for column in COLUMNS:
-                here, there = mine.get(column), means[base].get(column)
-                fits = here and there and len(here.values) == len(there.values)
-                row.append(_told(here, there) if here and there and fits else "–")
-            rows.append(row)
-    return rows
+    compared = common(scores, tasks)
+    means = {name: averages(found, compared) for name, found in scores.items()}
+    there = means[base]
+    return [
+        [name, *(_told(here.get(column), there.get(column)) for column in COLUMNS)]
+        for name, here in means.items()
+        if name != base
+    ]
 
 
-def _told(here: Score, there: Score) -> str:
+def _told(here: Score | None, there: Score | None) -> str:
+    if here is None or there is None or len(here.values) != len(there.values):
+        return "–"
     apart = [100 * (a - b) for a, b in zip(here.values, there.values, strict=True)]
     mean = f"{statistics.fmean(apart):+.1f}"
     if len(apart) == 1:

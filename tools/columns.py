@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from tools.compare.configs import load, with_overrides
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.files import write_text
 from vlp_jax.infra.metrics import read_metrics
 from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.infra.report import RUN_FILE
@@ -300,12 +301,12 @@ def common(scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[Task]) -> 
     columns = {task.name: task.column for task in tasks}
     kept = []
     for task in tasks:
-        asked = [
+        of_column = [
             found
             for found in scores.values()
             if any(columns.get(name) == task.column for name in found)
         ]
-        if asked and all(task.name in found for found in asked):
+        if of_column and all(task.name in found for found in of_column):
             kept.append(task)
     return kept
 
@@ -316,8 +317,8 @@ def rows_of(scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[Task]) ->
     Averages are over the tasks that all runs have a score in, or they would not compare; a run
     without any in a column is not counted there.
     """
-    asked = common(scores, tasks)
-    means = {run: averages(found, asked) for run, found in scores.items()}
+    compared = common(scores, tasks)
+    means = {run: averages(found, compared) for run, found in scores.items()}
     return [
         [
             run,
@@ -349,8 +350,39 @@ def terminal(header: Sequence[str], rows: Sequence[Sequence[str]]) -> rich.table
     return table
 
 
+def write_table(
+    file: pathlib.Path, scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[Task]
+) -> rich.table.Table:
+    """Write the table in Markdown; returns it for the terminal.
+
+    Args:
+        file: to write.
+        scores: run -> task -> its score.
+        tasks: in the order of the columns.
+    """
+    header, rows = header_of(tasks), rows_of(scores, tasks)
+    write_text(file, markdown(header, rows))
+    return terminal(header, rows)
+
+
 def _slug(name: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in name).strip("-")
+
+
+def asked(tasks: Sequence[Task], changes: Mapping[str, Mapping[str, Any]]) -> list[Task]:
+    """The tasks of these names, with keys of their configs changed.
+
+    Args:
+        tasks: of ``tasks_of``.
+        changes: name of a task -> value by dotted key.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    return [
+        dataclasses.replace(task, overrides={**task.overrides, **changes[task.name]})
+        for task in chosen(tasks, list(changes))
+    ]
 
 
 def chosen(tasks: Sequence[Task], names: Sequence[str] | None) -> Iterator[Task]:

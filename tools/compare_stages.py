@@ -6,8 +6,7 @@
 The argument names a module with ``study()``, see docs/results/momo.py. What --archive holds is not
 done again, so that a study can be given several times for a while (--max_seconds), on several
 machines; --cells and --seeds say which part. Runs lie in --out, of which nothing is needed later.
-Several processes share a GPU (--workers). Prints the tables of momo.md and writes them to
-OUT/table.md.
+Several processes share a GPU (--workers). Prints its tables and writes them to OUT/table.md.
 
 Exit codes are those of vlp_jax.infra.preemption: 1 where a job has failed, whose error is told.
 """
@@ -43,7 +42,12 @@ def main(argv: Sequence[str]) -> None:
     began = time.monotonic()
     logging.set_verbosity(logging.ERROR)
     with bad_input():
-        study = importlib.import_module(argv[1]).study()
+        try:
+            study = importlib.import_module(argv[1]).study()
+        except (ModuleNotFoundError, AttributeError) as error:
+            raise ValueError(f"{argv[1]}: {error}; name a module with study()") from error
+        if not pathlib.Path(_TEXTS.value).is_dir():
+            raise ValueError(f"--texts: {_TEXTS.value} does not exist; name a folder of texts")
         names = _CELLS.value or list(study.cells)
         if unknown := [name for name in names if name not in study.cells]:
             raise ValueError(f"--cells: {unknown[0]!r} is none of {', '.join(study.cells)}")

@@ -32,11 +32,8 @@ from tools.columns import (
     Settings,
     chosen,
     evaluate,
-    header_of,
-    markdown,
-    rows_of,
     tasks_of,
-    terminal,
+    write_table,
 )
 from vlp_jax.infra.command import bad_input, parse_flags
 from vlp_jax.infra.compilation import enable_compile_cache, set_gpu_flags
@@ -95,14 +92,13 @@ def main(argv: Sequence[str]) -> None:
                     raise ValueError(f"{workdir}, {task.name}: {error}") from error
                 if score is not None:
                     found[task.name] = score
-            header, rows = header_of(tasks), rows_of(scores, tasks)
-            write_text(out / "table.md", markdown(header, rows))
+            table = write_table(out / "table.md", scores, tasks)
             plain = {
                 run: {name: list(score.values) for name, score in found.items()}
                 for run, found in scores.items()
             }
             write_text(out / "scores.json", json.dumps(plain, indent=2) + "\n")
-    rich.print(terminal(header, rows))
+    rich.print(table)
     print(out / "table.md")
 
 

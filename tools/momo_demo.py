@@ -4,14 +4,13 @@
     python -m tools.momo_demo --workdir=runs/momo
 
 Stage 1 reads images, stage 2 images and texts, stage 3 texts and images with their captions
-(configs/momo/). Data: `scenes`, level easy, 32 px, made as they are needed, and the text of
+(configs/momo/). Data: `scenes`, level easy, 32 px, rendered once (synthetic), and the text of
 ../shared/data. After each stage, and of the same model before the first, the table tells the image
 column (a linear probe of the frozen stack), the text column (SST-2) and the multimodal one
 (questions), fine-tuned for a few updates, and retrieval by the run's own contrast. Hardware: 2 CPU
 cores; about ten minutes, more where others use them.
 """
 
-import dataclasses
 import importlib
 import json
 import pathlib
@@ -27,17 +26,13 @@ from ml_collections import ConfigDict
 from tools.columns import (
     Score,
     Settings,
-    chosen,
+    asked,
     evaluate,
-    header_of,
-    markdown,
-    rows_of,
     tasks_of,
-    terminal,
     train_to_end,
+    write_table,
 )
 from vlp_jax.infra.command import bad_input, parse_flags
-from vlp_jax.infra.files import write_text
 from vlp_jax.train.setup import prepare
 
 STEPS = {1: 1200, 2: 350, 3: 250}
@@ -116,10 +111,8 @@ def main(argv: Sequence[str]) -> None:
         )
         # One vocabulary for all: images alone have no text to train one on.
         tokenizer = {"tokenizer.path": str(out / "untrained")}
-        tasks = [
-            dataclasses.replace(task, overrides={**task.overrides, **TASKS[task.name], **tokenizer})
-            for task in chosen(tasks_of("scenes", TEXTS, ["sst2"]), list(TASKS))
-        ]
+        changes = {name: {**keys, **tokenizer} for name, keys in TASKS.items()}
+        tasks = asked(tasks_of("scenes", TEXTS, ["sst2"]), changes)
         scores: dict[str, dict[str, Score]] = {}
         previous: pathlib.Path | None = None
         for stage in (0, 1, 2, 3):
@@ -137,9 +130,7 @@ def main(argv: Sequence[str]) -> None:
                 previous = workdir
             found = {task.name: evaluate(workdir, task, settings) for task in tasks}
             scores[workdir.name] = {name: score for name, score in found.items() if score}
-            header, rows = header_of(tasks), rows_of(scores, tasks)
-            write_text(out / "table.md", markdown(header, rows))
-            rich.print(terminal(header, rows))
+            rich.print(write_table(out / "table.md", scores, tasks))
             print(f"{time.perf_counter() - began:.0f} s", flush=True)
     print(json.dumps({"workdir": str(out), "table": str(out / "table.md")}))
 

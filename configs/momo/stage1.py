@@ -6,8 +6,8 @@
 
 The argument is DATA[,SIZE]: `scenes` (level hard, 64 px) or `folder` (pictures with a
 captions.json, 224 px; captions are not read); a shared size of models/sizes.py (`shared_small` by
-default). Hardware: one GPU; `shared_tiny` learns on a CPU (`make momo-demo`). Scores to expect:
-docs/results/momo.md.
+default). Hardware: one GPU; `shared_tiny` learns on a CPU (`make momo-demo`). Scores to
+expect: not measured yet (docs/results/momo.py is the study).
 """
 
 from ml_collections import ConfigDict

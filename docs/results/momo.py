@@ -1,4 +1,4 @@
-"""What the runs of momo.md share: stages of a small shared encoder, one factor changed at a time.
+"""The study of the shared encoder: stages of a small model, one factor changed at a time.
 
     python -m tools.compare_stages docs.results.momo --archive=docs/results/momo.jsonl --out=OUT
 
@@ -17,7 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tools.chains import Study
-from tools.columns import Settings, tasks_of
+from tools.columns import Settings, asked, tasks_of
 
 SIZE, TOWERS, SMALLER = "shared_small", "towers_small", "shared_mini"
 IMAGES = 20_000
@@ -26,19 +26,17 @@ UPDATES = {1: 1_000, 2: 1_000, 3: 1_000}
 BATCH = {"images": 256, "text": 64, "pairs": 128}
 TEXTS = "../shared/data/text"
 # What an update of stage 3 costs three towers, as a share of what it costs the shared stack, alone
-# on an H200: `tools.bench step`, see momo.md.
+# on an H200, by `tools.bench step`; absent until that is measured.
 COSTS = pathlib.Path(__file__).parent / "momo_costs.json"
 # Without stage 1, and without 1 and 2: what its updates cost in those of another, by FLOPs.
 _STAGE_1_IN_2, _STAGE_1_AND_2_IN_3 = 370, 220
-TASKS = (
-    *("neighbours", "linear probe", "classification"),
-    *("sst2", "vqa", "entailment", "zero-shot retrieval"),
-)
-# One way of reading pairs and texts for all; runs of images alone have trained none.
-_READOUTS = {
-    "sst2": "objectives.text_classification.readout",
-    "vqa": "objectives.vqa.readout",
-    "entailment": "objectives.entailment.readout",
+# What is asked, with one way of reading pairs and texts for all: images alone have trained none.
+TASKS: Mapping[str, Mapping[str, Any]] = {
+    **{name: {} for name in ("neighbours", "linear probe", "classification")},
+    "sst2": {"objectives.text_classification.readout": "bidirectional"},
+    "vqa": {"objectives.vqa.readout": "bidirectional"},
+    "entailment": {"objectives.entailment.readout": "bidirectional"},
+    "zero-shot retrieval": {},
 }
 
 
@@ -133,12 +131,7 @@ def _automatic() -> ConfigDict:
 
 def study() -> Study:
     """What ``tools.compare_stages`` does."""
-    tasks = []
-    for task in tasks_of("scenes", TEXTS, ["sst2"]):
-        if task.name in TASKS:
-            if task.name in _READOUTS:
-                task.overrides[_READOUTS[task.name]] = "bidirectional"
-            tasks.append(task)
+    tasks = asked(tasks_of("scenes", TEXTS, ["sst2"]), TASKS)
     settings = Settings(
         seeds=(),
         steps=400,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
@@ -60,8 +61,8 @@ def test_what_is_asked_differently_is_another_job_but_where_it_lies_is_none(stud
     job = Job(run, TASKS[0], SETTINGS)
     assert job.key.startswith(f"{run.key}/shapes ")
 
-    def but(**changes: object) -> str:
-        return dataclasses.replace(job, **changes).key  # type: ignore[arg-type]
+    def but(**changes: Any) -> str:
+        return dataclasses.replace(job, **changes).key
 
     there = dataclasses.replace(SETTINGS, out=pathlib.Path("there"), seeds=(3,))
     assert but(settings=there) == job.key
@@ -122,7 +123,7 @@ def test_differences_are_those_of_equal_seeds() -> None:
 
 
 def test_a_chain_of_two_stages_is_trained_and_scored(tmp_path: pathlib.Path) -> None:
-    """The study of momo.md, with runs of a few updates of a tiny model on a few pictures."""
+    """The study of docs/results, with runs of a few updates of a tiny model on a few pictures."""
     texts = tmp_path / "texts"
     texts.mkdir()
     lines = [f"the old captain saw {n} red ships and a blue square" for n in range(400)]
