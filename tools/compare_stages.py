@@ -55,9 +55,9 @@ def main(argv: Sequence[str]) -> None:
         known, seeds = read_archive(archive), range(_SEEDS.value)
     limit = float("inf") if _SECONDS.value is None else _SECONDS.value
     failed = 0
+    for folder in (out, archive.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     if limit:
-        out.mkdir(parents=True, exist_ok=True)
-        archive.parent.mkdir(parents=True, exist_ok=True)
         jobs = jobs_of(study, names, seeds, out)
         places = Places(out, str(pathlib.Path(_TEXTS.value).absolute()))
         for record in execute(

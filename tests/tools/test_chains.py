@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -181,3 +183,25 @@ def test_every_stage_of_the_study_is_a_config() -> None:
         assert chain[2].key != base[2].key
     alternating = study.chain("alternating", 0)[-1].config
     assert alternating.total_steps == 2 * base[-1].config.total_steps
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["docs.results.momo", "--max_seconds=0"], 0, "| run | IMAGE | TEXT | MULTIMODAL |"),
+        (["docs.results.nothing"], 64, "docs.results.nothing: No module named"),
+        (["docs.results.momo", "--texts=NOWHERE"], 64, "--texts: NOWHERE does not exist"),
+        (["docs.results.momo", "--cells=none"], 64, "--cells: 'none' is none of shared, "),
+    ],
+)
+def test_the_command(tmp_path: pathlib.Path, arguments: list[str], code: int, told: str) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    places = [f"--texts={texts}", f"--out={tmp_path / 'out'}", f"--archive={tmp_path / 'a.jsonl'}"]
+    command = [sys.executable, "-m", "tools.compare_stages", *places, *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2]
+    )
+    assert done.returncode == code, done.stderr
+    assert told in done.stdout + done.stderr
+    assert (tmp_path / "out" / "table.md").exists() == (code == 0)
