@@ -102,6 +102,11 @@ class Job:
         return self.run.key if self.task is None else f"{self.run.key}/{_asked(self)}"
 
     @property
+    def name(self) -> str:
+        """Of the task or the stage: what jobs that take about as long have in common."""
+        return str(self.run.config.name) if self.task is None else self.task.name
+
+    @property
     def needs(self) -> str:
         """Key of the job that must be done before; empty: none."""
         if self.task is not None:
@@ -113,7 +118,7 @@ def _asked(job: Job) -> str:
     """A task and how it is asked, without where."""
     assert job.task is not None
     what = {**dataclasses.asdict(job.task), **dataclasses.asdict(job.settings)}
-    for place in ("out", "seeds"):
+    for place in ("out", "seeds", "helpers"):
         del what[place]
     what["overrides"] = {k: v for k, v in what["overrides"].items() if not k.endswith(_ROOT)}
     text = json.dumps(what, sort_keys=True, default=list)
@@ -127,10 +132,12 @@ class Places:
     Attributes:
         out: folder of runs and of what they share.
         texts: folder of free texts, and of tasks of texts.
+        helpers: processes that a job may have render the pictures of a data set.
     """
 
     out: pathlib.Path
     texts: str
+    helpers: int = 0
 
     def workdir(self, run: Run) -> pathlib.Path:
         """Of a run."""
@@ -181,7 +188,8 @@ def do(job: Job, places: Places) -> dict[str, Any]:
             for key, value in job.task.overrides.items()
         }
         task = dataclasses.replace(job.task, overrides=placed)
-        score = evaluate(workdir, task, job.settings)
+        settings = dataclasses.replace(job.settings, helpers=places.helpers)
+        score = evaluate(workdir, task, settings)
         found: dict[str, Any] = {"values": None if score is None else list(score.values)}
     else:
         config = job.run.config.copy_and_resolve_references()
@@ -189,13 +197,15 @@ def do(job: Job, places: Places) -> dict[str, Any]:
         config.init_from = "" if parent is None else str(places.workdir(parent))
         config.compile_cache = str(places.out / "compile_cache")
         config.data.cache_dir = str(places.out / "data")
+        config.data.cache_workers = places.helpers
         for section in config.data.sources.values():
             if section.type == "texts":
                 section.root = places.texts
         train_to_end(config, workdir)
-        found = {"name": config.name, "metrics": final_metrics(read_metrics(workdir))}
+        found = {"metrics": final_metrics(read_metrics(workdir))}
     seconds = round(time.perf_counter() - began, 1)
-    return {"job": job.key, **found, "seconds": seconds, "machine": device_facts()}
+    facts = device_facts()
+    return {"job": job.key, "name": job.name, **found, "seconds": seconds, "machine": facts}
 
 
 def execute(
@@ -203,7 +213,7 @@ def execute(
     places: Places,
     workers: int,
     known: Mapping[str, Any],
-    may_start: Callable[[], bool],
+    may_start: Callable[[Job], bool],
     work: Callable[[Job, Places], dict[str, Any]] = do,
 ) -> Iterator[dict[str, Any]]:
     """Do jobs, several at a time; yields what became of each as soon as it is done.
@@ -215,7 +225,7 @@ def execute(
         places: of this machine.
         workers: processes.
         known: what an archive holds, by key; a run is trained all the same where a job needs it.
-        may_start: whether there is time for another job.
+        may_start: whether there is time for a job; one that may not be begun does not hold up others.
         work: does one, in one of the processes.
     """
     waiting = _wanted(jobs, known)
@@ -229,7 +239,7 @@ def execute(
         running: dict[concurrent.futures.Future[dict[str, Any]], Job] = {}
         while True:
             for job in [job for job in waiting if not job.needs or job.needs in done]:
-                if len(running) < workers and may_start():
+                if len(running) < workers and may_start(job):
                     waiting.remove(job)
                     running[pool.submit(_attempt, work, job, places)] = job
             if not running:

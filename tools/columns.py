@@ -81,6 +81,7 @@ class Settings:
         selections: how often a fine-tuning is validated, of which the best is tested; None: as the
             config.
         out: where runs are kept.
+        helpers: processes that render the pictures of a data set.
     """
 
     seeds: tuple[int, ...]
@@ -93,6 +94,7 @@ class Settings:
     num_edges: int | None
     selections: int | None
     out: pathlib.Path
+    helpers: int = 0
 
 
 def tasks_of(data: str, glue: str, glue_tasks: Sequence[str]) -> list[Task]:
@@ -225,6 +227,7 @@ def _config(task: Task, workdir: pathlib.Path, settings: Settings, seed: int) ->
         config.adopt_model = True
         config.compile_cache = str(settings.out / "compile_cache")
         config.data.cache_dir = str(settings.out / "data")
+        config.data.cache_workers = settings.helpers
         config.log.tensorboard = False
         if task.evaluator is not None:
             config.evals = {"frozen": dict(task.evaluator)}

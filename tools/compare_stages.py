@@ -4,8 +4,8 @@
     python -m tools.compare_stages docs.results.momo --archive=... --max_seconds=0  (tables alone)
 
 The argument names a module with ``study()``, see docs/results/momo.py. What --archive holds is not
-done again, so that a study can be given several times for a while (--max_seconds), on several
-machines; --cells and --seeds say which part. Runs lie in --out, of which nothing is needed later.
+done again, so that a study can be given several times for a while (--max_seconds: nothing is begun
+that, by the longest of its kind so far, would not be over by then), on several machines; --cells and --seeds say which part. Runs lie in --out, of which nothing is needed later.
 Several processes share a GPU (--workers). Prints its tables and writes them to OUT/table.md.
 
 Exit codes are those of vlp_jax.infra.preemption: 1 where a job has failed, whose error is told.
@@ -13,6 +13,7 @@ Exit codes are those of vlp_jax.infra.preemption: 1 where a job has failed, whos
 
 import importlib
 import json
+import os
 import pathlib
 import sys
 import time
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 
-from tools.chains import Places, differences, execute, jobs_of, read_archive, scores_of
+from tools.chains import Job, Places, differences, execute, jobs_of, read_archive, scores_of
 from tools.columns import COLUMNS, header_of, markdown, rows_of
 from vlp_jax.infra.command import bad_input, parse_flags
 from vlp_jax.infra.files import write_text
@@ -32,7 +33,7 @@ _OUT = flags.DEFINE_string("out", "runs/stages", "folder of runs")
 _ARCHIVE = flags.DEFINE_string("archive", None, "file of what was done", required=True)
 _TEXTS = flags.DEFINE_string("texts", "../shared/data/text", "folder of texts")
 _WORKERS = flags.DEFINE_integer("workers", 1, "processes", lower_bound=1)
-_SECONDS = flags.DEFINE_float("max_seconds", None, "after these nothing more is begun")
+_SECONDS = flags.DEFINE_float("max_seconds", None, "nothing is begun that may take longer")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -59,11 +60,21 @@ def main(argv: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     if limit:
         jobs = jobs_of(study, names, seeds, out)
-        places = Places(out, str(pathlib.Path(_TEXTS.value).absolute()))
-        for record in execute(
-            jobs, places, _WORKERS.value, known, lambda: time.monotonic() - began < limit
-        ):
-            failed += "error" in record
+        helpers = (os.cpu_count() or 1) // 4
+        places = Places(out, str(pathlib.Path(_TEXTS.value).absolute()), helpers)
+        longest: dict[str, float] = {}
+
+        def may_start(job: Job) -> bool:
+            """Whether it would be over in time."""
+            return time.monotonic() - began + longest.get(job.name, 0.0) < limit
+
+        for record in execute(jobs, places, _WORKERS.value, known, may_start):
+            if "error" in record:
+                failed += 1
+            else:
+                longest[record["name"]] = max(
+                    record["seconds"], longest.get(record["name"], 0.0)
+                )
             line = json.dumps(record)
             print(f"{time.monotonic() - began:.0f} s {line[:200]}", flush=True)
             with archive.open("a") as file:

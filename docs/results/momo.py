@@ -26,7 +26,8 @@ UPDATES = {1: 1_000, 2: 1_000, 3: 1_000}
 BATCH = {"images": 256, "text": 64, "pairs": 128}
 TEXTS = "../shared/data/text"
 # What an update of stage 3 costs three towers, as a share of what it costs the shared stack, alone
-# on an H200, by `tools.bench step`; absent until that is measured.
+# on an H200, by `tools.bench step --config=docs/results/momo.py:3,towers_small` and shared_small;
+# absent until that is measured.
 COSTS = pathlib.Path(__file__).parent / "momo_costs.json"
 # Without stage 1, and without 1 and 2: what its updates cost in those of another, by FLOPs.
 _STAGE_1_IN_2, _STAGE_1_AND_2_IN_3 = 370, 220
@@ -38,6 +39,12 @@ TASKS: Mapping[str, Mapping[str, Any]] = {
     "entailment": {"objectives.entailment.readout": "bidirectional"},
     "zero-shot retrieval": {},
 }
+
+
+def get_config(arg: str) -> ConfigDict:
+    """The config of a stage, for ``tools.bench``; ``arg`` is NUMBER,SIZE."""
+    number, _, size = arg.partition(",")
+    return stage(int(number), size or SIZE)
 
 
 def stage(
