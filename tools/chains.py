@@ -60,12 +60,14 @@ class Study:
         tasks: in which the end of every chain is scored.
         throughout: cells of which every stage is.
         settings: of the scoring, whose ``out`` and ``seeds`` are filled in.
+        early: columns in which the stages before the last are scored.
     """
 
     cells: Mapping[str, Sequence[ConfigDict]]
     tasks: Sequence[Task]
     throughout: Sequence[str]
     settings: Settings
+    early: Sequence[str] = COLUMNS
 
     def chain(self, cell: str, seed: int) -> list[Run]:
         """The runs of a cell, in their order."""
@@ -74,12 +76,14 @@ class Study:
             runs.append(Run(with_overrides(config, {"seed": seed}), runs[-1] if runs else None))
         return runs
 
-    def scored(self, cell: str, seed: int) -> list[tuple[str, Run]]:
-        """The runs of a cell that are scored, with their names in the table."""
-        runs = self.chain(cell, seed)
-        if cell not in self.throughout:
-            return [(cell, runs[-1])]
-        return [(f"{cell}, {run.config.name}", run) for run in runs[:-1]] + [(cell, runs[-1])]
+    def scored(self, cell: str, seed: int) -> list[tuple[str, Run, list[Task]]]:
+        """The runs of a cell that are scored, with their names in the table, and in which tasks."""
+        *before, last = self.chain(cell, seed)
+        found = [(cell, last, list(self.tasks))]
+        if cell in self.throughout:
+            tasks = [task for task in self.tasks if task.column in self.early]
+            found = [(f"{cell}, {run.config.name}", run, tasks) for run in before] + found
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +166,8 @@ def jobs_of(
             trained = [Job(run, None, settings) for run in study.chain(cell, seed)]
             scored = [
                 Job(run, task, settings)
-                for _, run in study.scored(cell, seed)
-                for task in study.tasks
+                for _, run, tasks in study.scored(cell, seed)
+                for task in tasks
             ]
             for job in (*trained, *scored):
                 jobs.setdefault(job.key, job)
@@ -225,7 +229,7 @@ def execute(
         places: of this machine.
         workers: processes.
         known: what an archive holds, by key; a run is trained all the same where a job needs it.
-        may_start: whether there is time for a job; one that may not be begun does not hold up others.
+        may_start: whether there is time for a job; one for which there is none holds up no other.
         work: does one, in one of the processes.
     """
     waiting = _wanted(jobs, known)
@@ -311,11 +315,11 @@ def scores_of(
     for cell in study.cells:
         for seed in seeds:
             settings = dataclasses.replace(study.settings, seeds=(seed,))
-            for name, run in study.scored(cell, seed):
-                records = [known.get(Job(run, task, settings).key) for task in study.tasks]
+            for name, run, tasks in study.scored(cell, seed):
+                records = [known.get(Job(run, task, settings).key) for task in tasks]
                 if None in records:
                     continue
-                for task, record in zip(study.tasks, records, strict=True):
+                for task, record in zip(tasks, records, strict=True):
                     if record is not None and record["values"] is not None:
                         found.setdefault(name, {}).setdefault(task.name, []).extend(
                             record["values"]
@@ -331,21 +335,21 @@ def differences(
 ) -> list[list[str]]:
     """Of every run with as many seeds as the base, how far its averages are from those.
 
-    Seed by seed, in points: the mean, and its standard error.
+    Seed by seed, in points: the mean, and its standard error; over the tasks that both have.
 
     Args:
         scores: of ``scores_of``.
         tasks: of the study.
         base: name of the run that is compared with.
     """
-    compared = common(scores, tasks)
-    means = {name: averages(found, compared) for name, found in scores.items()}
-    there = means[base]
-    return [
-        [name, *(_told(here.get(column), there.get(column)) for column in COLUMNS)]
-        for name, here in means.items()
-        if name != base
-    ]
+    rows = []
+    for name in scores:
+        if name != base:
+            pair = {run: scores[run] for run in (name, base)}
+            compared = common(pair, tasks)
+            here, there = (averages(found, compared) for found in pair.values())
+            rows.append([name, *(_told(here.get(column), there.get(column)) for column in COLUMNS)])
+    return rows
 
 
 def _told(here: Score | None, there: Score | None) -> str:

@@ -18,6 +18,7 @@ from vlp_jax.infra.files import write_text
 from vlp_jax.infra.metrics import read_metrics
 from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.infra.report import RUN_FILE
+from vlp_jax.models.pretrained import NoPartFits
 from vlp_jax.objectives.contrastive import CONTRASTIVE_HEAD
 from vlp_jax.train.loop import train
 from vlp_jax.train.setup import Setup, prepare
@@ -39,7 +40,7 @@ class Task:
         config: file and argument of its config.
         figures: of the evaluator ``test`` (of what is frozen: ``frozen``), whose mean is the score.
         frozen: nothing is trained.
-        overrides: of the config.
+        overrides: of the config; they count more than ``Settings``.
         evaluator: section of ``frozen``, in place of the config's own evaluators.
         needs: part of the parameters without which there is no score.
     """
@@ -156,7 +157,7 @@ def tasks_of(data: str, glue: str, glue_tasks: Sequence[str]) -> list[Task]:
 
 
 def evaluate(workdir: pathlib.Path, task: Task, settings: Settings) -> Score | None:
-    """Score a run in a task; None: it has not learned what the task reads.
+    """Score a run in a task; None: it has learned nothing of what the task reads.
 
     Args:
         workdir: of the run.
@@ -166,6 +167,12 @@ def evaluate(workdir: pathlib.Path, task: Task, settings: Settings) -> Score | N
     Raises:
         ConfigError, ValueError, OSError: the run does not fit the task, or data are missing.
     """
+    with contextlib.suppress(NoPartFits):  # such as texts of a run of images in a tower of its own
+        return _evaluate(workdir, task, settings)
+    return None
+
+
+def _evaluate(workdir: pathlib.Path, task: Task, settings: Settings) -> Score | None:
     folder = settings.out / "runs" / _slug(f"{workdir.resolve().name}-{task.name}")
     if task.frozen:
         setup = prepare(_config(task, workdir, settings, 0), folder)
@@ -219,8 +226,7 @@ def _as_it_is(setup: Setup, task: Task) -> Score | None:
 
 def _config(task: Task, workdir: pathlib.Path, settings: Settings, seed: int) -> ConfigDict:
     path, _, arg = task.config.partition(":")
-    named = load(f"{_REPO / path}:{arg}" if arg else str(_REPO / path))
-    config = with_overrides(named.config, task.overrides)
+    config = load(f"{_REPO / path}:{arg}" if arg else str(_REPO / path)).config
     with config.unlocked():
         config.seed = seed
         config.init_from = str(workdir)
@@ -262,7 +268,7 @@ def _config(task: Task, workdir: pathlib.Path, settings: Settings, seed: int) ->
                 section.num_examples = settings.examples
                 if kind in ("neighbours", "linear_probe"):
                     section.num_train = settings.records or section.get("num_train", 10_000)
-    return config
+    return with_overrides(config, task.overrides)
 
 
 def _image_size(workdir: pathlib.Path) -> int:

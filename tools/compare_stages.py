@@ -5,8 +5,9 @@
 
 The argument names a module with ``study()``, see docs/results/momo.py. What --archive holds is not
 done again, so that a study can be given several times for a while (--max_seconds: nothing is begun
-that, by the longest of its kind so far, would not be over by then), on several machines; --cells and --seeds say which part. Runs lie in --out, of which nothing is needed later.
-Several processes share a GPU (--workers). Prints its tables and writes them to OUT/table.md.
+that, by the longest of its kind so far, would not be over by then), on several machines; --cells
+and --seeds say which part. Runs lie in --out, of which nothing is needed later. Several processes
+share a GPU (--workers). Prints its tables and writes them to OUT/table.md.
 
 Exit codes are those of vlp_jax.infra.preemption: 1 where a job has failed, whose error is told.
 """
@@ -27,7 +28,9 @@ from vlp_jax.infra.command import bad_input, parse_flags
 from vlp_jax.infra.files import write_text
 from vlp_jax.infra.preemption import ExitCode
 
-_CELLS = flags.DEFINE_list("cells", None, "names of cells; by default all")
+_CELLS = flags.DEFINE_list(
+    "cells", None, "names of cells, in quotes where they have commas; by default all"
+)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "chains of each cell", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "runs/stages", "folder of runs")
 _ARCHIVE = flags.DEFINE_string("archive", None, "file of what was done", required=True)
@@ -72,9 +75,7 @@ def main(argv: Sequence[str]) -> None:
             if "error" in record:
                 failed += 1
             else:
-                longest[record["name"]] = max(
-                    record["seconds"], longest.get(record["name"], 0.0)
-                )
+                longest[record["name"]] = max(record["seconds"], longest.get(record["name"], 0.0))
             line = json.dumps(record)
             print(f"{time.monotonic() - began:.0f} s {line[:200]}", flush=True)
             with archive.open("a") as file:

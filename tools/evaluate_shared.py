@@ -92,6 +92,11 @@ def main(argv: Sequence[str]) -> None:
                     raise ValueError(f"{workdir}, {task.name}: {error}") from error
                 if score is not None:
                     found[task.name] = score
+            if not found:
+                raise ValueError(
+                    f"{workdir}: none of its parts is read by a task; give a run of a shared stack "
+                    "or of towers, or other --tasks"
+                )
             table = write_table(out / "table.md", scores, tasks)
             plain = {
                 run: {name: list(score.values) for name, score in found.items()}

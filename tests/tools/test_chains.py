@@ -11,7 +11,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from docs.results import momo
-from tools import chains
+from tests.tools.small_stages import small_stage
+from tools import chains, columns
 from tools.chains import Job, Places, Run, Study, execute, jobs_of, read_archive, scores_of
 from tools.columns import Score, Settings, Task, train_to_end
 from tools.compare.configs import with_overrides
@@ -42,7 +43,12 @@ def test_a_run_is_known_by_all_that_it_comes_from(study: Study) -> None:
     assert both[0].key == other[0].key
     assert len({both[1].key, other[1].key, second[0].key}) == 3
     assert study.chain("both", 1)[0].key != both[0].key
-    assert [name for name, _ in study.scored("both", 0)] == ["both, stage 1", "both"]
+    early = dataclasses.replace(study, early=("text",))
+    assert [(name, len(tasks)) for name, _, tasks in study.scored("both", 0)] == [
+        ("both, stage 1", 2),
+        ("both", 2),
+    ]
+    assert [tasks for _, _, tasks in early.scored("both", 0)] == [TASKS[1:], TASKS]
     assert study.scored("other", 0)[0][1].key == other[1].key
 
 
@@ -120,11 +126,15 @@ def test_differences_are_those_of_equal_seeds() -> None:
         "base": {"shapes": Score((0.5, 0.6)), "words": Score((0.2, 0.4))},
         "better": {"shapes": Score((0.6, 0.9)), "words": Score((0.2, 0.4))},
         "once": {"shapes": Score((0.6,)), "words": Score((0.2,))},
+        "other tasks": {"shapes": Score((0.6, 0.7))},
     }
-    rows = chains.differences(scores, TASKS, "base")
+    tasks = [*TASKS, Task("image", "colours", "C", ())]
+    scores["base"]["colours"] = scores["better"]["colours"] = Score((0.2, 0.2))
+    rows = chains.differences(scores, tasks, "base")
     assert rows == [
-        ["better", "+20.0 ± 10.0", "+0.0 ± 0.0", "–"],
+        ["better", "+10.0 ± 5.0", "+0.0 ± 0.0", "–"],  # over both tasks of images
         ["once", "–", "–", "–"],
+        ["other tasks", "+10.0 ± 0.0", "–", "–"],  # over the one that it has
     ]
 
 
@@ -135,26 +145,7 @@ def test_a_chain_of_two_stages_is_trained_and_scored(tmp_path: pathlib.Path) -> 
     lines = [f"the old captain saw {n} red ships and a blue square" for n in range(400)]
     (texts / "wikitext.txt").write_text("\n".join(lines))
 
-    def small(number: int) -> ConfigDict:
-        config = momo.stage(number, "shared_tiny", updates=2)
-        config.model.dtype = "float32"
-        config.model.image.update(width=16, heads=2, mlp_width=32, depth=2, patch_size=8)
-        config.model.text.max_positions = 64
-        config.data.image_size = 16
-        config.data.threads, config.data.window_batches = 1, 32
-        config.tokenizer.vocab_size = 300
-        with config.unlocked():
-            config.evals = {}
-            config.objectives.mim.update(decoder_width=8, decoder_depth=1, decoder_heads=2)
-            config.data.sources.pictures.num_records = 32
-            for section in config.data.batches.values():
-                section.batch_size = 8
-            if "text" in config.data.batches:
-                del config.data.sources["phrases"]
-                config.data.batches.text.update(max_text_length=32, text_edges=(32,))
-        return config
-
-    study = Study({"cell": (small(1), small(2))}, momo.study().tasks[1:2], (), SETTINGS)
+    study = Study({"cell": (small_stage(1), small_stage(2))}, momo.study().tasks[1:2], (), SETTINGS)
     settings = dataclasses.replace(SETTINGS, records=40, examples=8)
     study = dataclasses.replace(study, settings=settings)
     jobs = jobs_of(study, ["cell"], [0], tmp_path / "out")
@@ -181,12 +172,22 @@ def test_every_stage_of_the_study_is_a_config() -> None:
         check_keys(run.config)
     assert {type(run) for run in runs.values()} == {Run}
     base = study.chain("shared", 0)
-    for cell in ("without ITM", "alternating", "automatic", "text 3"):
+    for cell in ("with ITM", "without ITC", "alternating", "automatic", "text 3"):
         chain = study.chain(cell, 0)
         assert [run.key for run in chain[:2]] == [run.key for run in base[:2]]
         assert chain[2].key != base[2].key
     alternating = study.chain("alternating", 0)[-1].config
     assert alternating.total_steps == 2 * base[-1].config.total_steps
+    [alone] = study.chain("stage 3", 0)
+    cost = sum(run.config.total_steps * momo.TFLOPS[n] for n, run in enumerate(base, 1))
+    assert alone.config.total_steps * momo.TFLOPS[3] == pytest.approx(cost, rel=1e-3)
+
+
+def test_every_task_of_the_study_is_a_config(tmp_path: pathlib.Path) -> None:
+    study = momo.study()
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"image_size": 32}}))
+    for task in study.tasks:
+        check_keys(columns._config(task, tmp_path, study.settings, 0))
 
 
 @pytest.mark.parametrize(

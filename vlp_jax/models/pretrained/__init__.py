@@ -20,7 +20,7 @@ from vlp_jax.models.pretrained.files import (
     save_parameters,
 )
 from vlp_jax.models.pretrained.image_towers import convert_image
-from vlp_jax.models.pretrained.merge import STATUSES, Report, Row, merge
+from vlp_jax.models.pretrained.merge import STATUSES, NoPartFits, Report, Row, merge
 from vlp_jax.models.pretrained.pixels import PIXELS, Pixels
 from vlp_jax.models.pretrained.text_encoders import convert_text
 
@@ -30,6 +30,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "Converted",
     "Metadata",
+    "NoPartFits",
     "Pixels",
     "Report",
     "Row",

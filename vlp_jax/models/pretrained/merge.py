@@ -64,6 +64,10 @@ class Report:
         return ", ".join(f"{counts[status]} {status}" for status in STATUSES)
 
 
+class NoPartFits(WeightsError):
+    """The weights hold no part of the model."""
+
+
 def merge(
     params: Any, loaded: Mapping[str, np.ndarray], origin: str = "the weights"
 ) -> tuple[Any, Report]:
@@ -84,7 +88,8 @@ def merge(
         where it belongs by ``jax.device_put``), and what became of every tensor.
 
     Raises:
-        WeightsError: parts lack parameters, shapes differ, or nothing fits.
+        NoPartFits: the model has none of the loaded parts.
+        WeightsError: parts lack parameters, or shapes differ.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in by_path(params).items()}
     fitted, report = fit(shapes, loaded, origin)
@@ -123,7 +128,7 @@ def fit(
     """
     parts = {_part(path) for path in loaded} & {_part(path) for path in shapes}
     if not parts:
-        raise WeightsError(
+        raise NoPartFits(
             origin,
             f"of another architecture: it holds {_listed(sorted({_part(p) for p in loaded}))}, and "
             "the model has none of these",
