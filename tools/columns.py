@@ -38,7 +38,7 @@ class Task:
         column: of the table.
         name: of the task.
         config: file and argument of its config.
-        figures: of the evaluator ``test`` (of what is frozen: ``frozen``), whose mean is the score.
+        figures: of the run's metrics, whose mean is the score; of what is frozen, of its evaluator.
         frozen: nothing is trained.
         overrides: of the config; they count more than ``Settings``.
         evaluator: section of ``frozen``, in place of the config's own evaluators.
@@ -124,14 +124,15 @@ def tasks_of(data: str, glue: str, glue_tasks: Sequence[str]) -> list[Task]:
         )
 
     def tuned(column: str, name: str, file: str, *figures: str) -> Task:
-        return Task(column, name, f"configs/transfer/{file}.py:{data}", figures)
+        named = tuple(f"test/{figure}" for figure in figures)
+        return Task(column, name, f"configs/transfer/{file}.py:{data}", named)
 
     texts = [
         Task(
             "text",
             name,
             f"configs/transfer/glue.py:{name}",
-            ("score",),
+            ("test/score", "mismatched/score") if name == "mnli" else ("test/score",),
             overrides={"data.sources.sentences.root": glue},
         )
         for name in (glue_tasks if glue else ())
@@ -184,7 +185,7 @@ def _evaluate(workdir: pathlib.Path, task: Task, settings: Settings) -> Score | 
         found: dict[str, float] = {}
         for record in read_metrics(run):
             found |= record
-        values.append(statistics.fmean(found[f"test/{figure}"] for figure in task.figures))
+        values.append(statistics.fmean(found[figure] for figure in task.figures))
     return Score(tuple(values))
 
 
@@ -246,7 +247,8 @@ def _config(task: Task, workdir: pathlib.Path, settings: Settings, seed: int) ->
         if settings.rate is not None:
             config.schedule.peak = settings.rate
         # What shows a run's answers is for one run to look at.
-        config.evals = {n: s for n, s in config.evals.items() if n in ("val", "test", "frozen")}
+        shown = ("val", "test", "mismatched", "frozen")
+        config.evals = {n: s for n, s in config.evals.items() if n in shown}
         if task.frozen:
             config.checkpoint.best_metric = ""
             for section in config.evals.values():

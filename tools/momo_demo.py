@@ -36,9 +36,11 @@ from vlp_jax.infra.command import bad_input, parse_flags
 from vlp_jax.infra.compilation import enable_compile_cache
 from vlp_jax.train.setup import prepare
 
-STEPS = {1: 1200, 2: 400, 3: 180}
+STEPS = {1: 1200, 2: 400, 3: 200}
 # Masked words learn no more than how often words occur in so few updates.
 LANGUAGE = "ar"
+# Matching (ITM) more than doubles what an update costs.
+PAIRS = "language+mim+itc"
 BATCH = {"images": 32, "text": 32, "pairs": 32}
 # What is asked after each stage, with keys of its config: of all runs in the same way, of those too
 # that have read no text yet.
@@ -63,7 +65,7 @@ def stage_config(stage: int) -> ConfigDict:
         stage: 1, 2 or 3.
     """
     config = importlib.import_module(f"configs.momo.stage{stage}").get_config(
-        f"scenes,shared_tiny,{LANGUAGE}"
+        f"scenes,shared_tiny,{LANGUAGE},{PAIRS}"
     )
     config.total_steps = STEPS[stage]
     config.model.dtype = "float32"

@@ -57,7 +57,7 @@ def official(task, name):
             header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
             return [header, *(f"{n}\t1{n}\t2{n}\t{name} a {n}\t{name} b {n}\t{n % 2}"
                               for n in range(4))]  # fmt: skip
-        case "mnli" | "mnli_mismatched":
+        case "mnli":
             count = 1 if name == "train" else 5
             labels = "".join(f"label{n + 1}\t" for n in range(count))
             gold = ("contradiction", "neutral", "entailment", "neutral")
@@ -73,14 +73,15 @@ def official(task, name):
 
 
 FOLDERS = dict(zip(
-    TASKS, ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "MNLI", "QNLI", "RTE", "WNLI"),
+    TASKS, ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", "WNLI"),
     strict=True,
 ))  # fmt: skip
-DEV = {"mnli": "dev_matched", "mnli_mismatched": "dev_mismatched"}
+DEV = {"mnli": "dev_matched"}
 SINGLE = ("cola", "sst2")
 TARGETS = {
-    "stsb": [0.0, 2.5, 5.0, 3.75], "mnli": [0, 1, 2, 1], "mnli_mismatched": [0, 1, 2, 1],
-}  # fmt: skip
+    "stsb": [0.0, 2.5, 5.0, 3.75],
+    "mnli": [0, 1, 2, 1],
+}
 
 
 def write(file, lines, end="\n"):
@@ -228,7 +229,14 @@ def test_files_that_are_not_there(tmp_path):
         GLUE(tmp_path, "test", "rte")
     write(tmp_path / "MNLI/dev_matched.tsv", official("mnli", "dev_matched"))
     with pytest.raises(FileNotFoundError, match=r"looked for .*MNLI/dev_mismatched\.tsv"):
-        GLUE(tmp_path, "test", "mnli_mismatched")
+        GLUE(tmp_path, "test_mismatched", "mnli")
+    write(tmp_path / "MNLI/dev_mismatched.tsv", official("mnli", "dev_mismatched"))
+    assert texts(GLUE(tmp_path, "test_mismatched", "mnli"))[0].startswith("dev_mismatched a 0")
+    assert texts(GLUE(tmp_path, "test", "mnli"))[0].startswith("dev_matched a 0")
+    with pytest.raises(
+        ConfigError, match=r"'test_mismatched' is no split\. Use one of train, val, test"
+    ):
+        GLUE(tmp_path, "test_mismatched", "rte")
 
 
 @pytest.mark.parametrize("task", TASKS)

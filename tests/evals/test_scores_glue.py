@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from vlp_jax.data.tasks.glue import TASKS
-from vlp_jax.evals.scores import glue_macro, glue_score, glue_scores
-from vlp_jax.evals.scores.glue import GLUE_SCORES, MACRO, f1, matthews, pearson, spearman
+from vlp_jax.evals.scores import glue_score, glue_scores
+from vlp_jax.evals.scores.glue import GLUE_SCORES, f1, matthews, pearson, spearman
 
 
 def counted(tp, fp, fn, tn):
@@ -81,7 +81,6 @@ def test_what_is_undefined_is_zero_and_what_is_broken_is_nan():
 
 def test_every_task_has_its_metrics():
     assert tuple(GLUE_SCORES) == TASKS
-    assert [part for parts in MACRO.values() for part in parts] == list(TASKS)
     predictions, truths = counted(6, 1, 2, 3)
     for task, names in GLUE_SCORES.items():
         scores = glue_scores(task, predictions, truths)
@@ -90,15 +89,6 @@ def test_every_task_has_its_metrics():
     assert glue_scores("qqp", predictions, truths) == pytest.approx({"accuracy": 0.75, "f1": 0.8})
     assert glue_score("mrpc", predictions, truths) == pytest.approx(0.775)
     assert glue_scores("mnli", [0, 1, 2, 2], [0, 1, 1, 2]) == {"accuracy": 0.75}
-
-
-def test_the_macro_average_counts_mnli_once():
-    scores = dict.fromkeys(TASKS, 0.5) | {"mnli": 0.9, "mnli_mismatched": 0.7}
-    assert glue_macro(scores) == pytest.approx((8 * 0.5 + 0.8) / 9)
-    del scores["wnli"]
-    with pytest.raises(ValueError, match="no score of wnli; score them, or name the tasks"):
-        glue_macro(scores)
-    assert glue_macro(scores, [*MACRO][:-1]) == pytest.approx((7 * 0.5 + 0.8) / 8)
 
 
 def test_bad_arguments():

@@ -225,6 +225,30 @@ def test_a_source_needs_what_the_objective_reads(finished):
         build_evaluators(context)
 
 
+def test_mnli_is_scored_on_both_of_its_sets(tmp_path):
+    files = {
+        "train": ["neutral"] * 60 + ["entailment"] * 40,
+        "dev_matched": ["neutral"] * 5,
+        "dev_mismatched": ["entailment"] * 7,
+    }
+    (tmp_path / "MNLI").mkdir()
+    for name, kinds in files.items():
+        rows = [f"{name} {n}\tboat {n}\t{kind}" for n, kind in enumerate(kinds)]
+        text = "\n".join(["sentence1\tsentence2\tgold_label", *rows])
+        (tmp_path / "MNLI" / f"{name}.tsv").write_text(text + "\n")
+    setup = prepare(run_config("mnli", tmp_path), tmp_path / "run")
+    params = setup.program.init().params
+    evaluators = build_evaluators(context_of(setup))
+    found = {
+        name: announced(evaluators[name], evaluators[name].run(params))
+        for name in ("test", "mismatched")
+    }
+    assert {name: figures["majority"] for name, figures in found.items()} == {
+        "test": 1.0,
+        "mismatched": 0.0,
+    }
+
+
 def change_to_two_stacks(config):
     config.model = model_config("tiny")
 

@@ -71,7 +71,7 @@ def test_a_score_is_told_with_its_spread_and_what_is_absent_as_such():
 def test_every_task_has_a_config_that_knows_its_keys(tmp_path, data):
     """And each is told from the others by its name."""
     (tmp_path / "config.json").write_text(json.dumps({"data": {"image_size": 32}}))
-    tasks = tasks_of(data, "GLUE", ["sst2", "stsb"])
+    tasks = tasks_of(data, "GLUE", ["sst2", "mnli"])
     assert len({task.name for task in tasks}) == len(tasks)
     assert {task.column for task in tasks} == set(COLUMNS)
     for task in tasks:
@@ -80,7 +80,10 @@ def test_every_task_has_a_config_that_knows_its_keys(tmp_path, data):
         assert (config.seed, config.total_steps, config.init_from) == (3, 7, str(tmp_path))
         assert config.schedule.peak == 0.5
         expected = {"frozen"} if task.evaluator else {"val", "test"}
+        expected |= {"mismatched"} if task.name == "mnli" else set()
         assert set(config.evals) <= expected
+        if not task.frozen:
+            assert {figure.split("/")[0] for figure in task.figures} == expected - {"val"}
         assert set(config.evals) & {"frozen", "test"}
         if data == "scenes" and task.column != "text":
             assert config.data.image_size == 32

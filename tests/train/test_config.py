@@ -221,6 +221,8 @@ def test_every_task_of_glue_has_a_config() -> None:
         # Ten epochs, or where these are more the length of FLAVA's preset.
         assert (config.total_epochs, config.total_steps) in ((10.0, None), (None, 33_112))
         assert (config.evals.val.num_examples, config.evals.test.num_examples) == (2000, 0)
+        second = {"test_mismatched"} if task == "mnli" else set()
+        assert {section.split for section in config.evals.values()} == {"val", "test"} | second
         assert config.checkpoint.best_metric == "val/score"
 
 

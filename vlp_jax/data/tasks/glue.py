@@ -2,12 +2,14 @@
 
     GLUE("/data/glue", split="train", task="mrpc")       # /data/glue/MRPC
     GLUE("/data/glue/MNLI", split="test", task="mnli")   # dev_matched.tsv
+    GLUE("/data/glue/MNLI", split="test_mismatched", task="mnli")
     GLUE("../shared/data/text", split="val", task="sst2")
 
 The benchmark (Wang et al. 2018) is a folder for each task with ``train.tsv``, ``dev.tsv`` (MNLI:
 ``dev_matched.tsv`` and ``dev_mismatched.tsv``) and ``test.tsv``. The labels of the last are secret.
 That a score may be reported on sentences that selected nothing, ``test`` here is the published dev
-file, ``val`` a share of the training file (``held_out_percent``), and ``train`` the rest of it.
+file, ``val`` a share of the training file (``held_out_percent``), and ``train`` the rest of it;
+MNLI's second dev file, of other kinds of text than its training file, is ``test_mismatched``.
 Which share that is depends on the first sentence of a line alone: lines that have it in common,
 such as the three hypotheses about a premise of MNLI, are on the same side.
 
@@ -32,7 +34,8 @@ from vlp_jax.data.files import read_table, text_fault
 from vlp_jax.data.source import PAIR_SEPARATOR
 from vlp_jax.infra.errors import ConfigError, instead_of
 
-SPLITS = ("train", "val", "test")
+_TRAINING = ("train", "val")  # splits of the training file
+SPLITS = (*_TRAINING, "test")
 MAX_SCORE = 5.0  # of STS-B: the two sentences mean the same
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # among them the separator of pairs
 _MRPC_FILE, _MRPC_DEV_IDS = "msr_paraphrase_train.txt", "dev_ids.tsv"
@@ -51,6 +54,7 @@ class _Layout(NamedTuple):
         classes: names of the classes.
         train: names of the training file.
         dev: names of the dev file.
+        more: further splits, with names of their files.
         header: names of all columns, where the files do not begin with them.
     """
 
@@ -61,6 +65,7 @@ class _Layout(NamedTuple):
     classes: tuple[str, ...] = ("not_entailment", "entailment")
     train: tuple[str, ...] = ("train.tsv",)
     dev: tuple[str, ...] = ("dev.tsv",)
+    more: Mapping[str, tuple[str, ...]] = {}
     header: tuple[str, ...] = ()
 
 
@@ -98,8 +103,15 @@ _LAYOUTS: Mapping[str, _Layout] = {
         "is_duplicate",
         classes=("not_duplicate", "duplicate"),
     ),
-    "mnli": _Layout("MNLI", _TWO, "gold_label", _NLI, _NLI, dev=("dev_matched.tsv",)),
-    "mnli_mismatched": _Layout("MNLI", _TWO, "gold_label", _NLI, _NLI, dev=("dev_mismatched.tsv",)),
+    "mnli": _Layout(
+        "MNLI",
+        _TWO,
+        "gold_label",
+        _NLI,
+        _NLI,
+        dev=("dev_matched.tsv",),
+        more={"test_mismatched": ("dev_mismatched.tsv",)},
+    ),
     "qnli": _Layout("QNLI", ("question", "sentence"), "label", _ENTAILMENT, _ENTAILMENT),
     "rte": _Layout("RTE", _TWO, "label", _ENTAILMENT, _ENTAILMENT),
     "wnli": _Layout("WNLI", _TWO, "label", classes=_ENTAILMENT),
@@ -143,9 +155,9 @@ class GLUE:
         Args:
             root: the folder of the task, the folder that holds it, or one file with labels, which
                 has a ``train`` and a ``val`` and no ``test``.
-            split: ``train``, ``val`` or ``test``; see the top of this module.
-            task: one of ``TASKS``. ``mnli_mismatched`` has the training file of ``mnli`` and
-                another dev file.
+            split: ``train``, ``val`` or ``test``, of MNLI also ``test_mismatched``; see the top of
+                this module.
+            task: one of ``TASKS``.
             held_out_percent: about how many of a hundred lines of the training file are ``val``.
             name: of the source.
             key: config key of ``root``, for messages.
@@ -169,12 +181,12 @@ class GLUE:
         file = _find_file(pathlib.Path(root), split, self._layout, key)
         rows = self._rows(file, split, f"{section}.task")
         examples = list(self._examples(rows))
-        if split != "test":
+        if split in _TRAINING:
             wanted = split == "val"
             examples = [e for e in examples if _is_held_out(e[0][0], held_out_percent) == wanted]
         if not examples:
             remedy = "fetch it again"
-            if split != "test" and not self.bad_captions:
+            if split in _TRAINING and not self.bad_captions:
                 remedy = f"change {section}.held_out_percent={held_out_percent}"
             raise ValueError(
                 f"{file}: split {split!r} has no usable example, lines left out: "
@@ -259,9 +271,9 @@ class GLUE:
                 continue
             cells = [row[place] for place in places]
             pair = tuple(cell.strip() for cell in cells[3:])  # () but in Microsoft's file
-            is_dev = split == "test" if dev_ids is None else pair in dev_ids
+            is_dev = split not in _TRAINING if dev_ids is None else pair in dev_ids
             dev_pairs += is_dev
-            if is_dev == (split == "test"):
+            if is_dev == (split not in _TRAINING):
                 yield cells
         if dev_ids is not None and not dev_pairs:
             raise ValueError(
@@ -300,9 +312,10 @@ def _check_arguments(section: str, split: str, task: str, held_out_percent: floa
         raise ConfigError(
             f"{section}.task", f"{task!r} is no task of GLUE", instead_of(str(task).lower(), TASKS)
         )
-    if split not in SPLITS:
+    splits = (*SPLITS, *_LAYOUTS[task].more)
+    if split not in splits:
         raise ConfigError(
-            f"{section}.split", f"{split!r} is no split", f"Use one of {', '.join(SPLITS)}"
+            f"{section}.split", f"{split!r} is no split", f"Use one of {', '.join(splits)}"
         )
     if not 0.0 <= held_out_percent < 100.0:
         raise ConfigError(
@@ -316,15 +329,16 @@ def _find_file(root: pathlib.Path, split: str, layout: _Layout, key: str) -> pat
     """The file that holds the split.
 
     Raises:
-        ConfigError: the root is a file, and the split ``test``.
+        ConfigError: the root is a file, and the split none of the training file's.
         FileNotFoundError: there is no such folder, or no such file.
     """
-    names = layout.dev if split == "test" else layout.train
+    of_dev = {"test": layout.dev, **layout.more}
+    names = of_dev.get(split, layout.train)
     if root.is_file():
-        if split == "test":
+        if split in of_dev:
             raise ConfigError(
                 key,
-                f"{root} is a file, whose lines are 'train' and 'val' and none of them 'test'",
+                f"{root} is a file, whose lines are 'train' and 'val' and none of them {split!r}",
                 f"Name the folder that holds {' or '.join(names)}",
             )
         return root
@@ -339,7 +353,7 @@ def _find_file(root: pathlib.Path, split: str, layout: _Layout, key: str) -> pat
         if file.is_file():
             return file
     looked = f"{key}={root}: looked for {', '.join(map(str, files))}"
-    if split == "test":
+    if split in of_dev:
         for secret in (path for folder in folders for path in sorted(folder.glob("test*.tsv"))):
             raise FileNotFoundError(
                 f"{looked}; {secret} cannot take its place: {_SECRET}. Add the dev file"

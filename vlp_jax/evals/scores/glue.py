@@ -2,7 +2,9 @@
 
     scores = glue_scores("mrpc", predictions, truths)    # {"accuracy": 0.86, "f1": 0.90}
     glue_score("mrpc", predictions, truths)              # 0.88, their mean
-    glue_macro({"cola": 0.52, ..., "wnli": 0.65})        # the mean over the nine tasks
+
+The score of the benchmark is the mean over the nine tasks, of MNLI that of its two sets: what
+``tools.evaluate_shared`` tells as the average of texts.
 
 Where a metric is undefined it is 0: what cannot be told from chance earns nothing. That is what
 scikit-learn returns for Matthews' correlation of constant predictions and for F1 without positives.
@@ -11,26 +13,13 @@ could be chosen by; they are 0 here as well. Predictions that are not finite are
 fault: correlations with them are NaN.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from vlp_jax.infra.errors import instead_of
 
 _Metric = Callable[[np.ndarray, np.ndarray], float]
-
-# The nine tasks in the order of the paper's tables, and the sets that each is scored on.
-MACRO: Mapping[str, tuple[str, ...]] = {
-    "cola": ("cola",),
-    "sst2": ("sst2",),
-    "mrpc": ("mrpc",),
-    "stsb": ("stsb",),
-    "qqp": ("qqp",),
-    "mnli": ("mnli", "mnli_mismatched"),
-    "qnli": ("qnli",),
-    "rte": ("rte",),
-    "wnli": ("wnli",),
-}
 
 
 def accuracy(predictions: np.ndarray, truths: np.ndarray) -> float:
@@ -106,7 +95,6 @@ _METRICS: Mapping[str, Mapping[str, _Metric]] = {
     "stsb": {"pearson": pearson, "spearman": spearman},
     "qqp": {"accuracy": accuracy, "f1": f1},
     "mnli": {"accuracy": accuracy},
-    "mnli_mismatched": {"accuracy": accuracy},
     "qnli": {"accuracy": accuracy},
     "rte": {"accuracy": accuracy},
     "wnli": {"accuracy": accuracy},
@@ -139,24 +127,6 @@ def glue_scores(task: str, predictions: np.ndarray, truths: np.ndarray) -> dict[
 def glue_score(task: str, predictions: np.ndarray, truths: np.ndarray) -> float:
     """The one number of a task: the mean of its ``glue_scores``."""
     return float(np.mean(list(glue_scores(task, predictions, truths).values())))
-
-
-def glue_macro(scores: Mapping[str, float], tasks: Collection[str] = tuple(MACRO)) -> float:
-    """The score of the benchmark: the mean over its tasks, of MNLI that of its two sets.
-
-    Args:
-        scores: the ``glue_score`` on each set, of ``data.tasks.glue.TASKS``.
-        tasks: keys of ``MACRO``; BERT's tables, for one, leave ``wnli`` out.
-
-    Raises:
-        ValueError: the score of a set is missing.
-    """
-    missing = [part for task in tasks for part in MACRO[task] if part not in scores]
-    if missing:
-        raise ValueError(
-            f"no score of {', '.join(missing)}; score them, or name the tasks that are averaged"
-        )
-    return float(np.mean([np.mean([scores[part] for part in MACRO[task]]) for task in tasks]))
 
 
 def _mean_ranks(values: np.ndarray) -> np.ndarray:
