@@ -27,6 +27,7 @@ COLUMNS = ("image", "text", "multimodal")
 RECALL = ("i2t_r1", "t2i_r1")
 # Of the largest object, and how many there are: frozen features are asked for all of them.
 SCENE_LABELS = ("shape", "colour", "size", "texture", "count")
+PROBE_ITERATIONS = 1_000  # of each fit; ``evals.frozen.max_iterations`` of a task's overrides
 _REPO = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -111,9 +112,9 @@ def tasks_of(data: str, glue: str, glue_tasks: Sequence[str]) -> list[Task]:
     arg = {"scenes": "", "pack": ":pack"}[data]
     labels = {"scenes": SCENE_LABELS, "pack": ("label",)}[data]
 
-    def frozen(name: str, kind: str, figure: str) -> Task:
+    def frozen(name: str, kind: str, figure: str, **more: Any) -> Task:
         # Masked patches alone, which stages begin with, ask nothing of a class token.
-        evaluator = {"type": kind, "split": "test", "pool": "mean", **source}
+        evaluator = {"type": kind, "split": "test", "pool": "mean", **source, **more}
         return Task(
             "image",
             name,
@@ -139,7 +140,7 @@ def tasks_of(data: str, glue: str, glue_tasks: Sequence[str]) -> list[Task]:
     ]
     return [
         frozen("neighbours", "neighbours", "knn_accuracy"),
-        frozen("linear probe", "linear_probe", "accuracy"),
+        frozen("linear probe", "linear_probe", "accuracy", max_iterations=PROBE_ITERATIONS),
         tuned("image", "classification", "classification", "accuracy"),
         *texts,
         tuned("multimodal", "vqa", "vqa", "accuracy"),

@@ -45,7 +45,7 @@ BATCH = {"images": 32, "text": 32, "pairs": 32}
 # What is asked after each stage, with keys of its config: of all runs in the same way, of those too
 # that have read no text yet.
 TASKS: Mapping[str, Mapping[str, Any]] = {
-    "linear probe": {},
+    "linear probe": {"evals.frozen.max_iterations": 200},
     "sst2": {
         "data.max_text_length": 32,
         "objectives.text_classification.readout": "forward",
