@@ -48,7 +48,7 @@ def _longer(source: str) -> dict[str, Any]:
 # What is asked, with one way of reading pairs and texts for all: images alone have trained none.
 TASKS: Mapping[str, Mapping[str, Any]] = {
     "neighbours": {},
-    # A fifth of the default, in half of the time: three points or less below it (momo.md).
+    # A fifth of the default, in half of the time, and in the demo at most a point below it.
     "linear probe": {"evals.frozen.max_iterations": 200},
     "classification": {},
     "sst2": {"objectives.text_classification.readout": "bidirectional"},
