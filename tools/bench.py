@@ -47,11 +47,11 @@ from vlp_jax.compress.buckets import (
     bucket_text,
 )
 from vlp_jax.data.batch import EXTRA_FIELDS, PAIRS, Batch, batch_spec
-from vlp_jax.data.captions import batch_maxima, fit_edges
 from vlp_jax.data.joint_plan import JointPlan
 from vlp_jax.data.named import batch_section
 from vlp_jax.data.plan import Plan
 from vlp_jax.data.planned import PlannedBatch, PlannedSource
+from vlp_jax.data.text_edges import batch_maxima, fit_edges
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.command import bad_input, check_length, fail, parse_flags
 from vlp_jax.infra.compilation import CompiledSteps, set_gpu_flags

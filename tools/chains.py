@@ -93,7 +93,7 @@ class Job:
     Attributes:
         run: what is trained, or scored.
         task: in which it is scored; None: it is trained.
-        settings: of the scoring.
+        settings: of the scoring; ``helpers`` of the training too.
     """
 
     run: Run
@@ -136,12 +136,10 @@ class Places:
     Attributes:
         out: folder of runs and of what they share.
         texts: folder of free texts, and of tasks of texts.
-        helpers: processes that a job may have render the pictures of a data set.
     """
 
     out: pathlib.Path
     texts: str
-    helpers: int = 0
 
     def workdir(self, run: Run) -> pathlib.Path:
         """Of a run."""
@@ -192,8 +190,7 @@ def do(job: Job, places: Places) -> dict[str, Any]:
             for key, value in job.task.overrides.items()
         }
         task = dataclasses.replace(job.task, overrides=placed)
-        settings = dataclasses.replace(job.settings, helpers=places.helpers)
-        score = evaluate(workdir, task, settings)
+        score = evaluate(workdir, task, job.settings)
         found: dict[str, Any] = {"values": None if score is None else list(score.values)}
     else:
         config = job.run.config.copy_and_resolve_references()
@@ -201,7 +198,7 @@ def do(job: Job, places: Places) -> dict[str, Any]:
         config.init_from = "" if parent is None else str(places.workdir(parent))
         config.compile_cache = str(places.out / "compile_cache")
         config.data.cache_dir = str(places.out / "data")
-        config.data.cache_workers = places.helpers
+        config.data.cache_workers = job.settings.helpers
         for section in config.data.sources.values():
             if section.type == "texts":
                 section.root = places.texts

@@ -13,6 +13,7 @@ import rich.table
 from ml_collections import ConfigDict
 
 from tools.compare.configs import load, with_overrides
+from tools.compare.table import markdown_table
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
 from vlp_jax.infra.metrics import read_metrics
@@ -27,7 +28,7 @@ COLUMNS = ("image", "text", "multimodal")
 RECALL = ("i2t_r1", "t2i_r1")
 # Of the largest object, and how many there are: frozen features are asked for all of them.
 SCENE_LABELS = ("shape", "colour", "size", "texture", "count")
-PROBE_ITERATIONS = 1_000  # of each fit; ``evals.frozen.max_iterations`` of a task's overrides
+PROBE_ITERATIONS = 1_000  # of each fit, at most; given, so that overrides of the task may change it
 _REPO = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -83,7 +84,7 @@ class Settings:
         selections: how often a fine-tuning is validated, of which the best is tested; None: as the
             config.
         out: where runs are kept.
-        helpers: processes that render the pictures of a data set.
+        helpers: processes that render the pictures of a data set, ``data.cache_workers``.
     """
 
     seeds: tuple[int, ...]
@@ -169,9 +170,10 @@ def evaluate(workdir: pathlib.Path, task: Task, settings: Settings) -> Score | N
     Raises:
         ConfigError, ValueError, OSError: the run does not fit the task, or data are missing.
     """
-    with contextlib.suppress(NoPartFits):  # such as texts of a run of images in a tower of its own
+    try:
         return _evaluate(workdir, task, settings)
-    return None
+    except NoPartFits:  # such as texts, of a run of images in a tower of its own
+        return None
 
 
 def _evaluate(workdir: pathlib.Path, task: Task, settings: Settings) -> Score | None:
@@ -346,12 +348,6 @@ def header_of(tasks: Sequence[Task]) -> list[str]:
     return ["run", *(column.upper() for column in COLUMNS), *(task.name for task in tasks)]
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
 def terminal(header: Sequence[str], rows: Sequence[Sequence[str]]) -> rich.table.Table:
     """The same for the terminal."""
     table = rich.table.Table(header[0])
@@ -373,7 +369,7 @@ def write_table(
         tasks: in the order of the columns.
     """
     header, rows = header_of(tasks), rows_of(scores, tasks)
-    write_text(file, markdown(header, rows))
+    write_text(file, markdown_table(header, rows) + "\n")
     return terminal(header, rows)
 
 

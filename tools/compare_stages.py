@@ -12,6 +12,7 @@ share a GPU (--workers). Prints its tables and writes them to OUT/table.md.
 Exit codes are those of vlp_jax.infra.preemption: 1 where a job has failed, whose error is told.
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -23,7 +24,8 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 
 from tools.chains import Job, Places, differences, execute, jobs_of, read_archive, scores_of
-from tools.columns import COLUMNS, header_of, markdown, rows_of
+from tools.columns import COLUMNS, header_of, rows_of
+from tools.compare.table import markdown_table
 from vlp_jax.infra.command import bad_input, parse_flags
 from vlp_jax.infra.files import write_text
 from vlp_jax.infra.preemption import ExitCode
@@ -62,9 +64,9 @@ def main(argv: Sequence[str]) -> None:
     for folder in (out, archive.parent):
         folder.mkdir(parents=True, exist_ok=True)
     if limit:
-        jobs = jobs_of(study, names, seeds, out)
-        helpers = (os.cpu_count() or 1) // 4
-        places = Places(out, str(pathlib.Path(_TEXTS.value).absolute()), helpers)
+        settings = dataclasses.replace(study.settings, helpers=(os.cpu_count() or 1) // 4)
+        jobs = jobs_of(dataclasses.replace(study, settings=settings), names, seeds, out)
+        places = Places(out, str(pathlib.Path(_TEXTS.value).absolute()))
         longest: dict[str, float] = {}
 
         def may_start(job: Job) -> bool:
@@ -82,11 +84,13 @@ def main(argv: Sequence[str]) -> None:
                 file.write(line + "\n")
     known = read_archive(archive)
     scores = scores_of(study, known, seeds)
-    tables = markdown(header_of(study.tasks), rows_of(scores, study.tasks))
+    tables = markdown_table(header_of(study.tasks), rows_of(scores, study.tasks)) + "\n"
     base = next(iter(study.cells))
     if base in scores:
         apart = differences(scores, study.tasks, base)
-        tables += "\n" + markdown([f"less {base}", *(c.upper() for c in COLUMNS)], apart)
+        tables += (
+            "\n" + markdown_table([f"less {base}", *(c.upper() for c in COLUMNS)], apart) + "\n"
+        )
     write_text(out / "table.md", tables)
     print(tables)
     if failed:

@@ -173,4 +173,4 @@ def study() -> Study:
         selections=1,
         out=pathlib.Path(),
     )
-    return Study(cells(), tasks, ("shared", "three towers"), settings, ("image", "text"))
+    return Study(cells(), tasks, ("shared", "three towers"), settings, early=("image", "text"))

@@ -6,7 +6,8 @@ import pytest
 
 from tests.data.fake import MAX_LENGTH, TOKENIZER, Fake
 from vlp_jax.data import captions as captions_lib
-from vlp_jax.data.captions import EncodedCaptions, batch_maxima, captions_file, fit_edges
+from vlp_jax.data.captions import EncodedCaptions, captions_file
+from vlp_jax.data.text_edges import batch_maxima, fit_edges
 from vlp_jax.data.tokenizer import Tokenizer
 
 

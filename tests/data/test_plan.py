@@ -6,12 +6,13 @@ import pytest
 
 from tests.data.fake import MAX_LENGTH, TOKENIZER, Fake, planned
 from vlp_jax.compress.buckets import Bucket
-from vlp_jax.data.captions import EncodedCaptions, batch_maxima, fit_edges
+from vlp_jax.data.captions import EncodedCaptions
 from vlp_jax.data.eval_plan import EvalPlan
 from vlp_jax.data.folder import Folder
 from vlp_jax.data.plan import MIXTURE_BLOCK, Plan
 from vlp_jax.data.planned import PlannedSource
 from vlp_jax.data.scenes import Scenes
+from vlp_jax.data.text_edges import batch_maxima, fit_edges
 from vlp_jax.data.tokenizer import Tokenizer
 
 EDGES = (8, 12, 16, 24)

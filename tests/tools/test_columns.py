@@ -13,11 +13,11 @@ from tools.columns import (
     averages,
     chosen,
     header_of,
-    markdown,
     rows_of,
     tasks_of,
     told,
 )
+from tools.compare.table import markdown_table
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.train.config import check_keys
 
@@ -62,7 +62,7 @@ def test_a_score_is_told_with_its_spread_and_what_is_absent_as_such():
         "80.0 ± 14.1",
         "–",
     ]
-    table = markdown(header_of(TASKS), rows).splitlines()
+    table = markdown_table(header_of(TASKS), rows).splitlines()
     assert table[0].startswith("| run | IMAGE | TEXT | MULTIMODAL | frozen |")
     assert len({line.count("|") for line in table}) == 1
 

@@ -12,13 +12,7 @@ from ml_collections import ConfigDict
 from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS
 from vlp_jax.data.batch import FIELDS, PAIRS, standard_fields
 from vlp_jax.data.cache import ImageCache, uncached
-from vlp_jax.data.captions import (
-    EncodedCaptions,
-    batch_maxima,
-    captions_file,
-    every_caption,
-    fit_edges,
-)
+from vlp_jax.data.captions import EncodedCaptions, captions_file, every_caption
 from vlp_jax.data.eval_plan import EvalPlan
 from vlp_jax.data.guarded import Guarded
 from vlp_jax.data.joint_plan import JointPlan
@@ -30,6 +24,7 @@ from vlp_jax.data.plan import Plan
 from vlp_jax.data.planned import PlannedSource
 from vlp_jax.data.source import Source, Worded, has_pictures
 from vlp_jax.data.sources import SOURCES
+from vlp_jax.data.text_edges import batch_maxima, fit_edges
 from vlp_jax.data.texts import Texts
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.errors import ConfigError

@@ -12,27 +12,23 @@ by the names of files.
 
 import array
 import collections
-import contextlib
-import csv
-import dataclasses
 import difflib
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import BinaryIO, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import numpy as np
 
 from vlp_jax.data.files import text_fault
 from vlp_jax.data.source import CaptionsOnly
+from vlp_jax.data.text_files import TABLES, TextFile, file_state
 from vlp_jax.data.tokenizer import normalise_caption
 from vlp_jax.infra.errors import ConfigError
 
 SPLITS = ("train", "val", "test")
 UNITS = ("lines", "documents")
-_TABLES = (".tsv", ".csv")
-_BOM = b"\xef\xbb\xbf"
 
 
 class TextOnly(CaptionsOnly):
@@ -321,18 +317,18 @@ class Texts(TextOnly):
             )
         return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
-    def _file(self, path: pathlib.Path, unit: str, column: str) -> "_File":
-        is_table = path.suffix.lower() in _TABLES
+    def _file(self, path: pathlib.Path, unit: str, column: str) -> TextFile:
+        is_table = path.suffix.lower() in TABLES
         with path.open("rb") as stream:
-            state = _state(stream)
-            names = _File(str(path), state, path.suffix.lower()).header() if is_table else ()
+            state = file_state(stream)
+            names = TextFile(str(path), state, path.suffix.lower()).header() if is_table else ()
         if not is_table and not column:
-            return _File(str(path), state, unit)
+            return TextFile(str(path), state, unit)
         if column in names:
-            return _File(str(path), state, path.suffix.lower(), names.index(column))
+            return TextFile(str(path), state, path.suffix.lower(), names.index(column))
         if not is_table:
             problem, remedy = f"{column!r}, but {path} has no columns", "Set it to ''"
-            remedy += f", or name files ending in {' or '.join(_TABLES)}"
+            remedy += f", or name files ending in {' or '.join(TABLES)}"
         elif not column:
             problem = f"not given, and {path} is a table"
             remedy = f"Name the column of the texts: {', '.join(names) or 'the file is empty'}"
@@ -341,130 +337,6 @@ class Texts(TextOnly):
             problem = f"{path} has no column {column!r}"
             remedy = f"Perhaps you mean {close[0]!r}" if close else f"There are {', '.join(names)}"
         raise self._error("column", problem, remedy)
-
-
-@dataclasses.dataclass(frozen=True)
-class _File:
-    """A file of texts.
-
-    Attributes:
-        path: of the file.
-        state: what tells it from the same file with other content.
-        kind: ``lines``, ``documents``, ``.tsv`` or ``.csv``.
-        column: number of a table's column that holds the texts.
-    """
-
-    path: str
-    state: tuple[int, int]
-    kind: str
-    column: int = 0
-
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[BinaryIO]:
-        """The file, to read bytes of.
-
-        Raises:
-            ValueError: it has changed.
-        """
-        with open(self.path, "rb") as stream:
-            if _state(stream) != self.state:
-                raise ValueError(
-                    f"{self.path}: has changed since this run found its texts; start the run again"
-                )
-            yield stream
-
-    def header(self) -> tuple[str, ...]:
-        """The names in the first row of a table; () if there is none."""
-        with self.opened() as stream:
-            first = next(self._blocks(stream), None)
-        return () if first is None else tuple(name.strip() for name in self._cells(first[1]))
-
-    def texts(self) -> Iterator[tuple[int, int, str | None]]:
-        """First byte, byte after the last, and what ``text`` makes of them, of each text."""
-        with self.opened() as stream:
-            blocks = self._blocks(stream)
-            if self.kind in _TABLES:
-                next(blocks, None)
-            for start, data in blocks:
-                yield start, start + len(data), self.text(data)
-
-    def text(self, data: bytes) -> str | None:
-        """The text in these bytes; None: a row without the column.
-
-        Bytes that are not UTF-8 come out as lone surrogates, which ``text_fault`` finds.
-        """
-        if self.kind not in _TABLES:
-            return _decoded(data).strip()
-        cells = self._cells(data)
-        return cells[self.column].strip() if self.column < len(cells) else None
-
-    def _cells(self, data: bytes) -> list[str]:
-        if self.kind == ".csv":
-            return next(csv.reader([_decoded(data)], strict=True), [])
-        return _decoded(data).rstrip("\r\n").split("\t")
-
-    def _blocks(self, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-        """First byte and bytes of each line, document or row; blank ones are passed over."""
-        if stream.read(len(_BOM)) != _BOM:
-            stream.seek(0)
-        start = stream.tell()
-        pieces: Iterator[bytes] = iter(stream)
-        if self.kind == "documents":
-            pieces = _documents(stream)
-        elif self.kind == ".csv":
-            pieces = _csv_rows(stream, self.path)
-        for data in pieces:
-            if not data.isspace():
-                yield start, data
-            start += len(data)
-
-
-def _documents(stream: BinaryIO) -> Iterator[bytes]:
-    """Runs of lines that are not blank, and every blank line by itself."""
-    lines: list[bytes] = []
-    for line in stream:
-        if not line.isspace():
-            lines.append(line)
-            continue
-        if lines:
-            yield b"".join(lines)
-            lines.clear()
-        yield line
-    if lines:
-        yield b"".join(lines)
-
-
-def _csv_rows(stream: BinaryIO, path: str) -> Iterator[bytes]:
-    """Rows, which are several lines where quotes hold line ends."""
-    taken: list[bytes] = []
-
-    def lines() -> Iterator[str]:
-        for line in stream:
-            taken.append(line)
-            yield _decoded(line)
-
-    reader = csv.reader(lines(), strict=True)
-    first_line = 1
-    try:
-        for _ in reader:  # which takes no line more than the row has
-            yield b"".join(taken)
-            taken.clear()
-            first_line = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(
-            f"{path}:{first_line}: not a row of CSV ({error}); mend its quotes, or write the file "
-            "as .tsv, where quotes mean nothing"
-        ) from error
-
-
-def _decoded(data: bytes) -> str:
-    return data.decode("utf-8", "surrogateescape")
-
-
-def _state(stream: BinaryIO) -> tuple[int, int]:
-    """Size of an open file and time of its last change."""
-    status = os.fstat(stream.fileno())
-    return status.st_size, status.st_mtime_ns
 
 
 def _patterns(files: str | Sequence[str]) -> tuple[str, ...]:
