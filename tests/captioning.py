@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from tiny import IMAGE_SIZE
 
+from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.masks import forward_mask
-from vlp_jax.models.vision_language import VisionLanguageModel
 
 
 def whole_text(
-    model: VisionLanguageModel, ids: jax.Array, pixels: jax.Array
+    model: Encoder, ids: jax.Array, pixels: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What the head makes of every row of the forward stream: features, kernel, bias.
 
@@ -26,16 +26,17 @@ def whole_text(
     return model.predict_vocabulary(states.last[:, 0])
 
 
-def caption_params(model: VisionLanguageModel, image_size: int = IMAGE_SIZE) -> Any:
+def caption_params(model: Encoder, image_size: int = IMAGE_SIZE) -> Any:
     """Parameters of the stages that captions need.
 
     Larger than they start, so that tokens and images tell in the logits.
     """
 
-    gain = {"embedding": 50.0, "type_embedding": 20.0, "decoder_kernel": 5.0}
+    gain = {"embedding": 50.0, "type_embedding": 20.0, "stream_embedding": 20.0}
+    gain["decoder_kernel"] = 5.0
 
     def enlarged(path: jax.tree_util.KeyPath, leaf: jax.Array) -> jax.Array:
-        sharp = 2.0 if path[-2].key in ("query", "key") else 1.0
+        sharp = 2.0 if len(path) > 1 and path[-2].key in ("query", "key") else 1.0
         return leaf * gain.get(path[-1].key, 1.0) * sharp
 
     def make(key: jax.Array) -> Any:
@@ -46,9 +47,7 @@ def caption_params(model: VisionLanguageModel, image_size: int = IMAGE_SIZE) -> 
     return jax.jit(make)(jax.random.key(0))
 
 
-def whole_logits(
-    model: VisionLanguageModel, params: Any, ids: jax.Array, pixels: jax.Array
-) -> jax.Array:
+def whole_logits(model: Encoder, params: Any, ids: jax.Array, pixels: jax.Array) -> jax.Array:
     """Logits [B, N, V] of the token after each of ids [B, N]."""
     features, kernel, bias = nn.apply(whole_text, model)({"params": params}, ids, pixels)
     return features @ kernel + bias[None, None]

@@ -14,7 +14,8 @@ from vlp_jax.data.batch import HostBatch
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.mesh import global_batch, make_mesh
 from vlp_jax.models.shared import SharedModel
-from vlp_jax.models.sizes import build_model
+from vlp_jax.models.sizes import build_model, model_config
+from vlp_jax.models.three_towers import ThreeTowers
 from vlp_jax.models.vision_language import VisionLanguageModel
 from vlp_jax.train.config import default_config
 from vlp_jax.train.program import Program
@@ -88,6 +89,25 @@ def shared_model(**overrides: Any) -> SharedModel:
     config = shared_config(**{f"model.{key}": value for key, value in overrides.items()})
     model = build_model(config.model, VOCAB, MASK_ID, IMAGE_SIZE)
     assert isinstance(model, SharedModel)
+    return model
+
+
+def towers_config(**overrides: Any) -> ConfigDict:
+    """``config.model`` of three tiny towers; overrides are keys of it."""
+    config = model_config("towers_tiny")
+    block = {"width": 32, "heads": 2, "mlp_width": 64, "depth": 1}
+    config.image.update(block, patch_size=8)
+    config.text.update(block, max_positions=64)
+    config.reconstructor.depth = 1
+    config.dtype = "float32"
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def towers_model(**overrides: Any) -> ThreeTowers:
+    """The model of ``towers_config``."""
+    model = build_model(towers_config(**overrides), VOCAB, MASK_ID, IMAGE_SIZE)
+    assert isinstance(model, ThreeTowers)
     return model
 
 

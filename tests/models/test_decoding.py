@@ -1,5 +1,6 @@
 """Decoding token by token gives what encoding the whole text gives."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from captioning import caption_params, whole_logits
-from tiny import MASK_ID, TOKENS, make_batch, tiny_model
+from tiny import MASK_ID, TOKENS, make_batch, shared_model, tiny_model, towers_model
 
 from vlp_jax.data.augment import normalize
 from vlp_jax.models.decoding import (
@@ -20,34 +21,46 @@ from vlp_jax.models.decoding import (
     project_image,
     project_image_flops,
 )
+from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.sizes import build_model, model_config
-from vlp_jax.models.vision_language import VisionLanguageModel
 
 LENGTHS = [TOKENS] * 4
 BATCH = make_batch(LENGTHS)
 IDS, PIXELS = jnp.asarray(BATCH["text_ids"]), normalize(jnp.asarray(BATCH["image"]))
 
 
-@pytest.fixture(scope="module", params=["pre", "post"])
-def model(request: pytest.FixtureRequest) -> VisionLanguageModel:
+def two_stacks(norm: str) -> Encoder:
     depth = {"text.lower_depth": 2, "text.upper_depth": 2}
-    return tiny_model(**{"text.norm": request.param, "text.dropout": 0.1, **depth})
+    return tiny_model(**{"text.norm": norm, "text.dropout": 0.1, **depth})
+
+
+MODELS: dict[str, Callable[[], Encoder]] = {
+    "pre": lambda: two_stacks("pre"),
+    "post": lambda: two_stacks("post"),
+    "shared": lambda: shared_model(**{"image.depth": 3, "image.dropout": 0.1}),
+    "three_towers": lambda: towers_model(**{"text.depth": 2, "fusion.depth": 2}),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> Encoder:
+    return MODELS[request.param]()
 
 
 @pytest.fixture(scope="module")
-def params(model: VisionLanguageModel) -> Any:
+def params(model: Encoder) -> Any:
     return caption_params(model)
 
 
 @pytest.fixture(scope="module")
-def logits(model: VisionLanguageModel, params: Any) -> np.ndarray:
+def logits(model: Encoder, params: Any) -> np.ndarray:
     """[B, N, V] of the whole text."""
 
     return np.asarray(jax.jit(lambda params: whole_logits(model, params, IDS, PIXELS))(params))
 
 
 def decode(
-    model: VisionLanguageModel, params: Any, ids: jax.Array, pixels: jax.Array, room: int
+    model: Encoder, params: Any, ids: jax.Array, pixels: jax.Array, room: int
 ) -> tuple[np.ndarray, TextCache]:
     """Logits [N, B, K, V] of texts [B, K, N], token by token, and the last cache."""
 
@@ -70,31 +83,27 @@ def decode(
 
 @pytest.mark.parametrize("room", [TOKENS, TOKENS + 5])
 def test_tokens_one_by_one_equal_the_whole_text(
-    model: VisionLanguageModel, params: Any, logits: np.ndarray, room: int
+    model: Encoder, params: Any, logits: np.ndarray, room: int
 ) -> None:
     """At every position, whatever room the cache leaves behind the text."""
     stepped, _ = decode(model, params, IDS[:, None], PIXELS, room)
-    np.testing.assert_allclose(stepped[:, :, 0].swapaxes(0, 1), logits, atol=1e-5)
+    np.testing.assert_allclose(stepped[:, :, 0].swapaxes(0, 1), logits, atol=3e-5)
     spread = np.abs(np.diff(logits, axis=1)).max(axis=-1)
     assert spread.min() > 1e-1  # rows differ: the test above could fail
 
 
-def test_beams_are_texts_of_their_own(
-    model: VisionLanguageModel, params: Any, logits: np.ndarray
-) -> None:
+def test_beams_are_texts_of_their_own(model: Encoder, params: Any, logits: np.ndarray) -> None:
     """Three texts on each image: each equals itself alone, on that image."""
     texts = jnp.stack([IDS, jnp.roll(IDS, 1, axis=0), jnp.roll(IDS, 2, axis=0)], axis=1)
     stepped, cache = decode(model, params, texts, PIXELS, TOKENS)
-    np.testing.assert_allclose(stepped[:, :, 0].swapaxes(0, 1), logits, atol=1e-5)
+    np.testing.assert_allclose(stepped[:, :, 0].swapaxes(0, 1), logits, atol=3e-5)
     for beam in (1, 2):
         alone, _ = decode(model, params, texts[:, beam : beam + 1], PIXELS, TOKENS)
-        np.testing.assert_allclose(stepped[:, :, beam], alone[:, :, 0], atol=1e-5)
+        np.testing.assert_allclose(stepped[:, :, beam], alone[:, :, 0], atol=3e-5)
     assert {leaf.shape for leaf in jax.tree.leaves(cache)} == {(4, 3, 2, TOKENS, 16)}
 
 
-def test_decoding_reads_the_image(
-    model: VisionLanguageModel, params: Any, logits: np.ndarray
-) -> None:
+def test_decoding_reads_the_image(model: Encoder, params: Any, logits: np.ndarray) -> None:
     stepped, _ = decode(model, params, IDS[:, None], PIXELS[::-1], TOKENS)
     assert np.abs(stepped[:, :, 0].swapaxes(0, 1) - logits).max(axis=-1).min() > 1e-3
 
@@ -116,9 +125,10 @@ def test_more_tokens_than_positions() -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-def test_flops_match_the_lowered_module(beams: int) -> None:
+@pytest.mark.parametrize("size", ["base", "shared_base", "towers_base"])
+def test_flops_match_the_lowered_module(size: str, beams: int) -> None:
     rows, room, pixels = 2, 24, 288
-    config = model_config("base")
+    config = model_config(size)
     config.dtype = "float32"
     model = build_model(config, 50_265, MASK_ID, pixels)
     shapes = jax.eval_shape(lambda: caption_params(model, pixels))

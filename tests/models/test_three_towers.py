@@ -18,6 +18,8 @@ from tiny import (
     compile_run,
     make_batch,
     tiny_config,
+    towers_config,
+    towers_model,
 )
 
 from vlp_jax.compress.buckets import Bucket
@@ -65,28 +67,10 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], set[str]]] = {
 }
 
 
-def towers_config(**overrides: Any) -> ConfigDict:
-    """``config.model`` of tiny towers, by dotted key."""
-    config = model_config("towers_tiny")
-    block = {"width": 32, "heads": 2, "mlp_width": 64, "depth": 1}
-    config.image.update(block, patch_size=8)
-    config.text.update(block, max_positions=64)
-    config.reconstructor.depth = 1
-    config.dtype = "float32"
-    config.update_from_flattened_dict(overrides)
-    return config
-
-
-def towers(**overrides: Any) -> ThreeTowers:
-    model = build_model(towers_config(**overrides), VOCAB, MASK_ID, IMAGE_SIZE)
-    assert isinstance(model, ThreeTowers)
-    return model
-
-
 @pytest.fixture(scope="module")
 def objectives() -> dict[str, Objective]:
     sections = ConfigDict({name: section for name, (section, _) in OBJECTIVES.items()})
-    return {one.name: one for one in build_objectives(sections, towers(), VOCABULARY)}
+    return {one.name: one for one in build_objectives(sections, towers_model(), VOCABULARY)}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +86,7 @@ def params(objectives: dict[str, Objective]) -> Any:
 
 def compiled(forward: Any, params: Any) -> Any:
     """A function of the bound model and arrays, as one of the arrays."""
-    bound = jax.jit(nn.apply(forward, towers()))
+    bound = jax.jit(nn.apply(forward, towers_model()))
     return lambda *arguments: bound({"params": params}, *arguments)
 
 
@@ -337,13 +321,13 @@ def test_a_run_adopts_the_geometry_of_a_checkpoint(before: str) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model\.reconstructor\.depth=2 .* model\.text\.depth=1"):
-        towers(**{"reconstructor.depth": 2})
+        towers_model(**{"reconstructor.depth": 2})
     with pytest.raises(ValueError, match=r"model\.image\.width=16 must be model\.text\.width=32"):
-        towers(**{"image.width": 16})
+        towers_model(**{"image.width": 16})
     with pytest.raises(ValueError, match=r"model\.fusion\.depth=0 must be 1 or more"):
-        towers(**{"fusion.depth": 0})
-    with pytest.raises(ConfigError, match=r"'three_towers', but captioning needs a text stack"):
-        two_stacks(towers(), "captioning")
+        towers_model(**{"fusion.depth": 0})
+    with pytest.raises(ConfigError, match=r"'three_towers', but cloze needs a text stack"):
+        two_stacks(towers_model(), "cloze")
     with pytest.raises(ConfigError, match=r"'towers'. Use one of 'two_stacks', 'shared', 'three_"):
         build_model(ConfigDict({**towers_config(), "type": "towers"}), VOCAB, MASK_ID, IMAGE_SIZE)
     with pytest.raises(ValueError, match="do not see an image in one way"):
@@ -355,6 +339,6 @@ def test_what_does_not_fit_is_refused() -> None:
                     jnp.zeros((1, 5, 32)),
                     ("forward", "bidirectional"),
                 ),
-                towers(),
+                towers_model(),
             )(jax.random.key(0))
         )

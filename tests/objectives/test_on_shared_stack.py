@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 from tiny import (
     BATCH,
     BUCKET,
-    IMAGE_SIZE,
     VOCABULARY,
     compile_run,
     make_batch,
@@ -17,7 +16,6 @@ from tiny import (
 )
 
 from vlp_jax.data.batch import FIELDS, batch_spec
-from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import make_mesh
 from vlp_jax.infra.sharding import by_path
 from vlp_jax.objectives import OBJECTIVES, build_objectives, captioner
@@ -70,8 +68,13 @@ def test_eight_devices_equal_one():
     assert not any(path.startswith("text_lower") for path in by_path(results[0][0]))
 
 
-def test_captions_need_a_text_stack_and_say_so():
-    [objective] = build_objectives(ConfigDict({"ar": {}}), shared_model(), VOCABULARY)
-    with pytest.raises(ConfigError, match=r"model\.type: 'shared', but captioning by objectives"):
-        captioner(objective)
-    assert objective.model.config.image.image_size == IMAGE_SIZE
+def test_captions_are_grown_by_what_has_read_images():
+    sections = {"ar": {}, "flm": {}, "mlm": {}, "text": {"type": "ar", "with_image": False}}
+    sections["halves"] = {
+        "type": "flm",
+        "loss_weights": {"forward": 0.0, "reverse": 1.0, "reconstruction": 1.0},
+    }
+    model = shared_model()
+    objectives = build_objectives(ConfigDict(sections), model, VOCABULARY)
+    grown_by = {one.name: captioner(one) for one in objectives}
+    assert grown_by == {"ar": model, "flm": model, "mlm": None, "text": None, "halves": None}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from captioning import caption_params, whole_logits
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from tiny import VOCAB, make_batch, tiny_model
+from tiny import VOCAB, make_batch, shared_model, tiny_model
 
 from vlp_jax.data.augment import normalize
 from vlp_jax.data.tokenizer import Tokenizer
@@ -33,13 +33,22 @@ IMAGE = jnp.asarray(make_batch([TOKENS] * ROWS)["image"])
 SEARCH = Search(BOS, EOS, PAD, forbidden=(BOS, PAD, MASK), max_length=TOKENS)
 WORDS = (7, 22, 30)  # those of the small vocabulary
 
-MODEL = tiny_model()
+MODEL, SHARED = tiny_model(), shared_model()
 
 
 @pytest.fixture(scope="module")
 def params() -> Any:
     """Captions of several lengths; forbidden tokens and padding would be the likeliest."""
-    params = caption_params(MODEL)
+    return tempted(caption_params(MODEL))
+
+
+@pytest.fixture(scope="module")
+def shared_params() -> Any:
+    return tempted(caption_params(SHARED))
+
+
+def tempted(params: Any) -> Any:
+    """By tokens that no caption holds."""
     bias = params["vocabulary_head"]["decoder_bias"]
     bias = bias.at[jnp.array([BOS, PAD, MASK])].set(50.0).at[VOCAB:].set(60.0).at[EOS].set(0.9)
     return params | {"vocabulary_head": params["vocabulary_head"] | {"decoder_bias": bias}}
@@ -260,27 +269,43 @@ def every_shape(jaxpr: Jaxpr) -> Iterator[tuple[int, ...]]:
                 yield from every_shape(getattr(value, "jaxpr", value))
 
 
-def test_beams_share_the_keys_and_values_of_the_image(params: Any) -> None:
+@pytest.mark.parametrize("model", ["two_stacks", "shared"])
+def test_beams_share_the_keys_and_values_of_the_image(
+    model: str, params: Any, shared_params: Any
+) -> None:
     """Nothing as large as a copy of them for each beam exists, inside the loop or outside."""
-    c = MODEL.config
+    network = {"two_stacks": MODEL, "shared": SHARED}[model]
+    params = {"two_stacks": params, "shared": shared_params}[model]
+    c = network.config
     image = jnp.zeros((ROWS, c.image.tokens, c.text.width))
     search = dataclasses.replace(SEARCH, beams=BEAMS)
-    traced = jax.make_jaxpr(lambda p, x: beam_search(MODEL, p, x, search))(params, image)
+    traced = jax.make_jaxpr(lambda p, x: beam_search(network, p, x, search))(params, image)
     shapes = [s for s in every_shape(traced.jaxpr) if c.image.tokens in s]
-    assert (ROWS, c.text.heads, BEAMS, c.image.tokens) in shapes  # weights, inside the loop
-    assert max(int(np.prod(s)) for s in shapes) == image.size
+    weights = {
+        "two_stacks": (ROWS, c.text.heads, BEAMS, c.image.tokens),
+        "shared": (ROWS, BEAMS, c.text.heads, 1, c.image.tokens),
+    }
+    assert weights[model] in shapes  # inside the loop
+    largest = max(int(np.prod(s)) for s in shapes)
+    # The shared stack encodes the image here: its blocks are wider inside.
+    assert largest == image.size if model == "two_stacks" else largest < BEAMS * image.size
 
 
 @pytest.mark.parametrize("beam_count", [1, BEAMS])
-def test_eight_devices_equal_one(params: Any, beam_count: int) -> None:
+@pytest.mark.parametrize("model", ["two_stacks", "shared"])
+def test_eight_devices_equal_one(
+    model: str, params: Any, shared_params: Any, beam_count: int
+) -> None:
     """And all they tell each other in the loop is whether they are done."""
+    network = {"two_stacks": MODEL, "shared": SHARED}[model]
+    params = {"two_stacks": params, "shared": shared_params}[model]
     search = dataclasses.replace(SEARCH, beams=beam_count)
-    alone = jax.device_get(generate(MODEL, params, IMAGE, search))
+    alone = jax.device_get(generate(network, params, IMAGE, search))
     mesh = make_mesh()
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, replicated(mesh))
         images = jax.device_put(IMAGE, batch_sharding(mesh))
-        program = generate.lower(MODEL, placed, images, search).compile()
+        program = generate.lower(network, placed, images, search).compile()
         together = program(placed, images)
     assert together.ids.sharding.is_equivalent_to(batch_sharding(mesh), 3)
     np.testing.assert_array_equal(together.ids, alone.ids)

@@ -13,7 +13,7 @@ from vlp_jax.evals.scores.captioning import CAPTION_SCORES, caption_scores
 from vlp_jax.infra.artifacts import Card, Gallery, Picture, Span
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch, replicated
-from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.models.encoder import Encoder
 from vlp_jax.objectives import captioner
 from vlp_jax.objectives.base import Params
 from vlp_jax.transfer.generate import caption_search, generate
@@ -115,7 +115,7 @@ class Captioning:
         )
         self._save_gallery(records, captions[""], references, step)
 
-    def _forward_model(self, objective: str) -> VisionLanguageModel:
+    def _forward_model(self, objective: str) -> Encoder:
         for one in self._context.objectives:
             if one.name == objective and (model := captioner(one)) is not None:
                 return model

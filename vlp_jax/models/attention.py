@@ -155,24 +155,37 @@ def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None) 
 
 
 def attention_over_memory(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    beside: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Attention of few queries over keys that lie head by head, without dropout.
 
     Args:
-        query: [..., Q, H, d].
+        query: [..., Q, H, d]; [B, S, Q, H, d] with ``beside``.
         key: [..., H, K, d], same leading dimensions as ``query``.
         value: [..., H, K, d].
         mask: as in ``attention``.
+        beside: further keys and values, [B, H, I, d] each, which all queries of an example see;
+            they are not copied for its S streams.
 
     Returns:
         As ``attention``.
     """
-    scores = jnp.einsum(
-        "...qhd,...hkd->...hqk", _scaled(query), key, preferred_element_type=jnp.float32
-    )
-    weights = _softmax(scores, mask).astype(query.dtype)
-    return jnp.einsum("...hqk,...hkd->...qhd", weights, value)
+    query = _scaled(query)
+    scores = jnp.einsum("...qhd,...hkd->...hqk", query, key, preferred_element_type=jnp.float32)
+    if beside is None:
+        weights = _softmax(scores, mask).astype(query.dtype)
+        return jnp.einsum("...hqk,...hkd->...qhd", weights, value)
+    further = jnp.einsum("bsqhd,bhkd->bshqk", query, beside[0], preferred_element_type=jnp.float32)
+    count = further.shape[-1]
+    if mask is not None:
+        mask = jnp.concatenate([jnp.ones((*mask.shape[:-1], count), jnp.bool_), mask], axis=-1)
+    weights = _softmax(jnp.concatenate([further, scores], axis=-1), mask).astype(query.dtype)
+    of_further = jnp.einsum("bshqk,bhkd->bsqhd", weights[..., :count], beside[1])
+    return of_further + jnp.einsum("...hqk,...hkd->...qhd", weights[..., count:], value)
 
 
 def _scaled(query: jax.Array) -> jax.Array:

@@ -2,8 +2,8 @@
 
 The forward stream is plainly causal: row i sees the tokens j <= i and the image. What a token hands
 on to those after it are its keys and values in every block, so that a text grows by running its
-last token alone through the text stack. The keys and values of the image are computed once, and
-shared by all texts that grow on it.
+last token alone through the blocks that texts pass. What the blocks read of the image, which sees
+no text, is computed once, and shared by all texts that grow on it.
 
     image = encode_image(model, params, pixels)
     memory = project_image(model, params, image)
@@ -20,21 +20,20 @@ import jax
 import jax.numpy as jnp
 
 from vlp_jax.infra.sharding import constrain_batch
+from vlp_jax.models.encoder import Encoder, EncoderConfig
 from vlp_jax.models.flops import block_flops, vocabulary_flops
 from vlp_jax.models.layers import Memory
-from vlp_jax.models.vision_language import (
-    STREAM_TYPES,
-    VisionLanguageConfig,
-    VisionLanguageModel,
-)
+from vlp_jax.models.shared import SharedConfig
+from vlp_jax.models.three_towers import ThreeTowersConfig
+from vlp_jax.models.vision_language import VisionLanguageConfig
 
 Params = Mapping[str, Any]
 
-TextCache = tuple[Memory, ...]  # [B, K, H, T, d], one for each block of the text stack
-ImageMemory = tuple[Memory, ...]  # [B, H, I, d], one for each block of its upper half
+TextCache = tuple[Memory, ...]  # [B, K, H, T, d], one for each block that texts pass
+ImageMemory = tuple[Memory, ...]  # [B, H, I, d], one for each of those that read the image
 
 
-def cast_kernels(model: VisionLanguageModel, params: Params) -> Params:
+def cast_kernels(model: Encoder, params: Params) -> Params:
     """Parameters with the kernels of all products in the compute dtype.
 
     The layers cast them at every use; in a loop over tokens that would be at every token. What is
@@ -50,29 +49,23 @@ def cast_kernels(model: VisionLanguageModel, params: Params) -> Params:
     return result
 
 
-def encode_image(model: VisionLanguageModel, params: Params, pixels: jax.Array) -> jax.Array:
+def encode_image(model: Encoder, params: Params, pixels: jax.Array) -> jax.Array:
     """Image tokens: normalised pixels [B, S, S, 3] -> [B, I, D]."""
     return _run(model, params, lambda module: module.encode_image(pixels))
 
 
-def project_image(model: VisionLanguageModel, params: Params, image: jax.Array) -> ImageMemory:
-    """Keys and values of the image in every block that reads it.
+def project_image(model: Encoder, params: Params, image: jax.Array) -> ImageMemory:
+    """Keys and values of the image in every block whose texts read it.
 
     Args:
         model: the model.
         params: its parameters.
         image: [B, I, D] from ``encode_image``.
     """
-    return _run(
-        model,
-        params,
-        lambda module: tuple(
-            Memory.of(block.project_context(image)) for block in module.text_upper
-        ),
-    )
+    return _run(model, params, lambda module: module.project_image(image))
 
 
-def empty_cache(config: VisionLanguageConfig, batch: int, beams: int, tokens: int) -> TextCache:
+def empty_cache(config: EncoderConfig, batch: int, beams: int, tokens: int) -> TextCache:
     """Room for the keys and values of texts that are to grow.
 
     Args:
@@ -95,19 +88,18 @@ def empty_cache(config: VisionLanguageConfig, batch: int, beams: int, tokens: in
     def zeros() -> jax.Array:
         return constrain_batch(jnp.zeros(shape, text.dtype))
 
-    blocks = config.lower_depth + config.upper_depth
-    return tuple(Memory(zeros(), zeros()) for _ in range(blocks))
+    return tuple(Memory(zeros(), zeros()) for _ in range(config.text_blocks))
 
 
 def decode_token(
-    model: VisionLanguageModel,
+    model: Encoder,
     params: Params,
     ids: jax.Array,
     position: jax.Array,
     cache: TextCache,
     memory: ImageMemory,
 ) -> tuple[jax.Array, TextCache]:
-    """Run the last token of every text through the text stack.
+    """Run the last token of every text through the forward stream.
 
     Args:
         model: the model.
@@ -122,38 +114,31 @@ def decode_token(
         this token in its place.
     """
 
-    def run(module: VisionLanguageModel) -> tuple[jax.Array, TextCache]:
-        positions = jnp.broadcast_to(position, ids.shape[1:])
-        x = module.text_embedding(ids, positions)[:, :, None]
-        new = []
-        lower = len(module.text_lower)
-        for block, past in zip(module.text_lower, cache[:lower], strict=True):
-            x, past = block.decode(x, position, past)
-            new.append(past)
-        x = module.text_projection(x)
-        kind = module.type_embedding[STREAM_TYPES["forward"]].astype(x.dtype)
-        x = x + kind[None, None, None]
-        for block, past, image in zip(module.text_upper, cache[lower:], memory, strict=True):
-            x, past = block.decode(x, position, past, image)
-            new.append(past)
-        last = module.text_norm(x) if module.config.text.norm == "pre" else x
-        return module.vocabulary_logits(last[:, :, 0]), tuple(new)
+    def run(module: Encoder) -> tuple[jax.Array, TextCache]:
+        last, grown = module.decode(ids, position, cache, memory)
+        return module.vocabulary_logits(last), grown
 
     return _run(model, params, run)
 
 
-def _run(
-    model: VisionLanguageModel, params: Params, stage: Callable[[VisionLanguageModel], Any]
-) -> Any:
+def _run(model: Encoder, params: Params, stage: Callable[[Encoder], Any]) -> Any:
     return model.apply({"params": params}, method=stage)
 
 
-def project_image_flops(config: VisionLanguageConfig) -> float:
+def project_image_flops(config: EncoderConfig) -> float:
     """FLOPs of ``project_image`` for one image."""
-    return config.upper_depth * 4.0 * config.image.tokens * config.text.width**2
+    tokens, width = config.image.tokens, config.text.width
+    projected = 4.0 * tokens * width**2  # keys and values of a block
+    if isinstance(config, VisionLanguageConfig):
+        return config.upper_depth * projected
+    block = block_flops(config.text, tokens, tokens)
+    if isinstance(config, ThreeTowersConfig):
+        entering = 2.0 * tokens * width**2
+        return entering + (config.fusion_depth - 1) * block + projected
+    return (config.text_blocks - 1) * block + projected
 
 
-def decode_token_flops(config: VisionLanguageConfig, tokens: int, beams: int = 1) -> float:
+def decode_token_flops(config: EncoderConfig, tokens: int, beams: int = 1) -> float:
     """FLOPs of ``decode_token`` for one image.
 
     Args:
@@ -161,11 +146,15 @@ def decode_token_flops(config: VisionLanguageConfig, tokens: int, beams: int = 1
         tokens: T, room of the cache; its empty places are multiplied like any other.
         beams: K.
     """
-    text = config.text
-    return (
-        config.lower_depth * block_flops(text, beams, tokens)
-        + 2.0 * beams * text.width**2
-        + config.upper_depth * block_flops(text, beams, tokens, config.image.tokens)
-        - project_image_flops(config)
-        + vocabulary_flops(config, beams)
-    )
+    text, image = config.text, config.image.tokens
+    alone = block_flops(text, beams, tokens)
+    entering = 2.0 * beams * text.width**2
+    words = vocabulary_flops(config, beams)
+    if isinstance(config, SharedConfig):
+        return config.depth * block_flops(text, beams, image + tokens) + words
+    if isinstance(config, ThreeTowersConfig):
+        fusion = config.fusion_depth * block_flops(text, beams, image + tokens)
+        return config.text_depth * alone + entering + fusion + words
+    assert isinstance(config, VisionLanguageConfig)
+    upper = config.upper_depth * block_flops(text, beams, tokens, image)
+    return config.lower_depth * alone + entering + upper - project_image_flops(config) + words

@@ -16,7 +16,7 @@ from vlp_jax.compress.buckets import View
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.image_tower import ImageTowerConfig, image_tower
-from vlp_jax.models.layers import ACTIVATIONS, BlockConfig, Noise, drop, norm
+from vlp_jax.models.layers import ACTIVATIONS, BlockConfig, Memory, Noise, drop, norm
 
 VOCABULARY_MULTIPLE = 128  # odd vocabularies compile for minutes and run slowly
 
@@ -27,6 +27,7 @@ class EncoderConfig(Protocol):
     Attributes:
         image: the image tower.
         text: of the blocks that read text; heads and the reconstructor take their width from it.
+        text_blocks: blocks that a text with its image passes.
         reconstructor_depth: blocks of the reconstructor.
         vocab_size: entries of the tokenizer.
         padded_vocab_size: of the table of tokens.
@@ -40,6 +41,8 @@ class EncoderConfig(Protocol):
     def image(self) -> ImageTowerConfig: ...  # noqa: D102
     @property
     def text(self) -> BlockConfig: ...  # noqa: D102
+    @property
+    def text_blocks(self) -> int: ...  # noqa: D102
     @property
     def reconstructor_depth(self) -> int: ...  # noqa: D102
     @property
@@ -318,6 +321,37 @@ class Encoder(nn.Module):
         """
         raise NotImplementedError
 
+    def project_image(self, image: jax.Array) -> tuple[Memory, ...]:
+        """Keys and values of an image that sees no text, in every block whose texts read it.
+
+        Args:
+            image: [B, I, D] from ``encode_image``.
+
+        Returns:
+            [B, H, I, d] each.
+        """
+        raise NotImplementedError
+
+    def decode(
+        self,
+        ids: jax.Array,
+        position: jax.Array,
+        past: tuple[Memory, ...],
+        image: tuple[Memory, ...],
+    ) -> tuple[jax.Array, tuple[Memory, ...]]:
+        """Run one more token of texts through the forward stream, without dropout.
+
+        Args:
+            ids: int32 [B, K], the token at ``position`` of K texts of an image.
+            position: int32 [], the same for all.
+            past: of the tokens before it, in every block that texts pass: [B, K, H, T, d].
+            image: of ``project_image``.
+
+        Returns:
+            What the heads read of the token, [B, K, D], and ``past`` with it in its place.
+        """
+        raise NotImplementedError
+
     def predict_vocabulary(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Features for the decoder, its kernel and its bias: [..., D], [D, V], [V]."""
         table = self.text_embedding.table() if self.config.tied else None
@@ -342,6 +376,11 @@ class Encoder(nn.Module):
         x = drop(self, "tokens", x, self.config.text.dropout, noise)
         # Streams sit on an inner axis: the batch axis is never concatenated (it is sharded).
         return jnp.broadcast_to(x[:, None], (x.shape[0], streams, *x.shape[1:]))
+
+    def _next_token(self, ids: jax.Array, position: jax.Array) -> jax.Array:
+        """Embedded tokens at one position: int32 [B, K], int32 [] -> [B, K, 1, D]."""
+        positions = jnp.broadcast_to(position, ids.shape[1:])
+        return self.text_embedding(ids, positions)[:, :, None]
 
     def _queries(self, positions: jax.Array, batch: int, noise: Noise) -> jax.Array:
         """The mask token at every position: int32 [Q] or [B, Q] -> [B, Q, D]."""

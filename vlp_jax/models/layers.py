@@ -5,7 +5,7 @@ Parameters are float32; ``dtype`` is the compute dtype. Layer norms and softmax 
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Self, get_args
 
 import flax.linen as nn
@@ -224,18 +224,25 @@ class Attention(nn.Module):
         """
         return self._attend(self.query(x), context, mask, noise)
 
-    def recall(self, x: jax.Array, memory: Memory, mask: jax.Array | None = None) -> jax.Array:
+    def recall(
+        self,
+        x: jax.Array,
+        memory: Memory,
+        mask: jax.Array | None = None,
+        beside: Memory | None = None,
+    ) -> jax.Array:
         """Attend to a memory, without dropout.
 
         Args:
-            x: queries [..., Q, D].
+            x: queries [..., Q, D]; [B, S, Q, D] with ``beside``.
             memory: with the leading dimensions of ``x``.
             mask: bool [..., Q, K] or None.
+            beside: another, [B, H, I, d], which all queries of an example see.
 
         Returns:
             [..., Q, D].
         """
-        return self.out(attention_over_memory(self.query(x), memory.key, memory.value, mask))
+        return self.out(attention_over_memory(self.query(x), *memory, mask, beside))
 
     def _attend(
         self,
@@ -374,7 +381,9 @@ class Block(nn.Module):
             position: int32 [].
             past: [B, S, H, T, d], keys and values of the tokens before ``position``; what follows
                 them is not read.
-            context: [B, H, I, d], of ``project_context``, one for all streams of an example.
+            context: [B, H, I, d], one for all streams of an example: of ``project_context``; of a
+                block without cross-attention of ``project``, which self-attention reads beside the
+                stream's own tokens.
 
         Returns:
             [B, S, 1, D], and ``past`` with the token in its place.
@@ -382,7 +391,9 @@ class Block(nn.Module):
         h = self._enter("self_attention", x)
         past = past.write(self.attend_self.project(h), position)
         seen = (jnp.arange(past.key.shape[-2]) <= position)[None, None, None, :]
-        x = self._leave("self_attention", x, self.attend_self.recall(h, past, seen), None)
+        beside = None if self.cross_attention else context
+        out = self.attend_self.recall(h, past, seen, beside)
+        x = self._leave("self_attention", x, out, None)
         if self.cross_attention:
             if context is None:
                 raise ValueError("a block with cross-attention needs a context")
@@ -419,6 +430,32 @@ class Block(nn.Module):
 
     def _norm(self, branch: str) -> nn.LayerNorm:
         return getattr(self, f"{branch}_norm")
+
+
+def decode(
+    blocks: Sequence[Block],
+    x: jax.Array,
+    position: jax.Array,
+    past: Sequence[Memory],
+    context: Sequence[Memory] | None = None,
+) -> tuple[jax.Array, tuple[Memory, ...]]:
+    """Apply blocks, one after the other, to one more token of every stream; see ``Block.decode``.
+
+    Args:
+        blocks: of a stack.
+        x: [B, S, 1, D].
+        position: int32 [].
+        past: of every block.
+        context: of every block; None: there is none.
+
+    Returns:
+        [B, S, 1, D], and the past of every block with the token in its place.
+    """
+    kept, reads = [], context or (None,) * len(blocks)
+    for block, before, read in zip(blocks, past, reads, strict=True):
+        x, after = block.decode(x, position, before, read)
+        kept.append(after)
+    return x, tuple(kept)
 
 
 def _read_beside(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from vlp_jax.models.attention import padded_length
 from vlp_jax.models.dropout import noise_of
 from vlp_jax.models.encoder import Encoder, TextStates, run_of_keys
-from vlp_jax.models.layers import Block, Noise, norm
+from vlp_jax.models.layers import Block, Memory, Noise, norm
 from vlp_jax.models.masks import bidirectional_mask
 
 JOINT = "bidirectional"  # the kind of stream that is one sequence with the image
@@ -145,3 +145,22 @@ def read_beside(
         if layer + 1 < len(blocks):  # nobody reads what the last block makes of the image
             image = block(image, noise=noise_of_image, own=read)
     return tuple(states)
+
+
+def project_beside(blocks: Sequence[Block], image: jax.Array) -> tuple[Memory, ...]:
+    """What ``read_beside`` has every block read of an image, to be kept for texts that grow.
+
+    Args:
+        blocks: of the stack.
+        image: [B, I, D].
+
+    Returns:
+        [B, H, I, d] each.
+    """
+    kept = []
+    for layer, block in enumerate(blocks):
+        read = block.project(image)
+        kept.append(Memory.of(read))
+        if layer + 1 < len(blocks):
+            image = block(image, own=read)
+    return tuple(kept)

@@ -26,8 +26,15 @@ from flax import linen as nn
 from vlp_jax.compress.buckets import View
 from vlp_jax.models.dropout import noise_of
 from vlp_jax.models.encoder import padded_vocabulary
-from vlp_jax.models.layers import BlockConfig, Noise
-from vlp_jax.models.pairs import JOINT, Pair, PairEncoder, read_as_one, read_beside
+from vlp_jax.models.layers import BlockConfig, Memory, Noise, decode
+from vlp_jax.models.pairs import (
+    JOINT,
+    Pair,
+    PairEncoder,
+    project_beside,
+    read_as_one,
+    read_beside,
+)
 from vlp_jax.models.vit import ViTConfig
 
 # Rows of the table that marks streams which see one side; what sees all is the plain text.
@@ -78,6 +85,11 @@ class SharedConfig:
     @property
     def depth(self) -> int:
         """Blocks of the stack."""
+        return self.image.depth
+
+    @property
+    def text_blocks(self) -> int:
+        """Those of the stack."""
         return self.image.depth
 
     @property
@@ -149,6 +161,23 @@ class SharedModel(PairEncoder):
             return self._text_alone(lower, mask, noise)
         states = read_beside(self.image_tower.blocks, lower, mask, image, noise)
         return states, self.image_tower.norm(states[-1])
+
+    def project_image(self, image: jax.Array) -> tuple[Memory, ...]:
+        """What every block reads of the image beside a text; see ``Encoder``."""
+        return project_beside(self.image_tower.blocks, image)
+
+    def decode(
+        self,
+        ids: jax.Array,
+        position: jax.Array,
+        past: tuple[Memory, ...],
+        image: tuple[Memory, ...],
+    ) -> tuple[jax.Array, tuple[Memory, ...]]:
+        """The stack; see ``Encoder``."""
+        x = self._next_token(ids, position)
+        x = x + self.stream_embedding[STREAM_TYPES["forward"]].astype(x.dtype)[None, None, None]
+        x, past = decode(self.image_tower.blocks, x, position, past, image)
+        return self.image_tower.norm(x)[:, :, 0], past
 
     def encode_pair(
         self, lower: jax.Array, mask: jax.Array, image: jax.Array, noise: Noise = None

@@ -25,8 +25,15 @@ from flax import linen as nn
 from vlp_jax.compress.buckets import View
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.encoder import padded_vocabulary
-from vlp_jax.models.layers import Block, BlockConfig, Noise, norm
-from vlp_jax.models.pairs import JOINT, Pair, PairEncoder, read_as_one, read_beside
+from vlp_jax.models.layers import Block, BlockConfig, Memory, Noise, decode, norm
+from vlp_jax.models.pairs import (
+    JOINT,
+    Pair,
+    PairEncoder,
+    project_beside,
+    read_as_one,
+    read_beside,
+)
 from vlp_jax.models.vit import ViTConfig
 
 
@@ -77,6 +84,11 @@ class ThreeTowersConfig:
                 f"most model.text.depth={self.text_depth} and "
                 f"model.fusion.depth={self.fusion_depth}"
             )
+
+    @property
+    def text_blocks(self) -> int:
+        """Those of the text and of the fusion tower."""
+        return self.text_depth + self.fusion_depth
 
     @property
     def padded_vocab_size(self) -> int:
@@ -173,6 +185,24 @@ class ThreeTowers(PairEncoder):
             return pair.blocks, pair.text
         states = read_beside(self.fusion_tower.blocks, *self._enter(lower, mask, image), noise)
         return states, self.fusion_tower.norm(states[-1])
+
+    def project_image(self, image: jax.Array) -> tuple[Memory, ...]:
+        """What every block of the fusion tower reads beside a text; see ``Encoder``."""
+        return project_beside(self.fusion_tower.blocks, self.image_to_fusion(image))
+
+    def decode(
+        self,
+        ids: jax.Array,
+        position: jax.Array,
+        past: tuple[Memory, ...],
+        image: tuple[Memory, ...],
+    ) -> tuple[jax.Array, tuple[Memory, ...]]:
+        """The text tower, then the fusion tower; see ``Encoder``."""
+        text, fusion, depth = self.text_tower, self.fusion_tower, self.config.text_depth
+        x, below = decode(text.blocks, self._next_token(ids, position), position, past[:depth])
+        x = self.text_to_fusion(text.norm(x))
+        x, above = decode(fusion.blocks, x, position, past[depth:], image)
+        return fusion.norm(x)[:, :, 0], below + above
 
     def encode_pair(
         self, lower: jax.Array, mask: jax.Array, image: jax.Array, noise: Noise = None

@@ -19,7 +19,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.encoder import Encoder, TextStates, padded_vocabulary, run_of_keys
 from vlp_jax.models.image_tower import ImageTowerConfig
-from vlp_jax.models.layers import Block, BlockConfig, Noise, norm
+from vlp_jax.models.layers import Block, BlockConfig, Memory, Noise, decode, norm
 from vlp_jax.models.masks import bidirectional_mask
 from vlp_jax.models.three_towers import ThreeTowers
 
@@ -64,6 +64,11 @@ class VisionLanguageConfig:
                 f"twice the shorter half of the text stack "
                 f"({self.lower_depth} + {self.upper_depth} blocks)"
             )
+
+    @property
+    def text_blocks(self) -> int:
+        """Blocks of the text stack."""
+        return self.lower_depth + self.upper_depth
 
     @property
     def padded_vocab_size(self) -> int:
@@ -176,6 +181,26 @@ class VisionLanguageModel(Encoder):
             x = block(x, mask=mask, context=image, noise=noise)
             states.append(x)
         return tuple(states), self.text_norm(x) if self.config.text.norm == "pre" else x
+
+    def project_image(self, image: jax.Array) -> tuple[Memory, ...]:
+        """What cross-attention of the upper half reads; see ``Encoder``."""
+        return tuple(Memory.of(block.project_context(image)) for block in self.text_upper)
+
+    def decode(
+        self,
+        ids: jax.Array,
+        position: jax.Array,
+        past: tuple[Memory, ...],
+        image: tuple[Memory, ...],
+    ) -> tuple[jax.Array, tuple[Memory, ...]]:
+        """Both halves of the text stack; see ``Encoder``."""
+        lower = len(self.text_lower)
+        x, below = decode(self.text_lower, self._next_token(ids, position), position, past[:lower])
+        x = self.text_projection(x)
+        x = x + self._type_vector("forward", x)[None, None, None]
+        x, above = decode(self.text_upper, x, position, past[lower:], image)
+        last = self.text_norm(x) if self.config.text.norm == "pre" else x
+        return last[:, :, 0], below + above
 
     def reconstruct(
         self, positions: jax.Array, states: TextStates, mask: jax.Array, noise: Noise = None

@@ -11,7 +11,6 @@ from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.errors import ConfigError, section_arguments
 from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.image_tower import as_vit
-from vlp_jax.models.vision_language import VisionLanguageModel, two_stacks
 from vlp_jax.objectives.base import Objective
 from vlp_jax.objectives.classification import NLVR2, VQA, Classification
 from vlp_jax.objectives.contrastive import ITC, ITM
@@ -88,17 +87,15 @@ def learns_from(config: ConfigDict) -> dict[str, tuple[str, ...]]:
     }
 
 
-def captioner(objective: Objective) -> VisionLanguageModel | None:
-    """The model whose forward stream an objective trains, for captions; None: it trains none.
+def captioner(objective: Objective) -> Encoder | None:
+    """The model whose forward stream an objective trains on images, for captions.
 
-    Raises:
-        ConfigError: the model has no way to grow a text token by token.
+    None: it trains none.
     """
-    reader = f"captioning by objectives.{objective.name}"
     if isinstance(objective, AR | PrefixLM):
-        return two_stacks(objective.model, reader)
+        return objective.image_encoder
     if isinstance(objective, FLM) and objective.loss_weights["forward"]:
-        return two_stacks(objective.model, reader)
+        return objective.image_encoder
     return None
 
 

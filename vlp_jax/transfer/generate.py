@@ -36,7 +36,7 @@ from vlp_jax.models.decoding import (
     encode_image,
     project_image,
 )
-from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.models.encoder import Encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +117,7 @@ class Captions(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "search"))
-def generate(
-    model: VisionLanguageModel, params: Params, image: jax.Array, search: Search
-) -> Captions:
+def generate(model: Encoder, params: Params, image: jax.Array, search: Search) -> Captions:
     """Caption images.
 
     Args:
@@ -139,7 +137,7 @@ def generate(
 class _Decoder(NamedTuple):
     """What stays the same while captions grow."""
 
-    model: VisionLanguageModel
+    model: Encoder
     params: Params
     memory: ImageMemory
     search: Search
@@ -184,7 +182,7 @@ class _Decoder(NamedTuple):
 
 
 def _begin(
-    model: VisionLanguageModel, params: Params, image: jax.Array, search: Search
+    model: Encoder, params: Params, image: jax.Array, search: Search
 ) -> tuple[_Decoder, TextCache]:
     params = cast_kernels(model, params)
     cache = empty_cache(model.config, image.shape[0], search.beams, search.max_length)
@@ -201,9 +199,7 @@ class _Greedy(NamedTuple):
     cache: TextCache
 
 
-def greedy_search(
-    model: VisionLanguageModel, params: Params, image: jax.Array, search: Search
-) -> Captions:
+def greedy_search(model: Encoder, params: Params, image: jax.Array, search: Search) -> Captions:
     """Take the likeliest token at each place.
 
     Args:
@@ -256,9 +252,7 @@ class _Beams(NamedTuple):
     ended: Captions
 
 
-def beam_search(
-    model: VisionLanguageModel, params: Params, image: jax.Array, search: Search
-) -> Captions:
+def beam_search(model: Encoder, params: Params, image: jax.Array, search: Search) -> Captions:
     """Grow the K likeliest texts of each image until K captions have ended.
 
     Of the 2 K best continuations of the growing texts, those among the first K that end are
