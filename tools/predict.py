@@ -4,11 +4,13 @@
     python -m tools.predict answer  --checkpoint=WORKDIR --image=cat.jpg --text="what is this?"
     python -m tools.predict compare --checkpoint=WORKDIR --image=a.jpg --image=b.jpg --text="..."
     python -m tools.predict classify --checkpoint=WORKDIR --image=cat.jpg
+    python -m tools.predict classify --checkpoint=WORKDIR --text="a fine film"
+    python -m tools.predict score   --checkpoint=WORKDIR --text=$'a cat sat\\ta cat ran'
     python -m tools.predict rank    --checkpoint=WORKDIR --image=a.jpg --image=b.jpg --text="a cat"
     python -m tools.predict embed   --checkpoint=WORKDIR --image=a.jpg --text="a cat" --out=e.npz
 
-``--checkpoint`` is a run's workdir, one of its checkpoints, or an exported parameter file. In
-Python: ``vlp_jax.predict.Predictor``.
+Two sentences have a tab between them. ``--checkpoint`` is a run's workdir, one of its checkpoints,
+or an exported parameter file. In Python: ``vlp_jax.predict.Predictor``.
 """
 
 import json
@@ -21,7 +23,7 @@ from absl import app, flags, logging
 
 from vlp_jax.infra.command import bad_input, parse_flags
 from vlp_jax.infra.compilation import set_gpu_flags
-from vlp_jax.predict import Predictor
+from vlp_jax.predict import Predictor, Text
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir, checkpoint or parameter file")
 _WHICH = flags.DEFINE_string("which", "latest", "checkpoint of a workdir: latest, best or a step")
@@ -56,12 +58,22 @@ def compare(predictor: Predictor) -> Any:
 
 
 def classify(predictor: Predictor) -> Any:
-    """Classes of each image."""
-    found = predictor.classify(_IMAGES.value, _TOP.value)
+    """Classes of each image, or of each text that is read without one."""
+    names = _IMAGES.value or _TEXTS.value
+    if _IMAGES.value:
+        found = predictor.classify(names, _TOP.value)
+    else:
+        found = predictor.classify_texts(_sentences(), _TOP.value)
     return {
         name: [{"class": label, "probability": round(chance, 4)} for label, chance in classes]
-        for name, classes in zip(_IMAGES.value, found, strict=True)
+        for name, classes in zip(names, found, strict=True)
     }
+
+
+def score(predictor: Predictor) -> Any:
+    """The number of each text."""
+    found = predictor.score_texts(_sentences())
+    return {text: round(float(number), 4) for text, number in zip(_TEXTS.value, found, strict=True)}
 
 
 def rank(predictor: Predictor) -> Any:
@@ -92,6 +104,7 @@ COMMANDS: Mapping[str, Callable[[Predictor], Any]] = {
     "answer": answer,
     "compare": compare,
     "classify": classify,
+    "score": score,
     "rank": rank,
     "embed": embed,
 }
@@ -104,7 +117,8 @@ def _check_flags(command: str) -> None:
         "caption": "" if images and not texts else "one --image or more, and no --text",
         "answer": "" if images == 1 and texts else "one --image, and one --text or more",
         "compare": "" if images == 2 and texts else "two --image, and one --text or more",
-        "classify": "" if images and not texts else "one --image or more, and no --text",
+        "classify": "" if bool(images) != bool(texts) else "one --image or more, or else --text",
+        "score": "" if texts and not images else "one --text or more, and no --image",
         "rank": "" if images and texts else "one --image or more, and one --text or more",
         "embed": "" if images or texts else "one --image or --text or more",
     }[command]
@@ -121,6 +135,14 @@ def _check_flags(command: str) -> None:
     for image in _IMAGES.value:
         if not pathlib.Path(image).is_file():
             raise ValueError(f"--image={image}: no such file")
+
+
+def _sentences() -> list[Text]:
+    """Texts as given, or pairs of sentences."""
+    parts = [tuple(text.split("\t")) for text in _TEXTS.value]
+    if strange := [text for text in parts if len(text) > 2]:
+        raise ValueError(f"--text={strange[0]}: give a sentence, or two with a tab between")
+    return [two[0] if len(two) == 1 else (two[0], two[1]) for two in parts]
 
 
 def _chances(pairs: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:

@@ -5,6 +5,8 @@
     predictor.answer("cat.jpg", "what is this?")          # [("cat", 0.93), ...]
     predictor.rank(["cat.jpg", "dog.jpg"], ["a cat"])     # float32 [images, texts]
     predictor.classify(["cat.jpg"])                       # [[("cat", 0.93), ...]]
+    predictor.classify_texts(["a fine film"])             # [[("positive", 0.97), ...]]
+    predictor.score_texts([("a cat sat", "a cat ran")])   # float32 [n]
     predictor.embed_images(["cat.jpg"])                   # float32 [n, E], unit vectors
 
 Which of these a checkpoint can do depends on the objectives it was trained with; the others say
@@ -13,7 +15,7 @@ which objective is missing. On the command line: ``python -m tools.predict``.
 
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -21,9 +23,11 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from vlp_jax.data.captions import token_rows
 from vlp_jax.data.decode import decode_image, resize_centre
 from vlp_jax.data.files import text_fault
-from vlp_jax.data.source import BadExample
+from vlp_jax.data.source import PAIR_SEPARATOR, BadExample
+from vlp_jax.data.tasks.glue import NUM_SENTENCES
 from vlp_jax.data.tokenizer import Tokenizer, normalise_caption
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import make_mesh
@@ -35,12 +39,14 @@ from vlp_jax.objectives.classification import NLVR2, VQA, Classification, Classi
 from vlp_jax.objectives.contrastive import ITC, ITM
 from vlp_jax.objectives.image_classification import ImageClassification
 from vlp_jax.objectives.invariance import Invariance
+from vlp_jax.objectives.text_tasks import TextClassification, TextRegression
 from vlp_jax.objectives.tower import image_features
 from vlp_jax.train.initial import read_origin
 from vlp_jax.transfer.generate import caption_search, generate
 from vlp_jax.transfer.ranking import Ranker
 
 Image = str | pathlib.Path | np.ndarray  # a file, or uint8 [H, W, 3]
+Text = str | tuple[str, str]  # two sentences, of tasks that read two
 T = TypeVar("T")
 
 _ROWS_AT_ONCE = 64  # images or texts on the device
@@ -74,6 +80,7 @@ class Predictor:
             for objective in self.objectives
             if isinstance(objective, Classifier)
         }
+        self._scores: Callable[..., jax.Array] | None = None
         self._features = jax.jit(functools.partial(image_features, self.model.config.image))
 
     @classmethod
@@ -129,6 +136,24 @@ class Predictor:
             for part in _parts(len(pixels))
         ]
         return [self._best(task, row, top) for row in np.concatenate(jax.device_get(logits))]
+
+    def classify_texts(self, texts: Sequence[Text], top: int = 5) -> list[list[tuple[str, float]]]:
+        """The best classes of each text, read without an image, with probabilities, best first.
+
+        Args:
+            texts: of one sentence or of two, as the task has them.
+            top: most classes of each; the probabilities of all sum to 1.
+        """
+        task = self._objective(TextClassification, "text_classification")
+        logits = self._of_texts(self._logits[task.name], texts)
+        return [self._best(task, row, top) for row in logits]
+
+    def score_texts(self, texts: Sequence[Text]) -> np.ndarray:
+        """What ``text_regression`` makes of each text, in units of its target: float32 [n]."""
+        task = self._objective(TextRegression, "text_regression")
+        if self._scores is None:
+            self._scores = jax.jit(task.scores)
+        return self._of_texts(self._scores, texts)
 
     def caption(
         self, images: Sequence[Image], beams: int = 3, max_length: int = 0
@@ -212,6 +237,33 @@ class Predictor:
             batch["second_image"] = pixels[1:]
         return self._best(task, np.asarray(self._logits[task.name](self.params, batch))[0], top)
 
+    def _of_texts(self, run: Callable[..., jax.Array], texts: Sequence[Text]) -> np.ndarray:
+        """What a task makes of texts: [n, ...]."""
+        _check_several(texts, "texts")
+        self._check_sentences(texts)
+        ids, lengths = self._tokens(texts)
+        parts = [
+            run(self.params, {"text_ids": ids[part], "text_length": lengths[part]})
+            for part in _parts(len(ids))
+        ]
+        return np.concatenate(jax.device_get(parts))
+
+    def _check_sentences(self, texts: Sequence[Text]) -> None:
+        """Refuse a sentence where the task has two, and the other way round."""
+        tasks = [
+            section.task
+            for name, section in self.config.data.sources.items()
+            if section.get("type", name) == "glue"
+        ]
+        for task in tasks:
+            count = NUM_SENTENCES[task]
+            for text in texts:
+                if (1 if isinstance(text, str) else len(text)) != count:
+                    wanted = {1: "one sentence", 2: "two sentences, (first, second)"}[count]
+                    raise ValueError(
+                        f"{text!r}: this checkpoint was trained on {task}; give {wanted}"
+                    )
+
     def _best(self, task: Classifier, logits: np.ndarray, top: int) -> list[tuple[str, float]]:
         """The classes with the largest of the logits [C], with probabilities, best first."""
         logits = logits[: len(self.classes)]
@@ -232,16 +284,21 @@ class Predictor:
             self._rankers[matching, size] = Ranker(itc, itm, mesh, batch_size=size)
         return self._rankers[matching, size]
 
-    def _tokens(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _tokens(self, texts: Sequence[Text]) -> tuple[np.ndarray, np.ndarray]:
         """Padded ids int32 [n, N] and lengths int32 [n]; warns of what the model cannot read."""
         _check_several(texts, "texts")
+        joined = []
+        pairs = not all(isinstance(text, str) for text in texts)
         for text in texts:
-            if fault := text_fault(text, "text"):
-                raise ValueError(f"{text!r}: {fault}; give one or more words")
-        texts = [normalise_caption(text) for text in texts]
+            sentences = (text,) if isinstance(text, str) else text
+            for sentence in sentences:
+                if fault := text_fault(sentence, "text"):
+                    raise ValueError(f"{sentence!r}: {fault}; give one or more words")
+            joined.append(PAIR_SEPARATOR.join(map(normalise_caption, sentences)))
         most = self.config.data.max_text_length
-        whole = self.tokenizer.encode(texts, max_length=max(map(len, texts)) * 4 + 3)
+        whole, _ = token_rows(self.tokenizer, joined, max(map(len, joined)) * 4 + 5, pairs)
         for text, ids in zip(texts, whole, strict=True):
+            text = " / ".join(text) if isinstance(text, tuple) else text
             shown = text if len(text) <= 60 else f"{text[:57]}..."
             if len(ids) > most:
                 logging.warning(
@@ -256,7 +313,8 @@ class Predictor:
                 logging.warning(
                     "%r has %d words or signs that the model has never seen", shown, unknown
                 )
-        return self.tokenizer.padded(texts, most)
+        rows, _ = token_rows(self.tokenizer, joined, most, pairs)
+        return self.tokenizer.padded_rows(rows, most)
 
     def _pixels(self, images: Sequence[Image]) -> np.ndarray:
         """uint8 [n, S, S, 3]."""

@@ -17,8 +17,9 @@ FLAVA's preset for QNLI: batch 32, 33,112 updates (ten epochs), 6 % of them warm
 (0.9, 0.98), weight decay 0.1, rate 1e-5. Substituted here: every task has ten epochs, and no more
 updates than that preset (MNLI and QQP: some three epochs); the decay is linear; a fresh head has
 ten times the rate. `pack` is for small models: rate 1e-4, five times that for the head, three
-epochs. Hardware: one GPU; with the size shared_tiny `pack` takes two CPU cores about a quarter of
-an hour. Score to expect: not measured yet.
+epochs. `python -m tools.predict classify --checkpoint=WORKDIR --text="..."` (`score` of stsb) uses
+what is learned. Hardware: one GPU; with the size shared_tiny `pack` takes two CPU cores about a
+quarter of an hour. Score to expect: not measured yet.
 """
 
 from ml_collections import ConfigDict

@@ -20,6 +20,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.metrics import read_metrics
 from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.models.sizes import model_config
+from vlp_jax.predict import Predictor
 from vlp_jax.train.loop import train
 from vlp_jax.train.setup import prepare
 
@@ -159,6 +160,38 @@ def test_what_is_written_of_every_answer(finished):
     table = load_all(setup.workdir)["test"]
     assert f"{task}, {DEV} texts" in table.title
     assert sum(row[1] for row in table.rows) == DEV
+
+
+def test_a_checkpoint_answers_texts_that_are_given(finished):
+    task, setup = finished
+    rows = predictions(setup.workdir, "test")
+    texts = [tuple(row["text"].split(" / ")) for row in rows]
+    predictor = Predictor.load(setup.workdir, "best")
+    if task == "stsb":
+        expected = [row["answer"] for row in rows]
+        np.testing.assert_allclose(predictor.score_texts(texts), expected, rtol=1e-4)
+        with pytest.raises(ValueError, match=r"and this needs text_classification"):
+            predictor.classify_texts(texts)
+    else:
+        found = predictor.classify_texts(texts, top=2)
+        assert [classes[0][0] for classes in found] == [row["answer"] for row in rows]
+        assert sum(chance for _, chance in found[0]) == pytest.approx(1.0)
+        with pytest.raises(ValueError, match=r"and this needs text_regression"):
+            predictor.score_texts(texts)
+
+
+@pytest.mark.parametrize("finished", ["mrpc"], indirect=True)
+def test_texts_that_do_not_fit_a_checkpoint_are_refused(finished):
+    predictor = Predictor.load(finished[1].workdir)
+    for texts, message in [
+        (["one sentence"], r"'one sentence': .* trained on mrpc; give two sentences"),
+        ([("one", "two", "three")], r"give two sentences, \(first, second\)"),
+        ([("one", " . ")], r"' \. ': empty text; give one or more words"),
+        ("one sentence", r"texts: give a list"),
+        ([], r"texts: the list is empty"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            predictor.classify_texts(texts)
 
 
 def test_one_device_gives_the_figures_of_eight(finished, tmp_path):

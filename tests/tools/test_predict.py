@@ -22,6 +22,12 @@ class Fake:
     def classify(self, images, top):
         return [[("cat", 0.9), ("dog", 0.1)][:top] for _ in images]
 
+    def classify_texts(self, texts, top):
+        return [[(f"{text}", 0.9)] for text in texts]
+
+    def score_texts(self, texts):
+        return np.array([2.5 for _ in texts], np.float32)
+
     def rank(self, images, texts):
         return np.array([[0.1, 0.9], [0.2, 0.3]])
 
@@ -76,6 +82,16 @@ def test_every_image_has_its_classes(command):
     assert list(json.loads(printed).values()) == [rows, rows]
 
 
+def test_texts_are_classified_and_scored_without_an_image(command):
+    _, printed, _ = command("classify", text=["fine", "one\tother"])
+    assert json.loads(printed) == {
+        "fine": [{"class": "fine", "probability": 0.9}],
+        "one\tother": [{"class": "('one', 'other')", "probability": 0.9}],
+    }
+    _, printed, _ = command("score", text=["one\tother"])
+    assert json.loads(printed) == {"one\tother": 2.5}
+
+
 def test_each_text_ranks_the_images(command):
     _, printed, _ = command("rank", image=["a.png", "b.png"], text=["one", "two"])
     names = {
@@ -99,7 +115,9 @@ def test_vectors_are_written_where_it_is_said(command, tmp_path):
         ("caption", {"image": ["a.png"], "text": ["a"]}, "and no --text"),
         ("answer", {"image": ["a.png", "b.png"], "text": ["a"]}, "answer needs one --image, "),
         ("compare", {"image": ["a.png", "b.png", "c.png"], "text": ["a"]}, "two --image"),
-        ("classify", {"image": ["a.png"], "text": ["a"]}, "and no --text"),
+        ("classify", {"image": ["a.png"], "text": ["a"]}, "or else --text"),
+        ("classify", {}, "or else --text"),
+        ("score", {"image": ["a.png"], "text": ["a"]}, "and no --image"),
         ("rank", {"image": ["a.png"]}, "one --text or more; given were 1 and 0"),
         ("rank", {"image": ["a.png"], "text": ["a"], "out": "e.npz"}, "no other command"),
         ("embed", {"text": ["a"]}, "--out=FILE.npz"),

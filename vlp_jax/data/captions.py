@@ -177,7 +177,7 @@ class EncodedCaptions:
         unique = list(dict.fromkeys(keys))
         records, indices = np.asarray(unique, np.int64).T
         texts = _texts(self.source, records, indices)
-        rows, num_truncated = _encode(
+        rows, num_truncated = token_rows(
             self.tokenizer, texts, self.max_length, _has_pairs(self.source)
         )
         encoded = dict(zip(unique, rows, strict=True))
@@ -333,7 +333,7 @@ def _encode_chunk(
 ) -> _Encoded:
     """All captions of the records from ``start`` to ``stop``."""
     texts = every_caption(source, np.arange(start, stop))
-    rows, num_truncated = _encode(tokenizer, texts, max_length, _has_pairs(source))
+    rows, num_truncated = token_rows(tokenizer, texts, max_length, _has_pairs(source))
     return _Encoded(
         np.fromiter(map(len, rows), np.int64, len(rows)),
         np.concatenate(rows).astype(id_dtype(tokenizer)),
@@ -341,10 +341,23 @@ def _encode_chunk(
     )
 
 
-def _encode(
+def token_rows(
     tokenizer: Tokenizer, texts: list[str], max_length: int, pairs: bool
 ) -> tuple[list[np.ndarray], int]:
-    """Rows of ids, int32 [length] each, and how many of them were cut."""
+    """Texts as rows ``<s> ... </s>``.
+
+    Args:
+        tokenizer: of the words.
+        texts: n.
+        max_length: most tokens of a row.
+        pairs: a text may be two sentences with ``PAIR_SEPARATOR`` between.
+
+    Returns:
+        n arrays int32 [length], and how many texts were cut.
+
+    Raises:
+        ValueError: ``max_length`` leaves no room for a word, of each sentence.
+    """
     if pairs:
         return _encode_pairs(tokenizer, texts, max_length)
     # One token more than fits tells a caption that is cut from one that just fits.
@@ -358,7 +371,15 @@ def _encode(
 def _encode_pairs(
     tokenizer: Tokenizer, texts: list[str], max_length: int
 ) -> tuple[list[np.ndarray], int]:
-    """As ``_encode``, for texts of one or two sentences.
+    """Rows ``<s> first </s> second </s>`` of texts of two sentences, or of one, as ``Tokenizer``'s.
+
+    Args:
+        tokenizer: of the words.
+        texts: n, of one sentence, or of two with ``PAIR_SEPARATOR`` between.
+        max_length: most tokens of a row; the longer sentence loses its end until both fit.
+
+    Returns:
+        n arrays int32 [length], and how many texts were cut.
 
     Raises:
         ValueError: ``max_length`` leaves no room for a word of each sentence.

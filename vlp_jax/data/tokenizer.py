@@ -204,7 +204,12 @@ class Tokenizer:
         Returns:
             Ids int32 [n, N] and lengths int32 [n].
         """
-        rows = self.encode(texts, max_length)
+        return self.padded_rows(self.encode(texts, max_length), max_length)
+
+    def padded_rows(
+        self, rows: Sequence[np.ndarray], max_length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of rows int32 [length] what ``padded`` makes of texts."""
         lengths = np.array([len(row) for row in rows], np.int32)
         # A model has no position beyond the longest text that it may be given.
         width = min(-(-int(lengths.max()) // 4) * 4, max_length)

@@ -119,6 +119,7 @@ _LAYOUTS: Mapping[str, _Layout] = {
 TASKS = tuple(_LAYOUTS)
 # What ``label`` indexes in each task; () where there is a score instead.
 CLASSES: Mapping[str, tuple[str, ...]] = {task: own.classes for task, own in _LAYOUTS.items()}
+NUM_SENTENCES: Mapping[str, int] = {task: len(own.sentences) for task, own in _LAYOUTS.items()}
 
 
 class GLUE:
