@@ -327,6 +327,40 @@ def scores_of(
     }
 
 
+def losses_of(
+    study: Study, known: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]
+) -> tuple[list[str], list[list[str]]]:
+    """Losses on held-out records at the end of every run that has a row: mean and deviation.
+
+    Args:
+        study: what is compared.
+        known: what an archive holds.
+        seeds: of the chains; those are told of which a run has been trained.
+
+    Returns:
+        Names of the evaluators, and a row for each run: its name, and what it has of each.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for cell in study.cells:
+        for seed in seeds:
+            for name, run, _ in study.scored(cell, seed):
+                for key, loss in known.get(run.key, {}).get("metrics", {}).items():
+                    evaluator, _, figure = key.partition("/")
+                    if evaluator.startswith("heldout") and figure == "loss":
+                        found.setdefault(name, {}).setdefault(evaluator, []).append(loss)
+    names = sorted({evaluator for losses in found.values() for evaluator in losses})
+    return names, [
+        [run, *(_loss(losses.get(n, ())) for n in names)] for run, losses in found.items()
+    ]
+
+
+def _loss(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    mean = f"{statistics.fmean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
 def differences(
     scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[Task], base: str
 ) -> list[list[str]]:

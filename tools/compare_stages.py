@@ -7,7 +7,8 @@ The argument names a module with ``study()``, see docs/results/momo.py. What --a
 done again, so that a study can be given several times for a while (--max_seconds: nothing is begun
 that, by the longest of its kind so far, would not be over by then), on several machines; --cells
 and --seeds say which part. Runs lie in --out, of which nothing is needed later. Several processes
-share a GPU (--workers). Prints its tables and writes them to OUT/table.md.
+share a GPU (--workers). Prints its tables (scores, how far they are from those of the first cell
+seed by seed, and losses on held-out records) and writes them to OUT/table.md.
 
 Exit codes are those of vlp_jax.infra.preemption: 1 where a job has failed, whose error is told.
 """
@@ -23,7 +24,16 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 
-from tools.chains import Job, Places, differences, execute, jobs_of, read_archive, scores_of
+from tools.chains import (
+    Job,
+    Places,
+    differences,
+    execute,
+    jobs_of,
+    losses_of,
+    read_archive,
+    scores_of,
+)
 from tools.columns import COLUMNS, header_of, rows_of
 from tools.compare.table import markdown_table
 from vlp_jax.infra.command import bad_input, parse_flags
@@ -91,6 +101,8 @@ def main(argv: Sequence[str]) -> None:
         tables += (
             "\n" + markdown_table([f"less {base}", *(c.upper() for c in COLUMNS)], apart) + "\n"
         )
+    evaluators, losses = losses_of(study, known, seeds)
+    tables += "\n" + markdown_table(["loss", *evaluators], losses) + "\n"
     write_text(out / "table.md", tables)
     print(tables)
     if failed:

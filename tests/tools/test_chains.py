@@ -121,6 +121,17 @@ def test_jobs_are_done_in_order_and_what_needs_a_failed_one_is_left_out(
     }
 
 
+def test_losses_are_told_of_every_run_that_has_a_row(study: Study) -> None:
+    losses = {0: {"heldout_text/loss": 1.5, "heldout_text/loss_train": 0.5}}
+    losses[1] = {"heldout_text/loss": 2.5, "train/loss": 0.5}
+    known = {study.chain("both", n)[1].key: {"metrics": losses[n]} for n in losses}
+    known[study.chain("second", 0)[0].key] = {"metrics": {"heldout_pairs/loss": 0.25}}
+    assert chains.losses_of(study, known, range(3)) == (
+        ["heldout_pairs", "heldout_text"],
+        [["both", "–", "2.000 ± 0.707"], ["second", "0.250", "–"]],
+    )
+
+
 def test_differences_are_those_of_equal_seeds() -> None:
     scores = {
         "base": {"shapes": Score((0.5, 0.6)), "words": Score((0.2, 0.4))},

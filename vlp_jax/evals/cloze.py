@@ -3,8 +3,9 @@
 Queries read no image tokens themselves: they read states of the text, which have read the image.
 What a query sees of the image is therefore shown as a product of two attentions, each a mean over
 heads: the query's weights over text states in the last block of the reconstructor, times those
-states' weights over image tokens in the text block that it reads. It is an approximation: earlier
-blocks, residual streams and feed-forward parts carry the image as well.
+states' weights over image tokens in the text block that it reads, or, of blocks that read the image
+and the text as one, in all of them (``attention_maps``). It is an approximation: earlier blocks,
+residual streams and feed-forward parts carry the image as well.
 """
 
 import itertools
@@ -19,15 +20,15 @@ import numpy as np
 from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import Batch, HostBatch
 from vlp_jax.data.tokenizer import Tokenizer
-from vlp_jax.evals.attention_maps import last_attention
+from vlp_jax.evals.attention_maps import query_over_text, text_over_image
 from vlp_jax.evals.base import EvalContext, token_classes
 from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.evals.pictures import enlarge, heat_map
 from vlp_jax.infra.artifacts import Card, Gallery, Picture, Span, SpanKind
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch, replicated
+from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.masks import two_stream_mask
-from vlp_jax.models.vision_language import VisionLanguageModel, two_stacks
 from vlp_jax.objectives.base import Params
 from vlp_jax.objectives.flm import FLM, visible_mask
 
@@ -88,7 +89,7 @@ class Cloze:
         self._context = context
         self._name = name
         self._rate = rate
-        self._model = two_stacks(context.objective(name, objective, FLM).model, f"evals.{name}")
+        self._model: Encoder = context.objective(name, objective, FLM).model
         self._set = FixedSet.one_batch(context, name, source, split, num_examples)
         classes = self._set.source.word_classes().values()
         self._classes = tuple(sorted({*classes} - {"function"}))
@@ -150,7 +151,7 @@ class Cloze:
             for name in ("first_hidden", "last_hidden")
         )
 
-        def forward(model: VisionLanguageModel) -> jax.Array:
+        def forward(model: Encoder) -> jax.Array:
             image = model.encode_image(normalize(batch["image"]))
             mask = two_stream_mask(lengths, tokens)
             states = model.encode_text(ids, mask, image, ("forward", "reverse"))
@@ -166,7 +167,7 @@ class Cloze:
         )
         logits = logits[..., : self._model.config.vocab_size]
         probabilities, guesses = jax.lax.top_k(jax.nn.softmax(logits), GUESSES)
-        attention = image_attention(variables["intermediates"])
+        attention = image_attention(self._model, variables["intermediates"], tokens)
         query = batch["query"][:, None, None]
         return Answers(guesses, probabilities, jnp.take_along_axis(attention, query, axis=1)[:, 0])
 
@@ -179,7 +180,7 @@ class Cloze:
                 "Marked words were hidden together and predicted one by one, each from the rest "
                 "of the caption and the image. The second picture shows where one of the queries "
                 "looks: its attention over the text times the text's attention over the image, "
-                "in the last blocks, as a mean over heads."
+                "as a mean over heads."
             ),
             step=step,
         )
@@ -242,20 +243,19 @@ def choose_span(classes: np.ndarray, rate: float, seed: int) -> tuple[int, int, 
     return first, first + size - 1, heart
 
 
-def image_attention(intermediates: Mapping[str, Any]) -> jax.Array:
+def image_attention(model: Encoder, weights: Mapping[str, Any], tokens: int) -> jax.Array:
     """Attention of every query over the image tokens; see the module for what it leaves out.
 
     Args:
-        intermediates: collection of a forward pass of ``VisionLanguageModel`` in two streams.
+        model: that has read texts in two streams.
+        weights: what it has sown.
+        tokens: N, of a text.
 
     Returns:
-        float32 [B, Q, I]; a row sums to 1, or is zero for a query that sees no text.
+        float32 [B, Q, I]; a row sums to 1 where the image is read by cross-attention, and is zero
+        for a query that sees no text.
     """
-
-    # Rows of the text's cross-attention are the two streams one after the other, as the
-    # reconstructor's keys are.
-    reading = last_attention(intermediates, "reconstructor_upper")
-    return jnp.einsum("bqk,bki->bqi", reading, last_attention(intermediates, "text_upper"))
+    return query_over_text(model, weights) @ text_over_image(model, weights, tokens)
 
 
 def token_texts(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:

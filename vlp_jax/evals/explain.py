@@ -5,8 +5,8 @@ log-probability of the answer falls (Zeiler and Fergus, arXiv 1311.2901, section
 rollout* reads the weights: the attentions of the image tower, each mixed half and half with the
 identity for the residual stream, multiplied through the layers (Abnar and Zuidema, arXiv
 2005.00928, section 3), weighed by how much the readout's last cross-attention reads of each image
-token. The first is what the model does, the second what it looks at; where they differ, trust the
-first.
+token. Blocks that read image and text as one are multiplied through as well, in place of that. The
+first is what the model does, the second what it looks at; where they differ, trust the first.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ import numpy as np
 from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import Batch, HostBatch
 from vlp_jax.evals.attention_maps import (
-    attention_rollout,
-    last_attention,
-    mean_attention,
+    patches_over_image,
+    query_over_text,
+    text_over_image,
 )
 from vlp_jax.evals.base import EvalContext
 from vlp_jax.evals.fixed_set import FixedSet
@@ -30,7 +30,7 @@ from vlp_jax.evals.pictures import enlarge, heat_map
 from vlp_jax.infra.artifacts import Card, Gallery, Picture, Span
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch, replicated
-from vlp_jax.models.vision_language import VisionLanguageModel, two_stacks
+from vlp_jax.models.encoder import Encoder
 from vlp_jax.objectives.base import Params
 from vlp_jax.objectives.classification import NLVR2, VQA, Classification, known_only
 
@@ -87,7 +87,6 @@ class Explain:
         self.figures: tuple[str, ...] = ("agreement",)
         self._context, self._name = context, name
         self._objective = context.objective(name, objective, Classification)
-        two_stacks(self._objective.model, f"evals.{name}")
         if isinstance(self._objective, NLVR2):
             raise ConfigError(
                 f"evals.{name}.objective", f"{objective!r} reads two images", "Use a task with one"
@@ -162,31 +161,23 @@ class Explain:
     def _rollout(self, params: Params, batch: Batch) -> jax.Array:
         reader = self._objective.reader
 
-        def forward(model: VisionLanguageModel) -> jax.Array:
+        def forward(model: Encoder) -> jax.Array:
             image = model.encode_image(normalize(batch["image"]))
             text = reader.encode(model, batch["text_ids"], batch["text_length"], None)
             return reader.read(model, text, image, None)
 
-        _, variables = nn.apply(forward, self._objective.model, mutable=["intermediates"])(
-            {"params": params}
-        )
+        model = self._objective.model
+        _, variables = nn.apply(forward, model, mutable=["intermediates"])({"params": params})
         weights = variables["intermediates"]
-        tower = [
-            mean_attention(weights["image_tower"][block]["self_attention"])
-            for block in sorted(k for k in weights["image_tower"] if k.startswith("block_"))
-        ]
-        reading = last_attention(weights, "text_upper")
+        reading = text_over_image(model, weights, batch["text_ids"].shape[1])
         if reader.kind == "query":
-            reading = jnp.einsum(
-                "bqk,bki->bqi", last_attention(weights, "reconstructor_upper"), reading
-            )
-            reading = reading[:, 0]
+            reading = (query_over_text(model, weights) @ reading)[:, 0]
         elif reader.kind == "bidirectional":
             reading = reading[:, 0]
         else:
             end = (batch["text_length"] - 1)[:, None, None]
             reading = jnp.take_along_axis(reading, end, axis=1)[:, 0]
-        shares = jnp.einsum("bi,bij->bj", reading, attention_rollout(tower))[:, 1:]
+        shares = (reading[:, None] @ patches_over_image(model, weights))[:, 0, 1:]
         side = round(shares.shape[1] ** 0.5)
         return shares.reshape(-1, side, side)
 

@@ -1,0 +1,102 @@
+"""What texts have read of an image, by the weights that a pass has sown."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import make_batch, shared_model, towers_model
+
+from vlp_jax.data.augment import normalize
+from vlp_jax.evals.attention_maps import patches_over_image, query_over_text, text_over_image
+from vlp_jax.objectives.readout import Readout
+
+LENGTHS = [12, 7]
+TOKENS = max(LENGTHS)
+BATCH = make_batch(LENGTHS)
+IDS, LENGTH = jnp.asarray(BATCH["text_ids"]), jnp.array(LENGTHS)
+PIXELS = normalize(jnp.asarray(BATCH["image"]))
+DEPTH = 2
+MODELS = {
+    "shared": lambda: shared_model(**{"image.depth": DEPTH}),
+    "three_towers": lambda: towers_model(**{"image.depth": 2, "fusion.depth": DEPTH}),
+}
+
+
+def uniform(allowed):
+    """Weights of tokens that read all that they may alike."""
+    return allowed / np.maximum(allowed.sum(axis=-1, keepdims=True), 1)
+
+
+def expected_reach(kind, image):
+    """Rollout of uniform attention, text by text: [B, S * N, I]."""
+    found = []
+    for length in LENGTHS:
+        streams = []
+        for stream in {"query": ("forward", "reverse")}.get(kind, (kind,)):
+            rows = np.arange(TOKENS)
+            sees = {
+                "bidirectional": np.broadcast_to(rows < length, (TOKENS, TOKENS)),
+                "forward": (rows[None] <= rows[:, None]) & (rows < length),
+                "reverse": (rows[None] >= rows[:, None]) & (rows < length),
+            }[stream]
+            allowed = np.zeros((image + TOKENS,) * 2)
+            allowed[:, :image] = 1
+            allowed[image:, image:] = sees
+            if stream == "bidirectional":  # the image sees the text as well
+                allowed[:image, image:] = rows < length
+            reach = np.eye(image + TOKENS)
+            for _ in range(DEPTH):
+                reach = 0.5 * (uniform(allowed) @ reach + reach)
+            streams.append(reach[image:, :image])
+        found.append(np.concatenate(streams))
+    return np.stack(found)
+
+
+def sown(model, kind):
+    """What a pass sows whose queries are all zero."""
+    readout = Readout(kind, "readout")
+
+    def forward(model):
+        image = model.encode_image(PIXELS)
+        return readout.read(model, readout.encode(model, IDS, LENGTH, None), image, None)
+
+    params = jax.jit(nn.init(forward, model))(jax.random.key(0))["params"]
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * 0.0 if any(key.key == "query" for key in path) else leaf, params
+    )
+    run = nn.apply(forward, model, mutable=["intermediates"])
+    return jax.jit(lambda params: run({"params": params})[1]["intermediates"])(params)
+
+
+@pytest.mark.parametrize("kind", ["bidirectional", "forward", "query"])
+@pytest.mark.parametrize("name", MODELS)
+def test_uniform_attention_reaches_as_far_as_masks_allow(name, kind):
+    """In closed form: what each text has of each image token, real rows of it."""
+    model = MODELS[name]()
+    weights, image = sown(model, kind), model.config.image.tokens
+    reach = np.asarray(text_over_image(model, weights, TOKENS))
+    expected = expected_reach(kind, image)
+    assert reach.shape == expected.shape
+    streams = reach.shape[1] // TOKENS
+    real = np.tile(np.arange(TOKENS)[None] < np.array(LENGTHS)[:, None], (1, streams))
+    np.testing.assert_allclose(reach[real], expected[real], rtol=1e-5)
+    assert len(np.unique(expected[real].round(6))) > 1  # rows differ, by what they may see
+
+
+def test_patches_of_a_tower_are_mixed_and_those_of_one_stack_are_not_yet():
+    shared, towers = (make() for make in MODELS.values())
+    count = shared.config.image.tokens
+    np.testing.assert_array_equal(patches_over_image(shared, {}), np.eye(count))
+    mixed = np.asarray(patches_over_image(towers, sown(towers, "forward")))
+    share = 1 - 0.5**2  # two blocks
+    np.testing.assert_allclose(mixed[0], 0.25 * np.eye(count) + share / count, rtol=1e-5)
+
+
+def test_a_query_reads_all_real_states_alike():
+    for make in MODELS.values():
+        model = make()
+        first, second = np.asarray(query_over_text(model, sown(model, "query")))[:, 0]
+        np.testing.assert_allclose(first, 1 / (2 * LENGTHS[0]), rtol=1e-5)
+        assert (second > 0).sum() == 2 * LENGTHS[1]
+        np.testing.assert_allclose(second.sum(), 1.0, rtol=1e-5)
