@@ -124,6 +124,8 @@ def _check_flags(command: str) -> None:
     }[command]
     if complaint:
         raise ValueError(f"{command} needs {complaint}; given were {images} and {texts}")
+    if command in ("classify", "score"):
+        _sentences()  # for its complaints
     if (_OUT.value is not None) != (command == "embed"):
         raise ValueError("--out=FILE.npz: embed needs it, and no other command")
     if _OUT.value is not None:
@@ -139,10 +141,13 @@ def _check_flags(command: str) -> None:
 
 def _sentences() -> list[Text]:
     """Texts as given, or pairs of sentences."""
-    parts = [tuple(text.split("\t")) for text in _TEXTS.value]
-    if strange := [text for text in parts if len(text) > 2]:
-        raise ValueError(f"--text={strange[0]}: give a sentence, or two with a tab between")
-    return [two[0] if len(two) == 1 else (two[0], two[1]) for two in parts]
+    given: list[Text] = []
+    for text in _TEXTS.value:
+        first, *others = text.split("\t")
+        if len(others) > 1:
+            raise ValueError(f"--text={text!r}: give a sentence, or two with a tab between them")
+        given.append((first, others[0]) if others else first)
+    return given
 
 
 def _chances(pairs: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:

@@ -258,7 +258,7 @@ class Predictor:
         for task in tasks:
             count = NUM_SENTENCES[task]
             for text in texts:
-                if (1 if isinstance(text, str) else len(text)) != count:
+                if (len(text) if isinstance(text, tuple) else 1) != count:
                     wanted = {1: "one sentence", 2: "two sentences, (first, second)"}[count]
                     raise ValueError(
                         f"{text!r}: this checkpoint was trained on {task}; give {wanted}"
@@ -287,10 +287,9 @@ class Predictor:
     def _tokens(self, texts: Sequence[Text]) -> tuple[np.ndarray, np.ndarray]:
         """Padded ids int32 [n, N] and lengths int32 [n]; warns of what the model cannot read."""
         _check_several(texts, "texts")
-        joined = []
-        pairs = not all(isinstance(text, str) for text in texts)
+        joined, pairs = [], any(isinstance(text, tuple) for text in texts)
         for text in texts:
-            sentences = (text,) if isinstance(text, str) else text
+            sentences = text if isinstance(text, tuple) else (text,)
             for sentence in sentences:
                 if fault := text_fault(sentence, "text"):
                     raise ValueError(f"{sentence!r}: {fault}; give one or more words")

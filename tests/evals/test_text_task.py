@@ -186,6 +186,7 @@ def test_texts_that_do_not_fit_a_checkpoint_are_refused(finished):
     for texts, message in [
         (["one sentence"], r"'one sentence': .* trained on mrpc; give two sentences"),
         ([("one", "two", "three")], r"give two sentences, \(first, second\)"),
+        ([["one", "two"]], r"give two sentences"),
         ([("one", " . ")], r"' \. ': empty text; give one or more words"),
         ("one sentence", r"texts: give a list"),
         ([], r"texts: the list is empty"),

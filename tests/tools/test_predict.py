@@ -117,6 +117,7 @@ def test_vectors_are_written_where_it_is_said(command, tmp_path):
         ("compare", {"image": ["a.png", "b.png", "c.png"], "text": ["a"]}, "two --image"),
         ("classify", {"image": ["a.png"], "text": ["a"]}, "or else --text"),
         ("classify", {}, "or else --text"),
+        ("score", {"text": ["a\tb\tc"]}, r"--text='a\tb\tc': give a sentence, or two with a tab"),
         ("score", {"image": ["a.png"], "text": ["a"]}, "and no --image"),
         ("rank", {"image": ["a.png"]}, "one --text or more; given were 1 and 0"),
         ("rank", {"image": ["a.png"], "text": ["a"], "out": "e.npz"}, "no other command"),

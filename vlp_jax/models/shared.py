@@ -90,7 +90,7 @@ class SharedConfig:
     @property
     def text_blocks(self) -> int:
         """Those of the stack."""
-        return self.image.depth
+        return self.depth
 
     @property
     def padded_vocab_size(self) -> int:
