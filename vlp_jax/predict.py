@@ -80,7 +80,11 @@ class Predictor:
             for objective in self.objectives
             if isinstance(objective, Classifier)
         }
-        self._scores: Callable[..., jax.Array] | None = None
+        self._scores = {
+            objective.name: jax.jit(objective.scores)
+            for objective in self.objectives
+            if isinstance(objective, TextRegression)
+        }
         self._features = jax.jit(functools.partial(image_features, self.model.config.image))
 
     @classmethod
@@ -151,9 +155,7 @@ class Predictor:
     def score_texts(self, texts: Sequence[Text]) -> np.ndarray:
         """What ``text_regression`` makes of each text, in units of its target: float32 [n]."""
         task = self._objective(TextRegression, "text_regression")
-        if self._scores is None:
-            self._scores = jax.jit(task.scores)
-        return self._of_texts(self._scores, texts)
+        return self._of_texts(self._scores[task.name], texts)
 
     def caption(
         self, images: Sequence[Image], beams: int = 3, max_length: int = 0

@@ -43,7 +43,7 @@ def text_over_image(model: Encoder, weights: Mapping[str, Any], tokens: int) -> 
         reconstructor are.
     """
     if isinstance(model, VisionLanguageModel):
-        return last_attention(weights, "text_upper")
+        return _last_attention(weights, "text_upper")
     stack = "fusion_tower" if isinstance(model, ThreeTowers) else "image_tower"
     layers = [block["weights"] for block in _self_attentions(weights[stack])]
     image = model.config.image.tokens
@@ -62,7 +62,7 @@ def patches_over_image(model: Encoder, weights: Mapping[str, Any]) -> jax.Array:
     if isinstance(model, SharedModel):  # texts read patches that have met no block
         return jnp.eye(model.config.image.tokens)
     return attention_rollout(
-        [mean_attention(one) for one in _self_attentions(weights["image_tower"])]
+        [_mean_attention(one) for one in _self_attentions(weights["image_tower"])]
     )
 
 
@@ -74,19 +74,19 @@ def query_over_text(model: Encoder, weights: Mapping[str, Any]) -> jax.Array:
         weights: what the pass has sown.
     """
     halves = isinstance(model, VisionLanguageModel)
-    return last_attention(weights, "reconstructor_upper" if halves else "reconstructor")
+    return _last_attention(weights, "reconstructor_upper" if halves else "reconstructor")
 
 
-def mean_attention(attention: Mapping[str, Any]) -> jax.Array:
+def _mean_attention(attention: Mapping[str, Any]) -> jax.Array:
     """The weights of one attention as a mean over heads: float32 [B, Q, K]."""
     [weights] = attention["weights"]
     return _over_heads(weights)
 
 
-def last_attention(weights: Mapping[str, Any], stack: str) -> jax.Array:
+def _last_attention(weights: Mapping[str, Any], stack: str) -> jax.Array:
     """The last cross-attention of a stack of blocks."""
     depth = max(int(k.rpartition("_")[2]) for k in weights if k.startswith(stack))
-    return mean_attention(weights[f"{stack}_{depth}"]["cross_attention"])
+    return _mean_attention(weights[f"{stack}_{depth}"]["cross_attention"])
 
 
 def _self_attentions(tower: Mapping[str, Any]) -> list[Mapping[str, Any]]:

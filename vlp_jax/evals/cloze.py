@@ -9,8 +9,8 @@ residual streams and feed-forward parts carry the image as well.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -167,7 +167,9 @@ class Cloze:
         )
         logits = logits[..., : self._model.config.vocab_size]
         probabilities, guesses = jax.lax.top_k(jax.nn.softmax(logits), GUESSES)
-        attention = image_attention(self._model, variables["intermediates"], tokens)
+        weights = variables["intermediates"]
+        reading = text_over_image(self._model, weights, tokens)
+        attention = query_over_text(self._model, weights) @ reading
         query = batch["query"][:, None, None]
         return Answers(guesses, probabilities, jnp.take_along_axis(attention, query, axis=1)[:, 0])
 
@@ -241,21 +243,6 @@ def choose_span(classes: np.ndarray, rate: float, seed: int) -> tuple[int, int, 
     size = min(max(round(rate * len(classes)), 1), words)
     first = min(max(heart - (size - 1) // 2, 1), words - size + 1)
     return first, first + size - 1, heart
-
-
-def image_attention(model: Encoder, weights: Mapping[str, Any], tokens: int) -> jax.Array:
-    """Attention of every query over the image tokens; see the module for what it leaves out.
-
-    Args:
-        model: that has read texts in two streams.
-        weights: what it has sown.
-        tokens: N, of a text.
-
-    Returns:
-        float32 [B, Q, I]; a row sums to 1 where the image is read by cross-attention, and is zero
-        for a query that sees no text.
-    """
-    return query_over_text(model, weights) @ text_over_image(model, weights, tokens)
 
 
 def token_texts(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:

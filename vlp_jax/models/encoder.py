@@ -6,6 +6,7 @@ both at once; ``ThreeTowers`` has a tower for each of these. An objective calls 
 none of them; parameters of stages it does not call are not created.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ from vlp_jax.compress.buckets import View
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.image_tower import ImageTowerConfig, image_tower
-from vlp_jax.models.layers import ACTIVATIONS, BlockConfig, Memory, Noise, drop, norm
+from vlp_jax.models.layers import ACTIVATIONS, Block, BlockConfig, Memory, Noise, drop, norm
 
 VOCABULARY_MULTIPLE = 128  # odd vocabularies compile for minutes and run slowly
 
@@ -350,6 +351,37 @@ class Encoder(nn.Module):
         Returns:
             What the heads read of the token, [B, K, D], and ``past`` with it in its place.
         """
+        lower, upper = self._text_blocks()
+        positions = jnp.broadcast_to(position, ids.shape[1:])
+        x = self.text_embedding(ids, positions)[:, :, None]
+        kept = []
+        for block, before in zip(lower, past[: len(lower)], strict=True):
+            x, after = block.decode(x, position, before)
+            kept.append(after)
+        x = self._enter_upper(x, ("forward",))
+        for block, before, read in zip(upper, past[len(lower) :], image, strict=True):
+            x, after = block.decode(x, position, before, read)
+            kept.append(after)
+        return self._leave_upper(x)[:, :, 0], tuple(kept)
+
+    def _text_blocks(self) -> tuple[Sequence[Block], Sequence[Block]]:
+        """Those that no image enters, and those that read it, of one-sided streams."""
+        raise NotImplementedError
+
+    def _enter_upper(self, lower: jax.Array, streams: tuple[str, ...]) -> jax.Array:
+        """What the blocks that read an image are given of a text alone.
+
+        Args:
+            lower: [B, S, N, D], last of the states of ``encode_text_lower``.
+            streams: what each of S streams is; of one, what all are.
+
+        Returns:
+            [B, S, N, D].
+        """
+        raise NotImplementedError
+
+    def _leave_upper(self, x: jax.Array) -> jax.Array:
+        """What the heads read of a text that has read an image: [B, S, N, D], the same shape."""
         raise NotImplementedError
 
     def predict_vocabulary(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -376,11 +408,6 @@ class Encoder(nn.Module):
         x = drop(self, "tokens", x, self.config.text.dropout, noise)
         # Streams sit on an inner axis: the batch axis is never concatenated (it is sharded).
         return jnp.broadcast_to(x[:, None], (x.shape[0], streams, *x.shape[1:]))
-
-    def _next_token(self, ids: jax.Array, position: jax.Array) -> jax.Array:
-        """Embedded tokens at one position: int32 [B, K], int32 [] -> [B, K, 1, D]."""
-        positions = jnp.broadcast_to(position, ids.shape[1:])
-        return self.text_embedding(ids, positions)[:, :, None]
 
     def _queries(self, positions: jax.Array, batch: int, noise: Noise) -> jax.Array:
         """The mask token at every position: int32 [Q] or [B, Q] -> [B, Q, D]."""

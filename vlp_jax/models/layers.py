@@ -5,7 +5,7 @@ Parameters are float32; ``dtype`` is the compute dtype. Layer norms and softmax 
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, NamedTuple, Self, get_args
 
 import flax.linen as nn
@@ -430,32 +430,6 @@ class Block(nn.Module):
 
     def _norm(self, branch: str) -> nn.LayerNorm:
         return getattr(self, f"{branch}_norm")
-
-
-def decode(
-    blocks: Sequence[Block],
-    x: jax.Array,
-    position: jax.Array,
-    past: Sequence[Memory],
-    context: Sequence[Memory] | None = None,
-) -> tuple[jax.Array, tuple[Memory, ...]]:
-    """Apply blocks, one after the other, to one more token of every stream; see ``Block.decode``.
-
-    Args:
-        blocks: of a stack.
-        x: [B, S, 1, D].
-        position: int32 [].
-        past: of every block.
-        context: of every block; None: there is none.
-
-    Returns:
-        [B, S, 1, D], and the past of every block with the token in its place.
-    """
-    kept, reads = [], context or (None,) * len(blocks)
-    for block, before, read in zip(blocks, past, reads, strict=True):
-        x, after = block.decode(x, position, before, read)
-        kept.append(after)
-    return x, tuple(kept)
 
 
 def _read_beside(

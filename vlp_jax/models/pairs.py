@@ -4,7 +4,7 @@ Both take tokens of either modality as they enter the first block, and give what
 before any final norm.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from vlp_jax.models.attention import padded_length
 from vlp_jax.models.dropout import noise_of
 from vlp_jax.models.encoder import Encoder, TextStates, run_of_keys
-from vlp_jax.models.layers import Block, Memory, Noise, norm
+from vlp_jax.models.layers import Block, KeyValue, Memory, Noise, norm
 from vlp_jax.models.masks import bidirectional_mask
 
 JOINT = "bidirectional"  # the kind of stream that is one sequence with the image
@@ -138,12 +138,9 @@ def read_beside(
     # Both pass through the same places.
     noise_of_image, noise_of_text = noise_of(noise, "image"), noise_of(noise, "text")
     x, states = text, []
-    for layer, block in enumerate(blocks):
-        read = block.project(image)
+    for block, read in zip(blocks, _beside(blocks, image, noise_of_image), strict=True):
         x = block(x, mask=mask, noise=noise_of_text, beside=read)
         states.append(x)
-        if layer + 1 < len(blocks):  # nobody reads what the last block makes of the image
-            image = block(image, noise=noise_of_image, own=read)
     return tuple(states)
 
 
@@ -157,10 +154,13 @@ def project_beside(blocks: Sequence[Block], image: jax.Array) -> tuple[Memory, .
     Returns:
         [B, H, I, d] each.
     """
-    kept = []
+    return tuple(Memory.of(read) for read in _beside(blocks, image, None))
+
+
+def _beside(blocks: Sequence[Block], image: jax.Array, noise: Noise) -> Iterator[KeyValue]:
+    """What every block reads of an image [B, I, D] that passes the blocks by itself."""
     for layer, block in enumerate(blocks):
         read = block.project(image)
-        kept.append(Memory.of(read))
-        if layer + 1 < len(blocks):
-            image = block(image, own=read)
-    return tuple(kept)
+        yield read
+        if layer + 1 < len(blocks):  # nobody reads what the last block makes of the image
+            image = block(image, noise=noise, own=read)

@@ -17,6 +17,7 @@ How a text meets its image follows from what the text may see of itself:
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
@@ -26,7 +27,7 @@ from flax import linen as nn
 from vlp_jax.compress.buckets import View
 from vlp_jax.models.dropout import noise_of
 from vlp_jax.models.encoder import padded_vocabulary
-from vlp_jax.models.layers import BlockConfig, Memory, Noise, decode
+from vlp_jax.models.layers import Block, BlockConfig, Memory, Noise
 from vlp_jax.models.pairs import (
     JOINT,
     Pair,
@@ -152,32 +153,28 @@ class SharedModel(PairEncoder):
         if any(stream in STREAM_TYPES for stream in streams):
             if JOINT in streams:
                 raise ValueError(f"{streams} do not see an image in one way")
-            types = jnp.stack([self.stream_embedding[STREAM_TYPES[name]] for name in streams])
-            lower = lower + types.astype(lower.dtype)[None, :, None]
+            lower = self._enter_upper(lower, streams)
         elif image is not None:
             pair = self.encode_pair(lower, mask, image, noise)
             return pair.blocks, pair.text
         if image is None:
             return self._text_alone(lower, mask, noise)
         states = read_beside(self.image_tower.blocks, lower, mask, image, noise)
-        return states, self.image_tower.norm(states[-1])
+        return states, self._leave_upper(states[-1])
 
     def project_image(self, image: jax.Array) -> tuple[Memory, ...]:
         """What every block reads of the image beside a text; see ``Encoder``."""
         return project_beside(self.image_tower.blocks, image)
 
-    def decode(
-        self,
-        ids: jax.Array,
-        position: jax.Array,
-        past: tuple[Memory, ...],
-        image: tuple[Memory, ...],
-    ) -> tuple[jax.Array, tuple[Memory, ...]]:
-        """The stack; see ``Encoder``."""
-        x = self._next_token(ids, position)
-        x = x + self.stream_embedding[STREAM_TYPES["forward"]].astype(x.dtype)[None, None, None]
-        x, past = decode(self.image_tower.blocks, x, position, past, image)
-        return self.image_tower.norm(x)[:, :, 0], past
+    def _text_blocks(self) -> tuple[Sequence[Block], Sequence[Block]]:
+        return (), self.image_tower.blocks
+
+    def _enter_upper(self, lower: jax.Array, streams: tuple[str, ...]) -> jax.Array:
+        types = jnp.stack([self.stream_embedding[STREAM_TYPES[name]] for name in streams])
+        return lower + types.astype(lower.dtype)[None, :, None]
+
+    def _leave_upper(self, x: jax.Array) -> jax.Array:
+        return self.image_tower.norm(x)
 
     def encode_pair(
         self, lower: jax.Array, mask: jax.Array, image: jax.Array, noise: Noise = None

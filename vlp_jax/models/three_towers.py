@@ -17,6 +17,7 @@ see the text. A stream is known by its mask alone.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
@@ -25,7 +26,7 @@ from flax import linen as nn
 from vlp_jax.compress.buckets import View
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.encoder import padded_vocabulary
-from vlp_jax.models.layers import Block, BlockConfig, Memory, Noise, decode, norm
+from vlp_jax.models.layers import Block, BlockConfig, Memory, Noise, norm
 from vlp_jax.models.pairs import (
     JOINT,
     Pair,
@@ -183,26 +184,13 @@ class ThreeTowers(PairEncoder):
         if JOINT in streams:
             pair = self.encode_pair(lower, mask, image, noise)
             return pair.blocks, pair.text
-        states = read_beside(self.fusion_tower.blocks, *self._enter(lower, mask, image), noise)
-        return states, self.fusion_tower.norm(states[-1])
+        text, image = self._enter_upper(lower, streams), self.image_to_fusion(image)
+        states = read_beside(self.fusion_tower.blocks, text, mask, image, noise)
+        return states, self._leave_upper(states[-1])
 
     def project_image(self, image: jax.Array) -> tuple[Memory, ...]:
         """What every block of the fusion tower reads beside a text; see ``Encoder``."""
         return project_beside(self.fusion_tower.blocks, self.image_to_fusion(image))
-
-    def decode(
-        self,
-        ids: jax.Array,
-        position: jax.Array,
-        past: tuple[Memory, ...],
-        image: tuple[Memory, ...],
-    ) -> tuple[jax.Array, tuple[Memory, ...]]:
-        """The text tower, then the fusion tower; see ``Encoder``."""
-        text, fusion, depth = self.text_tower, self.fusion_tower, self.config.text_depth
-        x, below = decode(text.blocks, self._next_token(ids, position), position, past[:depth])
-        x = self.text_to_fusion(text.norm(x))
-        x, above = decode(fusion.blocks, x, position, past[depth:], image)
-        return fusion.norm(x)[:, :, 0], below + above
 
     def encode_pair(
         self, lower: jax.Array, mask: jax.Array, image: jax.Array, noise: Noise = None
@@ -217,12 +205,16 @@ class ThreeTowers(PairEncoder):
             noise: of the dropout, or None.
         """
         fusion = self.fusion_tower
-        of_image, states = read_as_one(fusion.blocks, *self._enter(lower, mask, image), noise)
-        return Pair(fusion.norm(of_image), states, fusion.norm(states[-1]))
+        text, image = self._enter_upper(lower, (JOINT,)), self.image_to_fusion(image)
+        of_image, states = read_as_one(fusion.blocks, text, mask, image, noise)
+        return Pair(fusion.norm(of_image), states, self._leave_upper(states[-1]))
 
-    def _enter(
-        self, lower: jax.Array, mask: jax.Array, image: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Text, mask and image as the fusion tower reads them."""
-        text = self.text_to_fusion(self.text_tower.norm(lower))
-        return text, mask, self.image_to_fusion(image)
+    def _text_blocks(self) -> tuple[Sequence[Block], Sequence[Block]]:
+        return self.text_tower.blocks, self.fusion_tower.blocks
+
+    def _enter_upper(self, lower: jax.Array, streams: tuple[str, ...]) -> jax.Array:
+        del streams  # known by their masks alone
+        return self.text_to_fusion(self.text_tower.norm(lower))
+
+    def _leave_upper(self, x: jax.Array) -> jax.Array:
+        return self.fusion_tower.norm(x)

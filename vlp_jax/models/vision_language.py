@@ -8,6 +8,7 @@ cross-attention), and a reconstructor of independent queries that runs beside th
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import ClassVar
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.encoder import Encoder, TextStates, padded_vocabulary, run_of_keys
 from vlp_jax.models.image_tower import ImageTowerConfig
-from vlp_jax.models.layers import Block, BlockConfig, Memory, Noise, decode, norm
+from vlp_jax.models.layers import Block, BlockConfig, Memory, Noise, norm
 from vlp_jax.models.masks import bidirectional_mask
 from vlp_jax.models.three_towers import ThreeTowers
 
@@ -173,34 +174,27 @@ class VisionLanguageModel(Encoder):
                 "the upper half of this model's text stack reads an image with every text",
                 "Use a model of type 'shared' or 'three_towers', or texts that come with images",
             )
-        x = self.text_projection(lower)
-        types = jnp.stack([self._type_vector(stream, x) for stream in streams])
-        x = x + types[None, :, None]
+        x = self._enter_upper(lower, streams)
         states = []
         for block in self.text_upper:
             x = block(x, mask=mask, context=image, noise=noise)
             states.append(x)
-        return tuple(states), self.text_norm(x) if self.config.text.norm == "pre" else x
+        return tuple(states), self._leave_upper(x)
 
     def project_image(self, image: jax.Array) -> tuple[Memory, ...]:
         """What cross-attention of the upper half reads; see ``Encoder``."""
         return tuple(Memory.of(block.project_context(image)) for block in self.text_upper)
 
-    def decode(
-        self,
-        ids: jax.Array,
-        position: jax.Array,
-        past: tuple[Memory, ...],
-        image: tuple[Memory, ...],
-    ) -> tuple[jax.Array, tuple[Memory, ...]]:
-        """Both halves of the text stack; see ``Encoder``."""
-        lower = len(self.text_lower)
-        x, below = decode(self.text_lower, self._next_token(ids, position), position, past[:lower])
-        x = self.text_projection(x)
-        x = x + self._type_vector("forward", x)[None, None, None]
-        x, above = decode(self.text_upper, x, position, past[lower:], image)
-        last = self.text_norm(x) if self.config.text.norm == "pre" else x
-        return last[:, :, 0], below + above
+    def _text_blocks(self) -> tuple[Sequence[Block], Sequence[Block]]:
+        return self.text_lower, self.text_upper
+
+    def _enter_upper(self, lower: jax.Array, streams: tuple[str, ...]) -> jax.Array:
+        x = self.text_projection(lower)
+        types = jnp.stack([self._type_vector(stream, x) for stream in streams])
+        return x + types[None, :, None]
+
+    def _leave_upper(self, x: jax.Array) -> jax.Array:
+        return self.text_norm(x) if self.config.text.norm == "pre" else x
 
     def reconstruct(
         self, positions: jax.Array, states: TextStates, mask: jax.Array, noise: Noise = None
