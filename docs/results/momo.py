@@ -8,7 +8,8 @@ hypotheses need many times these updates (docs/results/momo.md). Of the words 40
 cell is a chain of stages (configs/momo/), each with a fresh optimiser. What a cell differs in from
 `shared` is its name; where stages are left out, the first that is there has what the others would
 have cost, by FLOPs. Matching (ITM) more than doubles the FLOPs of an update of stage 3, so that it
-has a cell of its own and no part in the others.
+has a cell of its own and no part in the others. The peak was chosen with the shared stack: half of
+it is tried with both models. `one update` has learned nothing before it is tuned.
 """
 
 import importlib
@@ -113,6 +114,7 @@ def cells() -> dict[str, Sequence[ConfigDict]]:
     """Name -> the configs of its stages; the first is the base."""
     first, second, third = stage(1), stage(2), stage(3)
     before = (first, second)
+    half = {"schedule.peak": PEAK / 2}
     found: dict[str, Sequence[ConfigDict]] = {
         "shared": (*before, third),
         "three towers": [stage(number, TOWERS) for number in (1, 2, 3)],
@@ -128,6 +130,11 @@ def cells() -> dict[str, Sequence[ConfigDict]]:
         "text 1/3": (*before, stage(3, weights={"text": 1 / 3})),
         "text 3": (*before, stage(3, weights={"text": 3.0})),
         "automatic": (*before, _automatic()),
+        "half the peak": [stage(number, changes=half) for number in (1, 2, 3)],
+        "three towers, half the peak": [
+            stage(number, TOWERS, changes=half) for number in (1, 2, 3)
+        ],
+        "one update": (stage(3, updates=1),),
     }
     if COSTS.exists():
         share = json.loads(COSTS.read_text())["towers_per_shared"]
