@@ -49,7 +49,7 @@ def params(itm):
 def test_itc_is_the_symmetric_cross_entropy_of_cosines(itc, params):
     batch = arrays(valid=np.arange(BATCH) % 5 != 0)
     output = jax.jit(lambda p: itc.loss(p, {}, batch, KEY, SIZES, train=False))(params)
-    towers = itc.towers
+    towers = itc.dual_encoder
     image = towers.image_tokens(params, batch["image"])
     text = towers.text_feature(params, batch["text_ids"], batch["text_length"])
     image, text, scale = (np.asarray(x, np.float64) for x in towers.embed(params, image, text))
@@ -95,8 +95,7 @@ def test_eight_devices_equal_one():
 
 def test_every_pair_has_two_wrong_ones(itm, params):
     batch = arrays(valid=np.arange(BATCH) != 3)
-    image = itm.itc.towers.image_tokens(params, batch["image"])
-    drawn = jax.jit(lambda key: itm._negatives(params, batch, image, key))
+    drawn = jax.jit(lambda key: itm._negatives(params, batch, key))
     texts, images, found = zip(*(drawn(jax.random.key(i)) for i in range(50)), strict=True)
     assert np.all(found)
     for index in (np.stack(texts), np.stack(images)):
@@ -109,15 +108,13 @@ def test_hard_negatives_are_drawn_by_similarity(itm, params):
     """With a sharp softmax the most similar wrong text is drawn."""
     head = params[CONTRASTIVE_HEAD] | {"log_scale": jnp.asarray(np.log(100.0), jnp.float32)}
     spread = jax.tree.map(lambda x: x, params) | {CONTRASTIVE_HEAD: head}
-    batch, towers = arrays(), itm.itc.towers
-    image = towers.image_tokens(spread, batch["image"])
-    text = towers.text_feature(spread, batch["text_ids"], batch["text_length"])
-    images, texts, scale = towers.embed(spread, image, text)
+    batch = arrays()
+    images, texts, scale = itm.dual_encoder.embeddings(spread, batch)
     similarity = np.array(scale * images @ texts.T)
     np.fill_diagonal(similarity, -np.inf)
     chances = np.exp(similarity - similarity.max(axis=1, keepdims=True))
     chances /= chances.sum(axis=1, keepdims=True)
-    drawn = jax.jit(jax.vmap(lambda key: itm._negatives(spread, batch, image, key)[0]))
+    drawn = jax.jit(jax.vmap(lambda key: itm._negatives(spread, batch, key)[0]))
     counts = np.asarray(drawn(jax.random.split(KEY, 2000)))
     for row in range(BATCH):
         seen = np.bincount(counts[:, row], minlength=BATCH) / len(counts)
@@ -128,8 +125,7 @@ def test_a_row_with_the_same_text_is_no_wrong_one(itm, params):
     """Its image may well be described by it, and by similarity it would be drawn first of all."""
     batch = arrays()
     twice = {name: batch[name].at[1].set(batch[name][0]) for name in ("text_ids", "text_length")}
-    image = itm.itc.towers.image_tokens(params, batch["image"])
-    drawn = jax.jit(jax.vmap(lambda key: itm._negatives(params, {**batch, **twice}, image, key)))
+    drawn = jax.jit(jax.vmap(lambda key: itm._negatives(params, {**batch, **twice}, key)))
     for index in drawn(jax.random.split(KEY, 200))[:2]:
         assert (np.asarray(index)[:, 0] > 1).all()
         assert not np.isin(np.asarray(index)[:, 1], (0, 1)).any()
@@ -165,7 +161,7 @@ def test_matching_reads_text_and_image(readout):
             return itm.reader.encode(model, batch["text_ids"], batch["text_length"], None)
 
         text = nn.apply(encode, itm.model)({"params": params})
-        return itm.match(params, text, itm.itc.towers.image_tokens(params, batch["image"]))
+        return itm.match(params, text, itm.itc.dual_encoder.image_tokens(params, batch["image"]))
 
     plain = np.asarray(match(batch))
     word = jnp.where(batch["text_ids"][:, 1] == 4, 5, 4)

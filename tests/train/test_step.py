@@ -15,14 +15,34 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
-from tiny import BATCH, BUCKET, Run, compile_run, make_batch, tiny_config, tiny_model
+from tiny import (
+    BATCH,
+    BUCKET,
+    TOKENS,
+    Run,
+    compile_run,
+    make_batch,
+    shared_config,
+    tiny_config,
+    tiny_model,
+)
 
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import Batch, batch_spec
 from vlp_jax.infra.mesh import global_batch, make_mesh, replicated
 from vlp_jax.infra.sharding import fsdp_rules, shardings
-from vlp_jax.objectives.base import Defaults, LossOutput, Mean, batch_noise, encode_image
+from vlp_jax.models.flops import image_flops
+from vlp_jax.objectives.base import (
+    EMBEDDINGS,
+    IMAGE_TOKENS,
+    Defaults,
+    LossOutput,
+    Mean,
+    batch_noise,
+    encode_image,
+)
 from vlp_jax.objectives.classification import NLVR2, VQA, Classification
+from vlp_jax.objectives.contrastive import ITC, ITM
 from vlp_jax.train import program as program_module
 from vlp_jax.train.state import TrainState
 from vlp_jax.train.step import Moment, init_state, make_gradient, make_step, shared_passes
@@ -331,6 +351,29 @@ def test_objectives_of_one_batch_share_the_image_tower(three: Run) -> None:
     assert_trees_close(gradient(on_host(state)), expected, atol=5e-6)
 
 
+def test_contrast_and_matching_share_their_embeddings() -> None:
+    """Loss and gradient are those of both apart, without a second pass over each side alone."""
+    config = shared_config(**{"optim.eps": 1e-3, "optim.clip_norm": 0.0})
+    with config.unlocked():
+        config.objectives = {"itc": {"weight": WEIGHTS["itc"]}, "itm": {"weight": WEIGHTS["itm"]}}
+    run = compile_run(config)
+    initial = run.init()
+    separate = apart(run, initial)
+    loss, expected = jax.device_get(separate(initial.params, initial.rng, FIRST))
+
+    itc, itm = run.program.objectives
+    # Of tiny widths a tenth is not of matrix products, which alone are counted by formula.
+    again = 0.9 * BATCH * itc.dual_encoder.feature_flops(TOKENS)
+    assert run.step.cost_analysis()["flops"] < separate.cost_analysis()["flops"] - again
+    whole, told = (sum(o.flops(TOKENS) for o in (itc, itm)), run.program.flops({"pairs": TOKENS}))
+    tokens = image_flops(itc.model.config, None)
+    assert told == pytest.approx(3 * (whole - tokens - itc.dual_encoder.feature_flops(TOKENS)))
+
+    state, metrics = run(initial, FIRST)  # the initial state is donated
+    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-6)
+    assert_trees_close(gradient(on_host(state)), expected, atol=5e-6)
+
+
 class Reader(Defaults):
     """A tiny objective over the image alone: the mean square of its tokens."""
 
@@ -403,12 +446,18 @@ def test_what_shares_a_pass() -> None:
         Reader("e", "photographs", model),
         Reader("f"),
     ]
-    assert shared_passes(readers, 1) == (("pairs", model, ("a", "b", "c")),)
-    assert shared_passes(readers, 2) == (("pairs", model, ("a", "b")),)
+    assert shared_passes(readers, 1) == (("pairs", IMAGE_TOKENS, model, ("a", "b", "c")),)
+    assert shared_passes(readers, 2) == (("pairs", IMAGE_TOKENS, model, ("a", "b")),)
     assert shared_passes(readers[1:], 2) == ()
     assert shared_passes([Classification(model, "x", 2), VQA(model, "y", 2)], 1) == (
-        ("pairs", model, ("x", "y")),
+        ("pairs", IMAGE_TOKENS, model, ("x", "y")),
     )
+    itc = ITC(model, embedding_dim=8)
+    assert shared_passes([ITM(itc), itc], 2) == (  # embeddings are made of the images' tokens
+        ("pairs", IMAGE_TOKENS, model, ("itm", "itc")),
+        ("pairs", EMBEDDINGS, itc.dual_encoder, ("itm", "itc")),
+    )
+    assert shared_passes([ITM(itc, batch_name="photographs"), itc], 1) == ()
     assert shared_passes([NLVR2(model, "x"), VQA(model, "y", 2)], 1) == ()  # two images at once
 
 

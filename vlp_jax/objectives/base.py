@@ -19,6 +19,9 @@ Extras = Any  # nested dict of whatever an objective carries beside its paramete
 
 # Key of a batch whose image the update has encoded: [B, I, D]. The host never sends it.
 IMAGE_TOKENS = "image_tokens"
+# Key of a batch of which the update has embedded both sides: ``DualEncoder.embeddings``. The host
+# never sends it.
+EMBEDDINGS = "embeddings"
 # Key of the share of the budget that is spent, float32 [], in the batches of an update. The host
 # never sends it; where it is absent, as in evaluations, nothing is spent.
 PROGRESS = "progress"
@@ -73,6 +76,9 @@ class Objective(Protocol):
         image_encoder: the model by which its loss encodes the batch's ``image``, through
             ``image_tokens`` alone; several objectives of one batch then share one pass. None: it
             encodes no image, or in a way of its own.
+        dual_encoder: by which its loss embeds both sides of the batch, through
+            ``DualEncoder.embeddings`` alone; several objectives of one batch then share one pass.
+            None: it embeds none.
     """
 
     @property
@@ -89,6 +95,8 @@ class Objective(Protocol):
     def served(self) -> str: ...  # noqa: D102
     @property
     def image_encoder(self) -> Any: ...  # noqa: D102 (an ``Encoder`` or None)
+    @property
+    def dual_encoder(self) -> Any: ...  # noqa: D102 (a ``DualEncoder`` or None)
     @classmethod
     def learns_from(cls, section: Mapping[str, Any]) -> tuple[str, ...]:
         """Figures of evaluators that ``observe`` waits for, such as ``reconstruction/0.3/loss``.
@@ -145,6 +153,11 @@ class Defaults:
     @property
     def image_encoder(self) -> Encoder | None:
         """No image is shared."""
+        return None
+
+    @property
+    def dual_encoder(self) -> Any:
+        """No embedding is shared."""
         return None
 
     @classmethod

@@ -35,11 +35,14 @@ from vlp_jax.models.flops import (
 )
 from vlp_jax.models.heads import MAX_SCALE, ClassificationHead, ContrastiveHead, apply_head
 from vlp_jax.objectives.base import (
+    EMBEDDINGS,
+    IMAGE_TOKENS,
     Defaults,
     Extras,
     LossOutput,
     Mean,
     Params,
+    Seen,
     batch_noise,
     encode_image,
     example_keys,
@@ -53,17 +56,49 @@ CONTRASTIVE_HEAD = "contrastive_head"  # ITC trains it, ITM draws its negatives 
 MATCHING_HEAD = "matching_head"
 
 
+@dataclasses.dataclass(frozen=True)
 class DualEncoder:
     """Image and text embeddings of the model, for ITC, ITM and retrieval.
 
     The image is read at the class token, the text at <s>, whose tokens all see one another and no
     image.
+
+    Attributes:
+        model: as of ``ITC``, like the others.
+        embedding_dim: E.
+        temperature: the first one.
     """
 
-    def __init__(self, model: Encoder, embedding_dim: int, temperature: float):
-        """See ``ITC`` for the arguments."""
-        self.model = model
-        self.head = ContrastiveHead(model.config.text, embedding_dim, temperature)
+    model: Encoder
+    embedding_dim: int
+    temperature: float
+
+    @property
+    def head(self) -> ContrastiveHead:
+        """From features to unit vectors."""
+        return ContrastiveHead(self.model.config.text, self.embedding_dim, self.temperature)
+
+    def embeddings(
+        self, params: Params, batch: Batch, noise: Any = None, seen: Seen | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Both sides of a batch: those that the update made for several objectives, or new ones.
+
+        Args:
+            params: of the run.
+            batch: with its image, or tokens of it (``IMAGE_TOKENS``).
+            noise: of the dropout, or None.
+            seen: what is encoded of the images; None: everything.
+
+        Returns:
+            Unit vectors of images and of texts, float32 [B, E] each; the scale of their cosines.
+        """
+        if EMBEDDINGS in batch:
+            shared: Any = batch[EMBEDDINGS]  # three arrays, where other keys have one
+            image, text, scale = shared
+            return image, text, scale
+        image = encode_image(self.model, params, batch, noise, seen)
+        text = self.text_feature(params, batch["text_ids"], batch["text_length"], noise)
+        return self.embed(params, image, text, noise)
 
     def image_tokens(self, params: Params, image: jax.Array) -> jax.Array:
         """uint8 [B, H, W, 3] -> [B, I, D] of ``Encoder.encode_image``, without dropout."""
@@ -123,10 +158,15 @@ class DualEncoder:
 
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of both features for one example; similarities not counted."""
-        c, view = self.model.config, view_of(bucket)
-        image = image_flops(c, view) + image_feature_flops(c, view)
-        heads = 2.0 * 2 * c.text.width * self.head.embedding_dim
-        return image + text_feature_flops(c, text_length) + heads
+        c = self.model.config
+        heads = 2.0 * 2 * c.text.width * self.embedding_dim
+        image = image_flops(c, view_of(bucket))
+        return image + self.feature_flops(text_length, bucket) + heads
+
+    def feature_flops(self, text_length: float, bucket: Bucket | None = None) -> float:
+        """Forward FLOPs of both features for one example, from an image that is encoded."""
+        c = self.model.config
+        return image_feature_flops(c, view_of(bucket)) + text_feature_flops(c, text_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,15 +203,15 @@ class ITC(Defaults):
         return self.model
 
     @property
-    def towers(self) -> DualEncoder:
-        """Embeddings of both sides."""
+    def dual_encoder(self) -> DualEncoder:
+        """Embeddings of both sides, whose pass may be shared."""
         return DualEncoder(self.model, self.embedding_dim, self.temperature)
 
     def init(
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
     ) -> tuple[Params, Extras]:
         """Parameters of both towers and the head; no extras."""
-        return self.towers.init(rng, zeros(batch_spec)), {}
+        return self.dual_encoder.init(rng, zeros(batch_spec)), {}
 
     def loss(
         self,
@@ -183,11 +223,8 @@ class ITC(Defaults):
         train: bool = True,
     ) -> LossOutput:
         """Mean over pairs of both directions' cross-entropies."""
-        noise, towers = batch_noise(rng, batch, train), self.towers
-        seen = seen_part(rng, batch, bucket, train)
-        image = encode_image(self.model, params, batch, noise, seen)
-        text = towers.text_feature(params, batch["text_ids"], batch["text_length"], noise)
-        image, text, scale = towers.embed(params, image, text, noise)
+        noise, seen = batch_noise(rng, batch, train), seen_part(rng, batch, bucket, train)
+        image, text, scale = self.dual_encoder.embeddings(params, batch, noise, seen)
         valid = batch["valid"]
         to_text, text_right = info_nce(scale * (image @ text.T), valid)
         to_image, image_right = info_nce(scale * (text @ image.T), valid)
@@ -200,7 +237,7 @@ class ITC(Defaults):
 
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of one example; similarities not counted."""
-        return self.towers.flops(text_length, bucket)
+        return self.dual_encoder.flops(text_length, bucket)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +272,11 @@ class ITM(Defaults):
         return self.model
 
     @property
+    def dual_encoder(self) -> DualEncoder:
+        """That of ``itc``, whose pass may be shared."""
+        return self.itc.dual_encoder
+
+    @property
     def reader(self) -> Readout:
         """The way a pair is read."""
         return Readout(self.readout, f"objectives.{self.name}.readout")
@@ -258,7 +300,7 @@ class ITM(Defaults):
         params = nn.init(forward, self.model)(rng)["params"]
         feature = jnp.zeros((1, self.model.config.text.width))
         head = self.head.init(rng, feature)["params"]
-        return params | self.itc.towers.init(rng, batch) | {MATCHING_HEAD: head}, {}
+        return params | self.itc.dual_encoder.init(rng, batch) | {MATCHING_HEAD: head}, {}
 
     def loss(
         self,
@@ -274,7 +316,8 @@ class ITM(Defaults):
         noise = batch_noise(noise_key, batch, train)
         seen = seen_part(rng, batch, bucket, train)
         image = encode_image(self.model, params, batch, noise, seen)
-        other_text, other_image, found = self._negatives(params, batch, image, draw_key)
+        known = {**batch, IMAGE_TOKENS: image}
+        other_text, other_image, found = self._negatives(params, known, draw_key)
         own = jnp.arange(len(other_text))
 
         def forward(model: Encoder) -> jax.Array:
@@ -311,21 +354,19 @@ class ITM(Defaults):
         entering, image = image_input_flops(c, view), image_flops(c, view)
         lower = lower_flops(c, text_length, self.reader.streams)
         once = lower + (image - entering)  # of a reading, shared by all three
-        features = image_feature_flops(c, view) + text_feature_flops(c, text_length)
+        features = self.dual_encoder.feature_flops(text_length, bucket)
         return entering + 3 * self.reader.flops(c, text_length, view) - 2 * once + features
 
     def _negatives(
-        self, params: Params, batch: Batch, image: jax.Array, rng: jax.Array
+        self, params: Params, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """A wrong text for each image, a wrong image for each text, and whether there are any.
 
         Returns:
             int32 [B] twice, and bool [B].
         """
-        frozen = jax.lax.stop_gradient(params)
-        towers = self.itc.towers
-        text = towers.text_feature(frozen, batch["text_ids"], batch["text_length"])
-        images, texts, scale = towers.embed(frozen, jax.lax.stop_gradient(image), text)
+        embedded = self.dual_encoder.embeddings(params, batch)
+        images, texts, scale = jax.lax.stop_gradient(embedded)
         size = len(texts)
         code = _codes(batch["text_ids"])
         allowed = batch["valid"][None, :] & (code[:, None] != code[None, :])

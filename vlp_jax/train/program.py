@@ -12,14 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vlp_jax.compress.buckets import Bucket, StepBucket, Views, bucket_label, view_of
+from vlp_jax.compress.buckets import Bucket, StepBucket, Views, bucket_label
 from vlp_jax.data.batch import Batch, HostBatch, batch_spec
 from vlp_jax.data.build import batch_fields
 from vlp_jax.data.named import batch_section
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.mesh import batch_sharding, check_batch_size, global_batch, replicated
 from vlp_jax.infra.sharding import shardings
-from vlp_jax.models.flops import image_flops
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives
 from vlp_jax.train.bucket_schedule import Resolved, resolve
@@ -318,7 +317,7 @@ class Program:
     def flops(self, text_lengths: Mapping[str, float], bucket: StepBucket | None = None) -> float:
         """Model FLOPs of an example in an update, mean over its batches: three forward passes.
 
-        An image that several objectives share is encoded, and counted, once.
+        A pass that several objectives share is counted once.
 
         Args:
             text_lengths: mean tokens of the examples of every named batch.
@@ -333,8 +332,9 @@ class Program:
         )
         for shared in shared_passes(self.objectives, self.config.optim.accumulation):
             if shared.batch_name in sizes:
-                image = image_flops(shared.model.config, view_of(sizes[shared.batch_name]))
-                total -= (len(shared.readers) - 1) * image * self.batch_sizes[shared.batch_name]
+                name, again = shared.batch_name, len(shared.readers) - 1
+                once = shared.flops(text_lengths[name], sizes[name])
+                total -= again * once * self.batch_sizes[name]
         return 3.0 * total / self.examples(sizes)
 
     def _relative_flops(self, views: Views, known: Mapping[str, float]) -> float:

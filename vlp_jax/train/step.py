@@ -9,16 +9,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vlp_jax.compress.buckets import StepBucket
+from vlp_jax.compress.buckets import Bucket, StepBucket, view_of
 from vlp_jax.data.batch import Batch
-from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.models.flops import image_flops
 from vlp_jax.objectives.base import (
+    EMBEDDINGS,
     IMAGE_TOKENS,
     PROGRESS,
     LossOutput,
     Mean,
     Objective,
     Params,
+    Seen,
     batch_noise,
     encode_image,
     seen_part,
@@ -119,21 +121,36 @@ def init_state(
 
 
 class SharedPass(NamedTuple):
-    """One pass of the image tower in an update, for several objectives.
+    """One pass over a batch in an update, for several objectives.
 
     Attributes:
-        batch_name: whose image is encoded.
-        model: by which.
+        batch_name: whose images are encoded, or whose images and texts are embedded.
+        key: of the batch, under which the objectives find what it gave.
+        encoder: by which, an ``Encoder`` or a ``DualEncoder``.
         readers: names of the objectives that read it, two or more.
     """
 
     batch_name: str
-    model: VisionLanguageModel
+    key: str
+    encoder: Any
     readers: tuple[str, ...]
+
+    def __call__(self, params: Any, batch: Batch, noise: Any, seen: Seen | None) -> Any:
+        """What the objectives read: ``encode_image``, or ``DualEncoder.embeddings``."""
+        if self.key == IMAGE_TOKENS:
+            return encode_image(self.encoder, params, batch, noise, seen)
+        return self.encoder.embeddings(params, batch, noise, seen)
+
+    def flops(self, text_length: float, bucket: Bucket | None) -> float:
+        """Forward FLOPs of one example, which readers count each for itself."""
+        if self.key == IMAGE_TOKENS:
+            return image_flops(self.encoder.config, view_of(bucket))
+        counted: float = self.encoder.feature_flops(text_length, bucket)
+        return counted
 
 
 def shared_passes(objectives: Sequence[Objective], accumulation: int) -> tuple[SharedPass, ...]:
-    """The passes of the image tower that objectives of one batch share.
+    """The passes that objectives of one batch share; images first, which embeddings are made of.
 
     An objective that is split into micro-batches encodes the image itself: what its gradient is
     divided by is known after the last of them only, too late to add up what reaches the tower.
@@ -142,16 +159,14 @@ def shared_passes(objectives: Sequence[Objective], accumulation: int) -> tuple[S
         objectives: all objectives of the run.
         accumulation: micro-batches in one update.
     """
-    readers: dict[tuple[str, VisionLanguageModel], list[str]] = {}
-    for objective in objectives:
-        model = objective.image_encoder
-        if model is not None and _whole(objective, accumulation):
-            readers.setdefault((objective.batch_name, model), []).append(objective.name)
-    return tuple(
-        SharedPass(batch_name, model, tuple(names))
-        for (batch_name, model), names in readers.items()
-        if len(names) > 1
-    )
+    readers: dict[tuple[str, str, Any], list[str]] = {}
+    whole = [objective for objective in objectives if _whole(objective, accumulation)]
+    for key in (IMAGE_TOKENS, EMBEDDINGS):
+        for objective in whole:
+            encoder = objective.image_encoder if key == IMAGE_TOKENS else objective.dual_encoder
+            if encoder is not None:
+                readers.setdefault((objective.batch_name, key, encoder), []).append(objective.name)
+    return tuple(SharedPass(*of, tuple(names)) for of, names in readers.items() if len(names) > 1)
 
 
 def make_gradient(
@@ -164,8 +179,8 @@ def make_gradient(
 ) -> GradientFunction:
     """The gradient of a run's loss in one bucket, over the named batches that the bucket has.
 
-    Objectives of one batch share a pass of the image tower, forward and backward, and with it one
-    noise of its dropout (``shared_passes``); where an objective is alone, its own noise is used.
+    Objectives of one batch share passes, forward and backward, and with each one noise of its
+    dropout (``shared_passes``); where an objective is alone, its own noise is used.
 
     The gradient of every batch is taken at the same parameters, and their sum is applied once
     (fact sheet of MoMo, section 3).
@@ -210,15 +225,15 @@ def make_gradient(
         def joint(params: Any, group: Sequence[str]) -> tuple[jax.Array, dict[str, LossOutput]]:
             mine = [o for o in objectives if o.batch_name in group and _whole(o, accumulation)]
             seen = {objective.name: batches[objective.batch_name] for objective in mine}
-            for index, (batch_name, model, readers) in enumerate(shared, start=len(numbers)):
-                if batch_name not in group:
+            for index, one in enumerate(shared, start=len(numbers)):
+                if one.batch_name not in group:
                     continue
-                batch = batches[batch_name]
+                batch = seen[one.readers[0]]  # all of them have the same passes before
                 key = jax.random.fold_in(step_rng, index)
                 noise = batch_noise(key, batch, train=True)
-                part = seen_part(key, batch, buckets[batch_name], train=True)
-                tokens = encode_image(model, params, batch, noise, part)
-                seen |= {name: {**batch, IMAGE_TOKENS: tokens} for name in readers}
+                part = seen_part(key, batch, buckets[one.batch_name], train=True)
+                found = {one.key: one(params, batch, noise, part)}
+                seen |= {name: {**seen[name], **found} for name in one.readers}
             outputs, total = {}, jnp.zeros(())
             for objective in mine:
                 extras = state.extras["objectives"][objective.name]

@@ -165,15 +165,15 @@ class Ranker:
     def _encode_images(
         self, params: Params, pixels: jax.Array
     ) -> tuple[jax.Array, jax.Array | None]:
-        tokens = self.itc.towers.image_tokens(params, pixels)
-        embedding = self.itc.towers.embed_image(params, tokens)
+        tokens = self.itc.dual_encoder.image_tokens(params, pixels)
+        embedding = self.itc.dual_encoder.embed_image(params, tokens)
         return embedding, tokens if self.itm is not None else None
 
     def _encode_texts(
         self, params: Params, ids: jax.Array, lengths: jax.Array
     ) -> tuple[jax.Array, EncodedText | None]:
-        feature = self.itc.towers.text_feature(params, ids, lengths)
-        embedding = self.itc.towers.embed_text(params, feature)
+        feature = self.itc.dual_encoder.text_feature(params, ids, lengths)
+        embedding = self.itc.dual_encoder.embed_text(params, feature)
         if self.itm is None:
             return embedding, None
         reader = self.itm.reader
