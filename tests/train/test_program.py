@@ -87,12 +87,13 @@ def test_flops_are_those_of_the_objectives() -> None:
 
 
 @pytest.mark.parametrize(("accumulation", "passes"), [(1, 1), (2, 2)])
-def test_flops_count_a_shared_image_once(accumulation: int, passes: int) -> None:
-    """FLM encodes the image itself where it is split into micro-batches."""
+def test_flops_count_a_shared_pass_once(accumulation: int, passes: int) -> None:
+    """FLM encodes the image itself where it is split into micro-batches; ITC and ITM embed once."""
     config = tiny_config(**{"optim.accumulation": accumulation})
     with config.unlocked():
         config.objectives = {name: {} for name in ("flm", "itc", "itm")}
     program = make_program(config)
     image = image_flops(program.objectives[0].model.config)
     texts = sum(objective.flops(9.5) - image for objective in program.objectives)
+    texts -= program.objectives[1].dual_encoder.feature_flops(9.5)
     assert program.flops({"pairs": 9.5}) == pytest.approx(3 * (texts + passes * image), rel=1e-12)

@@ -31,7 +31,6 @@ from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import Batch, batch_spec
 from vlp_jax.infra.mesh import global_batch, make_mesh, replicated
 from vlp_jax.infra.sharding import fsdp_rules, shardings
-from vlp_jax.models.flops import image_flops
 from vlp_jax.objectives.base import (
     EMBEDDINGS,
     IMAGE_TOKENS,
@@ -361,13 +360,10 @@ def test_contrast_and_matching_share_their_embeddings() -> None:
     separate = apart(run, initial)
     loss, expected = jax.device_get(separate(initial.params, initial.rng, FIRST))
 
-    itc, itm = run.program.objectives
+    itc, _ = run.program.objectives
     # Of tiny widths a tenth is not of matrix products, which alone are counted by formula.
     again = 0.9 * BATCH * itc.dual_encoder.feature_flops(TOKENS)
     assert run.step.cost_analysis()["flops"] < separate.cost_analysis()["flops"] - again
-    whole, told = (sum(o.flops(TOKENS) for o in (itc, itm)), run.program.flops({"pairs": TOKENS}))
-    tokens = image_flops(itc.model.config, None)
-    assert told == pytest.approx(3 * (whole - tokens - itc.dual_encoder.feature_flops(TOKENS)))
 
     state, metrics = run(initial, FIRST)  # the initial state is donated
     assert metrics["loss"] == pytest.approx(float(loss), rel=1e-6)
