@@ -41,18 +41,36 @@ def itm():
     return ITM(ITC(tiny_model(), embedding_dim=16))
 
 
+def initial(itm):
+    return jax.jit(lambda: itm.init(jax.random.key(1), jax.eval_shape(arrays))[0])()
+
+
 @pytest.fixture(scope="module")
 def params(itm):
-    return jax.jit(lambda: itm.init(jax.random.key(1), jax.eval_shape(arrays))[0])()
+    return initial(itm)
+
+
+def image_tokens(itc, params, batch):
+    return jax.jit(itc.towers.image_tokens)(params, batch["image"])
+
+
+def embedded(itc, params, batch):
+    """Unit vectors of images and texts, and their scale."""
+    towers = itc.towers
+
+    @jax.jit
+    def embed(params):
+        image = towers.image_tokens(params, batch["image"])
+        text = towers.text_feature(params, batch["text_ids"], batch["text_length"])
+        return towers.embed(params, image, text)
+
+    return embed(params)
 
 
 def test_itc_is_the_symmetric_cross_entropy_of_cosines(itc, params):
     batch = arrays(valid=np.arange(BATCH) % 5 != 0)
     output = jax.jit(lambda p: itc.loss(p, {}, batch, KEY, SIZES, train=False))(params)
-    towers = itc.towers
-    image = towers.image_tokens(params, batch["image"])
-    text = towers.text_feature(params, batch["text_ids"], batch["text_length"])
-    image, text, scale = (np.asarray(x, np.float64) for x in towers.embed(params, image, text))
+    image, text, scale = (np.asarray(x, np.float64) for x in embedded(itc, params, batch))
     rows = np.asarray(batch["valid"])
     np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1, rtol=1e-5)
     logits = scale * image[rows] @ text[rows].T
@@ -95,7 +113,7 @@ def test_eight_devices_equal_one():
 
 def test_every_pair_has_two_wrong_ones(itm, params):
     batch = arrays(valid=np.arange(BATCH) != 3)
-    image = itm.itc.towers.image_tokens(params, batch["image"])
+    image = image_tokens(itm.itc, params, batch)
     drawn = jax.jit(lambda key: itm._negatives(params, batch, image, key))
     texts, images, found = zip(*(drawn(jax.random.key(i)) for i in range(50)), strict=True)
     assert np.all(found)
@@ -109,10 +127,9 @@ def test_hard_negatives_are_drawn_by_similarity(itm, params):
     """With a sharp softmax the most similar wrong text is drawn."""
     head = params[CONTRASTIVE_HEAD] | {"log_scale": jnp.asarray(np.log(100.0), jnp.float32)}
     spread = jax.tree.map(lambda x: x, params) | {CONTRASTIVE_HEAD: head}
-    batch, towers = arrays(), itm.itc.towers
-    image = towers.image_tokens(spread, batch["image"])
-    text = towers.text_feature(spread, batch["text_ids"], batch["text_length"])
-    images, texts, scale = towers.embed(spread, image, text)
+    batch = arrays()
+    image = image_tokens(itm.itc, spread, batch)
+    images, texts, scale = embedded(itm.itc, spread, batch)
     similarity = np.array(scale * images @ texts.T)
     np.fill_diagonal(similarity, -np.inf)
     chances = np.exp(similarity - similarity.max(axis=1, keepdims=True))
@@ -128,7 +145,7 @@ def test_a_row_with_the_same_text_is_no_wrong_one(itm, params):
     """Its image may well be described by it, and by similarity it would be drawn first of all."""
     batch = arrays()
     twice = {name: batch[name].at[1].set(batch[name][0]) for name in ("text_ids", "text_length")}
-    image = itm.itc.towers.image_tokens(params, batch["image"])
+    image = image_tokens(itm.itc, params, batch)
     drawn = jax.jit(jax.vmap(lambda key: itm._negatives(params, {**batch, **twice}, image, key)))
     for index in drawn(jax.random.split(KEY, 200))[:2]:
         assert (np.asarray(index)[:, 0] > 1).all()
@@ -153,8 +170,8 @@ def test_a_temperature_that_cannot_be_learned_is_refused(temperature):
 def test_matching_reads_text_and_image(readout):
     itm = ITM(ITC(tiny_model(), embedding_dim=16), readout=readout)
     batch = arrays()
-    params, _ = itm.init(jax.random.key(1), jax.eval_shape(lambda: batch))
-    output = itm.loss(params, {}, batch, KEY, SIZES)
+    params = initial(itm)
+    output = jax.jit(lambda params: itm.loss(params, {}, batch, KEY, SIZES))(params)
     assert float(output.loss.weight) == 3 * BATCH
     assert float(output.loss.sum / output.loss.weight) == pytest.approx(0.65, abs=0.2)
     assert itm.flops(8) > 0
