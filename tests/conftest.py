@@ -2,11 +2,14 @@
 
 Compiles dominate the suite, so XLA's backend optimisations, its fusion emitters and its split
 code generation are off. What compares runs bit for bit does so once more with them, as users
-compile, among the slow tests.
+compile, among the slow tests. No program is compiled twice: until the session ends, its workers
+and the processes that tests start keep what they compile in one folder.
 """
 
 import os
 import pathlib
+import tempfile
+from collections.abc import Iterator
 
 from tests.compiler_flags import QUICK_COMPILES
 
@@ -14,14 +17,28 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("VLP_TEST_PLATFORM", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILES}"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder
+    _CACHE = tempfile.TemporaryDirectory(prefix="compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
+
+from vlp_jax.infra.compilation import enable_compile_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 PACK = REPO.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _one_cache() -> Iterator[None]:
+    """Runs and tools that a test calls leave programs where they please; later tests do not."""
+    yield
+    if jax.config.jax_compilation_cache_dir != (folder := os.environ["JAX_COMPILATION_CACHE_DIR"]):
+        enable_compile_cache(folder, min_compile_seconds=0.0)
 
 
 @pytest.fixture(scope="session")

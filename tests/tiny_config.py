@@ -41,4 +41,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.checkpoint.best_metric = "reconstruction/base/accuracy"
     config.log.every_steps = 1
     config.log.tensorboard = False
+    config.compile_cache = "off"  # the tests have one for all runs
     return config

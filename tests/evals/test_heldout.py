@@ -64,7 +64,8 @@ def plain_losses(context, params):
         "valid": np.ones(EXAMPLES, np.bool_),
     }
     bucket = Bucket(TOKENS, 32)
-    _, extras = objective.init(jax.random.key(0), batch_spec(bucket, 1))
+    init = jax.jit(lambda key: objective.init(key, batch_spec(bucket, 1)))
+    _, extras = init(jax.random.key(0))
     loss = jax.jit(lambda key: objective.loss(params, extras, batch, key, bucket, train=False).loss)
     return [loss(key) for key in jax.random.split(jax.random.key(0), DRAWS)]
 

@@ -67,6 +67,7 @@ def run_config(task, root):
     config.checkpoint.every_percent, config.checkpoint.every_steps = None, 2
     config.log.tensorboard = False
     config.log.every_steps = 1
+    config.compile_cache = "off"
     with config.unlocked():
         for section in config.evals.values():
             if "every_percent" in section:

@@ -202,10 +202,11 @@ def test_task_accuracy_is_that_of_the_guesses(transfer, source, objective):
     data = build_source(context.config, source, split="val", num_records=EXAMPLES)
     ids, lengths = context.tokenizer.padded([data.caption(i, 0) for i in range(EXAMPLES)], 24)
     pixels = np.stack([data.image(i, 32) for i in range(EXAMPLES)])
+    logits = jax.jit(task.logits)
     right = {}
     for kind, shown in (("", pixels), ("_text_only", np.zeros_like(pixels))):
         batch = {"image": shown, "text_ids": ids, "text_length": lengths}
-        guesses = np.asarray(task.logits(params, batch))[:, :8].argmax(axis=1)
+        guesses = np.asarray(logits(params, batch))[:, :8].argmax(axis=1)
         colours = data.labels(np.arange(EXAMPLES))["colour"]
         right[kind] = (guesses == colours).astype(float)
         # Four of ten annotators: min(3 / 3, 1) without one of them, min(4 / 3, 1) without another.
@@ -367,8 +368,9 @@ def test_occlusion_is_the_fall_when_a_cell_is_covered(transfer, kind, readout):
     covered = batch["image"].copy()
     covered[:, 8:16, 24:32] = 128
     given = {k: batch[k] for k in ("text_ids", "text_length")}
+    logits = jax.jit(changed.logits)
     before, after = (
-        jax.nn.log_softmax(known_only(changed.logits(params, {**given, "image": image}), 8))
+        jax.nn.log_softmax(known_only(logits(params, {**given, "image": image}), 8))
         for image in (batch["image"], covered)
     )
     rows = np.arange(8)
@@ -385,7 +387,7 @@ def test_the_probability_of_an_answer_is_that_of_its_own_output(transfer):
     batch, found = evaluator.explanations(params)
     task = next(o for o in context.objectives if o.name == "vqa")
     given = {k: batch[k] for k in ("image", "text_ids", "text_length")}
-    expected = jax.nn.sigmoid(task.logits(params, given)).max(axis=1)
+    expected = jax.nn.sigmoid(jax.jit(task.logits)(params, given)).max(axis=1)
     np.testing.assert_allclose(found.probability, expected, rtol=1e-4)
 
 

@@ -42,8 +42,9 @@ def created(task):
 def test_vqa_sums_binary_cross_entropies_of_soft_targets():
     vqa = VQA(tiny_model(), "vqa", CLASSES)
     params, batch = created(vqa), task_batch()
-    output = vqa.loss(params, {}, batch, jax.random.key(0), SIZES, train=False)
-    logits = np.asarray(vqa.logits(params, batch), np.float64)
+    loss = jax.jit(lambda *given: vqa.loss(*given, jax.random.key(0), SIZES, train=False))
+    output = loss(params, {}, batch)
+    logits = np.asarray(jax.jit(vqa.logits)(params, batch), np.float64)
     expected, right = 0.0, 0.0
     for row in np.flatnonzero(batch["valid"]):
         target = np.zeros(CLASSES)
@@ -60,7 +61,7 @@ def test_vqa_sums_binary_cross_entropies_of_soft_targets():
 
 def test_a_fresh_vqa_head_expects_one_right_answer():
     vqa = VQA(tiny_model(), "vqa", 400)
-    chances = jax.nn.sigmoid(vqa.logits(created(vqa), task_batch()))
+    chances = jax.nn.sigmoid(jax.jit(vqa.logits)(created(vqa), task_batch()))
     np.testing.assert_allclose(chances.sum(axis=1), 1.0, rtol=0.2)
     same = Classification(tiny_model(), "entailment", 3)
     assert not np.asarray(created(same)["entailment_head"]["classifier"]["bias"]).any()
@@ -105,7 +106,7 @@ def test_one_query_equals_all():
         visible = visible_mask(positions, lengths, span, span, TOKENS)
         return model.reconstruct(positions, states, visible)[:, 0]
 
-    values = [nn.apply(f, model)({"params": params}) for f in (one, all_of_them)]
+    values = [jax.jit(nn.apply(f, model))({"params": params}) for f in (one, all_of_them)]
     np.testing.assert_allclose(values[0], values[1], atol=1e-5)
 
 

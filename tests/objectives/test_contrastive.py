@@ -41,18 +41,24 @@ def itm():
     return ITM(ITC(tiny_model(), embedding_dim=16))
 
 
+def initial(itm):
+    return jax.jit(lambda: itm.init(jax.random.key(1), jax.eval_shape(arrays))[0])()
+
+
 @pytest.fixture(scope="module")
 def params(itm):
-    return jax.jit(lambda: itm.init(jax.random.key(1), jax.eval_shape(arrays))[0])()
+    return initial(itm)
+
+
+def embedded(itc, params, batch):
+    """Unit vectors of images and texts, and their scale."""
+    return jax.jit(itc.dual_encoder.embeddings)(params, batch)
 
 
 def test_itc_is_the_symmetric_cross_entropy_of_cosines(itc, params):
     batch = arrays(valid=np.arange(BATCH) % 5 != 0)
     output = jax.jit(lambda p: itc.loss(p, {}, batch, KEY, SIZES, train=False))(params)
-    towers = itc.dual_encoder
-    image = towers.image_tokens(params, batch["image"])
-    text = towers.text_feature(params, batch["text_ids"], batch["text_length"])
-    image, text, scale = (np.asarray(x, np.float64) for x in towers.embed(params, image, text))
+    image, text, scale = (np.asarray(x, np.float64) for x in embedded(itc, params, batch))
     rows = np.asarray(batch["valid"])
     np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1, rtol=1e-5)
     logits = scale * image[rows] @ text[rows].T
@@ -109,7 +115,7 @@ def test_hard_negatives_are_drawn_by_similarity(itm, params):
     head = params[CONTRASTIVE_HEAD] | {"log_scale": jnp.asarray(np.log(100.0), jnp.float32)}
     spread = jax.tree.map(lambda x: x, params) | {CONTRASTIVE_HEAD: head}
     batch = arrays()
-    images, texts, scale = itm.dual_encoder.embeddings(spread, batch)
+    images, texts, scale = embedded(itm.itc, spread, batch)
     similarity = np.array(scale * images @ texts.T)
     np.fill_diagonal(similarity, -np.inf)
     chances = np.exp(similarity - similarity.max(axis=1, keepdims=True))
@@ -149,8 +155,8 @@ def test_a_temperature_that_cannot_be_learned_is_refused(temperature):
 def test_matching_reads_text_and_image(readout):
     itm = ITM(ITC(tiny_model(), embedding_dim=16), readout=readout)
     batch = arrays()
-    params, _ = itm.init(jax.random.key(1), jax.eval_shape(lambda: batch))
-    output = itm.loss(params, {}, batch, KEY, SIZES)
+    params = initial(itm)
+    output = jax.jit(lambda params: itm.loss(params, {}, batch, KEY, SIZES))(params)
     assert float(output.loss.weight) == 3 * BATCH
     assert float(output.loss.sum / output.loss.weight) == pytest.approx(0.65, abs=0.2)
     assert itm.flops(8) > 0

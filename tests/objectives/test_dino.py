@@ -1,5 +1,6 @@
 """DINO against NumPy: targets, centre, temperatures, and what evaluators see of it."""
 
+import functools
 import math
 
 import chex
@@ -34,24 +35,42 @@ SMALL = {**HEAD, "small_size": 8}
 HALF = View(IMAGE_SIZE, 8, 2)
 
 
-def embedded_by(objective, params, target, drawn):
+def embedded_by(objective, params, target, batch, sizes=SIZES):
     """The embeddings alone; without batch norms in the tower, a pass renews no parameter."""
-    embedded, after = objective.embeddings(params, target, drawn)
-    assert after is params
-    return embedded
+
+    @jax.jit
+    def embedded(params, target, batch):
+        found, after = objective.embeddings(params, target, Drawn(batch, KEY, sizes, True))
+        assert after is params
+        return found
+
+    return embedded(params, target, batch)
+
+
+def loss_of(objective, train=True):
+    """Its loss, compiled: parameters, extras and batch -> the output."""
+    return jax.jit(lambda *given: objective.loss(*given, KEY, SIZES, train=train))
 
 
 def cosines_after(objective, params, output, batch):
     """The student's and the teacher's cosines in a loss, by the target that it left: float64."""
-    drawn = Drawn(batch, KEY, SIZES, True)
-    embedded = embedded_by(objective, params, output.extras["target"], drawn)
+    embedded = embedded_by(objective, params, output.extras["target"], batch)
     return [np.asarray(x, np.float64) for x in embedded]
 
 
+def dino(**arguments):
+    return DINO(model=tiny_model(), name="dino", **{**SMALL, **arguments})
+
+
+def initial(objective):
+    """Fresh parameters and extras."""
+    return jax.jit(lambda key: objective.init(key, batch_spec(SIZES, 1)))(jax.random.key(0))
+
+
+@functools.cache
 def built(**arguments):
-    objective = DINO(model=tiny_model(), name="dino", **{**SMALL, **arguments})
-    params, extras = objective.init(jax.random.key(0), batch_spec(SIZES, 1))
-    return objective, params, extras
+    objective = dino(**arguments)
+    return objective, *initial(objective)
 
 
 def config_of(**overrides):
@@ -75,7 +94,7 @@ def test_the_loss_is_that_of_its_paper(batch):
     objective, params, extras = built(teacher_temperature=0.07, first_teacher_temperature=0.04)
     extras = {**extras, "centre": jnp.linspace(-0.2, 0.2, 12)}
     now = {**batch, PROGRESS: jnp.float32(0.05)}  # half of the warm-up
-    output = objective.loss(params, extras, now, KEY, SIZES)
+    output = loss_of(objective)(params, extras, now)
     *student, one, other = cosines_after(objective, params, output, batch)
     assert len(student) == 4
     centre, rows = np.asarray(extras["centre"], np.float64), np.asarray(batch["valid"])
@@ -107,7 +126,7 @@ def test_balanced_answers_give_every_prototype_its_share(batch):
     """The loss against Sinkhorn and Knopp in NumPy over the valid rows of both large crops."""
     objective, params, extras = built(centring="sinkhorn", teacher_temperature=0.05)
     now = {**batch, PROGRESS: jnp.float32(1.0)}
-    output = objective.loss(params, extras, now, KEY, SIZES)
+    output = loss_of(objective)(params, extras, now)
     *student, one, other = cosines_after(objective, params, output, batch)
     rows = np.asarray(batch["valid"])
     targets = np.split(sinkhorn(np.exp(np.concatenate([one[rows], other[rows]]) / 0.05)), 2)
@@ -134,7 +153,7 @@ def test_without_a_valid_row_answers_stay_finite():
 
 def test_outside_training_nothing_is_renewed(batch):
     objective, params, extras = built()
-    output = objective.loss(params, extras, batch, KEY, SIZES, train=False)
+    output = loss_of(objective, train=False)(params, extras, batch)
     chex.assert_trees_all_equal(output.extras, extras)
 
 
@@ -192,7 +211,7 @@ def test_with_norms_the_head_does_not_read_what_all_images_share():
 
 
 def test_small_crops_are_encoded_at_their_own_size():
-    objective, *_ = built()
+    objective = dino()
     assert objective.small_view == View.whole(8, 8)
     default = DINO(model=tiny_model(), name="dino", **HEAD)
     assert default.small_view == View.whole(8, 8)  # three sevenths of 16, in patches of 8
@@ -206,8 +225,8 @@ def test_students_and_teachers_are_compressed_apart(batch):
 
     def embedded(*views):
         bucket = Bucket(TOKENS, IMAGE_SIZE, views)
-        drawn = Drawn(batch, KEY, bucket, True)
-        return [np.asarray(x) for x in embedded_by(objective, params, extras["target"], drawn)]
+        found = embedded_by(objective, params, extras["target"], batch, bucket)
+        return [np.asarray(x) for x in found]
 
     whole = View.whole(IMAGE_SIZE, 8)
     plain, same = embedded(), embedded(whole)
@@ -252,11 +271,9 @@ def test_paths_of_the_student_are_dropped_and_none_of_the_teacher(batch):
     for rate in (0.0, 0.5):
         model = tiny_model(**{"image.drop_path": rate, "image.depth": 2})
         objective = DINO(model=model, name="dino", **SMALL)
-        params, extras = objective.init(jax.random.key(0), batch_spec(SIZES, 1))
-        drawn = Drawn(batch, KEY, SIZES, True)
-        results.append(
-            [np.asarray(x) for x in embedded_by(objective, params, extras["target"], drawn)]
-        )
+        params, extras = initial(objective)
+        found = embedded_by(objective, params, extras["target"], batch)
+        results.append([np.asarray(x) for x in found])
     for index, (plain, dropped) in enumerate(zip(*results, strict=True)):
         assert (plain != dropped).any() == (index < 4), index
 
@@ -275,4 +292,4 @@ def test_paths_of_the_student_are_dropped_and_none_of_the_teacher(batch):
 )
 def test_bad_arguments_name_the_key(arguments, message):
     with pytest.raises(ConfigError, match=rf"objectives\.dino\.{message}"):
-        built(**arguments)
+        dino(**arguments)

@@ -1,6 +1,7 @@
 """SimCLR, SimSiam and MoCo v3 against NumPy, on 1 and 8 devices, and under compression."""
 
 import dataclasses
+import functools
 import inspect
 import itertools
 
@@ -16,7 +17,6 @@ from tiny import (
     TOKENS,
     compile_run,
     make_batch,
-    make_program,
     objective_config,
     tiny_model,
 )
@@ -38,17 +38,33 @@ HALF = View(IMAGE_SIZE, 8, 2)
 VIEW = View.whole(IMAGE_SIZE, 8)
 
 
-def embedded_by(objective, params, target, drawn):
+def embedded_by(objective, params, target, batch, sizes=SIZES, key=KEY):
     """The embeddings alone; without batch norms in the tower, a pass renews no parameter."""
-    embedded, after = objective.embeddings(params, target, drawn)
-    assert after is params
-    return embedded
+
+    @jax.jit
+    def embedded(params, target, batch, key):
+        found, after = objective.embeddings(params, target, Drawn(batch, key, sizes, True))
+        assert after is params
+        return found
+
+    return embedded(params, target, batch, key)
 
 
+def loss_of(objective, params, extras, batch, train=True):
+    """The whole output of its loss function."""
+    loss = jax.jit(lambda *given: objective.loss(*given, KEY, SIZES, train=train))
+    return loss(params, extras, batch)
+
+
+def initial(objective, seed=0):
+    """Fresh parameters and extras."""
+    return jax.jit(lambda key: objective.init(key, batch_spec(SIZES, 1)))(jax.random.key(seed))
+
+
+@functools.cache
 def built(kind, **arguments):
     objective = KINDS[kind](model=tiny_model(), name=kind, **HEADS, **arguments)
-    params, extras = objective.init(jax.random.key(0), batch_spec(SIZES, 1))
-    return objective, params, extras
+    return objective, *initial(objective)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +98,8 @@ def info_nce(query, key, temperature):
 
 def test_simclr_is_nt_xent(batch):
     objective, params, extras = built("simclr", temperature=0.5)
-    one, other = embedded_by(objective, params, extras, Drawn(batch, KEY, SIZES, True))
-    output = objective.loss(params, extras, batch, KEY, SIZES)
+    one, other = embedded_by(objective, params, extras, batch)
+    output = loss_of(objective, params, extras, batch)
     rows = np.asarray(batch["valid"])
     loss, accuracy = nt_xent(np.asarray(one)[rows], np.asarray(other)[rows], 0.5)
     assert float(output.loss.sum / output.loss.weight) == pytest.approx(loss, rel=1e-5)
@@ -94,10 +110,8 @@ def test_simclr_is_nt_xent(batch):
 
 def test_moco_is_info_nce_of_both_directions(batch):
     objective, params, extras = built("moco_v3", temperature=0.5)
-    output = objective.loss(params, extras, batch, KEY, SIZES)
-    one, other, key_one, key_other = embedded_by(
-        objective, params, output.extras["target"], Drawn(batch, KEY, SIZES, True)
-    )
+    output = loss_of(objective, params, extras, batch)
+    one, other, key_one, key_other = embedded_by(objective, params, output.extras["target"], batch)
     rows = np.asarray(batch["valid"])
     one, other, key_one, key_other = (np.asarray(x)[rows] for x in (one, other, key_one, key_other))
     expected = 2 * 0.5 * (info_nce(one, key_other, 0.5) + info_nce(other, key_one, 0.5))
@@ -107,12 +121,11 @@ def test_moco_is_info_nce_of_both_directions(batch):
 def test_simsiam_is_the_negative_cosine_of_both_directions(batch):
     objective, params, extras = built("simsiam")
     one, other, from_one, from_other = (
-        np.asarray(x, np.float64)
-        for x in embedded_by(objective, params, extras, Drawn(batch, KEY, SIZES, True))
+        np.asarray(x, np.float64) for x in embedded_by(objective, params, extras, batch)
     )
     rows = np.asarray(batch["valid"])
     cosines = (from_one * other).sum(axis=1) + (from_other * one).sum(axis=1)
-    output = objective.loss(params, extras, batch, KEY, SIZES)
+    output = loss_of(objective, params, extras, batch)
     assert float(output.loss.sum / output.loss.weight) == pytest.approx(
         -cosines[rows].mean() / 2, rel=1e-5
     )
@@ -145,14 +158,13 @@ def test_keys_are_made_by_the_average_after_its_renewal(batch):
         lambda x: x + 0.3 * jnp.cos(jnp.arange(x.size)).reshape(x.shape),
         objective._averaged(params),
     )
-    output = objective.loss(params, {"target": target}, batch, KEY, SIZES)
+    output = loss_of(objective, params, {"target": target}, batch)
     found = float(output.loss.sum / output.loss.weight)
     rows = np.asarray(batch["valid"])
 
     def loss_by(keys_of):
         one, other, key_one, key_other = (
-            np.asarray(x)[rows]
-            for x in embedded_by(objective, params, keys_of, Drawn(batch, KEY, SIZES, True))
+            np.asarray(x)[rows] for x in embedded_by(objective, params, keys_of, batch)
         )
         return 2 * 0.5 * (info_nce(one, key_other, 0.5) + info_nce(other, key_one, 0.5))
 
@@ -164,11 +176,10 @@ def test_keys_are_made_by_the_average_after_its_renewal(batch):
 def test_outside_training_the_parameters_make_the_keys(batch):
     """An evaluator knows no moving average; a random one would make its figures meaningless."""
     objective, params, _ = built("moco_v3", temperature=0.5)
-    random = objective.init(jax.random.key(9), batch_spec(SIZES, 1))[1]
+    _, random = initial(objective, seed=9)
     own = {"target": objective._averaged(params)}
     found, expected = (
-        objective.loss(params, extras, batch, KEY, SIZES, train=False).loss.sum
-        for extras in (random, own)
+        loss_of(objective, params, extras, batch, train=False).loss.sum for extras in (random, own)
     )
     assert float(found) == pytest.approx(float(expected))
 
@@ -183,15 +194,13 @@ def test_a_run_that_starts_from_parameters_averages_those():
 
 def test_simsiam_sends_no_gradient_through_what_it_compares_with(batch):
     objective, params, extras = built("simsiam")
-    one, other, *_ = embedded_by(objective, params, extras, Drawn(batch, KEY, SIZES, True))
+    one, other, *_ = embedded_by(objective, params, extras, batch)
 
     def loss(params):
         return objective.loss(params, extras, batch, KEY, SIZES).loss.sum
 
     def with_constants(params):
-        _, _, from_one, from_other = embedded_by(
-            objective, params, extras, Drawn(batch, KEY, SIZES, True)
-        )
+        _, _, from_one, from_other = embedded_by(objective, params, extras, batch)
         cosines = (from_one * other).sum(axis=1) + (from_other * one).sum(axis=1)
         return -jnp.where(batch["valid"], cosines, 0.0).sum() / 2
 
@@ -209,7 +218,7 @@ def test_a_collapse_is_no_accuracy(kind, batch):
     objective, params, extras = built(kind)
     last = "predictor" if kind == "moco_v3" else "projector"
     flat = jax.tree.map(jnp.zeros_like, params[f"{kind}_{last}"])
-    output = objective.loss({**params, f"{kind}_{last}": flat}, extras, batch, KEY, SIZES)
+    output = loss_of(objective, {**params, f"{kind}_{last}": flat}, extras, batch)
     figures = {name: float(mean.sum / mean.weight) for name, mean in output.metrics.items()}
     assert figures == {"accuracy": 0.0, "embedding_std": 0.0, "alignment": 0.0}
 
@@ -235,22 +244,14 @@ def test_eight_devices_equal_one(kind):
 @pytest.mark.parametrize("kind", ["simclr", "moco_v3"])
 def test_queries_and_keys_are_compressed_apart(kind):
     """A bucket of whole images is the plain update; another key changes keys alone."""
-    program = make_program(config_of(kind))
-    [objective] = program.objectives
+    objective, params, extras = built(kind)
     whole = View.whole(IMAGE_SIZE, 8)
     batch = jax.tree.map(jnp.asarray, make_batch())
-    params, extras = objective.init(jax.random.key(0), batch_spec(SIZES, 1))
 
     def embedded(*views):
         bucket = Bucket(TOKENS, IMAGE_SIZE, views)
-        return [
-            np.asarray(x)
-            for x in jax.jit(
-                lambda p: embedded_by(
-                    objective, p, extras.get("target"), Drawn(batch, KEY, bucket, True)
-                )
-            )(params)
-        ]
+        found = embedded_by(objective, params, extras.get("target"), batch, bucket)
+        return [np.asarray(x) for x in found]
 
     plain, same, key, both = embedded(), embedded(whole), embedded(whole, HALF), embedded(HALF)
     queries = 2 if kind == "moco_v3" else 1
@@ -266,13 +267,14 @@ def test_a_view_of_another_size_is_the_same_crop():
     objective, params, extras = built("simclr")
     batch = jax.tree.map(jnp.asarray, make_batch())
 
-    def tower(views):
-        drawn = Drawn(batch, KEY, Bucket(TOKENS, IMAGE_SIZE, views), True)
-        return embedded_by(objective, params, extras.get("target"), drawn)[0]
+    def tower(*views, key=KEY):
+        bucket = Bucket(TOKENS, IMAGE_SIZE, views)
+        return embedded_by(objective, params, extras.get("target"), batch, bucket, key)[0]
 
-    near = (tower(()) * tower((View.whole(32, 16),))).sum(axis=1)
-    other = embedded_by(objective, params, extras, Drawn(batch, jax.random.key(8), SIZES, True))[0]
-    assert float(near.mean()) > float((tower(()) * other).sum(axis=1).mean()) + 0.1
+    plain = tower()
+    near = (plain * tower(View.whole(32, 16))).sum(axis=1)
+    other = tower(key=jax.random.key(8))
+    assert float(near.mean()) > float((plain * other).sum(axis=1).mean()) + 0.1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -342,8 +344,13 @@ def test_pictures_pass_the_tower_together_as_they_do_alone(batch, view):
     drawn = Drawn(batch, KEY, sizes, True)
     looks = [objective._look(drawn, picture, 0) for picture in (0, 1)]
     looks += [objective._look(drawn, picture, 1, salt=1) for picture in (0, 1)]
-    together, _ = objective._project(params, drawn, looks)
-    alone = [objective._project(params, drawn, [look])[0][0] for look in looks]
+
+    @jax.jit
+    def projected(params):
+        together, _ = objective._project(params, drawn, looks)
+        return together, [objective._project(params, drawn, [look])[0][0] for look in looks]
+
+    together, alone = projected(params)
     for one, other in zip(together, alone, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
     for one, other in itertools.combinations(alone[:2] if view is None else alone, 2):
@@ -354,11 +361,12 @@ def test_paths_are_dropped_for_each_picture_of_a_pass_apart(batch):
     """The same pictures twice in one pass: some rows drop the same paths, others not."""
     model = tiny_model(**{"image.drop_path": 0.5, "image.depth": 2})
     objective = SimCLR(model=model, name="simclr", **HEADS)
-    params, _ = objective.init(jax.random.key(0), batch_spec(SIZES, 1))
+    params, _ = initial(objective)
     for train in (True, False):
         drawn = Drawn(batch, KEY, SIZES, train)
         looks = [objective._look(drawn, 0, 0)] * 2
-        (one, other), _ = objective._encode(params, drawn, looks, True)
+        encode = jax.jit(lambda p, d=drawn, e=looks: objective._encode(p, d, e, True)[0])
+        one, other = encode(params)
         same = np.isclose(one, other, atol=1e-5).all(axis=1)
         assert same.all() if not train else 0 < same.sum() < BATCH
 

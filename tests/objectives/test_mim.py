@@ -38,8 +38,17 @@ def built(**arguments):
     model = tiny_model(**arguments.pop("model", {}))
     model = model.clone(config=_sized(model.config))
     objective = MIM(model=model, name="mim", **{**SMALL, **arguments})
-    params, extras = objective.init(jax.random.key(0), batch_spec(SIZES, 1))
-    return objective, params, extras
+    return objective, *initial(objective)
+
+
+def initial(objective):
+    """Fresh parameters and extras."""
+    return jax.jit(lambda key: objective.init(key, batch_spec(SIZES, 1)))(jax.random.key(0))
+
+
+def loss_of(objective, params, extras, batch, sizes=SIZES):
+    """The whole output of its loss function."""
+    return jax.jit(lambda *given: objective.loss(*given, KEY, sizes))(params, extras, batch)
 
 
 def _sized(config):
@@ -59,7 +68,7 @@ def test_the_loss_is_the_error_of_hidden_patches(batch):
     decoder = jax.tree.map(jnp.zeros_like, params["mim_decoder"])
     bias = jnp.linspace(-1.0, 1.0, 3 * PATCH**2)
     decoder["pixels"] = {**decoder["pixels"], "bias": bias}
-    output = objective.loss({**params, "mim_decoder": decoder}, extras, batch, KEY, SIZES)
+    output = loss_of(objective, {**params, "mim_decoder": decoder}, extras, batch)
     keys = example_keys(KEY, batch["position"])
     view = standardize(random_view(batch["image"], keys, objective.recipe, SIZE, SIZE))
     target = np.asarray(scaled_patches(view, PATCH), np.float64)
@@ -98,6 +107,7 @@ def test_hidden_pixels_do_not_reach_the_tower(batch):
     kept = np.asarray(kept_patches(chosen, 16, 4))
     hidden = int(np.setdiff1d(np.arange(16), kept[0])[0])
 
+    @jax.jit
     def tokens(pixels):
         view = objective.encoded(None)
         return ViT(objective.model.config.image).apply(
@@ -118,7 +128,7 @@ def test_a_bucket_bounds_what_is_kept_and_scales_patches(batch):
     assert objective.encoded(Bucket(TOKENS, SIZE, (View.whole(SIZE, 16),))).kept == 1
     assert objective.flops(0, two) < objective.flops(0)
     for bucket in (two, Bucket(TOKENS, SIZE, (View.whole(SIZE, 16),))):
-        output = objective.loss(params, extras, batch, KEY, bucket)
+        output = loss_of(objective, params, extras, batch, bucket)
         assert np.isfinite(float(output.loss.sum))
 
 
@@ -157,7 +167,7 @@ def on_shared(**arguments):
     model = shared_model()
     model = model.clone(config=_sized(model.config))
     objective = MIM(model=model, name="mim", **{**SMALL, **arguments})
-    params, extras = objective.init(jax.random.key(0), batch_spec(SIZES, 1))
+    params, extras = initial(objective)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]

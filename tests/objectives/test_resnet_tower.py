@@ -1,5 +1,7 @@
 """A convolutional tower under objectives of images: statistics, devices, and what is refused."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -43,8 +45,18 @@ def config_of(kind, **overrides):
 
 def objective_of(kind):
     [objective] = make_program(config_of(kind)).objectives
-    params, extras = objective.init(jax.random.key(0), batch_spec(SIZES, 1))
-    return objective, params, extras
+    return objective, *initial(objective)
+
+
+def initial(objective):
+    """Fresh parameters and extras."""
+    return jax.jit(lambda key: objective.init(key, batch_spec(SIZES, 1)))(jax.random.key(0))
+
+
+def loss_of(objective, params, extras, batch, key=KEY, sizes=SIZES, train=True):
+    """The whole output of its loss function."""
+    loss = jax.jit(lambda *given: objective.loss(*given, sizes, train=train))
+    return loss(params, extras, batch, key)
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +97,16 @@ def test_an_update_sets_the_statistics_to_those_of_its_passes(batch):
     start = jax.device_get(state.params)
     [objective] = run.program.objectives
     rng = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), 0)
-    expected = objective.loss(start, {}, batch, rng, SIZES).statistics[STATISTICS]
-    drawn = Drawn(batch, rng, SIZES, True)
-    looks = [objective._look(drawn, picture, picture) for picture in (0, 1)]
-    _, first = objective._project(start, drawn, looks[:1])
-    _, both = objective._project(first, drawn, looks[1:])
+    expected = loss_of(objective, start, {}, batch, rng).statistics[STATISTICS]
+
+    @jax.jit
+    def passed(params):
+        drawn = Drawn(batch, rng, SIZES, True)
+        looks = [objective._look(drawn, picture, picture) for picture in (0, 1)]
+        _, first = objective._project(params, drawn, looks[:1])
+        return first, objective._project(first, drawn, looks[1:])[1]
+
+    first, both = passed(start)
     state, _ = run(state, make_batch())
     chex.assert_trees_all_close(state.params[STATISTICS], expected, rtol=1e-4, atol=1e-6)
     chex.assert_trees_all_close(expected, both[STATISTICS], rtol=1e-5, atol=1e-7)
@@ -101,14 +118,15 @@ def test_an_update_sets_the_statistics_to_those_of_its_passes(batch):
 
 def test_outside_training_rows_do_not_know_their_batch(batch):
     objective, params, extras = objective_of("simclr")
-    output = objective.loss(params, extras, batch, KEY, SIZES, train=False)
+    output = loss_of(objective, params, extras, batch, train=False)
     chex.assert_trees_all_equal(output.statistics[STATISTICS], params[STATISTICS])
     pixels = jax.random.normal(KEY, (4, IMAGE_SIZE, IMAGE_SIZE, 3))
     config = objective.model.config.image
-    four, two = (tower_tokens(config, params, pixels[:n]) for n in (4, 2))
+    tokens = jax.jit(functools.partial(tower_tokens, config))
+    four, two = (tokens(params, pixels[:n]) for n in (4, 2))
     np.testing.assert_allclose(four[:2], two, rtol=1e-5, atol=1e-5)
     other = {**params, STATISTICS: jax.tree.map(lambda x: x + 1.0, params[STATISTICS])}
-    assert (np.asarray(tower_tokens(config, other, pixels)) != np.asarray(four)).any()
+    assert (np.asarray(tokens(other, pixels)) != np.asarray(four)).any()
 
 
 @pytest.mark.parametrize("kind", ["moco_v3", "dino"])
@@ -116,7 +134,7 @@ def test_the_moving_average_has_statistics_of_its_own(kind, batch):
     objective, params, extras = objective_of(kind)
     assert set(extras["target"]) == {TOWER, STATISTICS, f"{kind}_projector"}
     moved = {**params, STATISTICS: jax.tree.map(lambda x: x + 1.0, params[STATISTICS])}
-    output = objective.loss(moved, extras, batch, KEY, SIZES)
+    output = loss_of(objective, moved, extras, batch)
     share = objective.momentum
     expected = jax.tree.map(
         lambda old, new: share * old + (1 - share) * new,
@@ -133,8 +151,8 @@ def test_smaller_pictures_are_a_bucket(batch):
     [objective] = make_program(config).objectives
     small = Bucket(TOKENS, IMAGE_SIZE, (View.whole(8, 2),))
     assert objective.flops(0, small) < 0.3 * objective.flops(0)
-    params, extras = objective.init(jax.random.key(0), batch_spec(SIZES, 1))
-    assert np.isfinite(float(objective.loss(params, extras, batch, KEY, small).loss.sum))
+    output = loss_of(objective, *initial(objective), batch, sizes=small)
+    assert np.isfinite(float(output.loss.sum))
 
 
 def test_batch_norms_forbid_micro_batches():

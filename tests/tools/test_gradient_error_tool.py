@@ -30,30 +30,25 @@ def get_config():
 """
 
 
-def pilot_config(cache: pathlib.Path) -> ConfigDict:
+def pilot_config() -> ConfigDict:
     config = get_config()
     config.objectives = {"itc": {"embedding_dim": 8}}
     config.total_steps = 4
     config.checkpoint.every_steps = 2
     config.checkpoint.keep_latest = 9
-    config.compile_cache = str(cache)
     config.evals = {}
     config.checkpoint.best_metric = ""
     return config
 
 
 @pytest.fixture(scope="module")
-def pilot(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, pathlib.Path]:
-    folder = tmp_path_factory.mktemp("pilot")
-    cache = folder / "cache"
-    config = pilot_config(cache)
-    assert train(prepare(config, folder / "run")) == ExitCode.OK
-    return folder / "run", cache
+def pilot(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("pilot") / "run"
+    assert train(prepare(pilot_config(), workdir)) == ExitCode.OK
+    return workdir
 
 
-def tool(
-    workdir: pathlib.Path, cache: pathlib.Path, *flags: str
-) -> subprocess.CompletedProcess[str]:
+def tool(workdir: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
     file = workdir.parent / "config.py"
     file.write_text(FILE)
     return subprocess.run(
@@ -63,7 +58,6 @@ def tool(
             "tools.gradient_error",
             f"--config={file}",
             f"--workdir={workdir}",
-            f"--config.compile_cache={cache}",
             *flags,
         ],
         cwd=REPO,
@@ -74,12 +68,11 @@ def tool(
 
 
 def test_a_schedule_is_derived_from_a_run_and_loaded_by_the_next(pilot):
-    workdir, cache = pilot
     flags = ("--config.compression.schedule=staged", f"--config.compression.buckets={BUCKETS}")
     # Of four updates one at least starts in the second half, whatever the buckets' costs.
-    result = tool(workdir, cache, *flags, "--batches=4", "--tail_percent=50")
+    result = tool(pilot, *flags, "--batches=4", "--tail_percent=50")
     assert result.returncode == 0, result.stderr[-3000:]
-    out = workdir / "gradient_error"
+    out = pilot / "gradient_error"
     found = json.loads((out / "results.json").read_text())
     assert [c["step"] for c in found["checkpoints"]] == [0, 2, 4]
     assert [c["progress"] for c in found["checkpoints"]] == [0.0, 0.5, 1.0]
@@ -100,9 +93,9 @@ def test_a_schedule_is_derived_from_a_run_and_loaded_by_the_next(pilot):
     assert "Derived schedule" in table
     assert (out / "gradient_error.png").stat().st_size > 5_000
 
-    config = pilot_config(cache)
+    config = pilot_config()
     config.compression.file = str(out / "schedule.json")
-    schedule = prepare(config, workdir.parent / "next").program.schedule
+    schedule = prepare(config, pilot.parent / "next").program.schedule
     assert bucket_text(schedule.views(0)) == found["checkpoints"][0]["choice"]
     assert schedule.views(schedule.total_steps - 1) == ()  # the tail
     used = {bucket_text(schedule.buckets[i]) for i in np.unique(schedule.index)}
@@ -123,7 +116,7 @@ def test_a_schedule_is_derived_from_a_run_and_loaded_by_the_next(pilot):
     ],
 )
 def test_bad_input_ends_with_one_line(pilot, flags, message):
-    result = tool(*pilot, *flags)
+    result = tool(pilot, *flags)
     assert result.returncode == ExitCode.BAD_INPUT
     assert len(result.stderr.strip().splitlines()[-1:]) == 1
     assert re.search(message, result.stderr)
@@ -131,6 +124,6 @@ def test_bad_input_ends_with_one_line(pilot, flags, message):
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
-    result = tool(tmp_path, tmp_path / "cache")
+    result = tool(tmp_path)
     assert result.returncode == ExitCode.BAD_INPUT
     assert "holds no run" in result.stderr

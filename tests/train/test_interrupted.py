@@ -37,12 +37,11 @@ class Scripted:
         yield "base/accuracy", -float(step)  # the first evaluation is the best
 
 
-def config(cache: pathlib.Path) -> ConfigDict:
+def config() -> ConfigDict:
     """A run whose evaluator moves the next update (a bandit learns from it), ranks checkpoints and
     has the last word on the best."""
     config = get_config()
     config.total_steps = TOTAL
-    config.compile_cache = str(cache)
     config.checkpoint.every_steps = 2
     config.checkpoint.best_metric = "reconstruction/base/accuracy"
     with config.unlocked():
@@ -74,7 +73,7 @@ def learned(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
 
 def test_an_evaluation_cut_short_is_done_again(tmp_path):
     """Cut short in the middle of the run, at its end, and at the best checkpoint."""
-    settings = config(tmp_path / "cache")
+    settings = config()
     regular, last = Scripted(), Scripted()
     whole = tmp_path / "whole"
     assert run(settings, whole, regular=regular, last=last) == ExitCode.OK

@@ -22,10 +22,9 @@ BUCKETS, COSTS = ("p16@16", "whole"), (0.25, 1.0)
 DECISIONS = 3
 
 
-def config(cache: pathlib.Path) -> ConfigDict:
+def config() -> ConfigDict:
     config = get_config()
     config.total_steps = 24
-    config.compile_cache = str(cache)
     config.evals = {}
     config.objectives = {"itc": {"embedding_dim": 8}}  # compiles fast
     config.checkpoint.best_metric = ""
@@ -41,10 +40,10 @@ def config(cache: pathlib.Path) -> ConfigDict:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, pathlib.Path]:
-    folder = tmp_path_factory.mktemp("online")
-    assert train(prepare(config(folder / "cache"), folder / "whole")) == ExitCode.OK
-    return folder / "whole", folder / "cache"
+def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("online") / "whole"
+    assert train(prepare(config(), workdir)) == ExitCode.OK
+    return workdir
 
 
 def decisions(workdir: pathlib.Path) -> dict[int, int]:
@@ -70,32 +69,30 @@ def test_parts_of_the_budget_begin_where_their_decisions_fall():
     assert last.spent[-1] == pytest.approx(100)
 
 
-def test_a_run_decides_as_it_goes_and_ends_with_its_budget(finished):
-    workdir, cache = finished
-    made = decisions(workdir)
+def test_a_run_decides_as_it_goes_and_ends_with_its_budget(whole):
+    made = decisions(whole)
     assert len(made) == DECISIONS
     choices = list(made.values())
     assert choices == sorted(choices)
-    program = prepare(config(cache), workdir).program
+    program = prepare(config(), whole).program
     expected = program.compression.over(24, 0, choices)
     assert list(made) == list(expected.decided_at)
-    facts = json.loads((workdir / "run.json").read_text())
+    facts = json.loads((whole / "run.json").read_text())
     assert facts["step"] == facts["total_steps"] == expected.total_steps
     assert facts["compile_seconds"]["decisions"] > 0
     assert 0 < facts["decisions_share_of_time"] < 1
-    record = next(r for r in read_metrics(workdir) if "compression/decided" in r)
+    record = next(r for r in read_metrics(whole) if "compression/decided" in r)
     assert record["compression/probe_seconds"] > 0
     errors = [record[f"compression/mse/{name}"] for name in BUCKETS]
     assert np.argmin(errors) == choices[0]
     # Rates follow what was decided: the last is that of a budget nearly spent.
-    rates = [r["train/learning_rate"] for r in read_metrics(workdir) if "train/loss" in r]
+    rates = [r["train/learning_rate"] for r in read_metrics(whole) if "train/loss" in r]
     assert len(rates) == expected.total_steps
     assert rates[-1] < 0.1 * max(rates)
 
 
-def test_a_run_that_was_stopped_decides_the_same(finished, tmp_path):
+def test_a_run_that_was_stopped_decides_the_same(whole, tmp_path):
     """Bit for bit, from the last checkpoint before a decision that is not the first."""
-    whole, cache = finished
     steps = sorted(int(p.name) for p in (whole / "checkpoints").iterdir())
     expected = load_params(whole / "checkpoints", "latest")
     second = sorted(decisions(whole))[1]
@@ -105,7 +102,7 @@ def test_a_run_that_was_stopped_decides_the_same(finished, tmp_path):
     for step in steps:
         if step > kept:
             shutil.rmtree(workdir / "checkpoints" / str(step))
-    assert train(prepare(config(cache), workdir)) == ExitCode.OK
+    assert train(prepare(config(), workdir)) == ExitCode.OK
     again = load_params(workdir / "checkpoints", "latest")
     assert again.step == expected.step
     jax.tree.map(np.testing.assert_array_equal, again.state, expected.state)
@@ -116,7 +113,7 @@ def test_a_run_that_was_stopped_decides_the_same(finished, tmp_path):
 
 
 def test_decisions_take_as_many_batches_as_their_share_of_the_budget_allows(tmp_path):
-    settings = config(tmp_path / "cache")
+    settings = config()
     settings.total_steps = 4_000
     settings.compression.decisions = 10
     settings.compression.overhead_percent = 5.0
@@ -136,7 +133,7 @@ def test_decisions_take_as_many_batches_as_their_share_of_the_budget_allows(tmp_
     ],
 )
 def test_bad_input_names_the_key(tmp_path, overrides, message):
-    settings = config(tmp_path / "cache")
+    settings = config()
     settings.compression.update(overrides)
     with pytest.raises(ConfigError, match=message):
         prepare(settings, tmp_path / "run")

@@ -21,7 +21,7 @@ from tests.conftest import REPO
 from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.preemption import ExitCode
 
-TOTAL = 100
+TOTAL = 60
 # Every update encodes another part of its images: which one must not depend on what ran before.
 MIXED_VIEWS = (
     "--config.compression.schedule=random",
@@ -55,6 +55,8 @@ class Trainer:
                 f"--config={REPO / 'tests' / 'tiny_config.py'}",
                 f"--workdir={workdir}",
                 f"--config.compile_cache={self.folder / 'cache'}",
+                f"--config.total_steps={TOTAL}",
+                "--config.evals.reconstruction.every_steps=20",
                 "--config.mesh.fsdp=2",
                 *MIXED_VIEWS,
                 *flags,
@@ -150,15 +152,15 @@ def killed(trainer: Trainer, whole: pathlib.Path) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def resumed(trainer: Trainer, killed: pathlib.Path) -> pathlib.Path:
-    """The killed run, resumed, stopped by SIGTERM after step 60, and resumed again to its end."""
+    """The killed run, resumed, stopped by SIGTERM after step 45, and resumed again to its end."""
     workdir = trainer.folder / "resumed"
     shutil.copytree(killed, workdir)
     process = trainer.start(workdir)
-    trainer.signal_at(process, workdir, 60, signal.SIGTERM)
+    trainer.signal_at(process, workdir, 45, signal.SIGTERM)
     code, out, err = trainer.finish(process)
     assert code == ExitCode.PREEMPTED, err[-3000:]
     stopped = json.loads(out.splitlines()[-1])["step"]
-    assert 60 <= stopped < TOTAL
+    assert 45 <= stopped < TOTAL
     assert (workdir / "checkpoints" / str(stopped)).is_dir()
     code, out, err = trainer.finish(trainer.start(workdir))
     assert code == 0, err[-3000:]
