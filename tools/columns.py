@@ -12,7 +12,7 @@ from typing import Any
 import rich.table
 from ml_collections import ConfigDict
 
-from tools.compare.configs import load, with_overrides
+from tools.compare.configs import digest, load, with_overrides
 from tools.compare.table import markdown_table
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
@@ -177,19 +177,36 @@ def evaluate(workdir: pathlib.Path, task: Task, settings: Settings) -> Score | N
 
 
 def _evaluate(workdir: pathlib.Path, task: Task, settings: Settings) -> Score | None:
-    folder = settings.out / "runs" / _slug(f"{workdir.resolve().name}-{task.name}")
     if task.frozen:
-        setup = prepare(_config(task, workdir, settings, 0), folder)
-        return _as_it_is(setup, task)
+        config = _config(task, workdir, settings, 0)
+        return _as_it_is(prepare(config, _place(config, workdir, task, settings)), task)
     values = []
     for seed in settings.seeds:
-        run = folder / f"seed{seed}"
-        train_to_end(_config(task, workdir, settings, seed), run)
+        config = _config(task, workdir, settings, seed)
+        run = _place(config, workdir, task, settings)
+        train_to_end(config, run)
         found: dict[str, float] = {}
         for record in read_metrics(run):
             found |= record
         values.append(statistics.fmean(found[figure] for figure in task.figures))
     return Score(tuple(values))
+
+
+def check(workdir: pathlib.Path, task: Task, settings: Settings) -> None:
+    """Raise what ``evaluate`` would before it computes anything: once for all of its seeds."""
+    config = _config(task, workdir, settings, settings.seeds[0])
+    with contextlib.suppress(NoPartFits):
+        prepare(config, _place(config, workdir, task, settings))
+
+
+def _place(
+    config: ConfigDict, workdir: pathlib.Path, task: Task, settings: Settings
+) -> pathlib.Path:
+    """Folder of what is fine-tuned: another one as soon as its config is, or the run before it."""
+    facts = workdir / RUN_FILE  # of when it was trained, and for how long
+    origin = facts.read_text() if facts.exists() else str(workdir.resolve())
+    name = f"{workdir.resolve().name}-{task.name}-seed{config.seed}-{digest(config, origin)[:8]}"
+    return settings.out / "runs" / _slug(name)
 
 
 def train_to_end(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -257,7 +274,7 @@ def _config(task: Task, workdir: pathlib.Path, settings: Settings, seed: int) ->
             for section in config.evals.values():
                 section.on = "last"
         for name, section in config.data.sources.items():
-            if section.get("type", name).startswith("scenes"):
+            if _is_scenes(config, name):
                 section.level, config.data.image_size = settings.level, _image_size(workdir)
                 if settings.records is not None:
                     section.update(num_records=settings.records, cache=True)
@@ -269,11 +286,18 @@ def _config(task: Task, workdir: pathlib.Path, settings: Settings, seed: int) ->
                 section.every_percent = 100.0 / settings.selections
             if kind == "task":
                 section.controls = False
-            if settings.examples is not None:
+            source = section.get("source", "")
+            if settings.examples is not None and _is_scenes(config, source):
                 section.num_examples = settings.examples
                 if kind in ("neighbours", "linear_probe"):
                     section.num_train = settings.records or section.get("num_train", 10_000)
     return with_overrides(config, task.overrides)
+
+
+def _is_scenes(config: ConfigDict, source: str) -> bool:
+    """Whether a source of a config draws its records, of which there is no end."""
+    kind: str = config.data.sources.get(source, {}).get("type", source)
+    return kind.startswith("scenes")
 
 
 def _image_size(workdir: pathlib.Path) -> int:

@@ -17,19 +17,25 @@ seeds, and is read at the mean of the patches' tokens. A column's average is the
 its tasks in which all runs have a score, and its spread the standard deviation of that over seeds.
 
 Writes to --out (by default WORKDIR/columns of the first run): ``table.md``, ``scores.json``, and
-the runs themselves. What is finished is not run again, so that seeds and tasks can be added.
+the runs themselves. What is finished is not run again, so that seeds and tasks can be added; it is
+where a flag changes its config, or where the run that it starts from was trained further. All tasks
+of all runs are checked before the first begins.
 """
 
+import contextlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import rich
 from absl import app, flags, logging
+from rich.table import Table
 
 from tools.columns import (
     Score,
     Settings,
+    Task,
+    check,
     chosen,
     evaluate,
     tasks_of,
@@ -59,7 +65,7 @@ _OUT = flags.DEFINE_string("out", None, "folder to write to")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Score every run in every task, and write the table after each run."""
+    """Score every run in every task, and write the table after each."""
     workdirs = [pathlib.Path(arg) for arg in argv[1:]]
     if not workdirs:
         raise app.UsageError("name the workdir of a run: python -m tools.evaluate_shared WORKDIR")
@@ -82,29 +88,46 @@ def main(argv: Sequence[str]) -> None:
             out,
         )
         enable_compile_cache(out / "compile_cache")
+        for workdir in workdirs:  # before anything is trained
+            for task in tasks:
+                with _told(workdir, task):
+                    check(workdir, task, settings)
         scores: dict[str, dict[str, Score]] = {}
         for workdir in workdirs:
             found = scores[workdir.resolve().name] = {}
             for task in tasks:
-                try:
+                with _told(workdir, task):
                     score = evaluate(workdir, task, settings)
-                except ConfigError as error:
-                    raise ValueError(f"{workdir}, {task.name}: {error}") from error
                 if score is not None:
                     found[task.name] = score
+                    table = _write(out, scores, tasks)
             if not found:
                 raise ValueError(
                     f"{workdir}: none of its parts is read by a task; give a run of a shared stack "
                     "or of towers, or other --tasks"
                 )
-            table = write_table(out / "table.md", scores, tasks)
-            plain = {
-                run: {name: list(score.values) for name, score in found.items()}
-                for run, found in scores.items()
-            }
-            write_text(out / "scores.json", json.dumps(plain, indent=2) + "\n")
     rich.print(table)
     print(out / "table.md")
+
+
+@contextlib.contextmanager
+def _told(workdir: pathlib.Path, task: Task) -> Iterator[None]:
+    """Say of which run and task an error is."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ValueError(f"{workdir}, {task.name}: {error}") from error
+
+
+def _write(
+    out: pathlib.Path, scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[Task]
+) -> Table:
+    plain = {
+        run: {name: list(score.values) for name, score in found.items()}
+        for run, found in scores.items()
+    }
+    write_text(out / "scores.json", json.dumps(plain, indent=2) + "\n")
+    return write_table(out / "table.md", scores, tasks)
 
 
 if __name__ == "__main__":

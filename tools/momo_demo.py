@@ -49,6 +49,7 @@ TASKS: Mapping[str, Mapping[str, Any]] = {
     "sst2": {
         "data.max_text_length": 32,
         "objectives.text_classification.readout": "forward",
+        "evals.test.num_examples": 500,
     },
     "vqa": {"objectives.vqa.readout": "forward"},
     "zero-shot retrieval": {},

@@ -73,18 +73,22 @@ def base(stage: int, arg: str | None) -> tuple[ConfigDict, dict[str, Any]]:
     return config, given
 
 
-def images(config: ConfigDict, given: Mapping[str, Any], objective: str = "mim") -> None:
+def images(config: ConfigDict, given: Mapping[str, Any]) -> None:
     """Add a batch of pictures, whose captions are not read, and MAE on it.
+
+    Beside MAE on pairs, by the decoder of that, which is the one of the stages before.
 
     Args:
         config: changed.
         given: of ``base``.
-        objective: its name.
     """
+    section, objective = _mim(config, "images"), "mim"
+    if "mim" in config.objectives:
+        section["decoder_of"], objective = "mim", "images"
     with config.unlocked():
         config.data.sources.pictures = {**_pictures(config, given), "batch": "images"}
-        config.data.batches.images = {"num_edges": 1}
-        config.objectives[objective] = _mim(config, "images")
+        config.data.batches.images = {**_sizes(config), "num_edges": 1, "weight": 1.0}
+        config.objectives[objective] = section
         config.evals.heldout_images = _heldout("pictures", objective)
 
 
@@ -115,8 +119,16 @@ def text(config: ConfigDict, given: Mapping[str, Any]) -> None:
                 "batch": "text",
             }
         else:
-            config.data.sources.prose = {"type": "texts", "root": "", "batch": "text"}
-        config.data.batches.text = {"max_text_length": 128, "text_edges": (128,), "weight": 1.0}
+            config.data.sources.prose = {
+                "type": "texts",
+                "root": "",
+                "files": "*.txt",
+                "val_files": "",
+                "unit": "lines",
+                "batch": "text",
+            }
+        packed = {"max_text_length": 128, "text_edges": (128,), "weight": 1.0}
+        config.data.batches.text = {**_sizes(config), **packed}
         config.objectives.text = {**given["language"], "batch": "text", "with_image": False}
         config.evals.heldout_text = _heldout("prose", "text")
 
@@ -132,7 +144,7 @@ def pairs(config: ConfigDict, given: Mapping[str, Any]) -> None:
     readout = "query" if language["type"] == "flm" else "bidirectional"
     with config.unlocked():
         config.data.sources.captions = {**_pictures(config, given), "batch": "pairs"}
-        config.data.batches.pairs = {"num_edges": 2}
+        config.data.batches.pairs = {**_sizes(config), "num_edges": 2, "weight": 1.0}
         if "language" in chosen:
             config.objectives.language = {**language, "batch": "pairs"}
             config.evals.heldout_pairs = _heldout("captions", "language")
@@ -144,6 +156,11 @@ def pairs(config: ConfigDict, given: Mapping[str, Any]) -> None:
             config.objectives.itc = {"batch": "pairs"}
         if "itm" in chosen:
             config.objectives.itm = {"batch": "pairs", "readout": readout}
+
+
+def _sizes(config: ConfigDict) -> dict[str, Any]:
+    """What a batch has of its own as soon as a flag says so."""
+    return {"batch_size": config.data.get_oneway_ref("batch_size")}
 
 
 def _pictures(config: ConfigDict, given: Mapping[str, Any]) -> dict[str, Any]:

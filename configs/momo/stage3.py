@@ -22,5 +22,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     momo.text(config, given)
     momo.pairs(config, given)
     if momo.IMAGES_ALONE in given["pairs"]:
-        momo.images(config, given, "images")
+        momo.images(config, given)
     return config

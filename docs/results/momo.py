@@ -9,7 +9,8 @@ cell is a chain of stages (configs/momo/), each with a fresh optimiser. What a c
 `shared` is its name; where stages are left out, the first that is there has what the others would
 have cost, by FLOPs. Matching (ITM) more than doubles the FLOPs of an update of stage 3, so that it
 has a cell of its own and no part in the others. The peak was chosen with the shared stack: half of
-it is tried with both models. `one update` has learned nothing before it is tuned.
+it is tried with both models. `one update` has learned nothing before it is tuned. In
+`stages 2, 1, 3` what stage 2 learned of words is lost: images alone have no part for them.
 """
 
 import importlib

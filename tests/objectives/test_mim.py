@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import (
+    IMAGE_SIZE,
     TOKENS,
     Run,
     make_batch,
@@ -232,3 +233,32 @@ def test_with_text_the_words_tell_what_is_hidden(batch):
 def test_bad_arguments_name_the_key(arguments, message):
     with pytest.raises(ConfigError, match=message):
         built(**arguments)
+
+
+def two_of_one_decoder(**section):
+    config = objective_config("mim", {"type": "mim", "kept_share": 0.5, **SMALL})
+    with config.unlocked():
+        config.objectives.images = {"type": "mim", "decoder_of": "mim", **SMALL, **section}
+    return make_program(config)
+
+
+def test_two_may_train_one_decoder():
+    program = two_of_one_decoder()
+    state = program.init()
+    assert [name for name in state.params if name.endswith("_decoder")] == ["mim_decoder"]
+    batch = jax.tree.map(jnp.asarray, make_batch())
+    for objective in program.objectives:
+
+        def loss(params, objective=objective):
+            return objective.loss(params, {}, batch, KEY, Bucket(TOKENS, IMAGE_SIZE)).loss.sum
+
+        gradient = jax.jit(jax.grad(loss))(state.params)["mim_decoder"]
+        assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize(
+    "section", [{"decoder_of": "other"}, {"decoder_of": "images"}, {"decoder_width": 8}]
+)
+def test_one_decoder_has_one_geometry(section):
+    with pytest.raises(ConfigError, match=r"objectives\.images\.decoder_of: '\w+' is no `mim`"):
+        two_of_one_decoder(**section)

@@ -10,6 +10,7 @@ from tools.columns import (
     Settings,
     Task,
     _config,
+    _place,
     averages,
     chosen,
     header_of,
@@ -19,6 +20,7 @@ from tools.columns import (
 )
 from tools.compare.table import markdown_table
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.report import RUN_FILE
 from vlp_jax.train.config import check_keys
 
 TASKS = [
@@ -89,6 +91,34 @@ def test_every_task_has_a_config_that_knows_its_keys(tmp_path, data):
             assert config.data.image_size == 32
             assert {section.level for section in config.data.sources.values()} == {"easy"}
     assert not [task for task in tasks_of(data, "", ["sst2"]) if task.column == "text"]
+
+
+def test_what_is_fine_tuned_is_known_by_its_config_and_by_what_it_starts_from(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"data": {"image_size": 32}}))
+    (run / RUN_FILE).write_text("trained")
+    [task] = chosen(tasks_of("scenes", "", []), ["classification"])
+
+    def place(out="out", seed=0, **changes):
+        how = settings(tmp_path / out, **changes)
+        return _place(_config(task, run, how, seed), run, task, how).name
+
+    first = place()
+    assert place("elsewhere", helpers=3) == first
+    others = {place(steps=8), place(rate=0.25), place(records=90), place(seed=1)}
+    (run / RUN_FILE).write_text("trained further")
+    assert len({first, *others, place()}) == 6
+
+
+def test_a_test_split_that_has_an_end_is_scored_to_its_end(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"data": {"image_size": 32}}))
+    tasks = chosen(tasks_of("scenes", str(tmp_path), ["sst2"]), ["sst2", "vqa"])
+    ends = {task.name: _config(task, run, settings(tmp_path), 0).evals.test for task in tasks}
+    assert ends["sst2"].num_examples == 0
+    assert ends["vqa"].num_examples == 50
 
 
 def test_what_is_asked_must_be_there(tmp_path):

@@ -64,3 +64,13 @@ def test_a_run_of_which_no_task_reads_a_part_is_an_error(command: Command) -> No
     done = command("--tasks=sst2")
     assert done.returncode == 64
     assert "none of its parts is read by a task; give a run of a shared stack" in done.stderr
+
+
+def test_all_tasks_are_checked_before_the_first_begins(
+    command: Command, tmp_path: pathlib.Path
+) -> None:
+    wrong = tmp_path / "none"
+    done = command("--tasks=neighbours,sst2", f"--glue={wrong}", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 64
+    assert f"stage1, sst2: data.sources.sentences.root: {wrong}" in done.stderr
+    assert not (tmp_path / "out" / "scores.json").exists()

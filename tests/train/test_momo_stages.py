@@ -43,8 +43,8 @@ def stage_config(stage: int, texts: Any, argument: str = "scenes,shared_tiny") -
             del config.data.sources["phrases"]
             config.data.sources.prose.update(root=str(texts), files="*.txt")
             config.data.batches.text.update(max_text_length=32, text_edges=(32,))
-        if "mim" in config.objectives:
-            config.objectives.mim.update(decoder_width=8, decoder_depth=1, decoder_heads=2)
+        for name in {"mim", "images"} & set(config.objectives):
+            config.objectives[name].update(decoder_width=8, decoder_depth=1, decoder_heads=2)
     return config
 
 
@@ -117,6 +117,27 @@ def test_stage_three_keeps_all_of_stage_two(second, texts, tmp_path):
     again = prepare(stage_config(3, texts), tmp_path / "again")
     assert again.tokenizer.to_json() != ""
     assert setup.tokenizer.to_json() == read_origin(folder).tokenizer
+
+
+def test_images_alone_in_stage_three_go_on_with_their_decoder(second, texts, tmp_path):
+    folder, _, before = second
+    config = stage_config(3, texts, "scenes,shared_tiny,mlm15,mim+images")
+    params, _ = started(config, tmp_path, folder)
+    assert {path.split("/")[0] for path in params} >= {"mim_decoder"}
+    assert not any(path.startswith("images_decoder") for path in params)
+    for path in params:
+        if path.startswith("mim_decoder"):
+            np.testing.assert_array_equal(params[path], before[path], err_msg=path)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_batch_has_its_weight_and_rows_by_flags(stage):
+    config = importlib.import_module(f"configs.momo.stage{stage}").get_config("folder,shared_tiny")
+    config.data.batch_size = 64
+    for section in config.data.batches.values():  # of which a flag can set what is there
+        assert (section.weight, section.batch_size) == (1.0, 64)
+        section.update(weight=2.0, batch_size=32)
+    assert config.data.batch_size == 64
 
 
 def test_language_of_a_stage_may_be_free_language_modeling(second, texts, tmp_path):

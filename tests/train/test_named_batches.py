@@ -60,6 +60,16 @@ def alone() -> dict[str, Any]:
     return {name: gradient_of(named_config(), bucket=((name, size),)) for name, size in SIZES}
 
 
+def test_a_shared_pass_drops_the_same_whichever_batches_are_read() -> None:
+    """Objectives of both batches share an image pass, each with noise of its own."""
+    config = named_config(**{"model.image.dropout": 0.3})
+    with config.unlocked():
+        config.objectives.other = {"type": "ar", "batch": "text"}
+    _, joint = gradient_of(config)
+    _, own = gradient_of(config, bucket=SIZES[1:])
+    assert own.batches["text"] == pytest.approx(joint.batches["text"], rel=1e-6)
+
+
 def test_the_gradient_is_that_of_the_weighted_sum(sequential, alone):
     """Of the sum that each objective's own loss function gives, differentiated as one function."""
     program = make_program(named_config())
@@ -206,6 +216,26 @@ def test_what_gains_less_weighs_more_within_limits():
         assert leaf.sharding.is_equivalent_to(expected.sharding, 0)
 
 
+STAGES = {
+    "stages.batches": ("text", "pairs+text"),
+    "stages.metrics": ("held/b",),
+    "stages.patience": 1,
+}
+
+
+def test_the_batches_of_a_stage_alone_are_weighed_and_the_next_begins_anew():
+    program = make_program(named_config(**MIXTURE, **STAGES))
+    state = program.observe(program.init(), {"held/b": 4.0})
+    state = program.observe(state, {"held/a": 4.0, "held/b": 2.0})
+    assert set(weights_of(state).values()) == {1.0}  # one batch has none to be compared with
+    state = program.observe(state, {"held/a": 4.0, "held/b": 2.0})  # flat: the stage ends
+    state = program.observe(state, {"held/a": 3.0, "held/b": 2.0})
+    assert set(weights_of(state).values()) == {1.0}
+    state = program.observe(state, {"held/a": 1.5, "held/b": 2.0})
+    weight = weights_of(state)
+    assert weight["text"] / weight["pairs"] == pytest.approx(2**2, rel=1e-5)
+
+
 def test_moved_weights_are_those_of_the_gradient(alone):
     program = make_program(named_config(**MIXTURE))
     state = program.observe(program.init(), {"held/a": 4.0, "held/b": 2.0})
@@ -283,6 +313,25 @@ def test_bad_sections_are_named(tmp_path, key, value, message):
             config_section = config_section[part] if part else config_section
         config_section[last] = value
     with pytest.raises(ConfigError, match=message):
+        prepare(config, tmp_path)
+
+
+def test_stages_in_turns_are_refused(tmp_path):
+    config = run_config(**{"data.alternate": "uniform", **STAGES})
+    with pytest.raises(ConfigError, match=r"data\.alternate: batches take turns in the stages"):
+        prepare(config, tmp_path)
+
+
+def test_figures_of_a_mixture_come_together(tmp_path):
+    config = run_config()
+    held = {"type": "heldout", "num_examples": 8}
+    config.mixture.metrics = {"pairs": "first/loss", "text": "second/loss"}
+    with config.unlocked():
+        config.evals = {
+            "first": {**held, "source": "scenes", "objective": "ar", "every_percent": 30.0},
+            "second": {**held, "source": "captions", "objective": "other", "every_percent": 70.0},
+        }
+    with pytest.raises(ConfigError, match=r"mixture\.metrics: weights move when all figures"):
         prepare(config, tmp_path)
 
 

@@ -60,6 +60,8 @@ _LATER: Mapping[str, Any] = {
     "objectives.moco_v3.momentum": 0.99,
     "objectives.moco_v3.temperature": 0.2,
     "objectives.simclr.temperature": 0.1,
+    "data.batches.images.weight": 1.0,
+    "data.batches.pairs.weight": 1.0,
     "model.image.positions": "learned",
     "model.image.drop_path": 0.0,
     "optim.final_weight_decay": None,

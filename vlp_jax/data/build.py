@@ -282,6 +282,13 @@ def _turns(config: ConfigDict, plans: Mapping[str, Plan]) -> dict[str, float] | 
     kind = config.data.alternate
     if not kind:
         return None
+    if config.stages.batches:
+        raise ConfigError(
+            "data.alternate",
+            "batches take turns in the stages of one run, where the turns before a stage would not "
+            "be known, and its first batches be read again",
+            "Remove stages.batches, or train each stage as a run of its own (init_from)",
+        )
     if kind == "uniform":
         return dict.fromkeys(plans, 1.0)
     if kind != "proportional":

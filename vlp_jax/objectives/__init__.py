@@ -72,6 +72,7 @@ def build_objectives(
         if types[name] is ITM:
             given["itc"] = _only_itc(name, built)
         built[name] = _build(types[name], name, config[name], given)
+    _check_decoders(built)
     return tuple(built[name] for name in sorted(built))
 
 
@@ -122,6 +123,21 @@ def _only_itc(name: str, built: Mapping[str, Objective]) -> ITC:
             "Keep one" if found else "Add objectives.itc",
         )
     return contrasts[0]
+
+
+def _check_decoders(built: Mapping[str, Objective]) -> None:
+    """Refuse a decoder of patches that is not there, or that is of another geometry."""
+    for name, objective in built.items():
+        if not isinstance(objective, MIM) or not objective.decoder_of:
+            continue
+        owner = built.get(objective.decoder_of)
+        if not isinstance(owner, MIM) or owner.decoder_of or owner.decoder != objective.decoder:
+            raise ConfigError(
+                f"objectives.{name}.decoder_of",
+                f"{objective.decoder_of!r} is no `mim` of this run that has a decoder of its own, "
+                "as wide and as deep",
+                "Name one that is, or leave it out",
+            )
 
 
 def _build(

@@ -61,6 +61,8 @@ class MIM(Defaults):
         decoder_width, decoder_depth, decoder_heads: geometry of the decoder.
         augment: keys of ``data.augment.Recipe``.
         with_text: images are encoded together with their texts; of models with a stack for both.
+        decoder_of: name of another one of the run, whose decoder it trains too, of the same
+            geometry; empty: it has its own.
     """
 
     model: Encoder
@@ -72,6 +74,7 @@ class MIM(Defaults):
     decoder_heads: int = 16
     augment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     with_text: bool = False
+    decoder_of: str = ""
 
     def __post_init__(self) -> None:
         key = f"objectives.{self.name}"
@@ -193,7 +196,7 @@ class MIM(Defaults):
     @property
     def _key(self) -> str:
         """Key of the decoder's parameters."""
-        return f"{self.name}_decoder"
+        return f"{self.decoder_of or self.name}_decoder"
 
 
 def _read_together(

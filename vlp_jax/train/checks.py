@@ -68,6 +68,18 @@ def check_teachers(config: ConfigDict, evaluators: Mapping[str, Evaluator]) -> N
                     f"Add evals.{evaluator} with every_steps or the like, or name another metric",
                 )
             check_figure(key, metric, evaluators)
+    periods = {
+        metric: {
+            u: p for u in UNITS if (p := config.evals[metric.partition("/")[0]].get(f"every_{u}"))
+        }
+        for metric in waiting["mixture.metrics"]
+    }
+    if len(set(map(str, periods.values()))) > 1:
+        raise ConfigError(
+            "mixture.metrics",
+            f"weights move when all figures are known, and these come apart: {periods}",
+            "Give their evaluators the same every_steps or the like",
+        )
 
 
 def check_batches(objectives: Sequence[Objective], batches: Mapping[str, Plan]) -> None:

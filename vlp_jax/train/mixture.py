@@ -5,8 +5,9 @@
 At every evaluation the loss of each batch is divided by what it was at the first. A batch that has
 gained less than the others weighs more from then on, by the power ``strength`` of that ratio to the
 mean of all, and one that is being forgotten most of all; no weight is above ``limit`` or below its
-inverse, and their mean is one. So are the rates of tasks balanced by GradNorm (arXiv 1711.02257),
-there by gradients of the training loss.
+inverse, and their mean is one. In a run of several stages, the batches of the stage alone are
+compared, and the next stage begins anew. So are the rates of tasks balanced by GradNorm (arXiv
+1711.02257), there by gradients of the training loss.
 
 The weights lie in the state and change between two updates, by figures that are the same on every
 host, so that a run that is resumed has them.
@@ -14,7 +15,7 @@ host, so that a run that is resumed has them.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -74,24 +75,30 @@ class Mixture:
             "weight": {name: jnp.ones(()) for name in names},
         }
 
-    def observe(self, state: MixtureState, values: Mapping[str, float]) -> MixtureState:
+    def observe(
+        self, state: MixtureState, values: Mapping[str, float], read: Collection[str]
+    ) -> MixtureState:
         """Weights after an evaluation; as they were where it did not give every figure.
 
         Args:
             state: before it.
             values: figures of the evaluators, the same on every host.
+            read: names of the batches that updates read now.
         """
-        found = {name: values.get(metric, math.nan) for name, metric in self.metrics.items()}
+        found = {name: values.get(self.metrics[name], math.nan) for name in sorted(read)}
         if not all(math.isfinite(value) and value > 0 for value in found.values()):
             return state
         first: dict[str, float] = jax.device_get(dict(state["first"]))
-        first = {n: value if math.isfinite(value) else found[n] for n, value in first.items()}
-        left = {name: found[name] / float(first[name]) for name in found}
+        first |= {name: value for name, value in found.items() if not math.isfinite(first[name])}
+        left = {name: value / float(first[name]) for name, value in found.items()}
         mean = sum(left.values()) / len(left)
         weights = {name: (ratio / mean) ** self.strength for name, ratio in left.items()}
         return {
             "first": {name: jnp.float32(value) for name, value in first.items()},
-            "weight": {name: jnp.float32(w) for name, w in self._bounded(weights).items()},
+            "weight": {
+                **state["weight"],
+                **{name: jnp.float32(w) for name, w in self._bounded(weights).items()},
+            },
         }
 
     def _bounded(self, weights: Mapping[str, float]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from vlp_jax.train.bucket_schedule import Resolved, resolve
 from vlp_jax.train.mixture import Mixture
 from vlp_jax.train.optim import optimizer
 from vlp_jax.train.schedule import TEXT_LENGTH, Budget, learning_rate
-from vlp_jax.train.stages import Stages
+from vlp_jax.train.stages import Stages, stage_of
 from vlp_jax.train.state import TrainState
 from vlp_jax.train.step import (
     GradientFunction,
@@ -298,12 +298,19 @@ class Program:
             values: what the evaluators gave, the same on every host.
         """
         extras = state.extras["objectives"]
-        moved = {}
-        for name, learner in (("mixture", self.mixture), ("stage", self.stages)):
-            if learner is not None:
-                old = state.extras[name]
-                new = learner.observe(old, values)
-                moved[name] = jax.device_put(new, jax.tree.map(lambda leaf: leaf.sharding, old))
+        new: dict[str, Any] = {}
+        stage = following = stage_of(state.extras)
+        if self.stages is not None:
+            new["stage"] = self.stages.observe(state.extras["stage"], values)
+            following = stage_of(new)
+        if self.mixture is not None:
+            read = self.batch_names if self.stages is None else self.stages.batches[stage]
+            weighed = self.mixture.observe(state.extras["mixture"], values, read)
+            new["mixture"] = weighed if following == stage else self.mixture.init()
+        moved = {
+            name: jax.device_put(tree, jax.tree.map(lambda leaf: leaf.sharding, state.extras[name]))
+            for name, tree in new.items()
+        }
         seen = {
             o.name: jax.tree.map(
                 lambda new, old: jax.device_put(new, old.sharding),

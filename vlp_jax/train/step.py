@@ -200,9 +200,10 @@ def make_gradient(
         random in it follows from ``state.rng`` and ``state.step``.
     """
     buckets = dict(bucket)
-    shared = [one for one in shared_passes(objectives, accumulation) if one.batch_name in buckets]
     # Keys are numbered over the whole run, whichever batches the bucket has.
     numbers = {objective.name: index for index, objective in enumerate(objectives)}
+    passes = enumerate(shared_passes(objectives, accumulation), start=len(numbers))
+    shared = [(number, one) for number, one in passes if one.batch_name in buckets]
     objectives = tuple(o for o in objectives if o.batch_name in buckets)
     fixed = {
         o.name: weights[o.name] * (batch_weights or {}).get(o.batch_name, 1.0) for o in objectives
@@ -225,11 +226,11 @@ def make_gradient(
         def joint(params: Any, group: Sequence[str]) -> tuple[jax.Array, dict[str, LossOutput]]:
             mine = [o for o in objectives if o.batch_name in group and _whole(o, accumulation)]
             seen = {objective.name: batches[objective.batch_name] for objective in mine}
-            for index, one in enumerate(shared, start=len(numbers)):
+            for number, one in shared:
                 if one.batch_name not in group:
                     continue
                 batch = seen[one.readers[0]]  # all of them have the same passes before
-                key = jax.random.fold_in(step_rng, index)
+                key = jax.random.fold_in(step_rng, number)
                 noise = batch_noise(key, batch, train=True)
                 part = seen_part(key, batch, buckets[one.batch_name], train=True)
                 found = {one.key: one(params, batch, noise, part)}
