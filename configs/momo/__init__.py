@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from configs import language_objective
 from vlp_jax.train.config import default_config
 
-DATA = ("scenes", "folder")
+DATA = ("scenes", "folder", "pictures")
 # What stage 3 may do without: objectives of pairs.
 PAIR_OBJECTIVES = ("language", "mim", "itc", "itm")
 # And what it may have besides: images alone, as in the stages before (no part of the paper's).
@@ -25,11 +25,12 @@ def base(stage: int, arg: str | None) -> tuple[ConfigDict, dict[str, Any]]:
 
     Args:
         stage: 1, 2 or 3.
-        arg: ``DATA[,SIZE[,LANGUAGE[,PAIRS[,IMAGES]]]]``: one of ``DATA``; a shared size of
-            models/sizes.py (`shared_small` by default), or one of three towers to compare with; the
-            language objective, a name of configs/__init__.py (`mlm15` by default); objectives of
-            pairs, joined by +, of ``PAIR_OBJECTIVES`` (all by default) and ``images``; how many
-            scenes each source has, rendered once (unbounded by default).
+        arg: ``DATA[,SIZE[,LANGUAGE[,PAIRS[,IMAGES]]]]``: one of ``DATA``, of which ``pictures``, a
+            folder without texts, has no pairs; a shared size of models/sizes.py (`shared_small` by
+            default), or one of three towers to compare with; the language objective, a name of
+            configs/__init__.py (`mlm15` by default); objectives of pairs, joined by +, of
+            ``PAIR_OBJECTIVES`` (all by default) and ``images``; how many scenes each source has,
+            rendered once (unbounded by default).
 
     Returns:
         The config, and ``data``, ``size``, ``language``, ``pairs`` and ``images`` of the argument.
@@ -43,6 +44,8 @@ def base(stage: int, arg: str | None) -> tuple[ConfigDict, dict[str, Any]]:
         raise ValueError(
             f"{where}: write DATA[,SIZE[,LANGUAGE[,PAIRS[,IMAGES]]]], DATA one of {DATA}"
         )
+    if parts[0] == "pictures" and stage == 3:
+        raise ValueError(f"{where}: pictures alone are no pairs; use folder, with captions")
     size = parts[1] or "shared_small"
     pairs = (parts[3] or "+".join(PAIR_OBJECTIVES)).split("+")
     known = (*PAIR_OBJECTIVES, IMAGES_ALONE)
@@ -167,7 +170,10 @@ def _pictures(config: ConfigDict, given: Mapping[str, Any]) -> dict[str, Any]:
     if given["data"] == "scenes":
         rendered = {"num_records": given["images"], "cache": True} if given["images"] else {}
         return {"type": "scenes", "level": "hard", **rendered}
-    return {"type": "folder", "root": config.data.get_oneway_ref("root")}
+    root = config.data.get_oneway_ref("root")
+    if given["data"] == "pictures":
+        return {"type": "unpaired_images", "root": root, "val_percent": 1.0, "test_percent": 1.0}
+    return {"type": "folder", "root": root}
 
 
 def _mim(config: ConfigDict, batch: str) -> dict[str, Any]:

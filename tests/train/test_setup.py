@@ -19,10 +19,12 @@ from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.preemption import ExitCode
+from vlp_jax.infra.sharding import by_path
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives.classification import Classification
 from vlp_jax.train.checks import changed_keys, check_texts, without_foreign_heads
 from vlp_jax.train.evaluation import is_save_due
+from vlp_jax.train.facts import LOADED_FILE, write_loaded
 from vlp_jax.train.initial import Origin, read_origin
 from vlp_jax.train.loop import RunStopped, _check_health, train
 from vlp_jax.train.setup import plain, prepare
@@ -109,6 +111,13 @@ def test_a_run_that_was_ended_before_its_first_checkpoint_starts_from_its_origin
     assert again.origin is not None
     _, report = again.first_state()
     assert not report.of("new")
+    write_loaded(tmp_path, report)
+    told = [line.split("\t") for line in (tmp_path / LOADED_FILE).read_text().splitlines()]
+    shapes = {
+        path: "x".join(map(str, leaf.shape))
+        for path, leaf in by_path(again.program.state_spec.params).items()
+    }
+    assert {row[1]: row[2] for row in told[1:]} == shapes
     with again.open_checkpoints() as checkpoints:
         checkpoints.save(1, again.first_state()[0], {}, again.checkpoint_extra())
     assert prepare(config, tmp_path).origin is None

@@ -18,7 +18,14 @@ from vlp_jax.data.scenes import (
     ScenesVQA,
 )
 from vlp_jax.data.source import Source, has_pictures
-from vlp_jax.data.tasks import GLUE, NLVR2, VQA, ImageLabels, VisualEntailment
+from vlp_jax.data.tasks import (
+    GLUE,
+    NLVR2,
+    VQA,
+    ImageLabels,
+    UnpairedImages,
+    VisualEntailment,
+)
 from vlp_jax.data.tasks.annotated import AnnotatedImages
 from vlp_jax.data.texts import Texts
 from vlp_jax.infra.errors import ConfigError, section_arguments
@@ -34,6 +41,7 @@ SOURCES: Mapping[str, type] = {
     "nlvr2": NLVR2,
     "visual_entailment": VisualEntailment,
     "image_labels": ImageLabels,
+    "unpaired_images": UnpairedImages,
     "glue": GLUE,
     "texts": Texts,
 }

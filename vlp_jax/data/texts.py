@@ -22,12 +22,12 @@ from typing import NoReturn
 import numpy as np
 
 from vlp_jax.data.files import text_fault
+from vlp_jax.data.hashed_splits import SPLITS, check_shares, split_of
 from vlp_jax.data.source import CaptionsOnly
 from vlp_jax.data.text_files import TABLES, TextFile, file_state
 from vlp_jax.data.tokenizer import normalise_caption
 from vlp_jax.infra.errors import ConfigError
 
-SPLITS = ("train", "val", "test")
 UNITS = ("lines", "documents")
 
 
@@ -146,7 +146,7 @@ class Texts(TextOnly):
         by_files = bool(_patterns(val_files) or _patterns(test_files))
         held_out = {"val": val_percent, "test": test_percent}
         if not by_files:
-            self._check_shares(held_out)
+            check_shares(held_out, self._section)
         folder = pathlib.Path(root)
         if not folder.exists():
             raise ConfigError(
@@ -167,7 +167,9 @@ class Texts(TextOnly):
                 "split",
                 f"split {split!r} of {seen} texts is empty "
                 f"(val_percent={val_percent}, test_percent={test_percent})",
-                "Lower the percentages" if split == "train" else "Raise its percentage",
+                "Lower the percentages"
+                if split == "train"
+                else f"Raise its percentage, give {split}_files, or remove what is evaluated on it",
             )
         if not self.num_records:
             read = f"{paths[0]}" if len(paths) == 1 else f"{len(paths)} files from {paths[0]} on"
@@ -219,7 +221,9 @@ class Texts(TextOnly):
         for file in self._files:
             for start, end, text in file.texts():
                 seen += 1
-                if held_out is not None and _split_of(text or "", held_out) != split:
+                # By what is left of it for the tokenizer, so that duplicates are in one split.
+                known = normalise_caption(text or "").encode("utf-8", "surrogateescape")
+                if held_out is not None and split_of(known, held_out) != split:
                     continue
                 own += 1
                 if (fault := _fault(text, min_chars)) is not None:
@@ -241,19 +245,6 @@ class Texts(TextOnly):
     def _check_choice(self, argument: str, value: str, choices: Sequence[str]) -> None:
         if value not in choices:
             raise self._error(argument, f"{value!r}", f"Use one of {', '.join(choices)}")
-
-    def _check_shares(self, held_out: Mapping[str, float]) -> None:
-        for split, percent in held_out.items():
-            if not 0.0 <= percent < 100.0:
-                raise self._error(
-                    f"{split}_percent", f"{percent}", "Use a share of at least 0 and below 100"
-                )
-        if sum(held_out.values()) >= 100.0:
-            raise self._error(
-                "val_percent",
-                f"{held_out['val']} and test_percent={held_out['test']} leave nothing to train on",
-                "Lower them to below 100 together",
-            )
 
     def _files_of_split(
         self, folder: pathlib.Path, patterns: Mapping[str, str | Sequence[str]], split: str
@@ -352,14 +343,3 @@ def _fault(text: str | None, min_chars: int) -> str | None:
     if (fault := text_fault(text, "text")) is not None:
         return fault
     return "text is too short" if len(text) < min_chars else None
-
-
-def _split_of(text: str, held_out: Mapping[str, float]) -> str:
-    """The split of a text, by what is left of it for the tokenizer: duplicates are in one."""
-    data = normalise_caption(text).encode("utf-8", "surrogateescape")
-    place = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") / (1 << 64) * 100.0
-    for split in ("test", "val"):  # so that the test set stays when `val` is made larger
-        if place < held_out[split]:
-            return split
-        place -= held_out[split]
-    return "train"

@@ -20,6 +20,7 @@ from vlp_jax.models.sizes import parameter_table
 from vlp_jax.train.setup import Setup
 
 BAD_EXAMPLES_FILE = "bad_examples.txt"
+LOADED_FILE = "init_from.tsv"
 
 
 def run_facts(setup: Setup, resumed: pathlib.Path | None) -> dict[str, Any]:
@@ -95,9 +96,18 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def write_loaded(workdir: pathlib.Path, report: Report) -> None:
+    """Write what became of every tensor that a run starts from: a row for each."""
+    rows = ["status\tparameter\tshape\tmade of\tnote"]
+    for row in report.rows:
+        shape = "x".join(map(str, row.shape))
+        rows.append("\t".join((row.status, row.parameter, shape, " ".join(row.sources), row.note)))
+    write_text(workdir / LOADED_FILE, "\n".join(rows) + "\n")
+
+
 def loaded_table(report: Report, origin: str) -> rich.table.Table:
-    """What became of every tensor of the parameters a run starts from, by part of the model."""
-    table = rich.table.Table(title=f"parameters from {origin}")
+    """What became of the parameters that a run starts from, by part of the model, in counts."""
+    table = rich.table.Table(title=f"parameters from {origin}", caption=f"each: {LOADED_FILE}")
     table.add_column("part")
     for status in STATUSES:
         table.add_column(status, justify="right")

@@ -5,7 +5,7 @@
 ``config.init_from`` is a run's workdir (``config.init_checkpoint`` says which of its checkpoints),
 one checkpoint of it, or a ``.safetensors`` file that ``tools.import_weights`` or
 ``tools.export_weights`` has written. Parts of the model are taken whole; the log and the report
-say what became of every tensor.
+say what became of them, and ``init_from.tsv`` of the workdir of every tensor.
 """
 
 import dataclasses

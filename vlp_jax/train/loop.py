@@ -36,6 +36,7 @@ from vlp_jax.train.facts import (
     run_facts,
     write_bad_examples,
     write_facts,
+    write_loaded,
 )
 from vlp_jax.train.feed import Feed
 from vlp_jax.train.program import Program
@@ -115,6 +116,7 @@ def train(setup: Setup) -> ExitCode:
             if loaded is not None:
                 facts["init_from"] = f"{config.init_from}: {loaded.summary()}"
                 if primary:
+                    write_loaded(setup.workdir, loaded)
                     rich.print(loaded_table(loaded, config.init_from))
         else:
             state = restored.state

@@ -9,6 +9,7 @@ from vlp_jax.data.tasks.glue import GLUE
 from vlp_jax.data.tasks.image_labels import ImageLabels
 from vlp_jax.data.tasks.nlvr2 import NLVR2
 from vlp_jax.data.tasks.splits import shared_images
+from vlp_jax.data.tasks.unpaired_images import UnpairedImages
 from vlp_jax.data.tasks.vqa import VQA
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "NLVR2",
     "VQA",
     "ImageLabels",
+    "UnpairedImages",
     "VisualEntailment",
     "normalise_answer",
     "shared_images",

@@ -27,7 +27,7 @@ from vlp_jax.infra.errors import ConfigError
 LABELS_FILE = "labels.json"
 _TRAIN = "train"
 _FOLDERS: Mapping[str, tuple[str, ...]] = {"val": ("val", "validation", "valid")}
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 
 
 class ImageLabels(LabelledExamples):
@@ -145,18 +145,25 @@ def _of_folders(root: pathlib.Path, split: str, key: str) -> list[Example]:
         Example(((path.relative_to(root).as_posix(),),), split, _spoken(folder.name), folder.name)
         for folder in _class_folders(root, split, key)
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in _SUFFIXES
+        if path.suffix.lower() in SUFFIXES
     ]
 
 
 def _class_folders(root: pathlib.Path, split: str, key: str) -> list[pathlib.Path]:
     """The folder of every class of a split; what is in them is not looked at."""
-    for name in _FOLDERS.get(split, (split,)):
-        if (root / name).is_dir():
-            return sorted(path for path in (root / name).iterdir() if path.is_dir())
-    raise FileNotFoundError(
-        f"{key}={root}: neither {LABELS_FILE} nor a folder {split!r} with a folder for each class"
-    )
+    folder = split_folder(root, split)
+    if folder is None:
+        raise FileNotFoundError(
+            f"{key}={root}: neither {LABELS_FILE} nor a folder {split!r} with a folder for each "
+            "class"
+        )
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def split_folder(root: pathlib.Path, split: str) -> pathlib.Path | None:
+    """The folder of a split, by one of its usual names; None: there is none."""
+    names = _FOLDERS.get(split, (split,))
+    return next((root / name for name in names if (root / name).is_dir()), None)
 
 
 def _spoken(name: str) -> str:
