@@ -162,7 +162,8 @@ def test_bad_captions_are_counted_up_to_the_limit(photographs, tmp_path):
         entries[1]["captions"][0] = "\ud800 broken"
 
     edit_captions(photographs, spoil)
-    with pytest.raises(ConfigError, match=r"data\.max_bad_fraction: 2 of 96 captions are bad"):
+    message = r"data\.max_bad_fraction: 2 of 96 captions are bad \(data\.sources\.\w+: "
+    with pytest.raises(ConfigError, match=message):
         prepare(folder_config(photographs), tmp_path / "run")
     config = folder_config(photographs, **{"data.max_bad_fraction": 0.1})
     setup = prepare(config, tmp_path / "run")

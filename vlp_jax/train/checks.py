@@ -207,29 +207,36 @@ def without_foreign_heads(
 
 
 def check_dropped(
-    config: ConfigDict, facts: Mapping[str, Mapping[str, Any]], dropped: Mapping[str, int]
+    config: ConfigDict,
+    facts: Mapping[str, Mapping[str, Any]],
+    dropped: Mapping[str, Mapping[str, int]],
 ) -> None:
     """Stop where annotations are worse than the config allows.
 
     Args:
         config: of the run.
         facts: of its sources, see ``source_facts``.
-        dropped: captions left out when the annotations were read, by kind.
+        dropped: captions that each source left out when it read its annotations, by kind.
 
     Raises:
         ConfigError: more of them than ``data.max_bad_fraction``.
     """
     kept = sum(source["captions"] or 0 for source in facts.values())
-    total = sum(dropped.values())
+    dropped = {name: kinds for name, kinds in dropped.items() if kinds}
+    total = sum(sum(kinds.values()) for kinds in dropped.values())
     if total > config.data.max_bad_fraction * (kept + total):
         raise ConfigError(
             "data.max_bad_fraction",
-            f"{total} of {kept + total} captions are bad ({dropped}), more than "
+            f"{total} of {kept + total} captions are bad ({_told(dropped)}), more than "
             f"{config.data.max_bad_fraction:.2%}",
             "Mend the annotations or raise the limit",
         )
     if dropped:
-        logging.warning("captions left out: %s", dropped)
+        logging.warning("captions left out: %s", _told(dropped))
+
+
+def _told(dropped: Mapping[str, Mapping[str, int]]) -> str:
+    return "; ".join(f"data.sources.{name}: {dict(kinds)}" for name, kinds in dropped.items())
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], watched: bool) -> list[str]:

@@ -199,7 +199,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     sources = {name: build_source(config, name) for name in sorted(config.data.sources)}
     dropped = bad_captions(sources)
     facts = source_facts(sources)
-    check_dropped(config, facts, dropped)
+    each = {name: bad_captions({name: source}) for name, source in sources.items()}
+    check_dropped(config, facts, each)
     workdir.mkdir(parents=True, exist_ok=True)
     # Its folder alone says nothing: it is there long before the first checkpoint is.
     begun = has_checkpoint(workdir / CHECKPOINT_FOLDER)
