@@ -43,7 +43,6 @@ from tools.columns import (
 )
 from vlp_jax.infra.command import bad_input, parse_flags
 from vlp_jax.infra.compilation import enable_compile_cache, set_gpu_flags
-from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
 
 _SEEDS = flags.DEFINE_integer("seeds", 1, "seeds of everything that is fine-tuned", lower_bound=1)
@@ -115,7 +114,7 @@ def _told(workdir: pathlib.Path, task: Task) -> Iterator[None]:
     """Say of which run and task an error is."""
     try:
         yield
-    except ConfigError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{workdir}, {task.name}: {error}") from error
 
 

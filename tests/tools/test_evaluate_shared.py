@@ -72,5 +72,5 @@ def test_all_tasks_are_checked_before_the_first_begins(
     wrong = tmp_path / "none"
     done = command("--tasks=neighbours,sst2", f"--glue={wrong}", f"--out={tmp_path / 'out'}")
     assert done.returncode == 64
-    assert f"stage1, sst2: data.sources.sentences.root: {wrong}" in done.stderr
+    assert f"stage1, sst2: data.sources.sentences.root={wrong}: no such folder" in done.stderr
     assert not (tmp_path / "out" / "scores.json").exists()
