@@ -90,7 +90,7 @@ def images(config: ConfigDict, given: Mapping[str, Any]) -> None:
         section["decoder_of"], objective = "mim", "images"
     with config.unlocked():
         config.data.sources.pictures = {**_pictures(config, given), "batch": "images"}
-        config.data.batches.images = {**_sizes(config), "num_edges": 1, "weight": 1.0}
+        config.data.batches.images = {**_by_flags(config), "num_edges": 1}
         config.objectives[objective] = section
         config.evals.heldout_images = _heldout("pictures", objective)
 
@@ -130,8 +130,8 @@ def text(config: ConfigDict, given: Mapping[str, Any]) -> None:
                 "unit": "lines",
                 "batch": "text",
             }
-        packed = {"max_text_length": 128, "text_edges": (128,), "weight": 1.0}
-        config.data.batches.text = {**_sizes(config), **packed}
+        packed = {"max_text_length": 128, "text_edges": (128,)}
+        config.data.batches.text = {**_by_flags(config), **packed}
         config.objectives.text = {**given["language"], "batch": "text", "with_image": False}
         config.evals.heldout_text = _heldout("prose", "text")
 
@@ -147,7 +147,7 @@ def pairs(config: ConfigDict, given: Mapping[str, Any]) -> None:
     readout = "query" if language["type"] == "flm" else "bidirectional"
     with config.unlocked():
         config.data.sources.captions = {**_pictures(config, given), "batch": "pairs"}
-        config.data.batches.pairs = {**_sizes(config), "num_edges": 2, "weight": 1.0}
+        config.data.batches.pairs = {**_by_flags(config), "num_edges": 2}
         if "language" in chosen:
             config.objectives.language = {**language, "batch": "pairs"}
             config.evals.heldout_pairs = _heldout("captions", "language")
@@ -161,9 +161,9 @@ def pairs(config: ConfigDict, given: Mapping[str, Any]) -> None:
             config.objectives.itm = {"batch": "pairs", "readout": readout}
 
 
-def _sizes(config: ConfigDict) -> dict[str, Any]:
-    """What a batch has of its own as soon as a flag says so."""
-    return {"batch_size": config.data.get_oneway_ref("batch_size")}
+def _by_flags(config: ConfigDict) -> dict[str, Any]:
+    """Keys of a batch at their defaults, for a flag can set only what is there."""
+    return {"batch_size": config.data.get_oneway_ref("batch_size"), "weight": 1.0}
 
 
 def _pictures(config: ConfigDict, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,8 @@
 
 The argument is DATA[,SIZE]: `scenes` (level hard, 64 px), `pictures` (all below a folder, 224 px)
 or `folder` (pictures with a captions.json, which says what is held out; captions are not read); a
-shared size of models/sizes.py (`shared_small` by
-default). Hardware: one GPU; `shared_tiny` learns on a CPU (`make momo-demo`). Scores to
-expect: not measured yet (docs/results/momo.py is the study).
+shared size of models/sizes.py (`shared_small` by default). Hardware: one GPU; `shared_tiny` learns
+on a CPU (`make momo-demo`). Scores to expect: docs/results/momo.md, of easier scenes.
 """
 
 from ml_collections import ConfigDict

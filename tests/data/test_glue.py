@@ -202,7 +202,7 @@ def test_damaged_lines_are_counted_by_kind(tmp_path):
         "empty sentence": 2,
         "sentence is not valid UTF-8": 1,
     }
-    assert bad_captions({"glue": source}) == dict(source.bad_captions)
+    assert bad_captions({"glue": source}) == {"glue": source.bad_captions}
     lines = official("stsb", "train")
     scores = ("5.1", "nan", "high", "4")
     broken = [

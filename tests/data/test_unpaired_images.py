@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlp_jax.data.hashed_splits import SPLITS
 from vlp_jax.data.tasks import UnpairedImages
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.train.setup import prepare
-
-SPLITS = ("train", "val", "test")
 
 
 def save(path: pathlib.Path, shade: int = 100) -> None:

@@ -100,14 +100,14 @@ def build_source(
     return source
 
 
-def bad_captions(sources: Mapping[str, Source]) -> dict[str, int]:
-    """Captions that sources left out when they read their annotations, by kind."""
-    counts: collections.Counter[str] = collections.Counter()
-    for source in sources.values():
+def bad_captions(sources: Mapping[str, Source]) -> dict[str, collections.Counter[str]]:
+    """Captions, by kind, that each source left out when it read its annotations; if it did."""
+    found = {}
+    for name, source in sources.items():
         read = uncached(source)
-        if isinstance(read, Folder | AnnotatedImages | GLUE | Texts):
-            counts += read.bad_captions
-    return dict(counts)
+        if isinstance(read, Folder | AnnotatedImages | GLUE | Texts) and read.bad_captions:
+            found[name] = read.bad_captions
+    return found
 
 
 def missing_images(sources: Mapping[str, Source]) -> int:

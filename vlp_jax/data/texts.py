@@ -221,9 +221,7 @@ class Texts(TextOnly):
         for file in self._files:
             for start, end, text in file.texts():
                 seen += 1
-                # By what is left of it for the tokenizer, so that duplicates are in one split.
-                known = normalise_caption(text or "").encode("utf-8", "surrogateescape")
-                if held_out is not None and split_of(known, held_out) != split:
+                if held_out is not None and _split_of(text or "", held_out) != split:
                     continue
                 own += 1
                 if (fault := _fault(text, min_chars)) is not None:
@@ -343,3 +341,8 @@ def _fault(text: str | None, min_chars: int) -> str | None:
     if (fault := text_fault(text, "text")) is not None:
         return fault
     return "text is too short" if len(text) < min_chars else None
+
+
+def _split_of(text: str, held_out: Mapping[str, float]) -> str:
+    """The split of a text, by what is left of it for the tokenizer: duplicates are in one."""
+    return split_of(normalise_caption(text).encode("utf-8", "surrogateescape"), held_out)

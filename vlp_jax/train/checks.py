@@ -60,26 +60,25 @@ def check_teachers(config: ConfigDict, evaluators: Mapping[str, Evaluator]) -> N
         for metric in metrics:
             evaluator = metric.partition("/")[0]
             section = config.evals.get(evaluator, {})
-            repeated = any(section.get(f"every_{unit}") for unit in UNITS)
-            if not repeated or section.get("on", "last") == "best":
+            if not _period(section) or section.get("on", "last") == "best":
                 raise ConfigError(
                     key,
                     f"learns from {metric!r}, which no evaluator reports while the run trains",
                     f"Add evals.{evaluator} with every_steps or the like, or name another metric",
                 )
             check_figure(key, metric, evaluators)
-    periods = {
-        metric: {
-            u: p for u in UNITS if (p := config.evals[metric.partition("/")[0]].get(f"every_{u}"))
-        }
-        for metric in waiting["mixture.metrics"]
-    }
+    periods = {m: _period(config.evals[m.partition("/")[0]]) for m in waiting["mixture.metrics"]}
     if len(set(map(str, periods.values()))) > 1:
         raise ConfigError(
             "mixture.metrics",
             f"weights move when all figures are known, and these come apart: {periods}",
             "Give their evaluators the same every_steps or the like",
         )
+
+
+def _period(section: Mapping[str, Any]) -> dict[str, float]:
+    """Unit -> how often an evaluator comes; empty: not while the run trains."""
+    return {unit: every for unit in UNITS if (every := section.get(f"every_{unit}"))}
 
 
 def check_batches(objectives: Sequence[Objective], batches: Mapping[str, Plan]) -> None:
@@ -222,7 +221,6 @@ def check_dropped(
         ConfigError: more of them than ``data.max_bad_fraction``.
     """
     kept = sum(source["captions"] or 0 for source in facts.values())
-    dropped = {name: kinds for name, kinds in dropped.items() if kinds}
     total = sum(sum(kinds.values()) for kinds in dropped.values())
     if total > config.data.max_bad_fraction * (kept + total):
         raise ConfigError(

@@ -1,5 +1,6 @@
 """Everything a run needs, built and checked before any device time is spent."""
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -199,8 +200,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     sources = {name: build_source(config, name) for name in sorted(config.data.sources)}
     dropped = bad_captions(sources)
     facts = source_facts(sources)
-    each = {name: bad_captions({name: source}) for name, source in sources.items()}
-    check_dropped(config, facts, each)
+    check_dropped(config, facts, dropped)
     workdir.mkdir(parents=True, exist_ok=True)
     # Its folder alone says nothing: it is there long before the first checkpoint is.
     begun = has_checkpoint(workdir / CHECKPOINT_FOLDER)
@@ -284,7 +284,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         eval_steps,
         on_best,
         origin,
-        dropped,
+        dict(sum(dropped.values(), collections.Counter())),
         missing_images(sources),
         facts,
         unknown,

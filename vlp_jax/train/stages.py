@@ -5,11 +5,11 @@
 
 Stage k ends when its figure has not fallen by ``min_change`` of its lowest value in ``patience``
 evaluations; the last stage ends with the run. Objectives of batches that a stage does not read are
-not computed, and what they keep in the extras stays. What no batch of a stage reads has a gradient
-of zero, by which the optimiser still decays it, and moves it on for a while by what it remembers of
-the stage before. The stage lies in the state and changes
-between two updates, by figures that are the same on every host, so that a run that is resumed goes
-on in it. Stages of known lengths are runs that start from one another by ``init_from``.
+not computed, and what they keep in the extras stays. Parameters that no batch of a stage reads have
+a gradient of zero: weight decay and old moments still move them. The stage lies in the state and
+changes between two updates, by figures that are the same on every host, so that a run that is
+resumed goes on in it. Stages of known lengths are runs that start from one another by
+``init_from``.
 """
 
 import dataclasses

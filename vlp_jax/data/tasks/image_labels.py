@@ -144,8 +144,7 @@ def _of_folders(root: pathlib.Path, split: str, key: str) -> list[Example]:
     return [
         Example(((path.relative_to(root).as_posix(),),), split, _spoken(folder.name), folder.name)
         for folder in _class_folders(root, split, key)
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
+        for path in pictures_below(folder)
     ]
 
 
@@ -158,6 +157,11 @@ def _class_folders(root: pathlib.Path, split: str, key: str) -> list[pathlib.Pat
             "class"
         )
     return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def pictures_below(folder: pathlib.Path) -> list[pathlib.Path]:
+    """All pictures in a folder and in those below it, by path."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
 
 
 def split_folder(root: pathlib.Path, split: str) -> pathlib.Path | None:

@@ -17,7 +17,7 @@ from vlp_jax.data.hashed_splits import SPLITS, check_shares, split_of
 from vlp_jax.data.source import CaptionsOnly
 from vlp_jax.data.tasks.annotated import AnnotatedImages, Example
 from vlp_jax.data.tasks.columns import Columns
-from vlp_jax.data.tasks.image_labels import SUFFIXES, split_folder
+from vlp_jax.data.tasks.image_labels import SUFFIXES, pictures_below, split_folder
 from vlp_jax.infra.errors import ConfigError
 
 TEXT = "picture"
@@ -62,8 +62,8 @@ class UnpairedImages(CaptionsOnly, AnnotatedImages):
             raise ConfigError(key, f"{folder} is no folder", "Point it at a folder of pictures")
         by_folders = (folder / "train").is_dir()
         below = split_folder(folder, split) if by_folders else folder
-        paths = [] if below is None else sorted(p for p in below.rglob("*") if p.is_file())
-        names = [p.relative_to(folder).as_posix() for p in paths if p.suffix.lower() in SUFFIXES]
+        paths = [] if below is None else pictures_below(below)
+        names = [path.relative_to(folder).as_posix() for path in paths]
         mine = [n for n in names if by_folders or split_of(os.fsencode(n), held_out) == split]
         if not mine:
             there = f"of {len(names)} below {folder}" if names else f"below {below or folder}"
