@@ -56,11 +56,12 @@ class Study:
     """What is compared.
 
     Attributes:
-        cells: name -> the configs of its chain; the first is what others are compared with.
+        cells: name -> the configs of its chain; the first is the base.
         tasks: in which the end of every chain is scored.
         throughout: cells of which every stage is.
         settings: of the scoring, whose ``out`` and ``seeds`` are filled in.
         early: columns in which the stages before the last are scored.
+        against: name in the table -> the one that it is compared with; by default the base.
     """
 
     cells: Mapping[str, Sequence[ConfigDict]]
@@ -68,6 +69,7 @@ class Study:
     throughout: Sequence[str]
     settings: Settings
     early: Sequence[str] = COLUMNS
+    against: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def chain(self, cell: str, seed: int) -> list[Run]:
         """The runs of a cell, in their order."""
@@ -300,30 +302,34 @@ def read_archive(file: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 def scores_of(
     study: Study, known: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]
-) -> dict[str, dict[str, Score]]:
-    """Name in the table -> task -> a value for each seed that has been scored in all of its tasks.
+) -> dict[str, dict[int, dict[str, Score]]]:
+    """Name in the table -> seed that has been scored in all of its tasks -> task -> one value.
 
     Args:
         study: what is compared.
         known: what an archive holds.
         seeds: of the chains.
     """
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[int, dict[str, Score]]] = {}
     for cell in study.cells:
         for seed in seeds:
             settings = dataclasses.replace(study.settings, seeds=(seed,))
             for name, run, tasks in study.scored(cell, seed):
                 records = [known.get(Job(run, task, settings).key) for task in tasks]
-                if None in records:
-                    continue
-                for task, record in zip(tasks, records, strict=True):
-                    if record is not None and record["values"] is not None:
-                        found.setdefault(name, {}).setdefault(task.name, []).extend(
-                            record["values"]
-                        )
+                if None not in records:
+                    found.setdefault(name, {})[seed] = {
+                        task.name: Score(tuple(record["values"]))
+                        for task, record in zip(tasks, records, strict=True)
+                        if record is not None and record["values"] is not None
+                    }
+    return found
+
+
+def joined(scores: Mapping[int, Mapping[str, Score]]) -> dict[str, Score]:
+    """Task -> its values with all of these seeds."""
     return {
-        name: {task: Score(tuple(values)) for task, values in tasks.items()}
-        for name, tasks in found.items()
+        task: Score(tuple(value for found in scores.values() for value in found[task].values))
+        for task in next(iter(scores.values()))
     }
 
 
@@ -362,29 +368,34 @@ def _loss(values: Sequence[float]) -> str:
 
 
 def differences(
-    scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[Task], base: str
+    study: Study, scores: Mapping[str, Mapping[int, Mapping[str, Score]]]
 ) -> list[list[str]]:
-    """Of every run with as many seeds as the base, how far its averages are from those.
+    """Of every run, how far its averages are from those of the one that it is compared with.
 
-    Seed by seed, in points: the mean, and its standard error; over the tasks that both have.
+    Over the seeds and the tasks that both have; in points: the mean, and its standard error.
 
     Args:
+        study: what is compared.
         scores: of ``scores_of``.
-        tasks: of the study.
-        base: name of the run that is compared with.
+
+    Returns:
+        Rows: a run, the one it is compared with, of how many seeds, and an entry a column.
     """
     rows = []
-    for name in scores:
-        if name != base:
-            pair = {run: scores[run] for run in (name, base)}
-            compared = common(pair, tasks)
+    for name, mine in scores.items():
+        base = study.against.get(name, next(iter(study.cells)))
+        seeds = [seed for seed in mine if seed in scores.get(base, {})]
+        if name != base and seeds:
+            pair = {run: joined({n: scores[run][n] for n in seeds}) for run in (name, base)}
+            compared = common(pair, study.tasks)
             here, there = (averages(found, compared) for found in pair.values())
-            rows.append([name, *(_told(here.get(column), there.get(column)) for column in COLUMNS)])
+            apart = [_told(here.get(column), there.get(column)) for column in COLUMNS]
+            rows.append([name, base, str(len(seeds)), *apart])
     return rows
 
 
 def _told(here: Score | None, there: Score | None) -> str:
-    if here is None or there is None or len(here.values) != len(there.values):
+    if here is None or there is None:
         return "–"
     apart = [100 * (a - b) for a, b in zip(here.values, there.values, strict=True)]
     mean = f"{statistics.fmean(apart):+.1f}"

@@ -7,8 +7,9 @@ The argument names a module with ``study()``, see docs/results/momo.py. What --a
 done again, so that a study can be given several times for a while (--max_seconds: nothing is begun
 that, by the longest of its kind so far, would not be over by then), on several machines; --cells
 and --seeds say which part. Runs lie in --out, of which nothing is needed later. Several processes
-share a GPU (--workers). Prints its tables (scores, how far they are from those of the first cell
-seed by seed, and losses on held-out records) and writes them to OUT/table.md.
+share a GPU (--workers). Prints its tables (scores, how far they are from those of the cell that
+they are compared with, seed by seed, and losses on held-out records) and writes them to
+OUT/table.md.
 
 Exit codes are those of vlp_jax.infra.preemption: 1 where a job has failed, whose error is told.
 """
@@ -30,6 +31,7 @@ from tools.chains import (
     differences,
     execute,
     jobs_of,
+    joined,
     losses_of,
     read_archive,
     scores_of,
@@ -94,13 +96,11 @@ def main(argv: Sequence[str]) -> None:
                 file.write(line + "\n")
     known = read_archive(archive)
     scores = scores_of(study, known, seeds)
-    tables = markdown_table(header_of(study.tasks), rows_of(scores, study.tasks)) + "\n"
-    base = next(iter(study.cells))
-    if base in scores:
-        apart = differences(scores, study.tasks, base)
-        tables += (
-            "\n" + markdown_table([f"less {base}", *(c.upper() for c in COLUMNS)], apart) + "\n"
-        )
+    rows = rows_of({name: joined(found) for name, found in scores.items()}, study.tasks)
+    tables = markdown_table(header_of(study.tasks), rows) + "\n"
+    if apart := differences(study, scores):
+        header = ["run", "less", "seeds", *(column.upper() for column in COLUMNS)]
+        tables += "\n" + markdown_table(header, apart) + "\n"
     evaluators, losses = losses_of(study, known, seeds)
     tables += "\n" + markdown_table(["loss", *evaluators], losses) + "\n"
     write_text(out / "table.md", tables)

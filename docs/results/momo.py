@@ -8,8 +8,8 @@ hypotheses need many times these updates (docs/results/momo.md). Of the words 40
 cell is a chain of stages (configs/momo/), each with a fresh optimiser. What a cell differs in from
 `shared` is its name; where stages are left out, the first that is there has what the others would
 have cost, by FLOPs. Matching (ITM) more than doubles the FLOPs of an update of stage 3, so that it
-has a cell of its own and no part in the others. The peak was chosen with the shared stack: half of
-it is tried with both models. `one update` has learned nothing before it is tuned. In
+has a cell of its own and no part in the others. The peak was chosen with the shared stack: half and
+a quarter of it are tried with both models. `one update` has learned nothing before it is tuned. In
 `stages 2, 1, 3` what stage 2 learned of words is lost: images alone have no part for them.
 """
 
@@ -36,6 +36,13 @@ TEXTS = "../shared/data/text"
 # on an H200, by `tools.bench step --config=docs/results/momo.py:3,towers_small` and shared_small;
 # absent until that is measured.
 COSTS = pathlib.Path(__file__).parent / "momo_costs.json"
+# What is compared with another cell than `shared`: the shared stack at the same peak.
+AGAINST = {
+    "three towers, half the peak": "half the peak",
+    "three towers, half the peak, equal time": "half the peak",
+    "stages 2, 3, half the peak": "half the peak",
+    "three towers, a quarter of the peak": "a quarter of the peak",
+}
 # TFLOPs of an update of a stage, by formula (``tools.bench``).
 TFLOPS = {1: 0.659, 2: 1.825, 3: 4.389}
 
@@ -115,7 +122,7 @@ def cells() -> dict[str, Sequence[ConfigDict]]:
     """Name -> the configs of its stages; the first is the base."""
     first, second, third = stage(1), stage(2), stage(3)
     before = (first, second)
-    half = {"schedule.peak": PEAK / 2}
+    half, quarter = ({"schedule.peak": PEAK / part} for part in (2, 4))
     found: dict[str, Sequence[ConfigDict]] = {
         "shared": (*before, third),
         "three towers": [stage(number, TOWERS) for number in (1, 2, 3)],
@@ -136,6 +143,14 @@ def cells() -> dict[str, Sequence[ConfigDict]]:
             stage(number, TOWERS, changes=half) for number in (1, 2, 3)
         ],
         "one update": (stage(3, updates=1),),
+        "a quarter of the peak": [stage(number, changes=quarter) for number in (1, 2, 3)],
+        "three towers, a quarter of the peak": [
+            stage(number, TOWERS, changes=quarter) for number in (1, 2, 3)
+        ],
+        "stages 2, 3, half the peak": (
+            stage(2, updates=_of_cost(1, 2), changes=half),
+            stage(3, changes=half),
+        ),
     }
     if COSTS.exists():
         share = json.loads(COSTS.read_text())["towers_per_shared"]
@@ -143,6 +158,10 @@ def cells() -> dict[str, Sequence[ConfigDict]]:
         found["three towers, equal time"] = [
             *(stage(number, TOWERS) for number in (1, 2)),
             stage(3, TOWERS, updates=updates),
+        ]
+        found["three towers, half the peak, equal time"] = [
+            *(stage(number, TOWERS, changes=half) for number in (1, 2)),
+            stage(3, TOWERS, updates=updates, changes=half),
         ]
     return found
 
@@ -188,4 +207,5 @@ def study() -> Study:
         selections=1,
         out=pathlib.Path(),
     )
-    return Study(cells(), tasks, ("shared", "three towers"), settings, early=("image", "text"))
+    throughout = ("shared", "three towers")
+    return Study(cells(), tasks, throughout, settings, early=("image", "text"), against=AGAINST)

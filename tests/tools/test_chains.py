@@ -116,7 +116,7 @@ def test_jobs_are_done_in_order_and_what_needs_a_failed_one_is_left_out(
     assert [record["job"].partition("/")[2].split(" ")[0] for record in done] == ["", "words"]
     scores = scores_of(study, known, range(3))
     assert scores == {
-        name: {"shapes": Score((0.5,)), "words": Score((0.5,))}
+        name: {0: {"shapes": Score((0.5,)), "words": Score((0.5,))}}
         for name in ("both, stage 1", "both", "second")
     }
 
@@ -132,21 +132,28 @@ def test_losses_are_told_of_every_run_that_has_a_row(study: Study) -> None:
     )
 
 
-def test_differences_are_those_of_equal_seeds() -> None:
+def test_differences_are_those_of_equal_seeds(study: Study) -> None:
+    def of(shapes: float, words: float | None, **others: float) -> dict[str, Score]:
+        values = {"shapes": shapes, "words": words, **others}
+        return {task: Score((value,)) for task, value in values.items() if value is not None}
+
     scores = {
-        "base": {"shapes": Score((0.5, 0.6)), "words": Score((0.2, 0.4))},
-        "better": {"shapes": Score((0.6, 0.9)), "words": Score((0.2, 0.4))},
-        "once": {"shapes": Score((0.6,)), "words": Score((0.2,))},
-        "other tasks": {"shapes": Score((0.6, 0.7))},
+        "both": {0: of(0.5, 0.2, colours=0.2), 1: of(0.6, 0.4, colours=0.2)},
+        "better": {0: of(0.6, 0.2, colours=0.2), 1: of(0.9, 0.4, colours=0.2)},
+        "second seed": {1: of(0.7, 0.5)},
+        "third seed": {2: of(0.7, 0.5)},
+        "other tasks": {0: of(0.6, None), 1: of(0.7, None)},
+        "better still": {0: of(0.7, 0.2, colours=0.2), 1: of(0.9, 0.5, colours=0.2)},
     }
     tasks = [*TASKS, Task("image", "colours", "C", ())]
-    scores["base"]["colours"] = scores["better"]["colours"] = Score((0.2, 0.2))
-    rows = chains.differences(scores, tasks, "base")
-    assert rows == [
-        ["better", "+10.0 ± 5.0", "+0.0 ± 0.0", "–"],  # over both tasks of images
-        ["once", "–", "–", "–"],
-        ["other tasks", "+10.0 ± 0.0", "–", "–"],  # over the one that it has
+    study = dataclasses.replace(study, tasks=tasks, against={"better still": "better"})
+    assert chains.differences(study, scores) == [
+        ["better", "both", "2", "+10.0 ± 5.0", "+0.0 ± 0.0", "–"],  # over both tasks of images
+        ["second seed", "both", "1", "+10.0", "+10.0", "–"],
+        ["other tasks", "both", "2", "+10.0 ± 0.0", "–", "–"],  # over the one that it has
+        ["better still", "better", "2", "+2.5 ± 2.5", "+5.0 ± 5.0", "–"],
     ]
+    assert chains.joined(scores["better"])["shapes"] == Score((0.6, 0.9))
 
 
 def test_a_chain_of_two_stages_is_trained_and_scored(tmp_path: pathlib.Path) -> None:
@@ -187,6 +194,7 @@ def test_every_stage_of_the_study_is_a_config() -> None:
         chain = study.chain(cell, 0)
         assert [run.key for run in chain[:2]] == [run.key for run in base[:2]]
         assert chain[2].key != base[2].key
+    assert study.against.keys() | set(study.against.values()) <= study.cells.keys()
     alternating = study.chain("alternating", 0)[-1].config
     assert alternating.total_steps == 2 * base[-1].config.total_steps
     [alone] = study.chain("stage 3", 0)
