@@ -151,11 +151,18 @@ def test_language_of_a_stage_may_be_free_language_modeling(second, texts, tmp_pa
     assert params.keys().isdisjoint({path for path in before if path.startswith("mim_decoder")})
 
 
-def test_a_stage_of_another_width_is_refused(first, texts, tmp_path):
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [
+        ({"width": 32, "mlp_width": 64}, r"image\.width=16 and not 32, .*differ in shape.*model"),
+        ({"depth": 3}, r"image\.depth=\d and not 3, so that \d+ parameters of the .* missing"),
+    ],
+)
+def test_a_stage_of_another_geometry_is_refused(first, texts, tmp_path, size, told):
     config = stage_config(2, texts)
-    config.model.image.update(width=32, mlp_width=64)
+    config.model.image.update(size)
     config.init_from = str(first[0])
-    with pytest.raises(WeightsError, match=r"parameters differ in shape.*model"):
+    with pytest.raises(WeightsError, match=rf"made with config\.model\.{told}"):
         prepare(config, tmp_path)
 
 

@@ -10,7 +10,7 @@ say what became of them, and ``init_from.tsv`` of the workdir of every tensor.
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -19,11 +19,18 @@ from vlp_jax.infra.checkpoint_reader import Restored, load_params
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.manifest import DamagedCheckpointError
 from vlp_jax.infra.sharding import by_path, nested
-from vlp_jax.models.pretrained import is_parameter_file, load_metadata, load_parameters
+from vlp_jax.models.pretrained import (
+    WeightsError,
+    is_parameter_file,
+    load_metadata,
+    load_parameters,
+)
+from vlp_jax.models.pretrained.merge import fit
 from vlp_jax.objectives import OBJECTIVES
 
 CHECKPOINT_FOLDER = "checkpoints"
 KEY = "init_from"
+HOW_COMPUTED = ("dtype", "attention")  # keys of config.model that are no geometry
 _OF_WORDS = ("text_embedding", "vocabulary_head")  # parts of a model with a row for each word
 
 
@@ -56,11 +63,45 @@ class Origin:
         """Whether some of the parameters belong to words of its tokenizer."""
         return any(path.split("/")[0] in _OF_WORDS for path in self.arrays)
 
+    def check_fit(self, shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, Any]) -> None:
+        """Raise unless a run can start from here.
+
+        Args:
+            shapes: of its parameters, by path.
+            model: its ``config.model``, as nested dicts.
+
+        Raises:
+            WeightsError: parts lack parameters, or shapes differ; the message names the keys of
+                ``config.model`` that were other ones, where that is known.
+        """
+        try:
+            fit(shapes, self.arrays, self.where)
+        except WeightsError as error:
+            made = dict(_flat("config.model", self.config.get("model", {})))
+            apart = [
+                f"{key}={made[key]!r} and not {value!r}"
+                for key, value in _flat("config.model", model)
+                if key in made and made[key] != value and key.split(".")[-1] not in HOW_COMPUTED
+            ]
+            if not apart:
+                raise
+            problem = f"made with {', '.join(apart)}, so that {error.problem}"
+            raise WeightsError(self.where, problem, error.remedy) from error
+
     @property
     def objectives(self) -> tuple[str, ...]:
         """Types of the objectives that trained it."""
         sections = self.config.get("objectives", {})
         return tuple(section.get("type", name) for name, section in sections.items())
+
+
+def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts, by dotted key."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(f"{path}.{key}", inner)
+    else:
+        yield path, value
 
 
 def read_origin(path: str | pathlib.Path, checkpoint: str = "latest") -> Origin:

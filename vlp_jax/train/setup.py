@@ -29,7 +29,6 @@ from vlp_jax.infra.mesh import make_mesh
 from vlp_jax.infra.metrics import check_wandb
 from vlp_jax.infra.sharding import by_path
 from vlp_jax.models.pretrained import Metadata, Report, check_vocabulary, merge
-from vlp_jax.models.pretrained.merge import fit
 from vlp_jax.models.sizes import kind_of
 from vlp_jax.objectives import learns_from
 from vlp_jax.objectives.readout import READOUT_OF
@@ -48,7 +47,7 @@ from vlp_jax.train.checks import (
     without_foreign_heads,
 )
 from vlp_jax.train.config import check_keys
-from vlp_jax.train.initial import CHECKPOINT_FOLDER, Origin, read_origin
+from vlp_jax.train.initial import CHECKPOINT_FOLDER, HOW_COMPUTED, Origin, read_origin
 from vlp_jax.train.online import Decider
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import Budget, to_steps
@@ -246,7 +245,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     unknown = check_texts(plan)
     if origin is not None:  # a misfit shows here, before any device time is spent
         origin = without_foreign_heads(origin, sources, program.objectives)
-        fit(_shapes(program.state_spec.params), origin.arrays, origin.where)
+        origin.check_fit(_shapes(program.state_spec.params), plain(config)["model"])
     evaluators = build_evaluators(
         EvalContext(config, program.objectives, tokenizer, mesh, sources, plan.edges, workdir)
     )
@@ -381,7 +380,7 @@ def adopt_model(config: ConfigDict, model: Mapping[str, Any]) -> None:
             if isinstance(section, ConfigDict):
                 section.update(model.get(part, {}))
         return
-    computed = {key: config.model[key] for key in ("dtype", "attention")}
+    computed = {key: config.model[key] for key in HOW_COMPUTED}
     with config.unlocked():
         config.model = ConfigDict({**model, **computed})
 

@@ -36,6 +36,7 @@ class WeightsError(ValueError):
 
     def __init__(self, file: str | os.PathLike[str], problem: str, remedy: str) -> None:
         super().__init__(f"{os.fspath(file)}: {problem}. {remedy}.")
+        self.problem, self.remedy = problem, remedy
 
 
 @dataclasses.dataclass(frozen=True)
