@@ -10,7 +10,7 @@ say what became of them, and ``init_from.tsv`` of the workdir of every tensor.
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -18,8 +18,10 @@ import numpy as np
 from vlp_jax.infra.checkpoint_reader import Restored, load_params
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.manifest import DamagedCheckpointError
+from vlp_jax.infra.report.from_facts import flat_config
 from vlp_jax.infra.sharding import by_path, nested
 from vlp_jax.models.pretrained import (
+    NoPartFits,
     WeightsError,
     is_parameter_file,
     load_metadata,
@@ -71,17 +73,20 @@ class Origin:
             model: its ``config.model``, as nested dicts.
 
         Raises:
+            NoPartFits: the run has none of the parts that are here.
             WeightsError: parts lack parameters, or shapes differ; the message names the keys of
                 ``config.model`` that were other ones, where that is known.
         """
         try:
             fit(shapes, self.arrays, self.where)
+        except NoPartFits:
+            raise
         except WeightsError as error:
-            made = dict(_flat("config.model", self.config.get("model", {})))
+            made = dict(flat_config(self.config.get("model", {})))
             apart = [
-                f"{key}={made[key]!r} and not {value!r}"
-                for key, value in _flat("config.model", model)
-                if key in made and made[key] != value and key.split(".")[-1] not in HOW_COMPUTED
+                f"config.model.{key}={made[key]} and not {value}"
+                for key, value in flat_config(model)
+                if key in made and made[key] != value and key not in HOW_COMPUTED
             ]
             if not apart:
                 raise
@@ -93,15 +98,6 @@ class Origin:
         """Types of the objectives that trained it."""
         sections = self.config.get("objectives", {})
         return tuple(section.get("type", name) for name, section in sections.items())
-
-
-def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts, by dotted key."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flat(f"{path}.{key}", inner)
-    else:
-        yield path, value
 
 
 def read_origin(path: str | pathlib.Path, checkpoint: str = "latest") -> Origin:
