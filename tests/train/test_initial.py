@@ -21,13 +21,13 @@ from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.manifest import CheckpointMismatchError
 from vlp_jax.models.image_tower import image_tower
-from vlp_jax.models.pretrained import Metadata, save_parameters
+from vlp_jax.models.pretrained import Metadata, NoPartFits, WeightsError, save_parameters
 from vlp_jax.objectives import build_objectives
 from vlp_jax.objectives.classification import Classification
 from vlp_jax.predict import Predictor
 from vlp_jax.train.checks import check_classes
 from vlp_jax.train.config import default_config
-from vlp_jax.train.initial import read_origin
+from vlp_jax.train.initial import Origin, read_origin
 from vlp_jax.train.setup import plain, prepare
 
 
@@ -425,3 +425,19 @@ def test_a_second_call_compiles_nothing(predictor, pictures, caplog):
     predictor._rankers.clear()
     assert rank()
     assert not rank()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "depth", "error", "told"),
+    [
+        ({"tower/kernel": (3,)}, 3, WeightsError, r"model\.depth=2 and not 3, so that .* in shape"),
+        ({"tower/kernel": (3,)}, 2, WeightsError, r"run: of another architecture: 1 parameters"),
+        ({"head/kernel": (2,)}, 3, NoPartFits, r"run: of another architecture: it holds tower"),
+    ],
+)
+def test_a_misfit_names_the_geometry_that_differs(shapes, depth, error, told):
+    config = {"model": {"depth": 2, "dtype": "float32"}}
+    origin = Origin("run", 1, {"tower/kernel": np.zeros(2)}, config, "", ())
+    with pytest.raises(WeightsError, match=told) as raised:
+        origin.check_fit(shapes, {"depth": depth, "dtype": "bfloat16"})
+    assert raised.type is error
