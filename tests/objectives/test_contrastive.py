@@ -52,7 +52,7 @@ def params(itm):
 
 def embedded(itc, params, batch):
     """Unit vectors of images and texts, and their scale."""
-    return jax.jit(itc.dual_encoder.embeddings)(params, batch)
+    return jax.jit(itc.dual_encoder.__call__)(params, batch)
 
 
 def test_itc_is_the_symmetric_cross_entropy_of_cosines(itc, params):

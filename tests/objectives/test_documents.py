@@ -247,7 +247,7 @@ def test_spans_of_flm_stay_in_their_document_and_hide_it_alone(params: Any) -> N
 @pytest.mark.parametrize("kind", [MLM, AR, PrefixLM, FLM])
 def test_texts_alone_ignore_images_and_cost_none(kind: Any, params: Any) -> None:
     objective = built(kind)
-    assert objective.image_encoder is None
+    assert objective.passes == ()
     shown = {**TEXTS, "image": jnp.asarray(PLAIN["image"])}
     text = jax.make_jaxpr(lambda b: objective.loss(params, {}, b, KEY, BUCKET).loss)(TEXTS)
     both = jax.make_jaxpr(lambda b: objective.loss(params, {}, b, KEY, BUCKET).loss)(shown)

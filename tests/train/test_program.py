@@ -95,5 +95,5 @@ def test_flops_count_a_shared_pass_once(accumulation: int, passes: int) -> None:
     program = make_program(config)
     image = image_flops(program.objectives[0].model.config)
     texts = sum(objective.flops(9.5) - image for objective in program.objectives)
-    texts -= program.objectives[1].dual_encoder.feature_flops(9.5)
+    texts -= program.objectives[1].dual_encoder.flops(9.5)
     assert program.flops({"pairs": 9.5}) == pytest.approx(3 * (texts + passes * image), rel=1e-12)

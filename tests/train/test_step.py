@@ -32,11 +32,11 @@ from vlp_jax.data.batch import Batch, batch_spec
 from vlp_jax.infra.mesh import global_batch, make_mesh, replicated
 from vlp_jax.infra.sharding import fsdp_rules, shardings
 from vlp_jax.objectives.base import (
-    EMBEDDINGS,
-    IMAGE_TOKENS,
     Defaults,
+    ImagePass,
     LossOutput,
     Mean,
+    Pass,
     batch_noise,
     encode_image,
 )
@@ -362,7 +362,7 @@ def test_contrast_and_matching_share_their_embeddings() -> None:
 
     itc, _ = run.program.objectives
     # Of tiny widths a tenth is not of matrix products, which alone are counted by formula.
-    again = 0.9 * BATCH * itc.dual_encoder.feature_flops(TOKENS)
+    again = 0.9 * BATCH * itc.dual_encoder.flops(TOKENS)
     assert run.step.cost_analysis()["flops"] < separate.cost_analysis()["flops"] - again
 
     state, metrics = run(initial, FIRST)  # the initial state is donated
@@ -378,8 +378,8 @@ class Reader(Defaults):
         self._model = model
 
     @property
-    def image_encoder(self) -> Any:
-        return self._model
+    def passes(self) -> tuple[Pass, ...]:
+        return (ImagePass(self._model),) if self._model else ()
 
     def init(self, rng: jax.Array, batch_spec: Any) -> tuple[Any, Any]:
         pixels = jnp.zeros(batch_spec["image"].shape)
@@ -442,16 +442,16 @@ def test_what_shares_a_pass() -> None:
         Reader("e", "photographs", model),
         Reader("f"),
     ]
-    assert shared_passes(readers, 1) == (("pairs", IMAGE_TOKENS, model, ("a", "b", "c")),)
-    assert shared_passes(readers, 2) == (("pairs", IMAGE_TOKENS, model, ("a", "b")),)
+    assert shared_passes(readers, 1) == (("pairs", ImagePass(model), ("a", "b", "c")),)
+    assert shared_passes(readers, 2) == (("pairs", ImagePass(model), ("a", "b")),)
     assert shared_passes(readers[1:], 2) == ()
     assert shared_passes([Classification(model, "x", 2), VQA(model, "y", 2)], 1) == (
-        ("pairs", IMAGE_TOKENS, model, ("x", "y")),
+        ("pairs", ImagePass(model), ("x", "y")),
     )
     itc = ITC(model, embedding_dim=8)
     assert shared_passes([ITM(itc), itc], 2) == (  # embeddings are made of the images' tokens
-        ("pairs", IMAGE_TOKENS, model, ("itm", "itc")),
-        ("pairs", EMBEDDINGS, itc.dual_encoder, ("itm", "itc")),
+        ("pairs", ImagePass(model), ("itm", "itc")),
+        ("pairs", itc.dual_encoder, ("itm", "itc")),
     )
     assert shared_passes([ITM(itc, batch_name="photographs"), itc], 1) == ()
     assert shared_passes([NLVR2(model, "x"), VQA(model, "y", 2)], 1) == ()  # two images at once

@@ -20,12 +20,10 @@ from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch, replicated
 from vlp_jax.objectives.base import (
-    IMAGE_TOKENS,
     Extras,
     Mean,
     Objective,
     Params,
-    encode_image,
 )
 
 
@@ -122,9 +120,8 @@ class Heldout:
     def _batch_sums(self, params: Params, extras: Extras, batch: Batch, *, bucket: Bucket) -> Mean:
         """The loss of a batch under each draw: float32 [draws] each."""
         objective = self._objective
-        if objective.image_encoder is not None and "image" in batch:  # one pass for all draws
-            tokens = encode_image(objective.image_encoder, params, batch, None)
-            batch = {**batch, IMAGE_TOKENS: tokens}
+        for one in objective.passes:  # once for all draws
+            batch = {**batch, one.key: one(params, batch)}
 
         def loss(key: jax.Array) -> Mean:
             return objective.loss(params, extras, batch, key, bucket, train=False).loss

@@ -93,10 +93,10 @@ def captioner(objective: Objective) -> Encoder | None:
 
     None: it trains none.
     """
-    if isinstance(objective, AR | PrefixLM):
-        return objective.image_encoder
-    if isinstance(objective, FLM) and objective.loss_weights["forward"]:
-        return objective.image_encoder
+    if isinstance(objective, FLM) and not objective.loss_weights["forward"]:
+        return None
+    if isinstance(objective, AR | PrefixLM | FLM) and objective.with_image:
+        return objective.model
     return None
 
 

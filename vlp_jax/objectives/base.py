@@ -1,5 +1,6 @@
 """The objective contract: pure functions over a parameter tree."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ from vlp_jax.data.batch import Batch
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.dropout import dropout_noise
 from vlp_jax.models.encoder import Encoder
+from vlp_jax.models.flops import image_flops
 from vlp_jax.models.layers import Noise
 
 Params = Any  # nested dict of float32 arrays
@@ -19,9 +21,6 @@ Extras = Any  # nested dict of whatever an objective carries beside its paramete
 
 # Key of a batch whose image the update has encoded: [B, I, D]. The host never sends it.
 IMAGE_TOKENS = "image_tokens"
-# Key of a batch of which the update has embedded both sides: ``DualEncoder.embeddings``. The host
-# never sends it.
-EMBEDDINGS = "embeddings"
 # Key of the share of the budget that is spent, float32 [], in the batches of an update. The host
 # never sends it; where it is absent, as in evaluations, nothing is spent.
 PROGRESS = "progress"
@@ -60,6 +59,34 @@ class LossOutput(NamedTuple):
     statistics: Params = {}  # noqa: RUF012 (never changed)
 
 
+class Pass(Protocol):
+    """What can be computed of a batch once for several objectives; equal ones are one.
+
+    Attributes:
+        key: of the batch, under which the objectives find what it gave.
+    """
+
+    @property
+    def key(self) -> str: ...  # noqa: D102
+
+    def __call__(
+        self, params: Params, batch: Batch, noise: Noise = None, seen: "Seen | None" = None
+    ) -> Any:
+        """What the batch has under ``key``, or else computed.
+
+        Args:
+            params: of the run.
+            batch: its arrays, and what the passes before gave.
+            noise: of the dropout, or None.
+            seen: what is encoded of the images; None: everything.
+        """
+        ...
+
+    def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
+        """Forward FLOPs of one example, which every objective counts in its own."""
+        ...
+
+
 class Objective(Protocol):
     """A loss over one named batch.
 
@@ -73,12 +100,8 @@ class Objective(Protocol):
         served: key of its extras that hold what takes the place of parameters of the same name
             where the model is used: by evaluators, and by runs that start from this one. Empty:
             nothing does.
-        image_encoder: the model by which its loss encodes the batch's ``image``, through
-            ``image_tokens`` alone; several objectives of one batch then share one pass. None: it
-            encodes no image, or in a way of its own.
-        dual_encoder: by which its loss embeds both sides of the batch, through
-            ``DualEncoder.embeddings`` alone; several objectives of one batch then share one pass.
-            None: it embeds none.
+        passes: what its loss computes of the batch, through these alone, where the batch does not
+            have it; objectives of one batch then share each. One may read those before it.
     """
 
     @property
@@ -94,9 +117,7 @@ class Objective(Protocol):
     @property
     def served(self) -> str: ...  # noqa: D102
     @property
-    def image_encoder(self) -> Any: ...  # noqa: D102 (an ``Encoder`` or None)
-    @property
-    def dual_encoder(self) -> Any: ...  # noqa: D102 (a ``DualEncoder`` or None)
+    def passes(self) -> "tuple[Pass, ...]": ...  # noqa: D102
     @classmethod
     def learns_from(cls, section: Mapping[str, Any]) -> tuple[str, ...]:
         """Figures of evaluators that ``observe`` waits for, such as ``reconstruction/0.3/loss``.
@@ -151,14 +172,9 @@ class Defaults:
     served: ClassVar[str] = ""
 
     @property
-    def image_encoder(self) -> Encoder | None:
-        """No image is shared."""
-        return None
-
-    @property
-    def dual_encoder(self) -> Any:
-        """No embedding is shared."""
-        return None
+    def passes(self) -> "tuple[Pass, ...]":
+        """Nothing is shared."""
+        return ()
 
     @classmethod
     def learns_from(cls, section: Mapping[str, Any]) -> tuple[str, ...]:
@@ -270,6 +286,28 @@ def encode_image(
         return image_tokens(model, batch, noise, seen)
 
     return nn.apply(forward, model)({"params": params})
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagePass:
+    """A ``Pass``: ``encode_image``.
+
+    Attributes:
+        model: by which.
+    """
+
+    model: Encoder
+    key: ClassVar[str] = IMAGE_TOKENS
+
+    def __call__(
+        self, params: Params, batch: Batch, noise: Noise = None, seen: Seen | None = None
+    ) -> jax.Array:
+        """Tokens of the images, [B, I, D]."""
+        return encode_image(self.model, params, batch, noise, seen)
+
+    def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
+        """Forward FLOPs of one image."""
+        return image_flops(self.model.config, view_of(bucket))
 
 
 def check_image(name: str, with_image: bool, spec: Mapping[str, Any]) -> None:

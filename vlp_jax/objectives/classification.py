@@ -21,9 +21,11 @@ from vlp_jax.models.flops import image_input_flops, lower_flops
 from vlp_jax.models.heads import ClassificationHead, apply_head
 from vlp_jax.objectives.base import (
     Extras,
+    ImagePass,
     LossOutput,
     Mean,
     Params,
+    Pass,
     Seen,
     batch_noise,
     check_pictures,
@@ -129,9 +131,9 @@ class Classification(ReadingClassifier):
     """One of several classes by a text and an image; also the base of the other tasks."""
 
     @property
-    def image_encoder(self) -> Encoder | None:
-        """``model``, whose pass may be shared."""
-        return self.model
+    def passes(self) -> tuple[Pass, ...]:
+        """Tokens of the images."""
+        return (ImagePass(self.model),)
 
     def init(
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
@@ -209,9 +211,9 @@ class NLVR2(Classification):
     extra_fields: ClassVar[tuple[str, ...]] = ("second_image", "label")
 
     @property
-    def image_encoder(self) -> Encoder | None:
+    def passes(self) -> tuple[Pass, ...]:
         """None: both images pass the tower together."""
-        return None
+        return ()
 
     @property
     def _mark_name(self) -> str:

@@ -34,14 +34,16 @@ from vlp_jax.models.flops import (
     text_feature_flops,
 )
 from vlp_jax.models.heads import MAX_SCALE, ClassificationHead, ContrastiveHead, apply_head
+from vlp_jax.models.layers import Noise
 from vlp_jax.objectives.base import (
-    EMBEDDINGS,
     IMAGE_TOKENS,
     Defaults,
     Extras,
+    ImagePass,
     LossOutput,
     Mean,
     Params,
+    Pass,
     Seen,
     batch_noise,
     encode_image,
@@ -58,7 +60,7 @@ MATCHING_HEAD = "matching_head"
 
 @dataclasses.dataclass(frozen=True)
 class DualEncoder:
-    """Image and text embeddings of the model, for ITC, ITM and retrieval.
+    """Image and text embeddings of the model, for ITC, ITM and retrieval; a ``Pass``.
 
     The image is read at the class token, the text at <s>, whose tokens all see one another and no
     image.
@@ -72,14 +74,15 @@ class DualEncoder:
     model: Encoder
     embedding_dim: int
     temperature: float
+    key: ClassVar[str] = "embeddings"
 
     @property
     def head(self) -> ContrastiveHead:
         """From features to unit vectors."""
         return ContrastiveHead(self.model.config.text, self.embedding_dim, self.temperature)
 
-    def embeddings(
-        self, params: Params, batch: Batch, noise: Any = None, seen: Seen | None = None
+    def __call__(
+        self, params: Params, batch: Batch, noise: Noise = None, seen: Seen | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Both sides of a batch: those that the update made for several objectives, or new ones.
 
@@ -92,8 +95,8 @@ class DualEncoder:
         Returns:
             Unit vectors of images and of texts, float32 [B, E] each; the scale of their cosines.
         """
-        if EMBEDDINGS in batch:
-            shared: Any = batch[EMBEDDINGS]  # three arrays, where other keys have one
+        if self.key in batch:
+            shared: Any = batch[self.key]  # three arrays, where other keys have one
             image, text, scale = shared
             return image, text, scale
         image = encode_image(self.model, params, batch, noise, seen)
@@ -157,13 +160,6 @@ class DualEncoder:
         return nn.init(forward, self.model)(rng)["params"] | {CONTRASTIVE_HEAD: head}
 
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
-        """Forward FLOPs of both features for one example; similarities not counted."""
-        c = self.model.config
-        heads = 2.0 * 2 * c.text.width * self.embedding_dim
-        image = image_flops(c, view_of(bucket))
-        return image + self.feature_flops(text_length, bucket) + heads
-
-    def feature_flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of both features for one example, from an image that is encoded."""
         c = self.model.config
         return image_feature_flops(c, view_of(bucket)) + text_feature_flops(c, text_length)
@@ -198,13 +194,13 @@ class ITC(Defaults):
             )
 
     @property
-    def image_encoder(self) -> Encoder | None:
-        """``model``, whose pass may be shared."""
-        return self.model
+    def passes(self) -> tuple[Pass, ...]:
+        """Tokens of the images, and embeddings of both sides."""
+        return ImagePass(self.model), self.dual_encoder
 
     @property
     def dual_encoder(self) -> DualEncoder:
-        """Embeddings of both sides, whose pass may be shared."""
+        """Embeddings of both sides."""
         return DualEncoder(self.model, self.embedding_dim, self.temperature)
 
     def init(
@@ -224,7 +220,7 @@ class ITC(Defaults):
     ) -> LossOutput:
         """Mean over pairs of both directions' cross-entropies."""
         noise, seen = batch_noise(rng, batch, train), seen_part(rng, batch, bucket, train)
-        image, text, scale = self.dual_encoder.embeddings(params, batch, noise, seen)
+        image, text, scale = self.dual_encoder(params, batch, noise, seen)
         valid = batch["valid"]
         to_text, text_right = info_nce(scale * (image @ text.T), valid)
         to_image, image_right = info_nce(scale * (text @ image.T), valid)
@@ -237,7 +233,10 @@ class ITC(Defaults):
 
     def flops(self, text_length: float, bucket: Bucket | None = None) -> float:
         """Forward FLOPs of one example; similarities not counted."""
-        return self.dual_encoder.flops(text_length, bucket)
+        c = self.model.config
+        heads = 2.0 * 2 * c.text.width * self.embedding_dim
+        image = image_flops(c, view_of(bucket))
+        return image + self.dual_encoder.flops(text_length, bucket) + heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,13 +266,13 @@ class ITM(Defaults):
         return self.itc.model
 
     @property
-    def image_encoder(self) -> Encoder | None:
-        """``model``, whose pass may be shared."""
-        return self.model
+    def passes(self) -> tuple[Pass, ...]:
+        """Those of ``itc``."""
+        return self.itc.passes
 
     @property
     def dual_encoder(self) -> DualEncoder:
-        """That of ``itc``, whose pass may be shared."""
+        """That of ``itc``."""
         return self.itc.dual_encoder
 
     @property
@@ -354,7 +353,7 @@ class ITM(Defaults):
         entering, image = image_input_flops(c, view), image_flops(c, view)
         lower = lower_flops(c, text_length, self.reader.streams)
         once = lower + (image - entering)  # of a reading, shared by all three
-        features = self.dual_encoder.feature_flops(text_length, bucket)
+        features = self.dual_encoder.flops(text_length, bucket)
         return entering + 3 * self.reader.flops(c, text_length, view) - 2 * once + features
 
     def _negatives(
@@ -365,7 +364,7 @@ class ITM(Defaults):
         Returns:
             int32 [B] twice, and bool [B].
         """
-        embedded = self.dual_encoder.embeddings(params, batch)
+        embedded = self.dual_encoder(params, batch)
         images, texts, scale = jax.lax.stop_gradient(embedded)
         size = len(texts)
         code = _codes(batch["text_ids"])

@@ -58,9 +58,11 @@ from vlp_jax.objectives.base import (
     PROGRESS,
     Defaults,
     Extras,
+    ImagePass,
     LossOutput,
     Mean,
     Params,
+    Pass,
     Seen,
     batch_noise,
     check_image,
@@ -188,9 +190,9 @@ class FLM(Defaults):
         _ = self.rule  # checks its keys
 
     @property
-    def image_encoder(self) -> Encoder | None:
-        """``model``, whose pass may be shared."""
-        return self.model if self.with_image else None
+    def passes(self) -> tuple[Pass, ...]:
+        """Tokens of the images, where it reads any."""
+        return (ImagePass(self.model),) if self.with_image else ()
 
     @functools.cached_property
     def rule(self) -> Corruption:

@@ -36,9 +36,11 @@ from vlp_jax.models.masks import bidirectional_mask, forward_mask
 from vlp_jax.objectives.base import (
     Defaults,
     Extras,
+    ImagePass,
     LossOutput,
     Mean,
     Params,
+    Pass,
     Seen,
     batch_noise,
     check_image,
@@ -92,9 +94,9 @@ class SingleStream(Defaults, abc.ABC):
     stream_type: ClassVar[str]  # key of ``STREAM_TYPES``
 
     @property
-    def image_encoder(self) -> Encoder | None:
-        """``model``, whose pass may be shared."""
-        return self.model if self.with_image else None
+    def passes(self) -> tuple[Pass, ...]:
+        """Tokens of the images, where it reads any."""
+        return (ImagePass(self.model),) if self.with_image else ()
 
     @abc.abstractmethod
     def stream(self, batch: Batch, rng: jax.Array) -> Stream:

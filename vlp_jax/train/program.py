@@ -340,7 +340,7 @@ class Program:
         for shared in shared_passes(self.objectives, self.config.optim.accumulation):
             if shared.batch_name in sizes:
                 name, again = shared.batch_name, len(shared.readers) - 1
-                once = shared.flops(text_lengths[name], sizes[name])
+                once = shared.computed.flops(text_lengths[name], sizes[name])
                 total -= again * once * self.batch_sizes[name]
         return 3.0 * total / self.examples(sizes)
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,20 +10,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vlp_jax.compress.buckets import Bucket, StepBucket, view_of
+from vlp_jax.compress.buckets import StepBucket
 from vlp_jax.data.batch import Batch
-from vlp_jax.models.flops import image_flops
 from vlp_jax.objectives.base import (
-    EMBEDDINGS,
-    IMAGE_TOKENS,
     PROGRESS,
     LossOutput,
     Mean,
     Objective,
     Params,
-    Seen,
+    Pass,
     batch_noise,
-    encode_image,
     seen_part,
 )
 from vlp_jax.train.mixture import Mixture, mixture_metrics
@@ -124,33 +121,18 @@ class SharedPass(NamedTuple):
     """One pass over a batch in an update, for several objectives.
 
     Attributes:
-        batch_name: whose images are encoded, or whose images and texts are embedded.
-        key: of the batch, under which the objectives find what it gave.
-        encoder: by which, an ``Encoder`` or a ``DualEncoder``.
+        batch_name: of the batch.
+        computed: what.
         readers: names of the objectives that read it, two or more.
     """
 
     batch_name: str
-    key: str
-    encoder: Any
+    computed: Pass
     readers: tuple[str, ...]
-
-    def __call__(self, params: Any, batch: Batch, noise: Any, seen: Seen | None) -> Any:
-        """What the objectives read: ``encode_image``, or ``DualEncoder.embeddings``."""
-        if self.key == IMAGE_TOKENS:
-            return encode_image(self.encoder, params, batch, noise, seen)
-        return self.encoder.embeddings(params, batch, noise, seen)
-
-    def flops(self, text_length: float, bucket: Bucket | None) -> float:
-        """Forward FLOPs of one example, which readers count each for itself."""
-        if self.key == IMAGE_TOKENS:
-            return image_flops(self.encoder.config, view_of(bucket))
-        counted: float = self.encoder.feature_flops(text_length, bucket)
-        return counted
 
 
 def shared_passes(objectives: Sequence[Objective], accumulation: int) -> tuple[SharedPass, ...]:
-    """The passes that objectives of one batch share; images first, which embeddings are made of.
+    """The passes that objectives of one batch share, those that others read first.
 
     An objective that is split into micro-batches encodes the image itself: what its gradient is
     divided by is known after the last of them only, too late to add up what reaches the tower.
@@ -159,13 +141,15 @@ def shared_passes(objectives: Sequence[Objective], accumulation: int) -> tuple[S
         objectives: all objectives of the run.
         accumulation: micro-batches in one update.
     """
-    readers: dict[tuple[str, str, Any], list[str]] = {}
-    whole = [objective for objective in objectives if _whole(objective, accumulation)]
-    for key in (IMAGE_TOKENS, EMBEDDINGS):
-        for objective in whole:
-            encoder = objective.image_encoder if key == IMAGE_TOKENS else objective.dual_encoder
-            if encoder is not None:
-                readers.setdefault((objective.batch_name, key, encoder), []).append(objective.name)
+    read = [
+        (place, objective.batch_name, computed, objective.name)
+        for objective in objectives
+        if _whole(objective, accumulation)
+        for place, computed in enumerate(objective.passes)
+    ]
+    readers: dict[tuple[str, Pass], list[str]] = {}
+    for _, batch_name, computed, name in sorted(read, key=operator.itemgetter(0)):
+        readers.setdefault((batch_name, computed), []).append(name)
     return tuple(SharedPass(*of, tuple(names)) for of, names in readers.items() if len(names) > 1)
 
 
@@ -233,7 +217,7 @@ def make_gradient(
                 key = jax.random.fold_in(step_rng, number)
                 noise = batch_noise(key, batch, train=True)
                 part = seen_part(key, batch, buckets[one.batch_name], train=True)
-                found = {one.key: one(params, batch, noise, part)}
+                found = {one.computed.key: one.computed(params, batch, noise, part)}
                 seen |= {name: {**seen[name], **found} for name in one.readers}
             outputs, total = {}, jnp.zeros(())
             for objective in mine:
