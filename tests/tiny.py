@@ -92,9 +92,9 @@ def shared_model(**overrides: Any) -> SharedModel:
     return model
 
 
-def towers_config(**overrides: Any) -> ConfigDict:
+def towers_config(co_attention: bool = False, **overrides: Any) -> ConfigDict:
     """``config.model`` of three tiny towers; overrides are keys of it."""
-    config = model_config("towers_tiny")
+    config = model_config("co_attention_tiny" if co_attention else "towers_tiny")
     block = {"width": 32, "heads": 2, "mlp_width": 64, "depth": 1}
     config.image.update(block, patch_size=8)
     config.text.update(block, max_positions=64)
@@ -104,9 +104,9 @@ def towers_config(**overrides: Any) -> ConfigDict:
     return config
 
 
-def towers_model(**overrides: Any) -> ThreeTowers:
+def towers_model(co_attention: bool = False, **overrides: Any) -> ThreeTowers:
     """The model of ``towers_config``."""
-    model = build_model(towers_config(**overrides), VOCAB, MASK_ID, IMAGE_SIZE)
+    model = build_model(towers_config(co_attention, **overrides), VOCAB, MASK_ID, IMAGE_SIZE)
     assert isinstance(model, ThreeTowers)
     return model
 

@@ -44,6 +44,9 @@ def text_over_image(model: Encoder, weights: Mapping[str, Any], tokens: int) -> 
     """
     if isinstance(model, VisionLanguageModel):
         return _last_attention(weights, "text_upper")
+    if isinstance(model, ThreeTowers) and model.config.co_attention:
+        read = _last_attention(weights["fusion_tower"], "text_block")
+        return read.reshape(len(jax.tree.leaves(weights["image_tower"])[0]), -1, read.shape[-1])
     stack = "fusion_tower" if isinstance(model, ThreeTowers) else "image_tower"
     layers = [block["weights"] for block in _self_attentions(weights[stack])]
     image = model.config.image.tokens
@@ -85,8 +88,9 @@ def _mean_attention(attention: Mapping[str, Any]) -> jax.Array:
 
 def _last_attention(weights: Mapping[str, Any], stack: str) -> jax.Array:
     """The last cross-attention of a stack of blocks."""
-    depth = max(int(k.rpartition("_")[2]) for k in weights if k.startswith(stack))
-    return _mean_attention(weights[f"{stack}_{depth}"]["cross_attention"])
+    blocks = [name for name in weights if name.startswith(stack)]
+    last = max(blocks, key=lambda name: int(name.rpartition("_")[2]))
+    return _mean_attention(weights[last]["cross_attention"])
 
 
 def _self_attentions(tower: Mapping[str, Any]) -> list[Mapping[str, Any]]:

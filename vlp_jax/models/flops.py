@@ -164,7 +164,10 @@ def text_flops(
         if not with_image:
             return lower
         entering = 2.0 * (rows + image_tokens) * text.width**2
-        fusion = _pair_flops(text, config.fusion_depth, tokens, streams, image_tokens, joint)
+        if config.co_attention:
+            fusion = streams * co_attention_flops(config, tokens, image_tokens)
+        else:
+            fusion = _pair_flops(text, config.fusion_depth, tokens, streams, image_tokens, joint)
         return lower + entering + fusion
     two = _of_two_stacks(config)
     projections = 2.0 * text.width * (rows * text.width + image_tokens * two.image.width)
@@ -187,6 +190,20 @@ def _pair_flops(
     image = (depth - 1) * block_flops(config, image_tokens, image_tokens)
     read = 2.0 * image_tokens * 2 * config.width**2  # its keys and values in the last block
     return image + read + depth * block_flops(config, streams * tokens, both)
+
+
+def co_attention_flops(config: ThreeTowersConfig, tokens: float, image_tokens: float) -> float:
+    """Forward FLOPs of a fusion tower of two streams for one text with its image.
+
+    Args:
+        config: geometry.
+        tokens: of the text.
+        image_tokens: of the image.
+    """
+    of_image = block_flops(config.text, image_tokens, image_tokens, tokens)
+    of_text = block_flops(config.text, tokens, tokens, image_tokens)
+    class_token = 2.0 * config.text.width**2
+    return config.fusion_depth * (of_image + of_text) + class_token
 
 
 def reconstructor_flops(config: EncoderConfig, queries: float, keys: float) -> float:

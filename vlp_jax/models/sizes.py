@@ -130,6 +130,8 @@ _SHARED: dict[str, tuple[int, int, int, int, int]] = {
     "shared_small": (6, 384, 12, 8, 6),
     "shared_base": (12, 768, 12, 16, 6),
     "shared_large": (16, 1024, 24, 16, 12),
+    # That of ViLT-B/32 (arXiv 2102.03334), which reads pairs alone.
+    "vilt_base": (12, 768, 12, 32, 6),
 }
 # Three towers: those of images and of texts are each as the shared stack named, and the fusion
 # tower is so deep (FLAVA has 6 blocks beside twice 12).
@@ -139,6 +141,14 @@ _TOWERS: dict[str, tuple[str, int]] = {
     "towers_small": ("shared_small", 6),
     "towers_base": ("shared_base", 6),
 }
+# The same with a fusion tower of co-attention, so deep in each stream. METER (fact sheet of PCETL,
+# section 2) has as many layers beside a ViT-B/16 of 11 blocks and 12 blocks of texts.
+_CO_ATTENTION: dict[str, tuple[str, int]] = {
+    "co_attention_tiny": ("shared_tiny", 2),
+    "co_attention_mini": ("shared_mini", 3),
+    "co_attention_small": ("shared_small", 6),
+    "co_attention_base": ("shared_base", 6),
+}
 
 
 def model_config(size: str) -> ConfigDict:
@@ -147,11 +157,13 @@ def model_config(size: str) -> ConfigDict:
     Args:
         size: ``tiny``, ``mini``, ``small`` or ``base``; ``resnet18`` or ``resnet50``, whose image
             tower is a ResNet and serves the objectives of images alone; ``shared_tiny``,
-            ``shared_mini``, ``shared_small``, ``shared_base`` or ``shared_large``, whose one stack
-            reads images and texts (``type="shared"``): there `image` is the stack, and `text` what
-            texts have beside it; or ``towers_tiny``, ``towers_mini``, ``towers_small`` or
-            ``towers_base``, as wide, with a tower for each and one for both
-            (``type="three_towers"``).
+            ``shared_mini``, ``shared_small``, ``shared_base``, ``shared_large`` or ``vilt_base``,
+            whose one stack reads images and texts (``type="shared"``): there `image` is the stack,
+            and `text` what texts have beside it; ``towers_tiny``, ``towers_mini``,
+            ``towers_small`` or ``towers_base``, as wide, with a tower for each and one for both
+            (``type="three_towers"``); or ``co_attention_tiny``, ``co_attention_mini``,
+            ``co_attention_small`` or ``co_attention_base``, where that one has two streams
+            (``fusion.type="co_attention"``).
 
     Raises:
         ValueError: the size is none of these.
@@ -166,8 +178,13 @@ def model_config(size: str) -> ConfigDict:
     if size in _TOWERS:
         shared, fusion = _TOWERS[size]
         return _towers_config(model_config(shared), fusion)
+    if size in _CO_ATTENTION:
+        shared, fusion = _CO_ATTENTION[size]
+        config = _towers_config(model_config(shared), fusion)
+        config.fusion.type = "co_attention"
+        return config
     if size not in _SIZES:
-        known = sorted([*_SIZES, *_RESNETS, *_SHARED, *_TOWERS])
+        known = sorted([*_SIZES, *_RESNETS, *_SHARED, *_TOWERS, *_CO_ATTENTION])
         raise ValueError(f"model size {size!r} is none of {known}")
     chosen = _SIZES[size]
     block = {"norm_eps": 1e-5, "activation": "gelu", "dropout": 0.0}
@@ -256,6 +273,8 @@ def known_keys(config: Mapping[str, Any]) -> ConfigDict:
     two = {"vit": "tiny", "resnet": "resnet18"}[tower]
     known = model_config({SHARED: "shared_tiny", THREE_TOWERS: "towers_tiny"}.get(stacks, two))
     known.type, known.image.type = stacks, tower
+    if stacks == THREE_TOWERS:
+        known.fusion.type = "merged"
     return known
 
 
@@ -318,6 +337,7 @@ def build_model(config: ConfigDict, vocab_size: int, mask_id: int, image_size: i
                 max_positions=config.text.max_positions,
                 mask_id=mask_id,
                 tied=config.text.tied,
+                fusion=config.fusion.get("type", "merged"),
             )
         )
     return VisionLanguageModel(

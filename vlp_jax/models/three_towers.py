@@ -14,17 +14,28 @@ FLAVA has, would be read by nobody. Unlike in FLAVA's code, the fusion tower doe
 How a pair meets in the fusion tower follows from what the text may see of itself
 (``models.pairs``): bidirectional, both are one sequence; forward and reverse, the image does not
 see the text. A stream is known by its mask alone.
+
+With ``fusion="co_attention"`` the fusion tower is that of METER (arXiv 2111.02387; fact sheet of
+PCETL, section 2): the image and the text each have a stream of blocks of their own, whose
+cross-attention reads the other stream as it was before the layer. METER gives its heads the first
+tokens of both streams side by side; here a linear map of the image's is added to every token of the
+text, which is the same to the first layer of a head, so that heads read a text as of any model. As
+the image sees the whole text, there are no streams that see one side. METER's blocks have their
+norms after the sums, ours before, as in the other towers.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from vlp_jax.compress.buckets import View
+from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.dense import Dense
+from vlp_jax.models.dropout import noise_of
 from vlp_jax.models.encoder import padded_vocabulary
 from vlp_jax.models.layers import Block, BlockConfig, Memory, Noise, norm
 from vlp_jax.models.pairs import (
@@ -37,6 +48,8 @@ from vlp_jax.models.pairs import (
 )
 from vlp_jax.models.vit import ViTConfig
 
+Fusion = Literal["merged", "co_attention"]  # the first where the config does not say
+
 
 @dataclasses.dataclass(frozen=True)
 class ThreeTowersConfig:
@@ -46,13 +59,14 @@ class ThreeTowersConfig:
         image: the image tower, as wide as the others.
         text: what the blocks of the text tower, of the fusion tower and of the reconstructor share.
         text_depth: blocks of the text tower, 1 or more.
-        fusion_depth: blocks of the fusion tower, 1 or more.
+        fusion_depth: blocks of the fusion tower, 1 or more; of co-attention, of each stream.
         reconstructor_depth: 1 or more, at most the depth of the text and of the fusion tower; the
             reconstructor reads the states of the last so many blocks of the one that ends.
         vocab_size: entries of the tokenizer.
         max_positions: rows of the position table.
         mask_id: token whose embedding starts every reconstruction query.
         tied: the vocabulary head reads the table of tokens.
+        fusion: ``merged`` or ``co_attention``, see the module's docstring.
     """
 
     image: ViTConfig
@@ -64,6 +78,7 @@ class ThreeTowersConfig:
     max_positions: int
     mask_id: int
     tied: bool = True
+    fusion: Fusion = "merged"
 
     marks_text: ClassVar[bool] = False  # towers and projections of their own tell it
 
@@ -75,6 +90,8 @@ class ThreeTowersConfig:
                 f"model.image.width={self.image.width} must be "
                 f"model.text.width={self.text.width}: heads read features of every tower"
             )
+        if self.fusion not in get_args(Fusion):
+            raise ValueError(f"model.fusion.type={self.fusion!r} is none of {get_args(Fusion)}")
         for key in ("text_depth", "fusion_depth"):
             if getattr(self, key) < 1:
                 name = key.replace("_", ".")
@@ -85,6 +102,11 @@ class ThreeTowersConfig:
                 f"most model.text.depth={self.text_depth} and "
                 f"model.fusion.depth={self.fusion_depth}"
             )
+
+    @property
+    def co_attention(self) -> bool:
+        """Whether the image and the text each have a stream in the fusion tower."""
+        return self.fusion == "co_attention"
 
     @property
     def text_blocks(self) -> int:
@@ -115,6 +137,66 @@ class Tower(nn.Module):
         return tuple(getattr(self, f"block_{layer:02d}") for layer in range(self.depth))
 
 
+class CoAttentionTower(nn.Module):
+    """Two streams of blocks, each of which reads the other as it was before the layer.
+
+    Of the blocks of a layer neither waits for the other. After the last, heads read the text with
+    what the image's class token has become.
+    """
+
+    config: BlockConfig
+    depth: int
+
+    def setup(self) -> None:
+        """Name the blocks and the norms of either stream."""
+        for layer in range(self.depth):
+            for stream in ("image", "text"):
+                block = Block(self.config, cross_attention=True)
+                setattr(self, f"{stream}_block_{layer:02d}", block)
+        self.image_norm = norm(self.config)
+        self.text_norm = norm(self.config)
+        self.image_to_text = Dense(self.config.width, dtype=self.config.dtype)
+
+    @property
+    def layers(self) -> tuple[tuple[Block, Block], ...]:
+        """Of each layer the block of the image and that of the text."""
+        return tuple(
+            (getattr(self, f"image_block_{layer:02d}"), getattr(self, f"text_block_{layer:02d}"))
+            for layer in range(self.depth)
+        )
+
+    def __call__(
+        self, text: jax.Array, mask: jax.Array, image: jax.Array, noise: Noise = None
+    ) -> Pair:
+        """Read texts with their image.
+
+        Args:
+            text: [B, S, N, D], S texts of one image.
+            mask: bool [B, S, N, N], of the texts, all tokens of which see one another. Those that
+                the first does not see are padding.
+            image: [B, I, D].
+            noise: of the dropout, or None.
+        """
+        streams, count = text.shape[:2], image.shape[1]
+        image = jnp.broadcast_to(image[:, None], (*streams, *image.shape[1:])).astype(text.dtype)
+        # A text and its image are an example by themselves: each pair has its own context.
+        real = mask[:, :, 0].reshape(-1, 1, text.shape[2])
+        of_text = real.sum(axis=(1, 2), dtype=jnp.int32)
+        x, y = text.reshape(-1, *text.shape[2:]), image.reshape(-1, *image.shape[2:])
+        seen = jnp.broadcast_to(real, (len(y), count, real.shape[-1]))
+        noise_of_image, noise_of_text = noise_of(noise, "image"), noise_of(noise, "text")
+        states = []
+        for of_image, reader in self.layers:
+            x, y = (
+                reader(x, context=y, tokens=of_text, noise=noise_of_text),
+                of_image(y, context=x, context_mask=seen, tokens=count, noise=noise_of_image),
+            )
+            states.append(x.reshape(*streams, *x.shape[1:]))
+        y = self.image_norm(y).reshape(*streams, *y.shape[1:])
+        last = self.text_norm(states[-1]) + self.image_to_text(y[:, :, :1])
+        return Pair(y, tuple(states), last)
+
+
 class ThreeTowers(PairEncoder):
     """Image tower, text tower, fusion tower, reconstructor and vocabulary head."""
 
@@ -127,7 +209,7 @@ class ThreeTowers(PairEncoder):
         self.text_tower = Tower(c.text, c.text_depth)
         self.image_to_fusion = Dense(c.text.width, dtype=c.text.dtype)
         self.text_to_fusion = Dense(c.text.width, dtype=c.text.dtype)
-        self.fusion_tower = Tower(c.text, c.fusion_depth)
+        self.fusion_tower = (CoAttentionTower if c.co_attention else Tower)(c.text, c.fusion_depth)
 
     def encode_image(
         self,
@@ -176,6 +258,7 @@ class ThreeTowers(PairEncoder):
 
         Raises:
             ValueError: some streams see one side and others both.
+            ConfigError: they see one side, and the fusion tower is one of co-attention.
         """
         if len({stream == JOINT for stream in streams}) > 1:
             raise ValueError(f"{streams} do not see an image in one way")
@@ -184,18 +267,19 @@ class ThreeTowers(PairEncoder):
         if JOINT in streams:
             pair = self.encode_pair(lower, mask, image, noise)
             return pair.blocks, pair.text
+        blocks = self._one_sided_blocks()
         text, image = self._enter_upper(lower, streams), self.image_to_fusion(image)
-        states = read_beside(self.fusion_tower.blocks, text, mask, image, noise)
+        states = read_beside(blocks, text, mask, image, noise)
         return states, self._leave_upper(states[-1])
 
     def project_image(self, image: jax.Array) -> tuple[Memory, ...]:
         """What every block of the fusion tower reads beside a text; see ``Encoder``."""
-        return project_beside(self.fusion_tower.blocks, self.image_to_fusion(image))
+        return project_beside(self._one_sided_blocks(), self.image_to_fusion(image))
 
     def encode_pair(
         self, lower: jax.Array, mask: jax.Array, image: jax.Array, noise: Noise = None
     ) -> Pair:
-        """Texts and their image as one sequence each in the fusion tower, the image first.
+        """Texts and their image in the fusion tower: one sequence each, or two streams.
 
         Args:
             lower: [B, S, N, D], last of the states of ``encode_text_lower``; S texts of one image.
@@ -206,11 +290,25 @@ class ThreeTowers(PairEncoder):
         """
         fusion = self.fusion_tower
         text, image = self._enter_upper(lower, (JOINT,)), self.image_to_fusion(image)
+        if self.config.co_attention:
+            return fusion(text, mask, image, noise)
         of_image, states = read_as_one(fusion.blocks, text, mask, image, noise)
         return Pair(fusion.norm(of_image), states, self._leave_upper(states[-1]))
 
     def _text_blocks(self) -> tuple[Sequence[Block], Sequence[Block]]:
-        return self.text_tower.blocks, self.fusion_tower.blocks
+        return self.text_tower.blocks, self._one_sided_blocks()
+
+    def _one_sided_blocks(self) -> Sequence[Block]:
+        """Those of the fusion tower, for streams that the image does not see."""
+        if self.config.co_attention:
+            raise ConfigError(
+                "model.fusion.type",
+                "'co_attention': its image sees the whole text, so that no row of a text can be "
+                "kept from what follows it",
+                "Use objectives and readouts of type 'bidirectional' (mlm, itc, itm, mim), or "
+                "model.fusion.type='merged'",
+            )
+        return self.fusion_tower.blocks
 
     def _enter_upper(self, lower: jax.Array, streams: tuple[str, ...]) -> jax.Array:
         del streams  # known by their masks alone
