@@ -21,6 +21,7 @@ from vlp_jax.train.gradient_error import (
     sketch,
     stages_at,
 )
+from vlp_jax.train.optim import rate_factors, trained_only
 from vlp_jax.train.program import Program
 from vlp_jax.train.state import TrainState
 from vlp_jax.train.step import Moment
@@ -38,20 +39,22 @@ class Quadratic:
 
     with_views = Program.with_views
 
-    def __init__(self) -> None:
+    def __init__(self, factor_of_frozen: float = 0.0) -> None:
         self.mesh = make_mesh(devices=jax.devices()[:1])
         self.fields = {"pairs": ("image",)}
-        self.config = ConfigDict({"optim": {"b2": 0.9, "eps": 1e-8, "groups": {}}})
-        with self.config.unlocked():
-            frozen = {"pattern": "frozen", "rate_factor": 0.0}
-            self.config.optim.groups = ConfigDict({"frozen": frozen})
+        frozen = {"pattern": "frozen", "rate_factor": factor_of_frozen}
+        optim = {"b2": 0.9, "eps": 1e-8, "groups": {"frozen": frozen}}
+        self.config = ConfigDict({"optim": optim})
         everywhere = replicated(self.mesh)
         params = {"a": jnp.ones(SIZE // 2), "b": jnp.ones((SIZE // 2,)), "frozen": jnp.ones(3)}
+        self.factors = rate_factors(self.config.optim, params)
         state = TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             extras={},
-            opt_state=optax.chain(optax.scale_by_adam(b2=0.9)).init(params),
+            opt_state=optax.chain(optax.scale_by_adam(b2=0.9)).init(
+                trained_only(params, self.factors)
+            ),
             rng=jax.random.key(0),
         )
         self.state: TrainState = jax.device_put(state, everywhere)
@@ -84,7 +87,8 @@ class Quadratic:
                 return g
 
             leaves, tree = jax.tree.flatten(state.params)
-            return jax.tree.unflatten(tree, [of(i, leaf) for i, leaf in enumerate(leaves)]), None
+            found = jax.tree.unflatten(tree, [of(i, leaf) for i, leaf in enumerate(leaves)])
+            return trained_only(found, self.factors), None
 
         return gradient
 
@@ -125,7 +129,7 @@ def test_frozen_parameters_do_not_count():
     errors = GradientErrors(program, (PART,))
     errors.compile([BUCKET])
     (before,) = errors.measure(program.state, probes(4), (0.5,))
-    program.config.optim.groups.frozen.rate_factor = 1.0
+    program = Quadratic(factor_of_frozen=1.0)
     errors = GradientErrors(program, (PART,))
     errors.compile([BUCKET])
     (after,) = errors.measure(program.state, probes(4), (0.5,))

@@ -53,8 +53,8 @@ is not here is an error that names it, whether it comes from the file or from a 
                     (in an update of whole images; 0: no average), accumulation (micro-batches),
                     sequential (of several batches: gradients one after the other, in less memory,
                     with their norms and cosines logged; False: one pass over all),
-                    groups (name -> pattern and rate_factor), max_skipped (non-finite updates in a
-                    row)
+                    groups (name -> pattern and rate_factor; 0: frozen, with no gradient and no
+                    moments), max_skipped (non-finite updates in a row)
     schedule        peak, warmup_*, decay, cooldown_*, final_factor
     evals           name -> type, every_*, and what the evaluator takes; each also runs at the end;
                     with on="best" only then, on the best checkpoint by checkpoint.best_metric (for

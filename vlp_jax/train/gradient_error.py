@@ -41,7 +41,7 @@ from vlp_jax.data.joint_plan import JointPlan
 from vlp_jax.infra.compilation import CompiledSteps
 from vlp_jax.infra.mesh import replicated
 from vlp_jax.models.dropout import mix_bits
-from vlp_jax.train.optim import global_norm, rate_factors
+from vlp_jax.train.optim import global_norm, rate_factors, trained_only
 from vlp_jax.train.program import Program
 from vlp_jax.train.state import TrainState
 from vlp_jax.train.step import Batches, Moment
@@ -105,14 +105,13 @@ class GradientErrors:
         most = MAX_SCHEDULED_BUCKETS * (1 + len(self._buckets))
         self._steps: CompiledSteps[StepBucket, Any] = CompiledSteps(limit=most)
         spec = program.state_spec
-        factors = rate_factors(program.config.optim, spec.params)
-        self._trained = jax.tree.map(lambda factor: float(factor > 0), factors)
-        self._shardings = program.state_shardings.params
+        optim = program.config.optim
+        self._trained = trained_only(spec.params, rate_factors(optim, spec.params))
+        self._shardings = jax.tree.map(lambda leaf: leaf.sharding, self._trained)
         self._zeros = jax.jit(
-            lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), spec.params),
+            lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), self._trained),
             out_shardings=self._shardings,
         )
-        optim = program.config.optim
         self._scales = jax.jit(
             lambda state: _adam_scales(state, optim.b2, optim.eps), out_shardings=self._shardings
         )
@@ -204,7 +203,7 @@ class GradientErrors:
             sums: Any,
         ) -> tuple[Any, Any, jax.Array]:
             own, _ = gradient(state.replace(step=step), batches, moment)
-            own = jax.tree.map(lambda g, f: f * g.astype(jnp.float32), own, self._trained)
+            own = jax.tree.map(lambda g: g.astype(jnp.float32), own)
             vector = jax.tree.map(jnp.subtract, own, first)
             # What enters the variance is the arm's own gradient, the bias its difference.
             squares = jnp.stack(
@@ -215,7 +214,7 @@ class GradientErrors:
 
         params = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding),
-            program.state_spec.params,
+            self._trained,
         )
         everywhere = replicated(program.mesh)
 

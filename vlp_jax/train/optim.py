@@ -19,6 +19,9 @@ from vlp_jax.infra.sharding import leaf_path
 def optimizer(config: ConfigDict, params: Any) -> optax.GradientTransformationExtraArgs:
     """Clip, Adam, decoupled decay, and each group's factor; the step applies the rate.
 
+    It sees what is trained: what ``rate_factors`` freezes has no moments, and None in the place of
+    its gradient and of its update.
+
     Args:
         config: ``config.optim``: ``b1``, ``b2``, ``eps``, ``weight_decay``,
             ``final_weight_decay`` (None: the same all along; else it is reached along a cosine over
@@ -34,16 +37,49 @@ def optimizer(config: ConfigDict, params: Any) -> optax.GradientTransformationEx
         ConfigError: ``no_decay`` is no regular expression, or a group is wrong.
     """
     factors = rate_factors(config, params)
+    trained = trained_only(factors, factors)
     parts = [
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-        _decayed(config, decay_mask(config, params)),
+        _decayed(config, trained_only(decay_mask(config, params), factors)),
         optax.stateless(
-            lambda updates, _: jax.tree.map(lambda u, factor: u * factor, updates, factors)
+            lambda updates, _: jax.tree.map(lambda u, factor: u * factor, updates, trained)
         ),
     ]
     if config.clip_norm:
         parts.insert(0, optax.stateless(lambda updates, _: _clipped(updates, config.clip_norm)))
-    return optax.chain(*parts)
+    chain = optax.chain(*parts)
+
+    def update(
+        updates: Any, state: optax.OptState, params: Any, **extra: Any
+    ) -> tuple[Any, optax.OptState]:
+        return chain.update(updates, state, trained_only(params, factors), **extra)
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: chain.init(trained_only(params, factors)), update
+    )
+
+
+def trained_only(tree: Any, factors: Any) -> Any:
+    """A tree like the parameters, with None in the place of what is frozen.
+
+    Args:
+        tree: like the parameters; it may have these None already.
+        factors: of ``rate_factors``.
+    """
+    return jax.tree.map(
+        lambda leaf, factor: leaf if factor else None, tree, factors, is_leaf=_absent
+    )
+
+
+def with_frozen(trained: Any, params: Any) -> Any:
+    """What ``trained_only`` has kept, and the rest as it is in ``params``."""
+    return jax.tree.map(
+        lambda leaf, old: old if leaf is None else leaf, trained, params, is_leaf=_absent
+    )
+
+
+def _absent(leaf: Any) -> bool:
+    return leaf is None
 
 
 def _decayed(config: ConfigDict, mask: Any) -> optax.GradientTransformation:
@@ -100,7 +136,8 @@ def rate_factors(config: ConfigDict, params: Any) -> Any:
 
     Args:
         config: ``config.optim``; its ``groups`` are name -> ``pattern`` (regular expression of
-            paths) and ``rate_factor`` (0 or more; 0: frozen). The first group that matches counts.
+            paths) and ``rate_factor`` (0 or more; 0: frozen, that is, its gradient is not even
+            taken). The first group that matches counts.
         params: tree of arrays or shapes.
 
     Returns:
@@ -108,7 +145,7 @@ def rate_factors(config: ConfigDict, params: Any) -> Any:
 
     Raises:
         ConfigError: a group has other keys than these two, or values that cannot be used; or its
-            pattern matches nothing.
+            pattern matches nothing; or all is frozen.
     """
     groups = {name: _group(f"optim.groups.{name}", group) for name, group in config.groups.items()}
     used = set()
@@ -130,6 +167,10 @@ def rate_factors(config: ConfigDict, params: Any) -> Any:
                 "before it)",
                 f"Match paths below {', '.join(top)}",
             )
+    if not any(jax.tree.leaves(factors)):
+        raise ConfigError(
+            "optim.groups", "they freeze every parameter", "Leave some a rate_factor above 0"
+        )
     return factors
 
 

@@ -23,7 +23,7 @@ from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives
 from vlp_jax.train.bucket_schedule import Resolved, resolve
 from vlp_jax.train.mixture import Mixture
-from vlp_jax.train.optim import optimizer
+from vlp_jax.train.optim import optimizer, rate_factors
 from vlp_jax.train.schedule import TEXT_LENGTH, Budget, learning_rate
 from vlp_jax.train.stages import Stages, stage_of
 from vlp_jax.train.state import TrainState
@@ -204,6 +204,7 @@ class Program:
             bucket,
             self._batch_weights,
             self.config.optim.sequential and len(bucket) > 1,
+            rate_factors(self.config.optim, self.state_spec.params),
         )
 
     def step(self, bucket: StepBucket) -> StepFunction:

@@ -23,7 +23,7 @@ from vlp_jax.objectives.base import (
     seen_part,
 )
 from vlp_jax.train.mixture import Mixture, mixture_metrics
-from vlp_jax.train.optim import global_norm, moving_average
+from vlp_jax.train.optim import global_norm, moving_average, trained_only, with_frozen
 from vlp_jax.train.stages import Stages
 from vlp_jax.train.state import TrainState
 from vlp_jax.train.watch import first_watched, watch
@@ -160,6 +160,7 @@ def make_gradient(
     bucket: StepBucket,
     batch_weights: Mapping[str, float] | None = None,
     sequential: bool = False,
+    rates: Any = None,
 ) -> GradientFunction:
     """The gradient of a run's loss in one bucket, over the named batches that the bucket has.
 
@@ -178,6 +179,8 @@ def make_gradient(
         sequential: take the gradients of the batches one after the other, so that the activations
             of one batch at a time are held, and tell their norms and cosines; False: one pass over
             all of them. The sum is the same.
+        rates: of ``rate_factors``; what they freeze has None in the place of its gradient, which
+            is not computed. None: nothing is frozen.
 
     Returns:
         ``gradient(state, batches, moment) -> (gradient of the parameters, losses)``; everything
@@ -202,12 +205,14 @@ def make_gradient(
             factors = {o.name: fixed[o.name] * moved[o.batch_name] for o in objectives}
         keys = {name: jax.random.fold_in(step_rng, number) for name, number in numbers.items()}
 
-        def evaluate(objective: Objective, params: Any, extras: Any, batch: Batch) -> LossOutput:
+        def evaluate(objective: Objective, trained: Any, extras: Any, batch: Batch) -> LossOutput:
             bucket = buckets[objective.batch_name]
             batch = {**batch, PROGRESS: moment.progress}
+            params = with_frozen(trained, state.params)
             return objective.loss(params, extras, batch, keys[objective.name], bucket)
 
-        def joint(params: Any, group: Sequence[str]) -> tuple[jax.Array, dict[str, LossOutput]]:
+        def joint(trained: Any, group: Sequence[str]) -> tuple[jax.Array, dict[str, LossOutput]]:
+            params = with_frozen(trained, state.params)
             mine = [o for o in objectives if o.batch_name in group and _whole(o, accumulation)]
             seen = {objective.name: batches[objective.batch_name] for objective in mine}
             for number, one in shared:
@@ -222,7 +227,7 @@ def make_gradient(
             outputs, total = {}, jnp.zeros(())
             for objective in mine:
                 extras = state.extras["objectives"][objective.name]
-                output = evaluate(objective, params, extras, seen[objective.name])
+                output = evaluate(objective, trained, extras, seen[objective.name])
                 outputs[objective.name] = output
                 total += factors[objective.name] * _ratio(output.loss)
             return total, outputs
@@ -230,18 +235,20 @@ def make_gradient(
         loss, grads = jnp.zeros(()), None
         outputs: dict[str, LossOutput] = {}
         each: dict[str, Any] = {}  # gradient of each batch, where they are taken one by one
+        everything = state.params if rates is None else trained_only(state.params, rates)
         for group in groups:
-            params = state.params
+            trained = everything
             if each:  # wait for the gradient before: its activations are gone by then
-                params, grads = jax.lax.optimization_barrier((params, grads))
-            (part_loss, part_outputs), part = jax.value_and_grad(joint, has_aux=True)(params, group)
+                trained, grads = jax.lax.optimization_barrier((trained, grads))
+            passed = jax.value_and_grad(joint, has_aux=True)
+            (part_loss, part_outputs), part = passed(trained, group)
             loss, outputs = loss + part_loss, outputs | part_outputs
             for objective in objectives:
                 if objective.batch_name not in group or _whole(objective, accumulation):
                     continue
                 own, output = _accumulate(
                     functools.partial(evaluate, objective),
-                    params,
+                    trained,
                     state.extras["objectives"][objective.name],
                     batches[objective.batch_name],
                     accumulation,
@@ -303,7 +310,13 @@ def make_step(
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, progress=moment.progress
         )
-        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        moved = jax.tree.map(
+            lambda u, p: None if u is None else p - learning_rate * u,
+            updates,
+            state.params,
+            is_leaf=lambda leaf: leaf is None,
+        )
+        params = with_frozen(moved, state.params)
         params = {**params, **_renewed(outputs)}
         extras = {
             **state.extras,
@@ -381,7 +394,7 @@ def _ratio(mean: Mean) -> jax.Array:
 
 def _accumulate(
     evaluate: Callable[[Any, Any, Batch], LossOutput],
-    params: Any,
+    trained: Any,
     extras: Any,
     batch: Batch,
     parts: int,
@@ -395,11 +408,11 @@ def _accumulate(
     )
 
     def gradient(extras: Any, micro: Batch) -> tuple[Any, LossOutput]:
-        def loss_sum(params: Any) -> tuple[jax.Array, LossOutput]:
-            output = evaluate(params, extras, micro)
+        def loss_sum(trained: Any) -> tuple[jax.Array, LossOutput]:
+            output = evaluate(trained, extras, micro)
             return output.loss.sum, output
 
-        return jax.grad(loss_sum, has_aux=True)(params)
+        return jax.grad(loss_sum, has_aux=True)(trained)
 
     def add(carry: Any, micro: Batch) -> tuple[Any, None]:
         extras, *sums = carry
