@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from vlp_jax.infra.sharding import constrain_batch
 from vlp_jax.models.encoder import Encoder, EncoderConfig
-from vlp_jax.models.flops import block_flops, vocabulary_flops
+from vlp_jax.models.flops import block_flops, stack_flops, vocabulary_flops
 from vlp_jax.models.layers import Memory
 from vlp_jax.models.shared import SharedConfig
 from vlp_jax.models.three_towers import ThreeTowersConfig
@@ -147,14 +147,15 @@ def decode_token_flops(config: EncoderConfig, tokens: int, beams: int = 1) -> fl
         beams: K.
     """
     text, image = config.text, config.image.tokens
-    alone = block_flops(text, beams, tokens)
     entering = 2.0 * beams * text.width**2
     words = vocabulary_flops(config, beams)
     if isinstance(config, SharedConfig):
-        return config.depth * block_flops(text, beams, image + tokens) + words
+        return stack_flops(text, config.stacks["image_tower"], beams, image + tokens) + words
     if isinstance(config, ThreeTowersConfig):
-        fusion = config.fusion_depth * block_flops(text, beams, image + tokens)
-        return config.text_depth * alone + entering + fusion + words
+        fusion = stack_flops(text, config.stacks["fusion_tower"], beams, image + tokens)
+        lower = stack_flops(text, config.stacks["text_tower"], beams, tokens)
+        return lower + entering + fusion + words
     assert isinstance(config, VisionLanguageConfig)
-    upper = config.upper_depth * block_flops(text, beams, tokens, image)
-    return config.lower_depth * alone + entering + upper - project_image_flops(config) + words
+    lower = stack_flops(text, config.stacks["text_lower"], beams, tokens)
+    upper = stack_flops(text, config.stacks["text_upper"], beams, tokens, image)
+    return lower + entering + upper - project_image_flops(config) + words

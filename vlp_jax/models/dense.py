@@ -81,10 +81,14 @@ class HeadProjection(nn.Module):
     Attributes:
         heads: H and d.
         dtype: compute dtype.
+        lora_rank: of a low-rank update of the kernel; 0: there is none.
+        lora_scale: factor of it.
     """
 
     heads: tuple[int, int]
     dtype: jnp.dtype
+    lora_rank: int = 0
+    lora_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -98,6 +102,13 @@ class HeadProjection(nn.Module):
         bias = self.param("bias", nn.initializers.zeros_init(), self.heads)
         dimensions = (((x.ndim - 1,), (0,)), ((), ()))
         kernel = kernel.reshape(width, flat).astype(self.dtype)
-        x = dense_product(x.astype(self.dtype), kernel, dimensions)
+        entering = x.astype(self.dtype)
+        x = dense_product(entering, kernel, dimensions)
+        if self.lora_rank:
+            # Not added to the kernel, whose whole gradient would have to be computed then.
+            down = self.param("lora_down", default_kernel_init, (width, self.lora_rank))
+            up = self.param("lora_up", nn.initializers.zeros_init(), (self.lora_rank, flat))
+            low = dense_product(entering, down.astype(self.dtype), dimensions)
+            x = x + self.lora_scale * dense_product(low, up.astype(self.dtype), dimensions)
         x = x + bias.reshape((1,) * (x.ndim - 1) + (flat,)).astype(self.dtype)
         return x.reshape(*x.shape[:-1], *self.heads)

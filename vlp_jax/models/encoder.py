@@ -36,6 +36,9 @@ class EncoderConfig(Protocol):
         mask_id: token whose embedding starts every reconstruction query.
         marks_text: the embedding of a text tells it from an image.
         tied: the vocabulary head reads the table of tokens.
+        stacks: name of each stack -> paths of its blocks, which may be tuned or skipped; the
+            reconstructor is none of them.
+        fusion_stacks: those that read both a text and its image.
     """
 
     @property
@@ -58,6 +61,10 @@ class EncoderConfig(Protocol):
     def marks_text(self) -> bool: ...  # noqa: D102
     @property
     def tied(self) -> bool: ...  # noqa: D102
+    @property
+    def stacks(self) -> dict[str, tuple[str, ...]]: ...  # noqa: D102
+    @property
+    def fusion_stacks(self) -> tuple[str, ...]: ...  # noqa: D102
 
 
 def padded_vocabulary(size: int) -> int:

@@ -4,6 +4,8 @@ Norms, activations, softmax and dropout are left out, as is usual for model FLOP
 lowered module's own count in ``tests/models/test_flops.py``.
 """
 
+from collections.abc import Sequence
+
 from vlp_jax.compress.buckets import View
 from vlp_jax.models.encoder import EncoderConfig
 from vlp_jax.models.image_tower import ImageTowerConfig
@@ -11,29 +13,62 @@ from vlp_jax.models.layers import BlockConfig
 from vlp_jax.models.resnet import ResNetConfig
 from vlp_jax.models.shared import SharedConfig
 from vlp_jax.models.three_towers import ThreeTowersConfig
+from vlp_jax.models.tuning import PARTS, Part, unit_name
 from vlp_jax.models.vision_language import VisionLanguageConfig
 from vlp_jax.models.vit import CONV_STRIDE, ViTConfig
 
 
 def block_flops(
-    config: BlockConfig, queries: float, self_keys: float = 0, context_keys: float = 0
+    config: BlockConfig,
+    queries: float,
+    self_keys: float = 0,
+    context_keys: float = 0,
+    block: str = "",
 ) -> float:
     """Forward FLOPs of one block for one example.
+
+    Low-rank updates count nothing: they are merged into the weights for inference.
 
     Args:
         config: geometry.
         queries: tokens that pass through the block, all streams together.
         self_keys: tokens each query meets in self-attention; 0: none.
         context_keys: tokens each query meets in cross-attention, projected once; 0: none.
+        block: its path in the model, by which tuning knows it.
     """
-    width, mlp = config.width, config.mlp_width
-    macs = queries * 2 * width * mlp
+    width, tuning = config.width, config.tuning
+    attentions = bool(self_keys) + bool(context_keys)
+
+    def bottleneck(hidden: float) -> float:
+        return 2 * queries * width * hidden
+
+    def adapter(branch: str) -> float:
+        added = tuning.adapter_at(block, branch)
+        return bottleneck(added.width) if added else 0.0
+
+    macs = {"attention": 0.0, "mlp": queries * 2 * width * config.mlp_width + adapter("mlp")}
     if self_keys:
-        macs += queries * 4 * width * width + 2 * queries * self_keys * width
+        macs["attention"] += queries * 4 * width * width + 2 * queries * self_keys * width
+        macs["attention"] += adapter("self_attention")
     if context_keys:
-        macs += queries * 2 * width * width + context_keys * 2 * width * width
-        macs += 2 * queries * context_keys * width
-    return 2.0 * macs
+        macs["attention"] += queries * 2 * width * width + context_keys * 2 * width * width
+        macs["attention"] += 2 * queries * context_keys * width + adapter("cross_attention")
+    skipped: list[Part] = [p for p in PARTS if unit_name(block, p) in tuning.skipped]
+    instead = sum(bottleneck(tuning.replacement_at(part, attentions)) for part in skipped)
+    if "block" in skipped:
+        return 2.0 * instead
+    return 2.0 * (instead + sum(cost for part, cost in macs.items() if part not in skipped))
+
+
+def stack_flops(
+    config: BlockConfig,
+    blocks: Sequence[str],
+    queries: float,
+    self_keys: float = 0,
+    context_keys: float = 0,
+) -> float:
+    """Forward FLOPs of blocks one after the other, by their paths; see ``block_flops``."""
+    return sum(block_flops(config, queries, self_keys, context_keys, block) for block in blocks)
 
 
 def stem_flops(config: ViTConfig, view: View | None = None) -> float:
@@ -54,7 +89,7 @@ def stem_flops(config: ViTConfig, view: View | None = None) -> float:
 def vit_flops(config: ViTConfig, view: View | None = None) -> float:
     """Forward FLOPs of an image tower for one image, or for what a view encodes of it."""
     tokens = (view or config.view).tokens
-    return stem_flops(config, view) + config.depth * block_flops(config.block, tokens, tokens)
+    return stem_flops(config, view) + stack_flops(config.block, config.blocks, tokens, tokens)
 
 
 def resnet_flops(config: ResNetConfig, view: View | None = None) -> float:
@@ -125,9 +160,9 @@ def lower_flops(config: EncoderConfig, tokens: float, streams: int) -> float:
     if isinstance(config, SharedConfig):
         return 0.0  # a look-up
     if isinstance(config, ThreeTowersConfig):
-        return config.text_depth * block_flops(config.text, streams * tokens, tokens)
+        return stack_flops(config.text, config.stacks["text_tower"], streams * tokens, tokens)
     two = _of_two_stacks(config)
-    return two.lower_depth * block_flops(two.text, streams * tokens, tokens)
+    return stack_flops(two.text, two.stacks["text_lower"], streams * tokens, tokens)
 
 
 def text_flops(
@@ -156,9 +191,10 @@ def text_flops(
     text, rows = config.text, streams * tokens
     image_tokens = (view or config.image.view).tokens
     if isinstance(config, SharedConfig):
+        blocks = config.stacks["image_tower"]
         if not with_image:
-            return config.depth * block_flops(text, rows, tokens)
-        return _pair_flops(text, config.depth, tokens, streams, image_tokens, joint)
+            return stack_flops(text, blocks, rows, tokens)
+        return _pair_flops(text, blocks, tokens, streams, image_tokens, joint)
     if isinstance(config, ThreeTowersConfig):
         lower = lower_flops(config, tokens, streams)
         if not with_image:
@@ -167,29 +203,32 @@ def text_flops(
         if config.co_attention:
             fusion = streams * co_attention_flops(config, tokens, image_tokens)
         else:
-            fusion = _pair_flops(text, config.fusion_depth, tokens, streams, image_tokens, joint)
+            blocks = config.stacks["fusion_tower"]
+            fusion = _pair_flops(text, blocks, tokens, streams, image_tokens, joint)
         return lower + entering + fusion
     two = _of_two_stacks(config)
     projections = 2.0 * text.width * (rows * text.width + image_tokens * two.image.width)
-    upper = two.upper_depth * block_flops(text, rows, tokens, image_tokens)
+    upper = stack_flops(text, two.stacks["text_upper"], rows, tokens, image_tokens)
     return projections + lower_flops(two, tokens, streams) + upper
 
 
 def _pair_flops(
     config: BlockConfig,
-    depth: int,
+    blocks: Sequence[str],
     tokens: float,
     streams: int,
     image_tokens: float,
     joint: bool,
 ) -> float:
-    """Forward FLOPs of ``depth`` blocks that read a text and its image; see ``models.pairs``."""
+    """Forward FLOPs of blocks that read a text and its image; see ``models.pairs``."""
     both = image_tokens + tokens
     if joint:
-        return depth * block_flops(config, streams * both, both)
-    image = (depth - 1) * block_flops(config, image_tokens, image_tokens)
+        return stack_flops(config, blocks, streams * both, both)
+    image = stack_flops(config, blocks[:-1], image_tokens, image_tokens)
     read = 2.0 * image_tokens * 2 * config.width**2  # its keys and values in the last block
-    return image + read + depth * block_flops(config, streams * tokens, both)
+    if {blocks[-1], unit_name(blocks[-1], "attention")} & {*config.tuning.skipped}:
+        read = 0.0
+    return image + read + stack_flops(config, blocks, streams * tokens, both)
 
 
 def co_attention_flops(config: ThreeTowersConfig, tokens: float, image_tokens: float) -> float:
@@ -200,10 +239,11 @@ def co_attention_flops(config: ThreeTowersConfig, tokens: float, image_tokens: f
         tokens: of the text.
         image_tokens: of the image.
     """
-    of_image = block_flops(config.text, image_tokens, image_tokens, tokens)
-    of_text = block_flops(config.text, tokens, tokens, image_tokens)
-    class_token = 2.0 * config.text.width**2
-    return config.fusion_depth * (of_image + of_text) + class_token
+    text, stacks = config.text, config.stacks
+    of_image = stack_flops(text, stacks["fusion_image"], image_tokens, image_tokens, tokens)
+    of_text = stack_flops(text, stacks["fusion_text"], tokens, tokens, image_tokens)
+    class_token = 2.0 * text.width**2
+    return of_image + of_text + class_token
 
 
 def reconstructor_flops(config: EncoderConfig, queries: float, keys: float) -> float:

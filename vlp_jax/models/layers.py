@@ -23,6 +23,7 @@ from vlp_jax.models.attention import (
 )
 from vlp_jax.models.dense import Dense, DenseGeneral, HeadProjection
 from vlp_jax.models.dropout import dropout
+from vlp_jax.models.tuning import PARTS, Adapter, LoraConfig, Part, Tuning, unit_name
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -65,6 +66,7 @@ class BlockConfig:
             1603.09382); those that stay weigh more.
         attention: implementation asked of ``attention``.
         dtype: compute dtype.
+        tuning: what is added to blocks and taken out of them; each knows itself by its path.
     """
 
     width: int
@@ -77,6 +79,7 @@ class BlockConfig:
     drop_path: float = 0.0
     attention: Implementation = "auto"
     dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype("float32"))
+    tuning: Tuning = dataclasses.field(default_factory=Tuning)
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -164,18 +167,30 @@ class Memory(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries over a context, or of tokens over each other."""
+    """Multi-head attention of queries over a context, or of tokens over each other.
+
+    Attributes:
+        config: of the stack.
+        lora: low-rank updates of its projections; None: none.
+    """
 
     config: BlockConfig
+    lora: LoraConfig | None = None
 
     def setup(self) -> None:
         """Name the four projections."""
         c = self.config
-        heads = (c.heads, c.width // c.heads)
-        self.query = HeadProjection(heads, c.dtype)
-        self.key = HeadProjection(heads, c.dtype)
-        self.value = HeadProjection(heads, c.dtype)
+        self.query = self._projection("query")
+        self.key = self._projection("key")
+        self.value = self._projection("value")
         self.out = DenseGeneral(c.width, axis=(-2, -1), dtype=c.dtype)
+
+    def _projection(self, name: str) -> HeadProjection:
+        c, lora = self.config, self.lora
+        heads = (c.heads, c.width // c.heads)
+        if lora is None or name not in lora.targets:
+            return HeadProjection(heads, c.dtype)
+        return HeadProjection(heads, c.dtype, lora.rank, lora.scale)
 
     def __call__(
         self,
@@ -294,6 +309,10 @@ class Block(nn.Module):
     ``x`` may carry an inner axis of streams [B, S, N, D]. Self-attention stays within a stream.
     Cross-attention flattens the streams into one run of queries [B, S * N, D], so that the keys
     and values of a shared context are computed once.
+
+    Parts of it that ``config.tuning`` skips are not there; of those that it gates, the parameter
+    ``PART_kept`` tells whether they are (1) or what stands in their place (0). ``with_kept`` of
+    ``transfer.units`` sets these.
     """
 
     config: BlockConfig
@@ -301,18 +320,55 @@ class Block(nn.Module):
     cross_attention: bool = False
 
     def setup(self) -> None:
-        """Name the branches and their norms."""
+        """Name the branches that are there and their norms, and what tuning has added."""
         c = self.config
-        if self.self_attention:
-            self.attend_self = Attention(c, name="self_attention")
+        block, tuning = "/".join(self.path), c.tuning
+        units = {part: unit_name(block, part) for part in PARTS}
+        self.skipped = frozenset(part for part in PARTS if units[part] in tuning.skipped)
+        gated = [part for part in PARTS if units[part] in tuning.gated]
+        attends = not self.skipped & {"block", "attention"}
+        self.attends_self = self.self_attention and attends
+        self.attends_context = self.cross_attention and attends
+        self.feeds = not self.skipped & {"block", "mlp"}
+        lora = tuning.lora_at(block)
+        if self.attends_self:
+            self.attend_self = Attention(c, lora, name="self_attention")
             self.self_attention_norm = norm(c)
-        if self.cross_attention:
-            self.attend_context = Attention(c, name="cross_attention")
+        if self.attends_context:
+            self.attend_context = Attention(c, lora, name="cross_attention")
             self.cross_attention_norm = norm(c)
             if c.norm == "pre":
                 self.context_norm = norm(c)
-        self.mlp = Mlp(c)
-        self.mlp_norm = norm(c)
+        if self.feeds:
+            self.mlp = Mlp(c)
+            self.mlp_norm = norm(c)
+        there = {
+            "self_attention": self.attends_self,
+            "cross_attention": self.attends_context,
+            "mlp": self.feeds,
+        }
+        self.adapters = {
+            branch: Adapter(
+                added.width,
+                c.width,
+                c.dtype,
+                c.norm_eps if added.norm else None,
+                added.scale,
+                name=f"{branch}_adapter",
+            )
+            for branch, present in there.items()
+            if present and (added := tuning.adapter_at(block, branch)) is not None
+        }
+        attentions = self.self_attention + self.cross_attention
+        self.replacements = {
+            part: Adapter(width, c.width, c.dtype, c.norm_eps, name=_replacement(part))
+            for part in PARTS
+            if (part in self.skipped or part in gated)
+            and (width := tuning.replacement_at(part, attentions))
+        }
+        self.kept = {
+            part: self.param(f"{part}_kept", nn.initializers.ones_init(), ()) for part in gated
+        }
 
     def __call__(
         self,
@@ -343,28 +399,42 @@ class Block(nn.Module):
         Returns:
             Same shape as ``x``.
         """
-        if self.self_attention:
-            h = self._enter("self_attention", x)
-            if own is None and beside is None:
-                out = self.attend_self(h, None, mask, noise, tokens)
-            else:
-                read = self.attend_self.project(h) if own is None else own
-                if beside is not None:
-                    read, mask = _read_beside(read, beside, mask)
-                out = self.attend_self.read(h, read, mask, noise)
-            x = self._leave("self_attention", x, out, noise)
-        if self.cross_attention:
-            if context is None:
-                raise ValueError("a block with cross-attention needs a context")
-            x = self._read_context(x, self.project_context(context), context_mask, noise)
-        return self._feed_forward(x, noise)
+        if self.cross_attention and context is None:
+            raise ValueError("a block with cross-attention needs a context")
+
+        def attend(x: jax.Array) -> jax.Array:
+            if self.attends_self:
+                h = self._enter("self_attention", x)
+                if own is None and beside is None:
+                    out = self.attend_self(h, None, mask, noise, tokens)
+                else:
+                    read, seen = self.attend_self.project(h) if own is None else own, mask
+                    if beside is not None:
+                        read, seen = _read_beside(read, beside, mask)
+                    out = self.attend_self.read(h, read, seen, noise)
+                x = self._leave("self_attention", x, out, noise)
+            if self.attends_context and context is not None:
+                x = self._read_context(x, self.project_context(context), context_mask, noise)
+            return x
+
+        return self._parts(x, attend, noise)
 
     def project(self, x: jax.Array) -> KeyValue:
-        """What self-attention reads of tokens: [..., N, D] -> [..., N, H, d] each."""
+        """What self-attention reads of tokens: [..., N, D] -> [..., N, H, d] each.
+
+        Where self-attention is skipped nothing is read: N = 0.
+        """
+        if not self.attends_self:
+            return self._nothing(x)
         return self.attend_self.project(self._enter("self_attention", x))
 
     def project_context(self, context: jax.Array) -> KeyValue:
-        """What cross-attention reads of a context: [B, K, D] -> [B, K, H, d] each."""
+        """What cross-attention reads of a context: [B, K, D] -> [B, K, H, d] each.
+
+        Where it is skipped nothing is read: K = 0.
+        """
+        if not self.attends_context:
+            return self._nothing(context)
         return self.attend_context.project(
             self.context_norm(context) if self.config.norm == "pre" else context
         )
@@ -388,20 +458,53 @@ class Block(nn.Module):
         Returns:
             [B, S, 1, D], and ``past`` with the token in its place.
         """
-        h = self._enter("self_attention", x)
-        past = past.write(self.attend_self.project(h), position)
-        seen = (jnp.arange(past.key.shape[-2]) <= position)[None, None, None, :]
-        beside = None if self.cross_attention else context
-        out = self.attend_self.recall(h, past, seen, beside)
-        x = self._leave("self_attention", x, out, None)
-        if self.cross_attention:
-            if context is None:
-                raise ValueError("a block with cross-attention needs a context")
-            h = self._enter("cross_attention", x)
-            flat = h.reshape(h.shape[0], -1, h.shape[-1])
-            out = self.attend_context.recall(flat, context).reshape(h.shape)
-            x = self._leave("cross_attention", x, out, None)
-        return self._feed_forward(x, None), past
+
+        def attend(x: jax.Array) -> jax.Array:
+            nonlocal past
+            if self.attends_self:
+                h = self._enter("self_attention", x)
+                past = past.write(self.attend_self.project(h), position)
+                seen = (jnp.arange(past.key.shape[-2]) <= position)[None, None, None, :]
+                beside = None if self.cross_attention else context
+                out = self.attend_self.recall(h, past, seen, beside)
+                x = self._leave("self_attention", x, out, None)
+            if self.attends_context:
+                if context is None:
+                    raise ValueError("a block with cross-attention needs a context")
+                h = self._enter("cross_attention", x)
+                flat = h.reshape(h.shape[0], -1, h.shape[-1])
+                out = self.attend_context.recall(flat, context).reshape(h.shape)
+                x = self._leave("cross_attention", x, out, None)
+            return x
+
+        return self._parts(x, attend, None), past
+
+    def _nothing(self, x: jax.Array) -> KeyValue:
+        c = self.config
+        empty = jnp.zeros((*x.shape[:-2], 0, c.heads, c.width // c.heads), c.dtype)
+        return KeyValue(empty, empty)
+
+    def _parts(
+        self, x: jax.Array, attend: Callable[[jax.Array], jax.Array], noise: Noise
+    ) -> jax.Array:
+        """Both parts of the block, or what stands in the place of either, or of all of it."""
+
+        def run(x: jax.Array) -> jax.Array:
+            x = self._part("attention", x, attend)
+            return self._part("mlp", x, lambda x: self._feed_forward(x, noise))
+
+        return constrain_batch(self._part("block", x, run))
+
+    def _part(self, part: Part, x: jax.Array, run: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """A part, or what stands in its place: the tokens as they are, and an adapter of them."""
+        if part not in self.skipped and part not in self.kept:
+            return run(x)
+        instead = x
+        if part in self.replacements:
+            instead = row_major(x + self.replacements[part](x))
+        if part in self.skipped:
+            return instead
+        return jnp.where(self.kept[part] > 0, run(x), instead)
 
     def _read_context(
         self, x: jax.Array, context: KeyValue, mask: jax.Array | None, noise: Noise
@@ -412,7 +515,9 @@ class Block(nn.Module):
         return self._leave("cross_attention", x, out, noise)
 
     def _feed_forward(self, x: jax.Array, noise: Noise) -> jax.Array:
-        return constrain_batch(self._leave("mlp", x, self.mlp(self._enter("mlp", x)), noise))
+        if not self.feeds:
+            return x
+        return self._leave("mlp", x, self.mlp(self._enter("mlp", x)), noise)
 
     def _enter(self, name: str, x: jax.Array) -> jax.Array:
         """What a branch reads of the residual stream."""
@@ -421,6 +526,9 @@ class Block(nn.Module):
     def _leave(self, name: str, x: jax.Array, out: jax.Array, noise: Noise) -> jax.Array:
         """Add what a branch has made of it."""
         c = self.config
+        if name in self.adapters:
+            added = self.adapters[name](out if c.tuning.serial else x)
+            out = out + added
         out = drop(self, name, out, c.dropout, noise)
         if noise is not None and c.drop_path:
             ones = jnp.ones((len(out),) + (1,) * (out.ndim - 1), out.dtype)
@@ -445,6 +553,11 @@ def _read_beside(
         seen = jnp.ones((*mask.shape[:-1], beside.key.shape[-3]), jnp.bool_)
         mask = jnp.concatenate([seen, mask], axis=-1)
     return read, mask
+
+
+def _replacement(part: Part) -> str:
+    """The name of the adapter in the place of a part of a block."""
+    return "replacement" if part == "block" else f"{part}_replacement"
 
 
 def norm(config: BlockConfig, name: str | None = None) -> nn.LayerNorm:

@@ -64,6 +64,7 @@ class SharedConfig:
     tied: bool = True
 
     marks_text: ClassVar[bool] = True
+    fusion_stacks: ClassVar[tuple[str, ...]] = ("image_tower",)
 
     def __post_init__(self) -> None:
         if self.image.block.norm != "pre":
@@ -82,6 +83,11 @@ class SharedConfig:
     def text(self) -> BlockConfig:
         """Of the blocks, for what stands beside the stack; there no path is dropped."""
         return dataclasses.replace(self.image.block, drop_path=0.0)
+
+    @property
+    def stacks(self) -> dict[str, tuple[str, ...]]:
+        """The one stack, which is the image tower."""
+        return {"image_tower": self.image.blocks}
 
     @property
     def depth(self) -> int:

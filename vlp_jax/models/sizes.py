@@ -14,6 +14,7 @@ from vlp_jax.models.layers import BlockConfig
 from vlp_jax.models.resnet import ResNetConfig
 from vlp_jax.models.shared import SharedConfig, SharedModel
 from vlp_jax.models.three_towers import ThreeTowers, ThreeTowersConfig
+from vlp_jax.models.tuning_config import tuned, tuning_config
 from vlp_jax.models.vision_language import VisionLanguageConfig, VisionLanguageModel
 from vlp_jax.models.vit import ViTConfig
 
@@ -273,6 +274,7 @@ def known_keys(config: Mapping[str, Any]) -> ConfigDict:
     two = {"vit": "tiny", "resnet": "resnet18"}[tower]
     known = model_config({SHARED: "shared_tiny", THREE_TOWERS: "towers_tiny"}.get(stacks, two))
     known.type, known.image.type = stacks, tower
+    known.tuning = tuning_config()
     if stacks == THREE_TOWERS:
         known.fusion.type = "merged"
     return known
@@ -313,45 +315,38 @@ def build_model(config: ConfigDict, vocab_size: int, mask_id: int, image_size: i
         values["stages"] = tuple(section.stages)
         return ResNetConfig(image_size, dtype=jnp.dtype(config.dtype), **values)
 
+    common = {
+        "reconstructor_depth": config.reconstructor.depth,
+        "vocab_size": vocab_size,
+        "max_positions": config.text.max_positions,
+        "mask_id": mask_id,
+    }
     stacks, tower = kind_of(config)
+    tuning = config.get("tuning", tuning_config())
     if stacks == SHARED:
-        return SharedModel(
-            SharedConfig(
-                image=vit(config.image, modality=True),
-                reconstructor_depth=config.reconstructor.depth,
-                vocab_size=vocab_size,
-                max_positions=config.text.max_positions,
-                mask_id=mask_id,
-                tied=config.text.tied,
-            )
+        shared = SharedConfig(
+            image=vit(config.image, modality=True), tied=config.text.tied, **common
         )
+        return SharedModel(tuned(shared, tuning))
     if stacks == THREE_TOWERS:
-        return ThreeTowers(
-            ThreeTowersConfig(
-                image=vit(config.image, modality=False),
-                text=block(config.text),
-                text_depth=config.text.depth,
-                fusion_depth=config.fusion.depth,
-                reconstructor_depth=config.reconstructor.depth,
-                vocab_size=vocab_size,
-                max_positions=config.text.max_positions,
-                mask_id=mask_id,
-                tied=config.text.tied,
-                fusion=config.fusion.get("type", "merged"),
-            )
-        )
-    return VisionLanguageModel(
-        VisionLanguageConfig(
-            image=resnet(config.image) if tower == "resnet" else vit(config.image, modality=False),
+        three = ThreeTowersConfig(
+            image=vit(config.image, modality=False),
             text=block(config.text),
-            lower_depth=config.text.lower_depth,
-            upper_depth=config.text.upper_depth,
-            reconstructor_depth=config.reconstructor.depth,
-            vocab_size=vocab_size,
-            max_positions=config.text.max_positions,
-            mask_id=mask_id,
+            text_depth=config.text.depth,
+            fusion_depth=config.fusion.depth,
+            tied=config.text.tied,
+            fusion=config.fusion.get("type", "merged"),
+            **common,
         )
+        return ThreeTowers(tuned(three, tuning))
+    two = VisionLanguageConfig(
+        image=resnet(config.image) if tower == "resnet" else vit(config.image, modality=False),
+        text=block(config.text),
+        lower_depth=config.text.lower_depth,
+        upper_depth=config.text.upper_depth,
+        **common,
     )
+    return VisionLanguageModel(tuned(two, tuning))
 
 
 def parameter_table(params: Any, depth: int = 1) -> list[tuple[str, int]]:

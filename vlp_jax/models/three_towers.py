@@ -46,6 +46,7 @@ from vlp_jax.models.pairs import (
     read_as_one,
     read_beside,
 )
+from vlp_jax.models.tuning import stack_of
 from vlp_jax.models.vit import ViTConfig
 
 Fusion = Literal["merged", "co_attention"]  # the first where the config does not say
@@ -107,6 +108,23 @@ class ThreeTowersConfig:
     def co_attention(self) -> bool:
         """Whether the image and the text each have a stream in the fusion tower."""
         return self.fusion == "co_attention"
+
+    @property
+    def stacks(self) -> dict[str, tuple[str, ...]]:
+        """Three, or four where the fusion tower has two streams."""
+        fusion = {"fusion_tower": stack_of("fusion_tower/block", self.fusion_depth)}
+        if self.co_attention:
+            fusion = {
+                f"fusion_{stream}": stack_of(f"fusion_tower/{stream}_block", self.fusion_depth)
+                for stream in ("image", "text")
+            }
+        text = stack_of("text_tower/block", self.text_depth)
+        return {"image_tower": self.image.blocks, "text_tower": text, **fusion}
+
+    @property
+    def fusion_stacks(self) -> tuple[str, ...]:
+        """Those of the fusion tower."""
+        return tuple(name for name in self.stacks if name.startswith("fusion"))
 
     @property
     def text_blocks(self) -> int:

@@ -23,6 +23,7 @@ from vlp_jax.models.image_tower import ImageTowerConfig
 from vlp_jax.models.layers import Block, BlockConfig, Memory, Noise, norm
 from vlp_jax.models.masks import bidirectional_mask
 from vlp_jax.models.three_towers import ThreeTowers
+from vlp_jax.models.vit import ViTConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,7 @@ class VisionLanguageConfig:
     # See ``EncoderConfig``: texts have a stack of their own, and so has the vocabulary a table.
     marks_text: ClassVar[bool] = False
     tied: ClassVar[bool] = False
+    fusion_stacks: ClassVar[tuple[str, ...]] = ("text_upper",)
 
     def __post_init__(self) -> None:
         for key in ("lower_depth", "upper_depth"):
@@ -65,6 +67,16 @@ class VisionLanguageConfig:
                 f"twice the shorter half of the text stack "
                 f"({self.lower_depth} + {self.upper_depth} blocks)"
             )
+
+    @property
+    def stacks(self) -> dict[str, tuple[str, ...]]:
+        """Both halves of the text stack, and the image tower where that has blocks."""
+        halves = {"text_lower": self.lower_depth, "text_upper": self.upper_depth}
+        image = {"image_tower": self.image.blocks} if isinstance(self.image, ViTConfig) else {}
+        return image | {
+            name: tuple(f"{name}_{layer}" for layer in range(depth))
+            for name, depth in halves.items()
+        }
 
     @property
     def text_blocks(self) -> int:

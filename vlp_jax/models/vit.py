@@ -22,6 +22,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.attention import padded_length
 from vlp_jax.models.dense import dense_product
 from vlp_jax.models.layers import ACTIVATIONS, Block, BlockConfig, Noise, norm
+from vlp_jax.models.tuning import stack_of
 
 CONV_STRIDE = 4  # of the convolutions of the stem ``conv``
 
@@ -81,6 +82,11 @@ class ViTConfig:
                 f"model.image.positions='sincos' needs a width of a multiple of 4, "
                 f"got model.image.width={self.block.width}"
             )
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Paths of its blocks in a model, whose image tower it is."""
+        return stack_of("image_tower/block", self.depth)
 
     @property
     def width(self) -> int:

@@ -32,7 +32,8 @@ from vlp_jax.objectives import OBJECTIVES
 
 CHECKPOINT_FOLDER = "checkpoints"
 KEY = "init_from"
-HOW_COMPUTED = ("dtype", "attention")  # keys of config.model that are no geometry
+# Keys of config.model that are a run's own, wherever its parameters come from.
+HOW_COMPUTED = ("dtype", "attention", "tuning")
 _OF_WORDS = ("text_embedding", "vocabulary_head")  # parts of a model with a row for each word
 
 
@@ -78,7 +79,7 @@ class Origin:
                 ``config.model`` that were other ones, where that is known.
         """
         try:
-            fit(shapes, self.arrays, self.where)
+            fit(shapes, self.arrays, self.where, skipped=skipped_units(model))
         except NoPartFits:
             raise
         except WeightsError as error:
@@ -86,7 +87,7 @@ class Origin:
             apart = [
                 f"config.model.{key}={made[key]} and not {value}"
                 for key, value in flat_config(model)
-                if key in made and made[key] != value and key not in HOW_COMPUTED
+                if key in made and made[key] != value and key.split(".")[0] not in HOW_COMPUTED
             ]
             if not apart:
                 raise
@@ -157,6 +158,11 @@ def _restored(folder: pathlib.Path, step: int | Literal["latest", "best"]) -> Re
         return load_params(folder, step, ("extras/ema", "params"), overlays=_served)
     except DamagedCheckpointError as error:  # of another run: this one's input is bad
         raise ConfigError(KEY, str(error), "Or name another checkpoint of it") from error
+
+
+def skipped_units(model: Mapping[str, Any]) -> tuple[str, ...]:
+    """The units that a model of ``config.model`` does without, see ``models.tuning``."""
+    return tuple(model.get("tuning", {}).get("skip", ()))
 
 
 def served_paths(served_extras: Mapping[str, str]) -> tuple[str, ...]:

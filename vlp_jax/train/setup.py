@@ -47,7 +47,13 @@ from vlp_jax.train.checks import (
     without_foreign_heads,
 )
 from vlp_jax.train.config import check_keys
-from vlp_jax.train.initial import CHECKPOINT_FOLDER, HOW_COMPUTED, Origin, read_origin
+from vlp_jax.train.initial import (
+    CHECKPOINT_FOLDER,
+    HOW_COMPUTED,
+    Origin,
+    read_origin,
+    skipped_units,
+)
 from vlp_jax.train.online import Decider
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import Budget, to_steps
@@ -163,7 +169,8 @@ class Setup:
         state = self.program.init()
         if self.origin is None:
             return state, None
-        merged, report = merge(state.params, self.origin.arrays, self.origin.where)
+        skipped = skipped_units(self.config.model)
+        merged, report = merge(state.params, self.origin.arrays, self.origin.where, skipped)
         params = jax.tree.map(
             lambda new, old: jax.device_put(new, old.sharding), merged, state.params
         )
@@ -370,17 +377,17 @@ def _adopt(config: ConfigDict, begun: pathlib.Path | None, origin: Origin | None
 
 
 def adopt_model(config: ConfigDict, model: Mapping[str, Any]) -> None:
-    """Take a geometry: all of ``config.model`` but how it is computed.
+    """Take a geometry: all of ``config.model`` but how it is computed and tuned.
 
     Keys that a checkpoint is too old to have keep the values of the config, where that describes a
     model of the same kind; of another kind, it has nothing to say.
     """
     if kind_of(config.model) == kind_of(model):
         for part, section in config.model.items():
-            if isinstance(section, ConfigDict):
+            if isinstance(section, ConfigDict) and part not in HOW_COMPUTED:
                 section.update(model.get(part, {}))
         return
-    computed = {key: config.model[key] for key in HOW_COMPUTED}
+    computed = {key: config.model[key] for key in HOW_COMPUTED if key in config.model}
     with config.unlocked():
         config.model = ConfigDict({**model, **computed})
 

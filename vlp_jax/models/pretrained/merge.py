@@ -13,6 +13,7 @@ import numpy as np
 from vlp_jax.infra.sharding import by_path, leaf_path
 from vlp_jax.models.pretrained.files import WeightsError
 from vlp_jax.models.pretrained.resize import grid_side, resize_grid
+from vlp_jax.models.tuning import is_added, is_skipped
 
 IMAGE_POSITIONS = "image_tower/position_embedding"
 TEXT_POSITIONS = "text_embedding/position/embedding"
@@ -69,19 +70,24 @@ class NoPartFits(WeightsError):
 
 
 def merge(
-    params: Any, loaded: Mapping[str, np.ndarray], origin: str = "the weights"
+    params: Any,
+    loaded: Mapping[str, np.ndarray],
+    origin: str = "the weights",
+    skipped: Sequence[str] = (),
 ) -> tuple[Any, Report]:
     """Put loaded parameters in the place of freshly initialised ones.
 
     Strict: the parts of a model (``image_tower``, the blocks of ``text_lower``, ...) are loaded
     whole or not at all, and shapes must agree. Only the position tables may differ in length: that
     of the image is resized bicubically; that of the text is cut, or its rows beyond those loaded
-    stay fresh.
+    stay fresh. What tuning adds to a part (``models.tuning``) may be missing from the weights, and
+    what it skips may be left over.
 
     Args:
         params: nested dicts of arrays, as a run initialises them.
         loaded: of ``load_parameters``.
         origin: the file, named in errors.
+        skipped: units of the model that do not exist.
 
     Returns:
         A tree like ``params`` whose replaced leaves are NumPy arrays of the dtype there (put it
@@ -92,7 +98,7 @@ def merge(
         WeightsError: parts lack parameters, or shapes differ.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in by_path(params).items()}
-    fitted, report = fit(shapes, loaded, origin)
+    fitted, report = fit(shapes, loaded, origin, skipped=skipped)
 
     def choose(keys: Any, leaf: Any) -> Any:
         array = fitted.get(leaf_path(keys))
@@ -110,6 +116,7 @@ def fit(
     loaded: Mapping[str, np.ndarray],
     origin: str,
     drop_blocks: bool = False,
+    skipped: Sequence[str] = (),
 ) -> tuple[dict[str, np.ndarray], Report]:
     """Choose and resize what a model of these shapes can use; the rules are those of ``merge``.
 
@@ -118,6 +125,8 @@ def fit(
         loaded: by path.
         origin: the file, named in errors.
         drop_blocks: whether a part may hold more than the model has, such as a last block.
+        skipped: units of the model that do not exist, see ``models.tuning``; the weights may have
+            them.
 
     Returns:
         The parameters to use, by path (a text position table may be short of rows), and what became
@@ -134,7 +143,11 @@ def fit(
             "the model has none of these",
             "Give weights of the model that the config describes",
         )
-    missing = [path for path in shapes if _part(path) in parts and path not in loaded]
+    missing = [
+        path
+        for path in shapes
+        if _part(path) in parts and path not in loaded and not is_added(path)
+    ]
     if missing:
         raise WeightsError(
             origin,
@@ -142,7 +155,11 @@ def fit(
             "Set config.adopt_model=True, or check config.model (depths, norm, pre_norm, stem), or "
             "fetch the file again",
         )
-    surplus = [path for path in loaded if _part(path) in parts and path not in shapes]
+    surplus = [
+        path
+        for path in loaded
+        if _part(path) in parts and path not in shapes and not is_skipped(path, skipped)
+    ]
     if surplus and not drop_blocks:
         raise WeightsError(
             origin,

@@ -1,0 +1,382 @@
+"""Adapters, low-rank updates and skippable units, on every model; METER's figures from shapes."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from tiny import (
+    IMAGE_SIZE,
+    MASK_ID,
+    TOKENS,
+    VOCAB,
+    VOCABULARY,
+    make_batch,
+    shared_config,
+    tiny_config,
+    towers_config,
+)
+
+from vlp_jax.compress.buckets import Bucket
+from vlp_jax.data.augment import normalize
+from vlp_jax.data.batch import FIELDS, batch_spec
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.sharding import by_path, nested
+from vlp_jax.models.encoder import Encoder
+from vlp_jax.models.flops import text_flops
+from vlp_jax.models.masks import bidirectional_mask, two_stream_mask
+from vlp_jax.models.sizes import build_model, model_config
+from vlp_jax.models.tuning import PARTS, LoraConfig, is_added, is_skipped, units_of
+from vlp_jax.models.tuning_config import tuning_config
+from vlp_jax.objectives import build_objectives
+from vlp_jax.train.config import check_keys, default_config
+from vlp_jax.transfer.lora import merge_lora
+from vlp_jax.transfer.units import gated_units, pruned, with_kept
+
+LENGTHS = [12, 9, 5, 2]
+BATCH = make_batch(LENGTHS)
+IDS, N = jnp.asarray(BATCH["text_ids"]), jnp.array(LENGTHS)
+
+MODELS: dict[str, Callable[[], ConfigDict]] = {
+    "two_stacks": lambda: (
+        tiny_config(**{"model.text.lower_depth": 2, "model.text.upper_depth": 2}).model
+    ),
+    "shared": lambda: shared_config().model,
+    "three_towers": lambda: towers_config(**{"text.depth": 2, "fusion.depth": 2}),
+    "co_attention": lambda: towers_config(co_attention=True, **{"fusion.depth": 2}),
+}
+ADAPTER = {"kind": "serial", "width": 3}
+
+
+def geometry(name: str, **tuning: Any) -> ConfigDict:
+    config = ConfigDict(MODELS[name]().to_dict())
+    config.tuning = tuning_config()
+    config.tuning.update(tuning)
+    return config
+
+
+def build(config: ConfigDict) -> Encoder:
+    return build_model(config, VOCAB, MASK_ID, IMAGE_SIZE)
+
+
+def forward(streams: tuple[str, ...], model: Encoder) -> Any:
+    """What texts and their images come to, in one or in two streams, and each alone."""
+    pixels = normalize(jnp.asarray(BATCH["image"]))
+    image = model.encode_image(pixels)
+    joint = streams == ("bidirectional",)
+    mask = bidirectional_mask(N, TOKENS)[:, None] if joint else two_stream_mask(N, TOKENS)
+    both = model.encode_text(IDS, mask, image, streams)
+    return both.last, model.image_feature(image), model.text_feature(IDS, N)
+
+
+def compiled(model: Encoder, streams: tuple[str, ...] = ("bidirectional",)) -> Any:
+    return jax.jit(nn.apply(functools.partial(forward, streams), model))
+
+
+@functools.cache
+def drawn(name: str, settings: tuple[tuple[str, Any], ...]) -> Any:
+    """Parameters of a model with this tuning, none of them zero or one; units are kept."""
+    model = build(geometry(name, **dict(settings)))
+    init = nn.init(functools.partial(forward, ("bidirectional",)), model)
+    shapes = by_path(jax.eval_shape(init, jax.random.key(0))["params"])
+    draw = np.random.default_rng(0)
+    values = {p: 0.3 * draw.normal(size=x.shape).astype(np.float32) for p, x in shapes.items()}
+    return nested({p: np.float32(1) if p.endswith("_kept") else x for p, x in values.items()})
+
+
+def all_units(name: str) -> tuple[str, ...]:
+    stacks = build(MODELS[name]()).config.stacks
+    return units_of([block for stack in stacks.values() for block in stack], PARTS)
+
+
+@functools.cache
+def gated(name: str, streams: tuple[str, ...]) -> tuple[Any, Any]:
+    """Parameters with everything gated, and the compiled pass."""
+    settings = {"gated": all_units(name), "replacement": 2, "adapter": ConfigDict(ADAPTER)}
+    frozen = tuple((key, value) for key, value in settings.items() if key != "adapter")
+    params = drawn(name, (*frozen, ("adapter", _Adapter(ADAPTER))))
+    return params, compiled(build(geometry(name, **settings)), streams)
+
+
+class _Adapter(dict):  # type: ignore[type-arg]
+    """A section that can be a key of a cache."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self.items()))
+
+
+def patterns(name: str) -> list[tuple[str, ...]]:
+    """Nothing, everything, and random ones of all three kinds of unit."""
+    units = all_units(name)
+    whole = [unit for unit in units if unit.rpartition("/")[2] not in PARTS]
+    found: list[tuple[str, ...]] = [(), tuple(whole)]
+    for seed in range(3):
+        draw = np.random.default_rng(seed)
+        chosen: list[str] = []
+        for block in whole:
+            kind = draw.choice(["", "block", "attention", "mlp", "both"])
+            names = {"block": [block], "both": [f"{block}/attention", f"{block}/mlp"], "": []}
+            chosen += names.get(kind, [f"{block}/{kind}"])
+        found.append(tuple(chosen))
+    return found
+
+
+ONE_SIDED = ("forward", "reverse")
+CASES = [
+    *((name, ("bidirectional",)) for name in MODELS),
+    *((name, ONE_SIDED) for name in MODELS if name != "co_attention"),
+]
+
+
+@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize(
+    ("name", "streams"), CASES, ids=[f"{n}-{'-'.join(streams)}" for n, streams in CASES]
+)
+def test_masked_equals_pruned(name: str, streams: tuple[str, ...], index: int) -> None:
+    """With adapters beside what is kept, and others in the place of what is skipped."""
+    skipped = patterns(name)[index]
+    params, masked = gated(name, streams)
+    switched = with_kept(params, dict.fromkeys(skipped, 0.0))
+    expected = masked({"params": switched})
+    smaller = geometry(name, skip=skipped, replacement=2, adapter=ConfigDict(ADAPTER))
+    found = compiled(build(smaller), streams)({"params": pruned(params, skipped)})
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    if skipped:
+        whole = masked({"params": params})
+        assert any(np.abs(a - b).max() > 1e-2 for a, b in zip(whole, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_pruned_network_has_the_parameters_that_are_left(name: str) -> None:
+    params, _ = gated(name, ("bidirectional",))
+    skipped = patterns(name)[3]
+    smaller = geometry(name, skip=skipped, replacement=2, adapter=ConfigDict(ADAPTER))
+    init = nn.init(functools.partial(forward, ("bidirectional",)), build(smaller))
+    shapes = jax.eval_shape(init, jax.random.key(0))["params"]
+    left = by_path(pruned(params, skipped))
+    assert {path: leaf.shape for path, leaf in left.items()} == {
+        path: leaf.shape for path, leaf in by_path(shapes).items()
+    }
+    base = by_path(drawn(name, ()))
+    assert {path for path in left if not is_added(path)} == {
+        path for path in base if not is_skipped(path, skipped)
+    }
+    assert gated_units(params) == tuple(sorted(all_units(name)))
+    assert not gated_units(pruned(params, skipped))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        {"adapter": ADAPTER, "blocks": "all"},
+        {"adapter": {"kind": "parallel", "norm": True, "scale": 4.0, "branches": ("mlp",)}},
+        {"lora": {"rank": 2}},
+    ],
+    ids=["serial", "parallel", "lora"],
+)
+def test_fresh_additions_change_nothing(name: str, tuning: dict[str, Any]) -> None:
+    """Whatever the base holds; and with other numbers they change all that reads the fusion."""
+    config = geometry(name, **{key: _section(value) for key, value in tuning.items()})
+    model = build(config)
+    init = nn.init(functools.partial(forward, ("bidirectional",)), model)
+    fresh = by_path(init(jax.random.key(0))["params"])
+    base = drawn(name, ())
+    assert {path for path in fresh if not is_added(path)} == set(by_path(base))
+    filled = {path: by_path(base).get(path, leaf) for path, leaf in fresh.items()}
+    run, plain = compiled(model), compiled(build(MODELS[name]()))({"params": base})
+    for one, other in zip(run({"params": nested(filled)}), plain, strict=True):
+        np.testing.assert_array_equal(one, other)
+    draw = np.random.default_rng(1)
+    changed = {
+        path: leaf + 0.3 * draw.normal(size=leaf.shape) if is_added(path) else leaf
+        for path, leaf in filled.items()
+    }
+    assert np.abs(run({"params": nested(changed)})[0] - plain[0]).max() > 1e-3
+
+
+def test_adapters_are_those_of_the_papers() -> None:
+    """Serial: on what a branch has made; parallel: on what enters it; added before the sum."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 32)), jnp.float32)
+    for kind in ("serial", "parallel"):
+        adapter = ConfigDict({"kind": kind, "width": 3, "scale": 2.0, "branches": ("mlp",)})
+        params = drawn("shared", (("adapter", _Adapter(adapter.to_dict())), ("blocks", "all")))
+        block = params["image_tower"]["block_00"]
+        model = build(geometry("shared", adapter=adapter, blocks="all"))
+        found = model.apply(
+            {"params": params}, x, method=lambda module, x: module.image_tower.blocks[0](x)
+        )
+        plain = build(MODELS["shared"]())
+        base = {key: part for key, part in block.items() if key != "mlp_adapter"}
+        bare = {**params, "image_tower": {**params["image_tower"], "block_00": base}}
+
+        def parts(module: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            one = module.image_tower.blocks[0]
+            out = one(x)
+            h = one._enter("self_attention", x)
+            middle = x + one.attend_self(h, None, None, None)
+            return middle, out - middle
+
+        middle, made = plain.apply({"params": bare}, x, method=parts)
+        read, mlp = (made if kind == "serial" else middle), block["mlp_adapter"]
+        hidden = np.maximum(read @ mlp["down"]["kernel"] + mlp["down"]["bias"][None, None], 0)
+        added = 2.0 * (hidden @ mlp["up"]["kernel"] + mlp["up"]["bias"][None, None])
+        np.testing.assert_allclose(found, middle + made + added, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_merged_updates_equal_those_beside(name: str) -> None:
+    settings = {"rank": 2, "alpha": 6.0, "targets": ("query", "key", "value")}
+    params = drawn(name, (("lora", _Adapter(settings)), ("blocks", "all")))
+    beside = compiled(build(geometry(name, lora=_section(settings), blocks="all")))
+    merged = merge_lora(params, LoraConfig(**settings))
+    assert not any(is_added(path) for path in by_path(merged))
+    plain = compiled(build(MODELS[name]()))
+    whole = plain({"params": merged})
+    for one, other in zip(beside({"params": params}), whole, strict=True):
+        np.testing.assert_allclose(one, other, atol=5e-5)
+    without = plain(
+        {"params": nested({p: x for p, x in by_path(params).items() if not is_added(p)})}
+    )
+    assert np.abs(np.asarray(without[0]) - whole[0]).max() > 1e-2
+    with pytest.raises(ValueError, match="no low-rank updates"):
+        merge_lora(merged, LoraConfig(**settings))
+
+
+def _section(value: Any) -> Any:
+    return ConfigDict(value) if isinstance(value, Mapping) else value
+
+
+def meter(**tuning: Any) -> Encoder:
+    """The base size with two streams at METER's resolution and vocabulary."""
+    config = model_config("co_attention_base")
+    config.tuning = tuning_config()
+    config.tuning.update({key: _section(value) for key, value in tuning.items()})
+    return build_model(config, 50_265, 4, 384)
+
+
+def added_parameters(model: Encoder) -> int:
+    [mlm] = build_objectives(ConfigDict({"mlm": {}}), model, VOCABULARY)
+    spec = batch_spec(Bucket(40, 384), 1, FIELDS)
+    shapes, _ = jax.eval_shape(lambda key: mlm.init(key, spec), jax.random.key(0))
+    return sum(leaf.size for path, leaf in by_path(shapes).items() if is_added(path))
+
+
+def macs(model: Encoder) -> float:
+    return text_flops(model.config, 40, 1, joint=True) / 2
+
+
+def test_figures_of_meter_from_shapes_alone() -> None:
+    """Updated parameters and extra multiply-adds (fact sheet of PCETL, section 4)."""
+    plain = macs(meter())
+    adapter = {"kind": "serial", "width": 96}
+    adapted = meter(adapter=adapter)
+    assert added_parameters(adapted) == pytest.approx(5.34e6, abs=5e3)
+    assert (macs(adapted) - plain) / 1e9 == pytest.approx(1.638, abs=1e-3)
+    low = meter(lora={"rank": 4})
+    assert added_parameters(low) == pytest.approx(0.29e6, abs=5e3)
+    assert macs(low) == plain
+    skip = tuple(f"fusion_tower/{side}_block_0{n}" for side in ("image", "text") for n in (1, 4))
+    smaller = meter(adapter={**adapter, "norm": True}, skip=skip)
+    assert added_parameters(smaller) == pytest.approx(5.38e6, abs=1e4)  # section 7: with norms
+    assert (macs(smaller) - plain) / 1e9 == pytest.approx(-11.18, abs=0.02)
+    scaled = {"kind": "parallel", "width": 96, "scale": 4.0, "norm": True}
+    attentions = ("self_attention", "cross_attention")
+    parallel = meter(adapter={**scaled, "branches": attentions})
+    assert added_parameters(parallel) == pytest.approx(3.59e6, abs=1e4)
+    assert (macs(parallel) - plain) / 1e9 == pytest.approx(1.10, abs=0.03)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_formulas_match_the_lowered_module(name: str) -> None:
+    """With adapters beside what is kept, and others in the place of what is skipped."""
+    config = model_config(
+        {
+            "two_stacks": "small",
+            "shared": "shared_small",
+            "three_towers": "towers_small",
+            "co_attention": "co_attention_small",
+        }[name]
+    )
+    config.dtype = "float32"
+    config.image.update(depth=4, patch_size=16, stem="patch")
+    config.reconstructor.depth = 2
+    config.tuning = tuning_config()
+    stacks = build_model(config, 1000, 3, 144).config.stacks
+    [*_, last] = stacks.values()
+    config.tuning.skip = (last[0], f"{last[1]}/attention", f"{stacks['image_tower'][2]}/mlp")
+    config.tuning.adapter.update(kind="serial", width=64)
+    config.tuning.blocks = "all"
+    model = build_model(config, 1000, 3, 144)
+    [one] = build_objectives(
+        ConfigDict({"vqa": {"num_classes": 8, "readout": "bidirectional"}}), model, VOCABULARY
+    )
+    bucket = Bucket(48, 144)
+    spec = batch_spec(bucket, 4, (*FIELDS, *one.extra_fields))
+    params, extras = jax.eval_shape(lambda key: one.init(key, spec), jax.random.key(0))
+
+    def loss(params: Any, batch: Any, key: jax.Array) -> jax.Array:
+        return one.loss(params, extras, batch, key, bucket).loss.sum
+
+    lowered = jax.jit(loss).lower(params, spec, jax.random.key(0))
+    assert lowered.cost_analysis()["flops"] / 4 == pytest.approx(one.flops(48), rel=0.04)
+
+
+@pytest.mark.parametrize(
+    ("tuning", "error", "message"),
+    [
+        (
+            {"skip": ("text_upper_7",)},
+            ConfigError,
+            r"model\.tuning\.skip: 'text_upper_7' is no unit of this model\. .*text_upper_1",
+        ),
+        (
+            {"skip": ("text_upper_0", "text_upper_0/mlp")},
+            ConfigError,
+            r"'text_upper_0/mlp' is named",
+        ),
+        ({"skip": ("text_upper_0", "text_upper_0")}, ConfigError, r"'text_upper_0' is named twice"),
+        (
+            {"skip": ("text_upper_0",), "gated": ("text_upper_0",)},
+            ConfigError,
+            r"model\.tuning\.gated: text_upper_0 are skipped",
+        ),
+        (
+            {"blocks": "upper"},
+            ConfigError,
+            r"model\.tuning\.blocks: 'upper' matches no block .*text_upper_1",
+        ),
+        ({"blocks": "("}, ConfigError, r"model\.tuning\.blocks: '\('"),
+        ({"adapter": {"kind": "both"}}, ValueError, r"adapter\.kind='both' is neither"),
+        ({"adapter": {**ADAPTER, "width": -1}}, ValueError, r"adapter\.width=-1 must be 1"),
+        ({"adapter": {**ADAPTER, "branches": ("ffn",)}}, ValueError, r"branches=\('ffn',\)"),
+        ({"lora": {"rank": -2}}, ValueError, r"lora\.rank=-2 must be 1 or more"),
+        ({"lora": {"rank": 2, "targets": ("out",)}}, ValueError, r"targets=\('out',\)"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else None,
+)
+def test_bad_input(tuning: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        build(geometry("two_stacks", **{key: _section(value) for key, value in tuning.items()}))
+
+
+def test_a_config_may_have_the_section() -> None:
+    config = default_config("shared_tiny")
+    with config.unlocked():
+        config.model.tuning = tuning_config()
+    check_keys(config)
+    with config.unlocked():
+        config.model.tuning.width = 3
+    with pytest.raises(ConfigError, match=r"model\.tuning\.width"):
+        check_keys(config)
+
+
+def test_a_unit_that_is_not_gated_cannot_be_switched() -> None:
+    with pytest.raises(ValueError, match=r"'text_upper_0' is none of the gated units"):
+        with_kept(drawn("two_stacks", ()), {"text_upper_0": 0.0})

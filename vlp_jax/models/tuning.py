@@ -1,0 +1,243 @@
+"""What is added to the blocks of a pretrained model, and what is taken out of them, for a task.
+
+Adapters and low-rank updates are the few parameters that parameter-efficient tuning trains;
+skippable units are what PCETL (arXiv 2309.01479; its fact sheet, section 2) looks for among the
+blocks. A unit is a whole block (``fusion_tower/text_block_03``), its attention, both kinds of it
+(``.../attention``), or its feed-forward part (``.../mlp``). While they are looked for, units are
+*gated*: a parameter of the block says whether it is kept or an adapter stands in its place, so that
+one compiled program serves every choice. What has been chosen is *skipped*: its parameters do not
+exist.
+
+Every model declares its blocks by ``stacks``; a block finds in ``Tuning`` what concerns it by its
+path in the model.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.dense import Dense
+
+Branch = Literal["self_attention", "cross_attention", "mlp"]
+BRANCHES: tuple[Branch, ...] = get_args(Branch)
+Part = Literal["block", "attention", "mlp"]  # of a block, that can be skipped
+PARTS: tuple[Part, ...] = get_args(Part)
+LORA_TARGETS = ("query", "key", "value")
+# Names of the parameters that are here and in no pretrained model.
+_ADDED = re.compile(r"(^|/)(\w+_adapter|(\w+_)?replacement|lora_(down|up)|\w+_kept)(/|$)")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Bottlenecks beside the branches of a block.
+
+    Attributes:
+        kind: ``serial`` reads what a branch has made (arXiv 1902.00751), ``parallel`` what enters
+            it (arXiv 2110.04366); both are added before the residual sum.
+        width: hidden features.
+        scale: factor of what is added.
+        norm: whether it has a layer norm on the way in.
+        branches: those that have one.
+    """
+
+    kind: Literal["serial", "parallel"]
+    width: int
+    scale: float = 1.0
+    norm: bool = False
+    branches: tuple[Branch, ...] = BRANCHES
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("serial", "parallel"):
+            raise ValueError(
+                f"model.tuning.adapter.kind={self.kind!r} is neither 'serial' nor 'parallel'"
+            )
+        if self.width < 1:
+            raise ValueError(f"model.tuning.adapter.width={self.width} must be 1 or more")
+        if not self.branches or not set(self.branches) <= set(BRANCHES):
+            raise ValueError(
+                f"model.tuning.adapter.branches={self.branches} are not among {BRANCHES}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank updates of the projections of every attention (arXiv 2106.09685).
+
+    Attributes:
+        rank: of an update.
+        alpha: the update counts ``alpha / rank``.
+        targets: projections that have one, of ``LORA_TARGETS``.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = ("query", "value")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"model.tuning.lora.rank={self.rank} must be 1 or more")
+        if not self.targets or not set(self.targets) <= set(LORA_TARGETS):
+            raise ValueError(f"model.tuning.lora.targets={self.targets} are not in {LORA_TARGETS}")
+
+    @property
+    def scale(self) -> float:
+        """Factor of the update."""
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Of all blocks of a model.
+
+    Attributes:
+        adapter: beside the branches of the blocks that are ``placed``.
+        lora: in their attentions.
+        placed: paths of blocks.
+        skipped: units that do not exist.
+        gated: units that a parameter switches.
+        replacement: width of the adapter in the place of a branch; 0: none.
+    """
+
+    adapter: AdapterConfig | None = None
+    lora: LoraConfig | None = None
+    placed: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    gated: tuple[str, ...] = ()
+    replacement: int = 0
+
+    @property
+    def serial(self) -> bool:
+        """Whether adapters read what their branch has made."""
+        return self.adapter is not None and self.adapter.kind == "serial"
+
+    def adapter_at(self, block: str, branch: str) -> AdapterConfig | None:
+        """The adapter of a branch of a block."""
+        has = self.adapter is not None and block in self.placed and branch in self.adapter.branches
+        return self.adapter if has else None
+
+    def lora_at(self, block: str) -> LoraConfig | None:
+        """The low-rank updates in a block."""
+        return self.lora if block in self.placed else None
+
+    def replacement_at(self, part: Part, attentions: int) -> int:
+        """Width of the adapter in the place of a part of a block, of all its branches; 0: none.
+
+        Args:
+            part: of the block.
+            attentions: 0 to 2, of the block.
+        """
+        branches = {"block": attentions + 1, "attention": attentions, "mlp": 1}[part]
+        return self.replacement * branches
+
+
+def stack_of(name: str, depth: int) -> tuple[str, ...]:
+    """Paths of the blocks of a stack whose layers have two digits."""
+    return tuple(f"{name}_{layer:02d}" for layer in range(depth))
+
+
+def unit_name(block: str, part: Part) -> str:
+    """The name of a part of a block."""
+    return block if part == "block" else f"{block}/{part}"
+
+
+def units_of(blocks: Sequence[str], parts: Sequence[Part] = ("block",)) -> tuple[str, ...]:
+    """The skippable units of blocks, block by block."""
+    return tuple(unit_name(block, part) for block in blocks for part in parts)
+
+
+def is_added(path: str) -> bool:
+    """Whether a parameter is one of tuning, which no pretrained model has."""
+    return _ADDED.search(path) is not None
+
+
+def is_skipped(path: str, skipped: Sequence[str]) -> bool:
+    """Whether a parameter belongs to a unit that is skipped, beside what stands in its place."""
+    for unit in skipped:
+        block, _, part = unit.rpartition("/")
+        if part == "mlp":
+            inside = re.fullmatch(rf"{re.escape(block)}/mlp(_norm|_adapter)?/.*", path)
+        elif part == "attention":
+            names = "self_attention|cross_attention|context"
+            inside = re.fullmatch(rf"{re.escape(block)}/({names})(_norm|_adapter)?/.*", path)
+        else:
+            inside = re.match(rf"{re.escape(unit)}/", path)
+        if inside:
+            return True
+    return False
+
+
+def check_units(
+    units: Sequence[str], stacks: Mapping[str, Sequence[str]], key: str
+) -> tuple[str, ...]:
+    """Refuse units that a model does not have.
+
+    Args:
+        units: names.
+        stacks: blocks of the model, see ``Encoder``.
+        key: of the config, for the message.
+
+    Returns:
+        The units.
+
+    Raises:
+        ConfigError: the message names the unit and what there is.
+    """
+    blocks = [block for stack in stacks.values() for block in stack]
+    known = set(units_of(blocks, PARTS))
+    for unit in units:
+        if unit not in known:
+            raise ConfigError(
+                key,
+                f"{unit!r} is no unit of this model",
+                f"Its blocks are {', '.join(blocks)}: each whole, or its BLOCK/attention, or "
+                "BLOCK/mlp",
+            )
+    return tuple(units)
+
+
+def check_apart(units: Sequence[str], key: str) -> None:
+    """Refuse units that are named twice, or beside their whole block.
+
+    Raises:
+        ConfigError: the message names the unit.
+    """
+    for unit in units:
+        block, _, part = unit.rpartition("/")
+        if units.count(unit) > 1 or (part in PARTS and block in units):
+            raise ConfigError(
+                key, f"{unit!r} is named twice, or beside its whole block", "Leave one out"
+            )
+
+
+class Adapter(nn.Module):
+    """Down, ReLU, up: [..., D] -> [..., D]; a fresh one gives zeros, so that nothing is changed.
+
+    Attributes:
+        width: hidden features.
+        features: D.
+        dtype: compute dtype.
+        norm_eps: of the layer norm on the way in; None: there is none.
+        scale: factor of the output.
+    """
+
+    width: int
+    features: int
+    dtype: jnp.dtype
+    norm_eps: float | None = None
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply to every token."""
+        if self.norm_eps is not None:
+            x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
+        small, zeros = nn.initializers.normal(0.02), nn.initializers.zeros_init()
+        x = Dense(self.width, dtype=self.dtype, kernel_init=small, name="down")(x)
+        x = Dense(self.features, dtype=self.dtype, kernel_init=zeros, name="up")(nn.relu(x))
+        return x if self.scale == 1.0 else self.scale * x

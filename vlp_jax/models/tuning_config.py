@@ -1,0 +1,123 @@
+"""From the section ``config.model.tuning`` to what a model's blocks find of it."""
+
+import dataclasses
+import re
+from typing import TypeVar
+
+from ml_collections import ConfigDict
+
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.shared import SharedConfig
+from vlp_jax.models.three_towers import ThreeTowersConfig
+from vlp_jax.models.tuning import (
+    BRANCHES,
+    AdapterConfig,
+    LoraConfig,
+    Tuning,
+    check_apart,
+    check_units,
+)
+from vlp_jax.models.vision_language import VisionLanguageConfig
+from vlp_jax.models.vit import ViTConfig
+
+FUSION, ALL = "fusion", "all"  # words for blocks, beside patterns
+
+ModelConfig = SharedConfig | ThreeTowersConfig | VisionLanguageConfig
+_Model = TypeVar("_Model", SharedConfig, ThreeTowersConfig, VisionLanguageConfig)
+
+
+def tuning_config() -> ConfigDict:
+    """The section in which nothing is tuned; see ``models.tuning``.
+
+    Its keys: ``adapter`` (``kind``, empty: none; ``width``, 0: an eighth of the model's; ``scale``;
+    ``norm``; ``branches``), ``lora`` (``rank``, 0: none; ``alpha``, 0: the rank; ``targets``),
+    ``blocks`` that have them (``fusion``, ``all``, or a regular expression of their paths),
+    ``skip`` (units that do not exist), ``gated`` (units that are switched while a search looks for
+    those to skip) and ``replacement`` (width of the adapter in the place of each branch that is
+    skipped; -1: that of the adapters of branches that are not).
+    """
+    return ConfigDict(
+        {
+            "adapter": {"kind": "", "width": 0, "scale": 1.0, "norm": False, "branches": BRANCHES},
+            "lora": {"rank": 0, "alpha": 0.0, "targets": ("query", "value")},
+            "blocks": FUSION,
+            "skip": (),
+            "gated": (),
+            "replacement": -1,
+        }
+    )
+
+
+def blocks_among(config: ModelConfig, chosen: str, key: str) -> tuple[str, ...]:
+    """Paths of the blocks that a word or a pattern chooses.
+
+    Args:
+        config: geometry.
+        chosen: ``fusion``, ``all``, or a regular expression that the whole path matches.
+        key: of the config, for messages.
+
+    Raises:
+        ConfigError: it matches no block, or is no regular expression.
+    """
+    stacks = config.stacks
+    names = config.fusion_stacks if chosen == FUSION else tuple(stacks)
+    blocks = tuple(block for name in names for block in stacks[name])
+    if chosen in (FUSION, ALL):
+        return blocks
+    try:
+        found = tuple(block for block in blocks if re.fullmatch(chosen, block))
+    except re.error as error:
+        raise ConfigError(key, f"{chosen!r} ({error})", "Mend the pattern") from error
+    if not found:
+        raise ConfigError(
+            key,
+            f"{chosen!r} matches no block of the model",
+            f"Use {FUSION!r}, {ALL!r}, or match some of {', '.join(blocks)}",
+        )
+    return found
+
+
+def tuned(config: _Model, section: ConfigDict) -> _Model:
+    """A geometry whose blocks find in theirs what the section says.
+
+    Args:
+        config: of the model as it was pretrained.
+        section: ``config.model.tuning``.
+
+    Raises:
+        ConfigError, ValueError: a value cannot be used; the message names the key.
+    """
+    tuning = _tuning(config, section)
+    image = config.image
+    if isinstance(image, ViTConfig):
+        block = dataclasses.replace(image.block, tuning=tuning)
+        config = dataclasses.replace(config, image=dataclasses.replace(image, block=block))
+    if isinstance(config, SharedConfig):  # whose blocks are those of the image tower
+        return config
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, tuning=tuning))
+
+
+def _tuning(config: ModelConfig, section: ConfigDict) -> Tuning:
+    adapter, lora = None, None
+    if section.adapter.kind:
+        adapter = AdapterConfig(
+            section.adapter.kind,
+            section.adapter.width or max(1, config.text.width // 8),
+            section.adapter.scale,
+            section.adapter.norm,
+            tuple(section.adapter.branches),
+        )
+    if section.lora.rank:
+        alpha = section.lora.alpha or float(section.lora.rank)
+        lora = LoraConfig(section.lora.rank, alpha, tuple(section.lora.targets))
+    placed = blocks_among(config, section.blocks, "model.tuning.blocks")
+    skipped = check_units(section.skip, config.stacks, "model.tuning.skip")
+    check_apart(skipped, "model.tuning.skip")
+    gated = check_units(section.gated, config.stacks, "model.tuning.gated")
+    both = sorted({*skipped} & {*gated})
+    if both:
+        raise ConfigError("model.tuning.gated", f"{', '.join(both)} are skipped", "Gate others")
+    replacement = section.replacement
+    if replacement < 0:
+        replacement = adapter.width if adapter else 0
+    return Tuning(adapter, lora, placed, skipped, gated, replacement)
