@@ -22,6 +22,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.manifest import CheckpointMismatchError
 from vlp_jax.models.image_tower import image_tower
 from vlp_jax.models.pretrained import Metadata, NoPartFits, WeightsError, save_parameters
+from vlp_jax.models.tuning_config import tuning_config
 from vlp_jax.objectives import build_objectives
 from vlp_jax.objectives.classification import Classification
 from vlp_jax.predict import Predictor
@@ -441,3 +442,26 @@ def test_a_misfit_names_the_geometry_that_differs(shapes, depth, error, told):
     with pytest.raises(WeightsError, match=told) as raised:
         origin.check_fit(shapes, {"depth": depth, "dtype": "bfloat16"})
     assert raised.type is error
+
+
+def test_a_tuned_model_starts_from_a_plain_one_and_not_the_other_way_round(origin, tmp_path):
+    """Adapters are fresh, skipped parts are left over; what lacks them is told by its keys."""
+    config = downstream(origin)
+    config.objectives.answers.readout = "bidirectional"
+    with config.unlocked():
+        config.model.tuning = tuning_config()
+        config.model.tuning.skip = ("text_upper_0/mlp",)
+        config.model.tuning.adapter.kind = "serial"
+    setup = prepare(config, tmp_path / "tuned")
+    state, report = setup.first_state()
+    rows = {row.parameter: row.status for row in report.rows}
+    assert rows["text_upper_0/cross_attention_adapter/up/kernel"] == "new"
+    assert rows["text_upper_0/mlp_replacement/up/kernel"] == "new"
+    assert rows["text_upper_0/self_attention/query/kernel"] == "used"
+    assert "mlp" not in state.params["text_upper_0"]
+    assert ("unused", (24, 48)) in {(row.status, row.shape) for row in report.rows}
+    tuned = save(config, tmp_path / "saved")
+    plain = downstream(tuned)
+    named = r'made with config\.model\.tuning\.adapter\.kind="serial" and not "", config\.model\.'
+    with pytest.raises(WeightsError, match=named + r"tuning\.skip=.*text_upper_0/mlp"):
+        prepare(plain, tmp_path / "plain")

@@ -249,10 +249,13 @@ def _towers_config(shared: ConfigDict, fusion: int) -> ConfigDict:
     )
 
 
-def kind_of(config: Mapping[str, Any]) -> tuple[str, str]:
-    """Which stacks ``config.model`` describes, and which image tower.
+def kind_of(config: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Which stacks ``config.model`` describes, which image tower, and which fusion tower.
 
     Configs of earlier checkpoints do not say: two stacks, and a vision transformer.
+
+    Returns:
+        The last one is empty where there is no fusion tower.
 
     Raises:
         ConfigError: a type is unknown.
@@ -265,18 +268,19 @@ def kind_of(config: Mapping[str, Any]) -> tuple[str, str]:
     towers = ("vit", "resnet") if stacks == TWO_STACKS else ("vit",)
     if tower not in towers:
         raise ConfigError("model.image.type", f"{tower!r}", f"Use {' or '.join(map(repr, towers))}")
-    return stacks, tower
+    fusion = config.get("fusion", {}).get("type", "merged") if stacks == THREE_TOWERS else ""
+    return stacks, tower, fusion
 
 
 def known_keys(config: Mapping[str, Any]) -> ConfigDict:
     """A geometry of the same kind as ``config.model``: its keys are those that one may have."""
-    stacks, tower = kind_of(config)
+    stacks, tower, fusion = kind_of(config)
     two = {"vit": "tiny", "resnet": "resnet18"}[tower]
     known = model_config({SHARED: "shared_tiny", THREE_TOWERS: "towers_tiny"}.get(stacks, two))
     known.type, known.image.type = stacks, tower
     known.tuning = tuning_config()
-    if stacks == THREE_TOWERS:
-        known.fusion.type = "merged"
+    if fusion:
+        known.fusion.type = fusion
     return known
 
 
@@ -321,7 +325,7 @@ def build_model(config: ConfigDict, vocab_size: int, mask_id: int, image_size: i
         "max_positions": config.text.max_positions,
         "mask_id": mask_id,
     }
-    stacks, tower = kind_of(config)
+    stacks, tower, _ = kind_of(config)
     tuning = config.get("tuning", tuning_config())
     if stacks == SHARED:
         shared = SharedConfig(

@@ -9,8 +9,9 @@ say what became of them, and ``init_from.tsv`` of the workdir of every tensor.
 """
 
 import dataclasses
+import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -28,12 +29,12 @@ from vlp_jax.models.pretrained import (
     load_parameters,
 )
 from vlp_jax.models.pretrained.merge import fit
+from vlp_jax.models.tuning_config import tuning_config
 from vlp_jax.objectives import OBJECTIVES
 
 CHECKPOINT_FOLDER = "checkpoints"
 KEY = "init_from"
-# Keys of config.model that are a run's own, wherever its parameters come from.
-HOW_COMPUTED = ("dtype", "attention", "tuning")
+HOW_COMPUTED = ("dtype", "attention")  # keys of config.model that are no geometry
 _OF_WORDS = ("text_embedding", "vocabulary_head")  # parts of a model with a row for each word
 
 
@@ -83,11 +84,10 @@ class Origin:
         except NoPartFits:
             raise
         except WeightsError as error:
-            made = dict(flat_config(self.config.get("model", {})))
             apart = [
-                f"config.model.{key}={made[key]} and not {value}"
-                for key, value in flat_config(model)
-                if key in made and made[key] != value and key.split(".")[0] not in HOW_COMPUTED
+                f"config.model.{key}={made} and not {ours}"
+                for key, made, ours in _geometries(self.config.get("model", {}), model)
+                if made != ours and key not in HOW_COMPUTED
             ]
             if not apart:
                 raise
@@ -158,6 +158,18 @@ def _restored(folder: pathlib.Path, step: int | Literal["latest", "best"]) -> Re
         return load_params(folder, step, ("extras/ema", "params"), overlays=_served)
     except DamagedCheckpointError as error:  # of another run: this one's input is bad
         raise ConfigError(KEY, str(error), "Or name another checkpoint of it") from error
+
+
+def _geometries(made: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Keys that two ``config.model`` have in common, with the values of both as JSON.
+
+    That weights were made without tuning keeps none of them from a tuned model.
+    """
+    untuned = {"tuning": json.loads(tuning_config().to_json_best_effort())}
+    plain, before, now = (dict(flat_config({**untuned, **of})) for of in ({}, made, ours))
+    for key, value in now.items():
+        if key in before and before[key] != plain.get(key):
+            yield key, before[key], value
 
 
 def skipped_units(model: Mapping[str, Any]) -> tuple[str, ...]:

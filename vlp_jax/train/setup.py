@@ -384,12 +384,14 @@ def adopt_model(config: ConfigDict, model: Mapping[str, Any]) -> None:
     """
     if kind_of(config.model) == kind_of(model):
         for part, section in config.model.items():
-            if isinstance(section, ConfigDict) and part not in HOW_COMPUTED:
+            if isinstance(section, ConfigDict) and part != "tuning":
                 section.update(model.get(part, {}))
         return
-    computed = {key: config.model[key] for key in HOW_COMPUTED if key in config.model}
+    own = (*HOW_COMPUTED, "tuning")
+    geometry = {key: value for key, value in model.items() if key not in own}
+    kept = {key: config.model[key] for key in own if key in config.model}
     with config.unlocked():
-        config.model = ConfigDict({**model, **computed})
+        config.model = ConfigDict({**geometry, **kept})
 
 
 def _same_compression(config: ConfigDict, workdir: pathlib.Path) -> bool:
