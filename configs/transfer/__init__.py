@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlp_jax.train.config import default_config
+from vlp_jax.transfer.methods import METHODS, set_method
 
 NUM_EXAMPLES = 2000  # of the validation split; of the test split, where that is made and has no end
 
@@ -23,8 +24,9 @@ def base(
 
     Args:
         name: of the task.
-        arg: ``DATA`` or ``DATA,SIZE``: one of ``data``, and the model's size where nothing is
-            pretrained (``init_from`` brings its own geometry).
+        arg: ``DATA[,SIZE[,METHOD]]``: one of ``data``, the model's size where nothing is pretrained
+            (``init_from`` brings its own geometry), and what is tuned, a key of
+            ``transfer.methods.METHODS``; by default, all.
         data: what the task can be trained on; the first is the default.
         size: of the model, where the argument names none.
 
@@ -36,12 +38,13 @@ def base(
     """
     given = (arg or "").split(",")
     which = given[0] or next(iter(data))
-    if which not in data or len(given) > 2:
+    chosen, method = [*given[1:], "", ""][:2]
+    if which not in data or len(given) > 3 or (method and method not in METHODS):
         raise ValueError(
-            f"--config=configs/transfer/{name}.py:{arg}: write DATA or DATA,SIZE, with DATA one of "
-            f"{', '.join(data)}"
+            f"--config=configs/transfer/{name}.py:{arg}: write DATA[,SIZE[,METHOD]], with DATA one "
+            f"of {', '.join(data)} and METHOD one of {', '.join(METHODS)}"
         )
-    config = default_config(given[1] if len(given) == 2 else size)
+    config = default_config(chosen or size)
     config.name = f"{name}_{which}"
     config.adopt_model = True
     config.data.max_text_length = 48
@@ -55,6 +58,8 @@ def base(
             "pattern": "(_head|_image_type)(/|$)",
             "rate_factor": 5.0,
         }
+    if method:
+        set_method(config, method)
     if which == "scenes":
         config.data.image_size = 64
         config.data.batch_size = 256

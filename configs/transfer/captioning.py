@@ -17,7 +17,7 @@ from configs.transfer import base, captions, evaluate, num_images
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config of the run; ``arg`` is DATA or DATA,SIZE."""
+    """The config of the run; ``arg`` is DATA[,SIZE[,METHOD]]."""
     config, which = base("captioning", arg, ("scenes", "pack", "coco"))
     captions(config, which)
     with config.unlocked():

@@ -21,7 +21,7 @@ from configs.transfer import base, evaluate, scenes
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config of the run; ``arg`` is DATA or DATA,SIZE."""
+    """The config of the run; ``arg`` is DATA[,SIZE[,METHOD]]."""
     config, which = base("classification", arg, ("scenes", "pack", "folder"))
     config.data.num_edges = 1  # no text is read
     with config.unlocked():

@@ -16,7 +16,7 @@ from configs.transfer import base, evaluate, explain, scenes
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config of the run; ``arg`` is DATA or DATA,SIZE."""
+    """The config of the run; ``arg`` is DATA[,SIZE[,METHOD]]."""
     config, which = base("entailment", arg, ("scenes", "pack", "snli_ve"))
     with config.unlocked():
         if which == "scenes":

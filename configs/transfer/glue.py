@@ -32,7 +32,7 @@ _LARGE = ("mnli", "qqp")  # ten epochs would be more
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config of the run; ``arg`` is DATA or DATA,SIZE, DATA being ``pack`` or a task."""
+    """The config of the run; ``arg`` is DATA[,SIZE[,METHOD]], DATA being ``pack`` or a task."""
     config, which = base("glue", arg, ("pack", *CLASSES), size="shared_small")
     task = "sst2" if which == "pack" else which
     config.data.batch_size = 32

@@ -17,7 +17,7 @@ from configs.transfer import base, evaluate, scenes
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config of the run; ``arg`` is DATA or DATA,SIZE."""
+    """The config of the run; ``arg`` is DATA[,SIZE[,METHOD]]."""
     config, which = base("nlvr2", arg, ("scenes", "pack", "nlvr2"))
     with config.unlocked():
         if which == "scenes":

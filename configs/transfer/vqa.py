@@ -20,7 +20,7 @@ from vlp_jax.data.scenes.tasks import ScenesVQA
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config of the run; ``arg`` is DATA or DATA,SIZE."""
+    """The config of the run; ``arg`` is DATA[,SIZE[,METHOD]]."""
     config, which = base("vqa", arg, ("scenes", "pack", "vqa_v2"))
     classes = {"scenes": len(ScenesVQA.classes), "pack": 400, "vqa_v2": 3129}[which]
     with config.unlocked():

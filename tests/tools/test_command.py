@@ -62,7 +62,7 @@ def test_good_flags_leave_the_rest(parse):
         ((TINY, "--config.dta.threads=1"), "no key 'dta'. Did you mean \"data\""),
         ((TINY, "--config.total_steps=few"), "--config.total_steps=few"),
         (("--config=absent.py",), "No such file or directory: 'absent.py'"),
-        ((f"{VQA}:nosuch",), "vqa.py:nosuch: write DATA or DATA,SIZE"),
+        ((f"{VQA}:nosuch",), r"vqa.py:nosuch: write DATA[,SIZE[,METHOD]]"),
         (("--steps=0",), "--steps=0: 0 is not a positive integer"),
         (("--stepz=1",), "Unknown command line flag 'stepz'. Did you mean: steps"),
     ],

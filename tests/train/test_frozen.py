@@ -16,7 +16,7 @@ PATTERN = "^(image_tower|text_lower_0/mlp/out/kernel$)"
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_what_is_frozen_stays_and_the_rest_moves_as_beside_trained_ones(accumulation: int) -> None:
     """A large eps keeps rounding errors of vanishing gradients from full-size updates."""
-    states, compiled = {}, {}
+    states, compiled, programs = {}, {}, {}
     for factor in (0.0, 1.0):
         config = objective_config(
             "mlm",
@@ -25,7 +25,7 @@ def test_what_is_frozen_stays_and_the_rest_moves_as_beside_trained_ones(accumula
         )
         with config.unlocked():
             config.optim.groups.frozen = {"pattern": PATTERN, "rate_factor": factor}
-        program = make_program(config)
+        program = programs[factor] = make_program(config)
         compiled[factor] = program.lower(BUCKET).compile()
         state = program.init()
         begun = by_path(jax.device_get(state.params))
@@ -43,6 +43,11 @@ def test_what_is_frozen_stays_and_the_rest_moves_as_beside_trained_ones(accumula
     assert {path.partition("/mu/")[2] for path in moments} == moved
     costs = {factor: one.cost_analysis()["flops"] for factor, one in compiled.items()}
     assert costs[0.0] < 0.9 * costs[1.0]
+    share = sum(leaf.size for path, leaf in begun.items() if path in moved)
+    share /= sum(leaf.size for leaf in begun.values())
+    lengths = {"pairs": 12.0}
+    told = {factor: one.flops(lengths) for factor, one in programs.items()}
+    assert told[0.0] / told[1.0] == pytest.approx((2 + share) / 3)
 
 
 def test_a_run_in_which_nothing_is_trained_is_refused() -> None:

@@ -16,7 +16,8 @@ is not here is an error that names it, whether it comes from the file or from a 
     adopt_model     True: take the geometry of the model (all of `model` but dtype and attention)
                     from init_from
     model           geometry, see models.sizes; its keys are those of its kind: of two stacks, of
-                    type="shared", of type="three_towers", and of image.type="resnet"
+                    type="shared", of type="three_towers", and of image.type="resnet"; beside them
+                    tuning, what is added to its blocks and taken out, see models.tuning_config
     objectives      name -> weight, batch (named batch it reads), and what the objective takes
     data            batch_size (global), image_size (pixels), max_text_length (tokens),
                     text_edges (fitted where empty), num_edges (of the fit; fewer where each is

@@ -54,6 +54,7 @@ def run_facts(setup: Setup, resumed: pathlib.Path | None) -> dict[str, Any]:
             {"module": module, "parameters": count}
             for module, count in parameter_table(setup.program.state_spec.params)
         ],
+        "trained_parameters": setup.program.trained_parameters,
     }
     if resumed is not None and (resumed / RUN_FILE).exists():
         earlier = json.loads((resumed / RUN_FILE).read_text())

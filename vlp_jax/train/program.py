@@ -23,7 +23,7 @@ from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives
 from vlp_jax.train.bucket_schedule import Resolved, resolve
 from vlp_jax.train.mixture import Mixture
-from vlp_jax.train.optim import optimizer, rate_factors
+from vlp_jax.train.optim import optimizer, rate_factors, trained_only
 from vlp_jax.train.schedule import TEXT_LENGTH, Budget, learning_rate
 from vlp_jax.train.stages import Stages, stage_of
 from vlp_jax.train.state import TrainState
@@ -163,6 +163,13 @@ class Program:
         mine = [objective for objective in self.objectives if objective.batch_name == name]
         extra = sorted({field for objective in mine for field in objective.extra_fields})
         return (*batch_fields(self.config, name), *extra)
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many parameters have a gradient."""
+        params = self.state_spec.params
+        trained = trained_only(params, rate_factors(self.config.optim, params))
+        return sum(leaf.size for leaf in jax.tree.leaves(trained))
 
     @property
     def state_shardings(self) -> Any:
@@ -323,14 +330,23 @@ class Program:
         return state.replace(extras={**state.extras, "objectives": seen, **moved})
 
     def flops(self, text_lengths: Mapping[str, float], bucket: StepBucket | None = None) -> float:
-        """Model FLOPs of an example in an update, mean over its batches: three forward passes.
+        """Model FLOPs of an example in an update, mean over its batches.
 
-        A pass that several objectives share is counted once.
+        Two forward passes, one of which is the gradient of what passes through, and a third for
+        that of the parameters, of which it is as large a part as is trained.
 
         Args:
             text_lengths: mean tokens of the examples of every named batch.
             bucket: whose batches are read and whose views are encoded; None: all, and whole images.
         """
+        params = self.state_spec.params
+        trained = self.trained_parameters / sum(leaf.size for leaf in jax.tree.leaves(params))
+        return (2.0 + trained) * self._forward_flops(text_lengths, bucket)
+
+    def _forward_flops(
+        self, text_lengths: Mapping[str, float], bucket: StepBucket | None = None
+    ) -> float:
+        """Of one forward pass; what several objectives share is counted once."""
         sizes: dict[str, Bucket | None] = dict(bucket or dict.fromkeys(self.batch_names))
         total = sum(
             self.batch_sizes[o.batch_name]
@@ -343,11 +359,12 @@ class Program:
                 name, again = shared.batch_name, len(shared.readers) - 1
                 once = shared.computed.flops(text_lengths[name], sizes[name])
                 total -= again * once * self.batch_sizes[name]
-        return 3.0 * total / self.examples(sizes)
+        return total / self.examples(sizes)
 
     def _relative_flops(self, views: Views, known: Mapping[str, float]) -> float:
         """FLOPs of an update of these views, as a share of one of whole images."""
         lengths = {name: known.get(name, TEXT_LENGTH) for name in self.batch_names}
         size = self.config.data.image_size
         sizes = tuple((name, Bucket(round(length), size)) for name, length in lengths.items())
-        return self.flops(lengths, self.with_views(sizes, views)) / self.flops(lengths)
+        whole = self._forward_flops(lengths)
+        return self._forward_flops(lengths, self.with_views(sizes, views)) / whole

@@ -1,0 +1,108 @@
+"""Which parameters each method trains, on every model, and what a run of it leaves alone."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from tiny import (
+    BUCKET,
+    make_batch,
+    make_program,
+    objective_config,
+    shared_config,
+    towers_config,
+)
+
+from configs.transfer import vqa
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.infra.sharding import by_path
+from vlp_jax.models.tuning import is_added
+from vlp_jax.train.config import check_keys
+from vlp_jax.train.optim import rate_factors
+from vlp_jax.transfer.methods import METHODS, set_method
+
+SECTION = {"num_classes": 4, "readout": "bidirectional"}
+ALWAYS = re.compile("^vqa_head/|(type|stream|modality)_embedding$|/image_to_text/")
+MODELS = {
+    "two_stacks": None,
+    "shared": lambda: shared_config().model,
+    "three_towers": towers_config,
+    "co_attention": lambda: towers_config(co_attention=True),
+}
+
+
+def config_of(name, method):
+    config = objective_config("vqa", SECTION)
+    if MODELS[name] is not None:
+        with config.unlocked():
+            config.model = MODELS[name]()
+    set_method(config, method)
+    return config
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_trained(name, method):
+    """Of a base that no method changes: heads always, biases, what is added, or all of it."""
+    config = config_of(name, method)
+    check_keys(config)
+    program = make_program(config)
+    factors = by_path(rate_factors(config.optim, program.state_spec.params))
+    plain = by_path(make_program(config_of(name, "full")).state_spec.params)
+    assert {path for path in factors if not is_added(path)} == set(plain)
+    trained = {path for path, factor in factors.items() if factor}
+    always = {path for path in plain if ALWAYS.search(path)}
+    assert always <= trained
+    added = {path for path in factors if is_added(path)}
+    expected = {
+        "full": set(plain),
+        "head": set(),
+        "bitfit": {path for path in plain if path.endswith("bias")},
+    }
+    assert trained - always == expected.get(method, added) - always
+    assert bool(added) == (method not in expected)
+    sizes = {path: leaf.size for path, leaf in by_path(program.state_spec.params).items()}
+    assert program.trained_parameters == sum(sizes[path] for path in trained)
+
+
+def test_an_update_moves_what_is_trained_and_nothing_else():
+    """The second update moves what reads a fresh zero, too."""
+    config = config_of("co_attention", "adapter")
+    program = make_program(config)
+    update = program.lower(BUCKET).compile()
+    state = program.init()
+    begun = by_path(jax.device_get(state.params))
+    fields = {
+        "answer": np.tile(np.arange(10, dtype=np.int32) % 4, (16, 1)),
+        "answer_score": np.full((16, 10), 0.5, np.float32),
+    }
+    for step in (50, 51):
+        batches = program.batches({"pairs": {**make_batch(seed=step), **fields}})
+        state, metrics = update(state, batches, program.moment(step))
+    assert np.isfinite(metrics["loss"])
+    after = by_path(jax.device_get(state.params))
+    factors = by_path(rate_factors(config.optim, program.state_spec.params))
+    for path, leaf in begun.items():
+        assert np.array_equal(after[path], leaf) != bool(factors[path]), path
+
+
+def test_a_config_takes_a_method():
+    config = vqa.get_config("scenes,co_attention_mini,lora")
+    check_keys(config)
+    assert config.model.tuning.lora.rank == 4
+    assert config.model.fusion.type == "co_attention"
+    assert config.optim.groups.frozen.rate_factor == 0
+    assert "tuning" not in vqa.get_config("scenes").model
+    assert vqa.get_config("scenes,,head").model.image.width == 384
+    with pytest.raises(ValueError, match=r"scenes,,prefix: write .* METHOD one of full, head"):
+        vqa.get_config("scenes,,prefix")
+    with pytest.raises(ConfigError, match=r"method: 'prefix'\. Use one of full"):
+        set_method(config, "prefix")
+
+
+def test_a_method_takes_the_place_of_another():
+    config = config_of("two_stacks", "lora")
+    set_method(config, "full")
+    assert "frozen" not in config.optim.groups
+    assert config.model.tuning.lora.rank == 0

@@ -1,0 +1,63 @@
+"""Ways to tune a pretrained model for a task, by name: what is added to it, and what is trained.
+
+    config = default_config()
+    set_method(config, "adapter")
+
+Geometries after the fact sheet of PCETL (section 5): low-rank updates of rank 4 of queries and
+values; serial adapters of an eighth of the width after every branch; parallel ones of the same
+width beside the attentions, scaled by 4. All in the blocks that read both modalities, which
+``config.model.tuning.blocks`` changes. Every method trains the heads, what a fusion tower of two
+streams gives them of the image (METER's poolers), and the vectors that tell streams and modalities
+apart.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.tuning_config import tuning_config
+
+FROZEN = "frozen"  # group of ``config.optim.groups``
+_ATTENTIONS = ("self_attention", "cross_attention")
+_ALWAYS = r"(_head|_image_type)(/|$)|^(type|stream)_embedding$|/modality_embedding$|/image_to_text/"
+_ADDED = r"_adapter/|replacement/|/lora_(down|up)$"
+
+# Name -> what ``config.model.tuning`` says, and which parameters are trained beside the above;
+# None: all are.
+METHODS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "full": ({}, None),
+    "head": ({}, ""),
+    "bitfit": ({}, r"bias$"),
+    "lora": ({"lora": {"rank": 4}}, _ADDED),
+    "adapter": ({"adapter": {"kind": "serial"}}, _ADDED),
+    "scaled_parallel": (
+        {"adapter": {"kind": "parallel", "scale": 4.0, "norm": True, "branches": _ATTENTIONS}},
+        _ADDED,
+    ),
+}
+
+
+def set_method(config: ConfigDict, method: str) -> None:
+    """Add what a method adds to the model, and freeze what it does not train.
+
+    Args:
+        config: of a run, with its objectives; ``config.model.tuning`` and the group ``frozen`` of
+            ``config.optim.groups`` are replaced.
+        method: a key of ``METHODS``.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if method not in METHODS:
+        raise ConfigError("method", f"{method!r}", f"Use one of {', '.join(METHODS)}")
+    tuning, trained = METHODS[method]
+    with config.unlocked():
+        config.model.tuning = tuning_config()
+        for part, values in tuning.items():
+            config.model.tuning[part].update(values)
+        if FROZEN in config.optim.groups:
+            del config.optim.groups[FROZEN]
+        if trained is not None:
+            kept = "|".join(filter(None, (_ALWAYS, trained)))
+            config.optim.groups[FROZEN] = {"pattern": rf"^(?!.*({kept}))", "rate_factor": 0.0}
