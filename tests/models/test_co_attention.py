@@ -16,8 +16,8 @@ from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.evals.attention_maps import text_over_image
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.sharding import by_path
+from vlp_jax.models.block import Block
 from vlp_jax.models.flops import block_flops, co_attention_flops, text_flops
-from vlp_jax.models.layers import Block
 from vlp_jax.models.masks import bidirectional_mask
 from vlp_jax.models.sizes import build_model, model_config, parameter_table
 from vlp_jax.models.three_towers import ThreeTowers, ThreeTowersConfig

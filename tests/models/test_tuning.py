@@ -53,10 +53,14 @@ MODELS: dict[str, Callable[[], ConfigDict]] = {
 ADAPTER = {"kind": "serial", "width": 3}
 
 
+def section(value: Any) -> Any:
+    return ConfigDict(value) if isinstance(value, Mapping) else value
+
+
 def geometry(name: str, **tuning: Any) -> ConfigDict:
     config = ConfigDict(MODELS[name]().to_dict())
     config.tuning = tuning_config()
-    config.tuning.update(tuning)
+    config.tuning.update({key: section(value) for key, value in tuning.items()})
     return config
 
 
@@ -78,15 +82,19 @@ def compiled(model: Encoder, streams: tuple[str, ...] = ("bidirectional",)) -> A
     return jax.jit(nn.apply(functools.partial(forward, streams), model))
 
 
-@functools.cache
-def drawn(name: str, settings: tuple[tuple[str, Any], ...]) -> Any:
-    """Parameters of a model with this tuning, none of them zero or one; units are kept."""
-    model = build(geometry(name, **dict(settings)))
-    init = nn.init(functools.partial(forward, ("bidirectional",)), model)
+def drawn(config: ConfigDict) -> Any:
+    """Parameters of a model, none of them zero or one, but for switches: units are kept."""
+    init = nn.init(functools.partial(forward, ("bidirectional",)), build(config))
     shapes = by_path(jax.eval_shape(init, jax.random.key(0))["params"])
     draw = np.random.default_rng(0)
     values = {p: 0.3 * draw.normal(size=x.shape).astype(np.float32) for p, x in shapes.items()}
     return nested({p: np.float32(1) if p.endswith("_kept") else x for p, x in values.items()})
+
+
+@functools.cache
+def base(name: str) -> Any:
+    """Of the model without tuning."""
+    return drawn(MODELS[name]())
 
 
 def all_units(name: str) -> tuple[str, ...]:
@@ -97,17 +105,8 @@ def all_units(name: str) -> tuple[str, ...]:
 @functools.cache
 def gated(name: str, streams: tuple[str, ...]) -> tuple[Any, Any]:
     """Parameters with everything gated, and the compiled pass."""
-    settings = {"gated": all_units(name), "replacement": 2, "adapter": ConfigDict(ADAPTER)}
-    frozen = tuple((key, value) for key, value in settings.items() if key != "adapter")
-    params = drawn(name, (*frozen, ("adapter", _Adapter(ADAPTER))))
-    return params, compiled(build(geometry(name, **settings)), streams)
-
-
-class _Adapter(dict):  # type: ignore[type-arg]
-    """A section that can be a key of a cache."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(tuple(self.items()))
+    config = geometry(name, gated=all_units(name), replacement=2, adapter=ADAPTER)
+    return drawn(config), compiled(build(config), streams)
 
 
 def patterns(name: str) -> list[tuple[str, ...]]:
@@ -143,7 +142,7 @@ def test_masked_equals_pruned(name: str, streams: tuple[str, ...], index: int) -
     params, masked = gated(name, streams)
     switched = with_kept(params, dict.fromkeys(skipped, 0.0))
     expected = masked({"params": switched})
-    smaller = geometry(name, skip=skipped, replacement=2, adapter=ConfigDict(ADAPTER))
+    smaller = geometry(name, skip=skipped, replacement=2, adapter=ADAPTER)
     found = compiled(build(smaller), streams)({"params": pruned(params, skipped)})
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
@@ -156,16 +155,15 @@ def test_masked_equals_pruned(name: str, streams: tuple[str, ...], index: int) -
 def test_a_pruned_network_has_the_parameters_that_are_left(name: str) -> None:
     params, _ = gated(name, ("bidirectional",))
     skipped = patterns(name)[3]
-    smaller = geometry(name, skip=skipped, replacement=2, adapter=ConfigDict(ADAPTER))
+    smaller = geometry(name, skip=skipped, replacement=2, adapter=ADAPTER)
     init = nn.init(functools.partial(forward, ("bidirectional",)), build(smaller))
     shapes = jax.eval_shape(init, jax.random.key(0))["params"]
     left = by_path(pruned(params, skipped))
     assert {path: leaf.shape for path, leaf in left.items()} == {
         path: leaf.shape for path, leaf in by_path(shapes).items()
     }
-    base = by_path(drawn(name, ()))
     assert {path for path in left if not is_added(path)} == {
-        path for path in base if not is_skipped(path, skipped)
+        path for path in by_path(base(name)) if not is_skipped(path, skipped)
     }
     assert gated_units(params) == tuple(sorted(all_units(name)))
     assert not gated_units(pruned(params, skipped))
@@ -183,14 +181,13 @@ def test_a_pruned_network_has_the_parameters_that_are_left(name: str) -> None:
 )
 def test_fresh_additions_change_nothing(name: str, tuning: dict[str, Any]) -> None:
     """Whatever the base holds; and with other numbers they change all that reads the fusion."""
-    config = geometry(name, **{key: _section(value) for key, value in tuning.items()})
-    model = build(config)
+    model = build(geometry(name, **tuning))
     init = nn.init(functools.partial(forward, ("bidirectional",)), model)
     fresh = by_path(init(jax.random.key(0))["params"])
-    base = drawn(name, ())
-    assert {path for path in fresh if not is_added(path)} == set(by_path(base))
-    filled = {path: by_path(base).get(path, leaf) for path, leaf in fresh.items()}
-    run, plain = compiled(model), compiled(build(MODELS[name]()))({"params": base})
+    known = by_path(base(name))
+    assert {path for path in fresh if not is_added(path)} == set(known)
+    filled = {path: known.get(path, leaf) for path, leaf in fresh.items()}
+    run, plain = compiled(model), compiled(build(MODELS[name]()))({"params": base(name)})
     for one, other in zip(run({"params": nested(filled)}), plain, strict=True):
         np.testing.assert_array_equal(one, other)
     draw = np.random.default_rng(1)
@@ -205,16 +202,16 @@ def test_adapters_are_those_of_the_papers() -> None:
     """Serial: on what a branch has made; parallel: on what enters it; added before the sum."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 32)), jnp.float32)
     for kind in ("serial", "parallel"):
-        adapter = ConfigDict({"kind": kind, "width": 3, "scale": 2.0, "branches": ("mlp",)})
-        params = drawn("shared", (("adapter", _Adapter(adapter.to_dict())), ("blocks", "all")))
+        adapter = {"kind": kind, "width": 3, "scale": 2.0, "branches": ("mlp",)}
+        config = geometry("shared", adapter=adapter, blocks="all")
+        params, model = drawn(config), build(config)
         block = params["image_tower"]["block_00"]
-        model = build(geometry("shared", adapter=adapter, blocks="all"))
         found = model.apply(
             {"params": params}, x, method=lambda module, x: module.image_tower.blocks[0](x)
         )
         plain = build(MODELS["shared"]())
-        base = {key: part for key, part in block.items() if key != "mlp_adapter"}
-        bare = {**params, "image_tower": {**params["image_tower"], "block_00": base}}
+        rest = {key: part for key, part in block.items() if key != "mlp_adapter"}
+        bare = {**params, "image_tower": {**params["image_tower"], "block_00": rest}}
 
         def parts(module: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
             one = module.image_tower.blocks[0]
@@ -233,8 +230,8 @@ def test_adapters_are_those_of_the_papers() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_merged_updates_equal_those_beside(name: str) -> None:
     settings = {"rank": 2, "alpha": 6.0, "targets": ("query", "key", "value")}
-    params = drawn(name, (("lora", _Adapter(settings)), ("blocks", "all")))
-    beside = compiled(build(geometry(name, lora=_section(settings), blocks="all")))
+    config = geometry(name, lora=settings, blocks="all")
+    params, beside = drawn(config), compiled(build(config))
     merged = merge_lora(params, LoraConfig(**settings))
     assert not any(is_added(path) for path in by_path(merged))
     plain = compiled(build(MODELS[name]()))
@@ -249,15 +246,11 @@ def test_merged_updates_equal_those_beside(name: str) -> None:
         merge_lora(merged, LoraConfig(**settings))
 
 
-def _section(value: Any) -> Any:
-    return ConfigDict(value) if isinstance(value, Mapping) else value
-
-
 def meter(**tuning: Any) -> Encoder:
     """The base size with two streams at METER's resolution and vocabulary."""
     config = model_config("co_attention_base")
     config.tuning = tuning_config()
-    config.tuning.update({key: _section(value) for key, value in tuning.items()})
+    config.tuning.update({key: section(value) for key, value in tuning.items()})
     return build_model(config, 50_265, 4, 384)
 
 
@@ -363,10 +356,10 @@ def test_formulas_match_the_lowered_module(name: str) -> None:
 )
 def test_bad_input(tuning: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        build(geometry("two_stacks", **{key: _section(value) for key, value in tuning.items()}))
+        build(geometry("two_stacks", **tuning))
 
 
-def test_a_config_may_have_the_section() -> None:
+def test_a_config_may_have_thesection() -> None:
     config = default_config("shared_tiny")
     with config.unlocked():
         config.model.tuning = tuning_config()
@@ -379,4 +372,4 @@ def test_a_config_may_have_the_section() -> None:
 
 def test_a_unit_that_is_not_gated_cannot_be_switched() -> None:
     with pytest.raises(ValueError, match=r"'text_upper_0' is none of the gated units"):
-        with_kept(drawn("two_stacks", ()), {"text_upper_0": 0.0})
+        with_kept(base("two_stacks"), {"text_upper_0": 0.0})

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 
 from vlp_jax.compress.buckets import View
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.block import Block
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.image_tower import ImageTowerConfig, image_tower
-from vlp_jax.models.layers import ACTIVATIONS, Block, BlockConfig, Memory, Noise, drop, norm
+from vlp_jax.models.layers import ACTIVATIONS, BlockConfig, Memory, Noise, drop, norm
 
 VOCABULARY_MULTIPLE = 128  # odd vocabularies compile for minutes and run slowly
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from vlp_jax.compress.buckets import View
 from vlp_jax.compress.patch_scaling import sincos_positions
 from vlp_jax.compress.token_dropout import are_kept, take_patches
+from vlp_jax.models.block import Block
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.flops import block_flops
-from vlp_jax.models.layers import Block, BlockConfig, norm
+from vlp_jax.models.layers import BlockConfig, norm
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from vlp_jax.models.attention import padded_length
+from vlp_jax.models.block import Block
 from vlp_jax.models.dropout import noise_of
 from vlp_jax.models.encoder import Encoder, TextStates, run_of_keys
-from vlp_jax.models.layers import Block, KeyValue, Memory, Noise, norm
+from vlp_jax.models.layers import KeyValue, Memory, Noise, norm
 from vlp_jax.models.masks import bidirectional_mask
 
 JOINT = "bidirectional"  # the kind of stream that is one sequence with the image

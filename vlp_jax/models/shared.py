@@ -25,9 +25,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vlp_jax.compress.buckets import View
+from vlp_jax.models.block import Block
 from vlp_jax.models.dropout import noise_of
 from vlp_jax.models.encoder import padded_vocabulary
-from vlp_jax.models.layers import Block, BlockConfig, Memory, Noise
+from vlp_jax.models.layers import BlockConfig, Memory, Noise
 from vlp_jax.models.pairs import (
     JOINT,
     Pair,

@@ -34,10 +34,11 @@ from flax import linen as nn
 
 from vlp_jax.compress.buckets import View
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.block import Block
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.dropout import noise_of
 from vlp_jax.models.encoder import padded_vocabulary
-from vlp_jax.models.layers import Block, BlockConfig, Memory, Noise, norm
+from vlp_jax.models.layers import BlockConfig, Memory, Noise, norm
 from vlp_jax.models.pairs import (
     JOINT,
     Pair,

@@ -29,8 +29,9 @@ BRANCHES: tuple[Branch, ...] = get_args(Branch)
 Part = Literal["block", "attention", "mlp"]  # of a block, that can be skipped
 PARTS: tuple[Part, ...] = get_args(Part)
 LORA_TARGETS = ("query", "key", "value")
-# Names of the parameters that are here and in no pretrained model.
-_ADDED = re.compile(r"(^|/)(\w+_adapter|(\w+_)?replacement|lora_(down|up)|\w+_kept)(/|$)")
+# Paths of parameters that no pretrained model has: those that are trained, and switches.
+ADDITIONS = r"(^|/)(\w+_adapter|(\w+_)?replacement|lora_(down|up))(/|$)"
+_ADDED = re.compile(rf"{ADDITIONS}|_kept$")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 
 from vlp_jax.compress.buckets import View
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.block import Block
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.encoder import Encoder, TextStates, padded_vocabulary, run_of_keys
 from vlp_jax.models.image_tower import ImageTowerConfig
-from vlp_jax.models.layers import Block, BlockConfig, Memory, Noise, norm
+from vlp_jax.models.layers import BlockConfig, Memory, Noise, norm
 from vlp_jax.models.masks import bidirectional_mask
 from vlp_jax.models.three_towers import ThreeTowers
 from vlp_jax.models.vit import ViTConfig

@@ -20,8 +20,9 @@ from vlp_jax.compress.patch_scaling import kernel_resize, position_resize, sinco
 from vlp_jax.compress.token_dropout import kept_patches, split_patches, take_patches
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.attention import padded_length
+from vlp_jax.models.block import Block
 from vlp_jax.models.dense import dense_product
-from vlp_jax.models.layers import ACTIVATIONS, Block, BlockConfig, Noise, norm
+from vlp_jax.models.layers import ACTIVATIONS, BlockConfig, Noise, norm
 from vlp_jax.models.tuning import stack_of
 
 CONV_STRIDE = 4  # of the convolutions of the stem ``conv``

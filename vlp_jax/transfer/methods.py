@@ -16,12 +16,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.tuning import ADDITIONS
 from vlp_jax.models.tuning_config import tuning_config
 
 FROZEN = "frozen"  # group of ``config.optim.groups``
 _ATTENTIONS = ("self_attention", "cross_attention")
 _ALWAYS = r"(_head|_image_type)(/|$)|^(type|stream)_embedding$|/modality_embedding$|/image_to_text/"
-_ADDED = r"_adapter/|replacement/|/lora_(down|up)$"
 
 # Name -> what ``config.model.tuning`` says, and which parameters are trained beside the above;
 # None: all are.
@@ -29,11 +29,11 @@ METHODS: dict[str, tuple[dict[str, Any], str | None]] = {
     "full": ({}, None),
     "head": ({}, ""),
     "bitfit": ({}, r"bias$"),
-    "lora": ({"lora": {"rank": 4}}, _ADDED),
-    "adapter": ({"adapter": {"kind": "serial"}}, _ADDED),
+    "lora": ({"lora": {"rank": 4}}, ADDITIONS),
+    "adapter": ({"adapter": {"kind": "serial"}}, ADDITIONS),
     "scaled_parallel": (
         {"adapter": {"kind": "parallel", "scale": 4.0, "norm": True, "branches": _ATTENTIONS}},
-        _ADDED,
+        ADDITIONS,
     ),
 }
 

@@ -1,0 +1,278 @@
+"""The block of every transformer of the project: attentions, feed-forward, and how it is tuned."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlp_jax.infra.sharding import constrain_batch
+from vlp_jax.models.layers import (
+    Attention,
+    BlockConfig,
+    KeyValue,
+    Memory,
+    Mlp,
+    Noise,
+    drop,
+    norm,
+    row_major,
+)
+from vlp_jax.models.tuning import PARTS, Adapter, Part, unit_name
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward; either attention may be absent.
+
+    ``x`` may carry an inner axis of streams [B, S, N, D]. Self-attention stays within a stream.
+    Cross-attention flattens the streams into one run of queries [B, S * N, D], so that the keys
+    and values of a shared context are computed once.
+
+    Parts of it that ``config.tuning`` skips are not there; of those that it gates, the parameter
+    ``PART_kept`` tells whether they are (1) or what stands in their place (0). ``with_kept`` of
+    ``transfer.units`` sets these.
+    """
+
+    config: BlockConfig
+    self_attention: bool = True
+    cross_attention: bool = False
+
+    def setup(self) -> None:
+        """Name the branches that are there and their norms, and what tuning has added."""
+        c = self.config
+        block, tuning = "/".join(self.path), c.tuning
+        units = {part: unit_name(block, part) for part in PARTS}
+        self.skipped = frozenset(part for part in PARTS if units[part] in tuning.skipped)
+        gated = [part for part in PARTS if units[part] in tuning.gated]
+        attends = not self.skipped & {"block", "attention"}
+        self.attends_self = self.self_attention and attends
+        self.attends_context = self.cross_attention and attends
+        self.feeds = not self.skipped & {"block", "mlp"}
+        lora = tuning.lora_at(block)
+        if self.attends_self:
+            self.attend_self = Attention(c, lora, name="self_attention")
+            self.self_attention_norm = norm(c)
+        if self.attends_context:
+            self.attend_context = Attention(c, lora, name="cross_attention")
+            self.cross_attention_norm = norm(c)
+            if c.norm == "pre":
+                self.context_norm = norm(c)
+        if self.feeds:
+            self.mlp = Mlp(c)
+            self.mlp_norm = norm(c)
+        there = {
+            "self_attention": self.attends_self,
+            "cross_attention": self.attends_context,
+            "mlp": self.feeds,
+        }
+        self.adapters = {
+            branch: Adapter(
+                added.width,
+                c.width,
+                c.dtype,
+                c.norm_eps if added.norm else None,
+                added.scale,
+                name=f"{branch}_adapter",
+            )
+            for branch, present in there.items()
+            if present and (added := tuning.adapter_at(block, branch)) is not None
+        }
+        attentions = self.self_attention + self.cross_attention
+        self.replacements = {
+            part: Adapter(width, c.width, c.dtype, c.norm_eps, name=_replacement(part))
+            for part in PARTS
+            if (part in self.skipped or part in gated)
+            and (width := tuning.replacement_at(part, attentions))
+        }
+        self.kept = {
+            part: self.param(f"{part}_kept", nn.initializers.ones_init(), ()) for part in gated
+        }
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        context: jax.Array | None = None,
+        context_mask: jax.Array | None = None,
+        noise: Noise = None,
+        tokens: int | jax.Array | None = None,
+        own: KeyValue | None = None,
+        beside: KeyValue | None = None,
+    ) -> jax.Array:
+        """Apply the block.
+
+        Args:
+            x: [B, N, D] or [B, S, N, D].
+            mask: bool, over the tokens of one stream: [B or 1, (S,) N, N].
+            context: [B, K, D], read by cross-attention.
+            context_mask: bool [B or 1, S * N or N, K].
+            noise: of the dropout, or None.
+            tokens: real ones of a stream, those beyond are padding: one number for all or int32 [B]
+                (of streams [B, S]); None: all.
+            own: ``project(x)``, where it was made before.
+            beside: of ``project``, [B, K, H, d]: other tokens of an example, which self-attention
+                of every stream reads beside the stream's own. None: there are none.
+
+        Returns:
+            Same shape as ``x``.
+        """
+        if self.cross_attention and context is None:
+            raise ValueError("a block with cross-attention needs a context")
+
+        def attend(x: jax.Array) -> jax.Array:
+            if self.attends_self:
+                h = self._enter("self_attention", x)
+                if own is None and beside is None:
+                    out = self.attend_self(h, None, mask, noise, tokens)
+                else:
+                    read, seen = self.attend_self.project(h) if own is None else own, mask
+                    if beside is not None:
+                        read, seen = _read_beside(read, beside, mask)
+                    out = self.attend_self.read(h, read, seen, noise)
+                x = self._leave("self_attention", x, out, noise)
+            if self.attends_context and context is not None:
+                x = self._read_context(x, self.project_context(context), context_mask, noise)
+            return x
+
+        return self._parts(x, attend, noise)
+
+    def project(self, x: jax.Array) -> KeyValue:
+        """What self-attention reads of tokens: [..., N, D] -> [..., N, H, d] each.
+
+        Where self-attention is skipped nothing is read: N = 0.
+        """
+        if not self.attends_self:
+            return self._nothing(x)
+        return self.attend_self.project(self._enter("self_attention", x))
+
+    def project_context(self, context: jax.Array) -> KeyValue:
+        """What cross-attention reads of a context: [B, K, D] -> [B, K, H, d] each.
+
+        Where it is skipped nothing is read: K = 0.
+        """
+        if not self.attends_context:
+            return self._nothing(context)
+        return self.attend_context.project(
+            self.context_norm(context) if self.config.norm == "pre" else context
+        )
+
+    def decode(
+        self, x: jax.Array, position: jax.Array, past: Memory, context: Memory | None = None
+    ) -> tuple[jax.Array, Memory]:
+        """Apply the block to one more token of every stream, without dropout.
+
+        The token sees itself and those before it, as in a causal mask.
+
+        Args:
+            x: [B, S, 1, D], the token at ``position``.
+            position: int32 [].
+            past: [B, S, H, T, d], keys and values of the tokens before ``position``; what follows
+                them is not read.
+            context: [B, H, I, d], one for all streams of an example: of ``project_context``; of a
+                block without cross-attention of ``project``, which self-attention reads beside the
+                stream's own tokens.
+
+        Returns:
+            [B, S, 1, D], and ``past`` with the token in its place.
+        """
+
+        def attend(x: jax.Array) -> jax.Array:
+            nonlocal past
+            if self.attends_self:
+                h = self._enter("self_attention", x)
+                past = past.write(self.attend_self.project(h), position)
+                seen = (jnp.arange(past.key.shape[-2]) <= position)[None, None, None, :]
+                beside = None if self.cross_attention else context
+                out = self.attend_self.recall(h, past, seen, beside)
+                x = self._leave("self_attention", x, out, None)
+            if self.attends_context:
+                if context is None:
+                    raise ValueError("a block with cross-attention needs a context")
+                h = self._enter("cross_attention", x)
+                flat = h.reshape(h.shape[0], -1, h.shape[-1])
+                out = self.attend_context.recall(flat, context).reshape(h.shape)
+                x = self._leave("cross_attention", x, out, None)
+            return x
+
+        return self._parts(x, attend, None), past
+
+    def _nothing(self, x: jax.Array) -> KeyValue:
+        c = self.config
+        empty = jnp.zeros((*x.shape[:-2], 0, c.heads, c.width // c.heads), c.dtype)
+        return KeyValue(empty, empty)
+
+    def _parts(
+        self, x: jax.Array, attend: Callable[[jax.Array], jax.Array], noise: Noise
+    ) -> jax.Array:
+        """Both parts of the block, or what stands in the place of either, or of all of it."""
+
+        def run(x: jax.Array) -> jax.Array:
+            x = self._part("attention", x, attend)
+            return self._part("mlp", x, lambda x: self._feed_forward(x, noise))
+
+        return constrain_batch(self._part("block", x, run))
+
+    def _part(self, part: Part, x: jax.Array, run: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """A part, or what stands in its place: the tokens as they are, and an adapter of them."""
+        if part not in self.skipped and part not in self.kept:
+            return run(x)
+        instead = x
+        if part in self.replacements:
+            instead = row_major(x + self.replacements[part](x))
+        if part in self.skipped:
+            return instead
+        return jnp.where(self.kept[part] > 0, run(x), instead)
+
+    def _read_context(
+        self, x: jax.Array, context: KeyValue, mask: jax.Array | None, noise: Noise
+    ) -> jax.Array:
+        h = self._enter("cross_attention", x)
+        flat = h.reshape(h.shape[0], -1, h.shape[-1])
+        out = self.attend_context.read(flat, context, mask, noise).reshape(h.shape)
+        return self._leave("cross_attention", x, out, noise)
+
+    def _feed_forward(self, x: jax.Array, noise: Noise) -> jax.Array:
+        if not self.feeds:
+            return x
+        return self._leave("mlp", x, self.mlp(self._enter("mlp", x)), noise)
+
+    def _enter(self, name: str, x: jax.Array) -> jax.Array:
+        """What a branch reads of the residual stream."""
+        return self._norm(name)(x) if self.config.norm == "pre" else x
+
+    def _leave(self, name: str, x: jax.Array, out: jax.Array, noise: Noise) -> jax.Array:
+        """Add what a branch has made of it."""
+        c = self.config
+        if name in self.adapters:
+            added = self.adapters[name](out if c.tuning.serial else x)
+            out = out + added
+        out = drop(self, name, out, c.dropout, noise)
+        if noise is not None and c.drop_path:
+            ones = jnp.ones((len(out),) + (1,) * (out.ndim - 1), out.dtype)
+            out = out * drop(self, f"{name}_path", ones, c.drop_path, noise)
+        x = row_major(x + out)
+        return row_major(self._norm(name)(x)) if c.norm == "post" else x
+
+    def _norm(self, branch: str) -> nn.LayerNorm:
+        return getattr(self, f"{branch}_norm")
+
+
+def _read_beside(
+    own: KeyValue, beside: KeyValue, mask: jax.Array | None
+) -> tuple[KeyValue, jax.Array | None]:
+    """Keys and values of both, the others' first, and a mask that hides none of the others'."""
+    if own.key.ndim > beside.key.ndim:  # the same for every stream
+        beside = KeyValue(
+            *(jnp.broadcast_to(x[:, None], (*own.key.shape[:2], *x.shape[1:])) for x in beside)
+        )
+    read = KeyValue(*(jnp.concatenate(pair, axis=-3) for pair in zip(beside, own, strict=True)))
+    if mask is not None:
+        seen = jnp.ones((*mask.shape[:-1], beside.key.shape[-3]), jnp.bool_)
+        mask = jnp.concatenate([seen, mask], axis=-1)
+    return read, mask
+
+
+def _replacement(part: Part) -> str:
+    """The name of the adapter in the place of a part of a block."""
+    return "replacement" if part == "block" else f"{part}_replacement"
