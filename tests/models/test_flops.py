@@ -73,9 +73,10 @@ def test_flops_grow_with_the_text() -> None:
 
 
 def test_unknown_size_names_the_known() -> None:
-    known = r"\['base', 'mini', 'resnet18', 'resnet50', 'shared_base', 'shared_large', "
+    known = r"\['base', 'co_attention_base', 'co_attention_mini', 'co_attention_small', "
+    known += r"'co_attention_tiny', 'mini', 'resnet18', 'resnet50', 'shared_base', 'shared_large', "
     known += r"'shared_mini', 'shared_small', 'shared_tiny', 'small', 'tiny', "
-    known += r"'towers_base', 'towers_mini', 'towers_small', 'towers_tiny'\]"
+    known += r"'towers_base', 'towers_mini', 'towers_small', 'towers_tiny', 'vilt_base'\]"
     with pytest.raises(ValueError, match=f"'huge' is none of {known}"):
         model_config("huge")
 

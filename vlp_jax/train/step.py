@@ -240,8 +240,8 @@ def make_gradient(
             trained = everything
             if each:  # wait for the gradient before: its activations are gone by then
                 trained, grads = jax.lax.optimization_barrier((trained, grads))
-            passed = jax.value_and_grad(joint, has_aux=True)
-            (part_loss, part_outputs), part = passed(trained, group)
+            differentiated = jax.value_and_grad(joint, has_aux=True)
+            (part_loss, part_outputs), part = differentiated(trained, group)
             loss, outputs = loss + part_loss, outputs | part_outputs
             for objective in objectives:
                 if objective.batch_name not in group or _whole(objective, accumulation):
