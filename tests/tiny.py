@@ -10,13 +10,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlp_jax.compress.buckets import Bucket, StepBucket
-from vlp_jax.data.batch import HostBatch
+from vlp_jax.data.batch import FIELDS, HostBatch, batch_spec
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.mesh import global_batch, make_mesh
 from vlp_jax.models.shared import SharedModel
 from vlp_jax.models.sizes import build_model, model_config
 from vlp_jax.models.three_towers import ThreeTowers
 from vlp_jax.models.vision_language import VisionLanguageModel
+from vlp_jax.objectives.base import Objective
 from vlp_jax.train.config import default_config
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import Budget
@@ -183,3 +184,15 @@ def compile_run(config: ConfigDict, mesh: Mesh | None = None) -> Run:
     """Compile the update of ``BUCKET``."""
     program = make_program(config, mesh)
     return Run(program, program.lower(BUCKET).compile())
+
+
+def lowered_flops(objective: Objective, bucket: Bucket) -> float:
+    """What the lowered loss of an objective counts for an example, the gradient not included."""
+    spec = batch_spec(bucket, 4, (*FIELDS, *objective.extra_fields))
+    params, extras = jax.eval_shape(lambda key: objective.init(key, spec), jax.random.key(0))
+
+    def loss(params: Any, batch: Any, key: jax.Array) -> jax.Array:
+        return objective.loss(params, extras, batch, key, bucket).loss.sum
+
+    counted = jax.jit(loss).lower(params, spec, jax.random.key(0)).cost_analysis()
+    return counted["flops"] / 4

@@ -18,7 +18,7 @@ from vlp_jax.models.layers import (
     norm,
     row_major,
 )
-from vlp_jax.models.tuning import PARTS, Adapter, Part, unit_name
+from vlp_jax.models.tuning import PARTS, Adapter, Part, kept_name, replacement_name, unit_name
 
 
 class Block(nn.Module):
@@ -79,13 +79,13 @@ class Block(nn.Module):
         }
         attentions = self.self_attention + self.cross_attention
         self.replacements = {
-            part: Adapter(width, c.width, c.dtype, c.norm_eps, name=_replacement(part))
+            part: Adapter(width, c.width, c.dtype, c.norm_eps, name=replacement_name(part))
             for part in PARTS
             if (part in self.skipped or part in gated)
             and (width := tuning.replacement_at(part, attentions))
         }
         self.kept = {
-            part: self.param(f"{part}_kept", nn.initializers.ones_init(), ()) for part in gated
+            part: self.param(kept_name(part), nn.initializers.ones_init(), ()) for part in gated
         }
 
     def __call__(
@@ -271,8 +271,3 @@ def _read_beside(
         seen = jnp.ones((*mask.shape[:-1], beside.key.shape[-3]), jnp.bool_)
         mask = jnp.concatenate([seen, mask], axis=-1)
     return read, mask
-
-
-def _replacement(part: Part) -> str:
-    """The name of the adapter in the place of a part of a block."""
-    return "replacement" if part == "block" else f"{part}_replacement"

@@ -156,6 +156,17 @@ class Tower(nn.Module):
         return tuple(getattr(self, f"block_{layer:02d}") for layer in range(self.depth))
 
 
+class MergedTower(Tower):
+    """A fusion tower that reads a text and its image as one sequence."""
+
+    def __call__(
+        self, text: jax.Array, mask: jax.Array, image: jax.Array, noise: Noise = None
+    ) -> Pair:
+        """Read texts with their image; arguments as of ``CoAttentionTower``."""
+        of_image, states = read_as_one(self.blocks, text, mask, image, noise)
+        return Pair(self.norm(of_image), states, self.norm(states[-1]))
+
+
 class CoAttentionTower(nn.Module):
     """Two streams of blocks, each of which reads the other as it was before the layer.
 
@@ -228,7 +239,8 @@ class ThreeTowers(PairEncoder):
         self.text_tower = Tower(c.text, c.text_depth)
         self.image_to_fusion = Dense(c.text.width, dtype=c.text.dtype)
         self.text_to_fusion = Dense(c.text.width, dtype=c.text.dtype)
-        self.fusion_tower = (CoAttentionTower if c.co_attention else Tower)(c.text, c.fusion_depth)
+        fusion = CoAttentionTower if c.co_attention else MergedTower
+        self.fusion_tower = fusion(c.text, c.fusion_depth)
 
     def encode_image(
         self,
@@ -307,12 +319,8 @@ class ThreeTowers(PairEncoder):
             image: [B, I, D] from ``encode_image``.
             noise: of the dropout, or None.
         """
-        fusion = self.fusion_tower
         text, image = self._enter_upper(lower, (JOINT,)), self.image_to_fusion(image)
-        if self.config.co_attention:
-            return fusion(text, mask, image, noise)
-        of_image, states = read_as_one(fusion.blocks, text, mask, image, noise)
-        return Pair(fusion.norm(of_image), states, self._leave_upper(states[-1]))
+        return self.fusion_tower(text, mask, image, noise)
 
     def _text_blocks(self) -> tuple[Sequence[Block], Sequence[Block]]:
         return self.text_tower.blocks, self._one_sided_blocks()

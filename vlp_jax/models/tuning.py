@@ -32,6 +32,12 @@ LORA_TARGETS = ("query", "key", "value")
 # Paths of parameters that no pretrained model has: those that are trained, and switches.
 ADDITIONS = r"(^|/)(\w+_adapter|(\w+_)?replacement|lora_(down|up))(/|$)"
 _ADDED = re.compile(rf"{ADDITIONS}|_kept$")
+# Names in a block of what goes with a part of it.
+_OF_PART = {
+    "block": r"(?!replacement/)",
+    "attention": r"(self_attention|cross_attention|context)(_norm|_adapter)?/",
+    "mlp": r"mlp(_norm|_adapter)?/",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,18 +163,30 @@ def is_added(path: str) -> bool:
     return _ADDED.search(path) is not None
 
 
+def split_unit(unit: str) -> tuple[str, Part]:
+    """The block of a unit, and which part of it; see ``unit_name``."""
+    for part in PARTS:
+        if part != "block" and unit.endswith(f"/{part}"):
+            return unit.removesuffix(f"/{part}"), part
+    return unit, "block"
+
+
+def kept_name(part: Part) -> str:
+    """The switch of a part, in its block."""
+    return f"{part}_kept"
+
+
+def replacement_name(part: Part) -> str:
+    """The adapter in the place of a part, in its block."""
+    return "replacement" if part == "block" else f"{part}_replacement"
+
+
 def is_skipped(path: str, skipped: Sequence[str]) -> bool:
-    """Whether a parameter belongs to a unit that is skipped, beside what stands in its place."""
+    """Whether a parameter belongs to a unit that is skipped, and not to what replaces that."""
     for unit in skipped:
-        block, _, part = unit.rpartition("/")
-        if part == "mlp":
-            inside = re.fullmatch(rf"{re.escape(block)}/mlp(_norm|_adapter)?/.*", path)
-        elif part == "attention":
-            names = "self_attention|cross_attention|context"
-            inside = re.fullmatch(rf"{re.escape(block)}/({names})(_norm|_adapter)?/.*", path)
-        else:
-            inside = re.match(rf"{re.escape(unit)}/", path)
-        if inside:
+        block, part = split_unit(unit)
+        inside = path.removeprefix(f"{block}/")
+        if inside != path and re.match(_OF_PART[part], inside):
             return True
     return False
 
@@ -209,8 +227,8 @@ def check_apart(units: Sequence[str], key: str) -> None:
         ConfigError: the message names the unit.
     """
     for unit in units:
-        block, _, part = unit.rpartition("/")
-        if units.count(unit) > 1 or (part in PARTS and block in units):
+        block, part = split_unit(unit)
+        if units.count(unit) > 1 or (part != "block" and block in units):
             raise ConfigError(
                 key, f"{unit!r} is named twice, or beside its whole block", "Leave one out"
             )

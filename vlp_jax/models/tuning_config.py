@@ -7,6 +7,7 @@ from typing import TypeVar
 from ml_collections import ConfigDict
 
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.encoder import EncoderConfig
 from vlp_jax.models.shared import SharedConfig
 from vlp_jax.models.three_towers import ThreeTowersConfig
 from vlp_jax.models.tuning import (
@@ -22,7 +23,6 @@ from vlp_jax.models.vit import ViTConfig
 
 FUSION, ALL = "fusion", "all"  # words for blocks, beside patterns
 
-ModelConfig = SharedConfig | ThreeTowersConfig | VisionLanguageConfig
 _Model = TypeVar("_Model", SharedConfig, ThreeTowersConfig, VisionLanguageConfig)
 
 
@@ -48,7 +48,7 @@ def tuning_config() -> ConfigDict:
     )
 
 
-def blocks_among(config: ModelConfig, chosen: str, key: str) -> tuple[str, ...]:
+def blocks_among(config: EncoderConfig, chosen: str, key: str) -> tuple[str, ...]:
     """Paths of the blocks that a word or a pattern chooses.
 
     Args:
@@ -97,7 +97,7 @@ def tuned(config: _Model, section: ConfigDict) -> _Model:
     return dataclasses.replace(config, text=dataclasses.replace(config.text, tuning=tuning))
 
 
-def _tuning(config: ModelConfig, section: ConfigDict) -> Tuning:
+def _tuning(config: EncoderConfig, section: ConfigDict) -> Tuning:
     adapter, lora = None, None
     if section.adapter.kind:
         adapter = AdapterConfig(

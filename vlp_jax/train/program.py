@@ -53,6 +53,7 @@ class Program:
         fields: the arrays of every named batch, see ``data.batch``.
         mixture: by which the weights of batches change; None: they are fixed.
         stages: of the run; None: it has one.
+        trained_parameters: how many parameters have a gradient.
     """
 
     def __init__(
@@ -116,7 +117,11 @@ class Program:
             spec,
             shardings(mesh, spec),
         )
-        self._optimizer = optimizer(config.optim, self.state_spec.params)
+        params = self.state_spec.params
+        self._optimizer = optimizer(config.optim, params)
+        self._factors = rate_factors(config.optim, params)
+        self.trained_parameters = _size(trained_only(params, self._factors))
+        self._trained_share = self.trained_parameters / _size(params)
 
     def _init(self, key: jax.Array) -> TrainState:
         bucket = Bucket(8, self.config.data.image_size)
@@ -165,13 +170,6 @@ class Program:
         return (*batch_fields(self.config, name), *extra)
 
     @property
-    def trained_parameters(self) -> int:
-        """How many parameters have a gradient."""
-        params = self.state_spec.params
-        trained = trained_only(params, rate_factors(self.config.optim, params))
-        return sum(leaf.size for leaf in jax.tree.leaves(trained))
-
-    @property
     def state_shardings(self) -> Any:
         """The sharding of every leaf of the state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.state_spec)
@@ -211,7 +209,7 @@ class Program:
             bucket,
             self._batch_weights,
             self.config.optim.sequential and len(bucket) > 1,
-            rate_factors(self.config.optim, self.state_spec.params),
+            self._factors,
         )
 
     def step(self, bucket: StepBucket) -> StepFunction:
@@ -339,9 +337,7 @@ class Program:
             text_lengths: mean tokens of the examples of every named batch.
             bucket: whose batches are read and whose views are encoded; None: all, and whole images.
         """
-        params = self.state_spec.params
-        trained = self.trained_parameters / sum(leaf.size for leaf in jax.tree.leaves(params))
-        return (2.0 + trained) * self._forward_flops(text_lengths, bucket)
+        return (2.0 + self._trained_share) * self._forward_flops(text_lengths, bucket)
 
     def _forward_flops(
         self, text_lengths: Mapping[str, float], bucket: StepBucket | None = None
@@ -368,3 +364,8 @@ class Program:
         sizes = tuple((name, Bucket(round(length), size)) for name, length in lengths.items())
         whole = self._forward_flops(lengths)
         return self._forward_flops(lengths, self.with_views(sizes, views)) / whole
+
+
+def _size(tree: Any) -> int:
+    """Numbers in all leaves."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -310,13 +310,12 @@ def make_step(
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, progress=moment.progress
         )
-        moved = jax.tree.map(
-            lambda u, p: None if u is None else p - learning_rate * u,
+        params = jax.tree.map(
+            lambda u, p: p if u is None else p - learning_rate * u,
             updates,
             state.params,
             is_leaf=lambda leaf: leaf is None,
         )
-        params = with_frozen(moved, state.params)
         params = {**params, **_renewed(outputs)}
         extras = {
             **state.extras,

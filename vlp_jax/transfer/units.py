@@ -1,6 +1,5 @@
 """Skippable units in a tree of parameters: switching them, and taking them out; see ``tuning``."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,15 +7,26 @@ import jax
 import jax.numpy as jnp
 
 from vlp_jax.infra.sharding import by_path, nested
-from vlp_jax.models.tuning import PARTS, Part, is_skipped, unit_name
-
-_KEPT = re.compile(rf"(?P<block>.+)/(?P<part>{'|'.join(PARTS)})_kept")
-_REPLACEMENT = re.compile(rf"(?P<block>.+?)/((?P<part>{'|'.join(PARTS)})_)?replacement/.+")
+from vlp_jax.models.tuning import (
+    PARTS,
+    is_skipped,
+    kept_name,
+    replacement_name,
+    split_unit,
+    unit_name,
+)
 
 
 def gated_units(params: Any) -> tuple[str, ...]:
     """The units that a model of these parameters can switch, sorted."""
-    return tuple(sorted(unit for path in by_path(params) if (unit := _unit(_KEPT, path))))
+    return tuple(
+        sorted(
+            unit_name(path.removesuffix(f"/{kept_name(part)}"), part)
+            for path in by_path(params)
+            for part in PARTS
+            if path.endswith(f"/{kept_name(part)}")
+        )
+    )
 
 
 def with_kept(params: Any, kept: Mapping[str, jax.Array | float]) -> Any:
@@ -30,11 +40,13 @@ def with_kept(params: Any, kept: Mapping[str, jax.Array | float]) -> Any:
         ValueError: a unit is not gated.
     """
     leaves = by_path(params)
-    places = {unit: path for path in leaves if (unit := _unit(_KEPT, path))}
     for unit, value in kept.items():
-        if unit not in places:
-            raise ValueError(f"{unit!r} is none of the gated units {', '.join(sorted(places))}")
-        leaves[places[unit]] = jnp.asarray(value, leaves[places[unit]].dtype)
+        path = _switch(unit)
+        if path not in leaves:
+            raise ValueError(
+                f"{unit!r} is none of the gated units {', '.join(gated_units(params))}"
+            )
+        leaves[path] = jnp.asarray(value, leaves[path].dtype)
     return nested(leaves)
 
 
@@ -53,20 +65,25 @@ def pruned(params: Any, skipped: Sequence[str]) -> dict[str, Any]:
         ValueError: a unit is not gated.
     """
     leaves = by_path(with_kept(params, dict.fromkeys(skipped, 0.0)))
+    gated = gated_units(params)
+    switches = {_switch(unit) for unit in gated}
+    idle = tuple(_replacement(unit) for unit in gated if unit not in skipped)
+    return nested(
+        {
+            path: leaf
+            for path, leaf in leaves.items()
+            if path not in switches and not path.startswith(idle) and not is_skipped(path, skipped)
+        }
+    )
 
-    def stays(path: str) -> bool:
-        unit = _unit(_REPLACEMENT, path)
-        if unit:
-            return unit in skipped
-        return not _KEPT.fullmatch(path) and not is_skipped(path, skipped)
 
-    return nested({path: leaf for path, leaf in leaves.items() if stays(path)})
+def _switch(unit: str) -> str:
+    """Where a gated unit has its switch."""
+    block, part = split_unit(unit)
+    return f"{block}/{kept_name(part)}"
 
 
-def _unit(pattern: re.Pattern[str], path: str) -> str:
-    """The unit that a parameter belongs to; empty: none."""
-    found = pattern.fullmatch(path)
-    if not found:
-        return ""
-    part: Part = found["part"] or "block"  # type: ignore[assignment]
-    return unit_name(found["block"], part)
+def _replacement(unit: str) -> str:
+    """What the paths of a unit's replacement begin with."""
+    block, part = split_unit(unit)
+    return f"{block}/{replacement_name(part)}/"
