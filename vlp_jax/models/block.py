@@ -48,17 +48,17 @@ class Block(nn.Module):
         self.attends_self = self.self_attention and attends
         self.attends_context = self.cross_attention and attends
         self.feeds = not self.skipped & {"block", "mlp"}
-        lora = tuning.lora_at(block)
+        lora, self.heads = tuning.lora_at(block), tuning.heads_at(block, c.heads)
         if self.attends_self:
-            self.attend_self = Attention(c, lora, name="self_attention")
+            self.attend_self = Attention(c, self.heads, lora, name="self_attention")
             self.self_attention_norm = norm(c)
         if self.attends_context:
-            self.attend_context = Attention(c, lora, name="cross_attention")
+            self.attend_context = Attention(c, self.heads, lora, name="cross_attention")
             self.cross_attention_norm = norm(c)
             if c.norm == "pre":
                 self.context_norm = norm(c)
         if self.feeds:
-            self.mlp = Mlp(c)
+            self.mlp = Mlp(c, tuning.channels_at(block, c.mlp_width))
             self.mlp_norm = norm(c)
         there = {
             "self_attention": self.attends_self,
@@ -199,7 +199,7 @@ class Block(nn.Module):
 
     def _nothing(self, x: jax.Array) -> KeyValue:
         c = self.config
-        empty = jnp.zeros((*x.shape[:-2], 0, c.heads, c.width // c.heads), c.dtype)
+        empty = jnp.zeros((*x.shape[:-2], 0, self.heads, c.head_width), c.dtype)
         return KeyValue(empty, empty)
 
     def _parts(

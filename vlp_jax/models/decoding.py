@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from vlp_jax.infra.sharding import constrain_batch
 from vlp_jax.models.encoder import Encoder, EncoderConfig
-from vlp_jax.models.flops import block_flops, stack_flops, vocabulary_flops
+from vlp_jax.models.flops import read_flops, stack_flops, vocabulary_flops
 from vlp_jax.models.layers import Memory
 from vlp_jax.models.shared import SharedConfig
 from vlp_jax.models.three_towers import ThreeTowersConfig
@@ -37,13 +37,14 @@ def cast_kernels(model: Encoder, params: Params) -> Params:
     """Parameters with the kernels of all products in the compute dtype.
 
     The layers cast them at every use; in a loop over tokens that would be at every token. What is
-    computed stays the same, bit for bit.
+    computed stays the same, bit for bit. Those in eight bits stay as they are, for they are what
+    it takes least to read.
     """
     dtype = model.config.text.dtype
 
     def cast(path: jax.tree_util.KeyPath, leaf: jax.Array) -> jax.Array:
         is_kernel = path[-1].key in ("kernel", "decoder_kernel")
-        return leaf.astype(dtype) if is_kernel else leaf
+        return leaf.astype(dtype) if is_kernel and leaf.dtype != jnp.int8 else leaf
 
     result: Params = jax.tree_util.tree_map_with_path(cast, params)
     return result
@@ -83,12 +84,15 @@ def empty_cache(config: EncoderConfig, batch: int, beams: int, tokens: int) -> T
             "decode fewer tokens"
         )
     text = config.text
-    shape = (batch, beams, text.heads, tokens, text.width // text.heads)
 
-    def zeros() -> jax.Array:
+    def zeros(block: str) -> jax.Array:
+        heads = text.tuning.heads_at(block, text.heads)
+        shape = (batch, beams, heads, tokens, text.head_width)
         return constrain_batch(jnp.zeros(shape, text.dtype))
 
-    return tuple(Memory(zeros(), zeros()) for _ in range(config.text_blocks))
+    # Texts pass the last stacks of a model, in their order.
+    blocks = [block for stack in config.stacks.values() for block in stack][-config.text_blocks :]
+    return tuple(Memory(zeros(block), zeros(block)) for block in blocks)
 
 
 def decode_token(
@@ -127,15 +131,13 @@ def _run(model: Encoder, params: Params, stage: Callable[[Encoder], Any]) -> Any
 
 def project_image_flops(config: EncoderConfig) -> float:
     """FLOPs of ``project_image`` for one image."""
-    tokens, width = config.image.tokens, config.text.width
-    projected = 4.0 * tokens * width**2  # keys and values of a block
+    tokens, text = config.image.tokens, config.text
     if isinstance(config, VisionLanguageConfig):
-        return config.upper_depth * projected
-    block = block_flops(config.text, tokens, tokens)
-    if isinstance(config, ThreeTowersConfig):
-        entering = 2.0 * tokens * width**2
-        return entering + (config.fusion_depth - 1) * block + projected
-    return (config.text_blocks - 1) * block + projected
+        return sum(read_flops(text, tokens, block) for block in config.stacks["text_upper"])
+    towers = isinstance(config, ThreeTowersConfig)
+    *passed, last = config.stacks["fusion_tower" if towers else "image_tower"]
+    entering = 2.0 * tokens * text.width**2 if towers else 0.0
+    return entering + stack_flops(text, passed, tokens, tokens) + read_flops(text, tokens, last)
 
 
 def decode_token_flops(config: EncoderConfig, tokens: int, beams: int = 1) -> float:

@@ -1,4 +1,8 @@
-"""Dense layers whose products, gradients and biases XLA runs fast (docs/perf.md)."""
+"""Dense layers whose products, gradients and biases XLA runs fast (docs/perf.md).
+
+Their kernels may be stored in eight bits with a float32 ``scale`` beside them, for inference
+(``transfer.quantize``); the layers multiply the two where they read them.
+"""
 
 import functools
 import math
@@ -8,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.linear import default_kernel_init
+
+SCALE = "scale"  # beside a kernel in eight bits
 
 DimensionNumbers = tuple[
     tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]
@@ -68,8 +74,40 @@ def _dense_product_backward(
 
 _dense_product.defvjp(_dense_product_forward, _dense_product_backward)
 
-Dense = functools.partial(nn.Dense, dot_general=dense_product)
-DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=dense_product)
+
+def read_kernel(module: nn.Module, kernel: jax.Array) -> jax.Array:
+    """The kernel of a dense layer; of one in eight bits what it stands for, float32."""
+    scale = module.get_variable("params", SCALE)
+    return kernel if scale is None else scaled_kernel(kernel, scale)
+
+
+def scaled_kernel(kernel: jax.Array, scale: jax.Array) -> jax.Array:
+    """What a kernel in eight bits stands for: int8 [...], float32 that broadcasts -> float32."""
+    return kernel.astype(jnp.float32) * scale
+
+
+class Dense(nn.Dense):
+    """As in flax, by ``dense_product``; its kernel may be in eight bits."""
+
+    dot_general: Any = dense_product
+
+    @nn.nowrap
+    def param(self, name: str, *arguments: Any, **keywords: Any) -> Any:
+        """As in flax."""
+        value = super().param(name, *arguments, **keywords)
+        return read_kernel(self, value) if name == "kernel" else value
+
+
+class DenseGeneral(nn.DenseGeneral):
+    """As in flax, by ``dense_product``; its kernel may be in eight bits."""
+
+    dot_general: Any = dense_product
+
+    @nn.nowrap
+    def param(self, name: str, *arguments: Any, **keywords: Any) -> Any:
+        """As in flax."""
+        value = super().param(name, *arguments, **keywords)
+        return read_kernel(self, value) if name == "kernel" else value
 
 
 class HeadProjection(nn.Module):
@@ -98,7 +136,7 @@ class HeadProjection(nn.Module):
         def kernel_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             return default_kernel_init(key, (width, flat)).reshape(shape)
 
-        kernel = self.param("kernel", kernel_init, (width, *self.heads))
+        kernel = read_kernel(self, self.param("kernel", kernel_init, (width, *self.heads)))
         bias = self.param("bias", nn.initializers.zeros_init(), self.heads)
         dimensions = (((x.ndim - 1,), (0,)), ((), ()))
         kernel = kernel.reshape(width, flat).astype(self.dtype)

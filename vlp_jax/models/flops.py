@@ -46,18 +46,29 @@ def block_flops(
         added = tuning.adapter_at(block, branch)
         return bottleneck(added.width) if added else 0.0
 
-    macs = {"attention": 0.0, "mlp": queries * 2 * width * config.mlp_width + adapter("mlp")}
+    heads = tuning.heads_at(block, config.heads) * config.head_width
+    channels = tuning.channels_at(block, config.mlp_width)
+    macs = {"attention": 0.0, "mlp": queries * 2 * width * channels + adapter("mlp")}
     if self_keys:
-        macs["attention"] += queries * 4 * width * width + 2 * queries * self_keys * width
+        macs["attention"] += queries * 4 * width * heads + 2 * queries * self_keys * heads
         macs["attention"] += adapter("self_attention")
     if context_keys:
-        macs["attention"] += queries * 2 * width * width + context_keys * 2 * width * width
-        macs["attention"] += 2 * queries * context_keys * width + adapter("cross_attention")
+        macs["attention"] += queries * 2 * width * heads + context_keys * 2 * width * heads
+        macs["attention"] += 2 * queries * context_keys * heads + adapter("cross_attention")
     skipped: list[Part] = [p for p in PARTS if unit_name(block, p) in tuning.skipped]
     instead = sum(bottleneck(tuning.replacement_at(part, attentions)) for part in skipped)
     if "block" in skipped:
         return 2.0 * instead
     return 2.0 * (instead + sum(cost for part, cost in macs.items() if part not in skipped))
+
+
+def read_flops(config: BlockConfig, tokens: float, block: str) -> float:
+    """Forward FLOPs of the keys and values that an attention of a block reads of so many tokens."""
+    tuning = config.tuning
+    if {block, unit_name(block, "attention")} & {*tuning.skipped}:
+        return 0.0
+    heads = tuning.heads_at(block, config.heads) * config.head_width
+    return 2.0 * tokens * 2 * config.width * heads
 
 
 def stack_flops(
@@ -225,9 +236,7 @@ def _pair_flops(
     if joint:
         return stack_flops(config, blocks, streams * both, both)
     image = stack_flops(config, blocks[:-1], image_tokens, image_tokens)
-    read = 2.0 * image_tokens * 2 * config.width**2  # its keys and values in the last block
-    if {blocks[-1], unit_name(blocks[-1], "attention")} & {*config.tuning.skipped}:
-        read = 0.0
+    read = read_flops(config, image_tokens, blocks[-1])
     return image + read + stack_flops(config, blocks, streams * tokens, both)
 
 

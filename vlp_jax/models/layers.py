@@ -94,6 +94,11 @@ class BlockConfig:
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm {self.norm!r} is neither 'pre' nor 'post'")
 
+    @property
+    def head_width(self) -> int:
+        """Features of a head, however many of them a block has left."""
+        return self.width // self.heads
+
 
 Noise = jax.Array | None  # uint32 [2] of ``models.dropout``; None: no dropout
 
@@ -170,10 +175,12 @@ class Attention(nn.Module):
 
     Attributes:
         config: of the stack.
+        heads: how many there are, each of ``config.head_width``.
         lora: low-rank updates of its projections; None: none.
     """
 
     config: BlockConfig
+    heads: int
     lora: LoraConfig | None = None
 
     def setup(self) -> None:
@@ -186,7 +193,7 @@ class Attention(nn.Module):
 
     def _projection(self, name: str) -> HeadProjection:
         c, lora = self.config, self.lora
-        heads = (c.heads, c.width // c.heads)
+        heads = (self.heads, c.head_width)
         if lora is None or name not in lora.targets:
             return HeadProjection(heads, c.dtype)
         return HeadProjection(heads, c.dtype, lora.rank, lora.scale)
@@ -289,15 +296,21 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two dense layers with an activation between them: [..., D] -> [..., D]."""
+    """Two dense layers with an activation between them: [..., D] -> [..., D].
+
+    Attributes:
+        config: of the stack.
+        channels: between the two.
+    """
 
     config: BlockConfig
+    channels: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply to every token."""
         c = self.config
-        x = Dense(c.mlp_width, dtype=c.dtype, name="in")(x)
+        x = Dense(self.channels, dtype=c.dtype, name="in")(x)
         x = ACTIVATIONS[c.activation](x)
         return Dense(c.width, dtype=c.dtype, name="out")(x)
 

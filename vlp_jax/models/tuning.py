@@ -6,13 +6,15 @@ blocks. A unit is a whole block (``fusion_tower/text_block_03``), its attention,
 (``.../attention``), or its feed-forward part (``.../mlp``). While they are looked for, units are
 *gated*: a parameter of the block says whether it is kept or an adapter stands in its place, so that
 one compiled program serves every choice. What has been chosen is *skipped*: its parameters do not
-exist.
+exist. Blocks may also be *pruned*: heads of their attentions and channels of their feed-forward
+parts do not exist then (``transfer.structured`` chooses which).
 
 Every model declares its blocks by ``stacks``; a block finds in ``Tuning`` what concerns it by its
 path in the model.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
@@ -29,6 +31,7 @@ BRANCHES: tuple[Branch, ...] = get_args(Branch)
 Part = Literal["block", "attention", "mlp"]  # of a block, that can be skipped
 PARTS: tuple[Part, ...] = get_args(Part)
 LORA_TARGETS = ("query", "key", "value")
+CHANNELS = 8  # are cut in such groups, for matrix units like shapes that are multiples of it
 # Paths of parameters that no pretrained model has: those that are trained, and switches.
 ADDITIONS = r"(^|/)(\w+_adapter|(\w+_)?replacement|lora_(down|up))(/|$)"
 _ADDED = re.compile(rf"{ADDITIONS}|_kept$")
@@ -99,6 +102,29 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PruneConfig:
+    """What is cut out of every one of some blocks; heads keep their width.
+
+    Attributes:
+        heads: share of the heads of either attention; as many as it holds whole ones of.
+        mlp: share of the channels of the feed-forward part; as many as it holds whole eights of,
+            or whole ones where their number is no multiple of ``CHANNELS``.
+        blocks: paths of these blocks.
+    """
+
+    heads: float
+    mlp: float
+    blocks: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for key in ("heads", "mlp"):
+            if not 0.0 <= getattr(self, key) < 1.0:
+                raise ValueError(
+                    f"model.tuning.prune.{key}={getattr(self, key)} is no share from 0 to below 1"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
 class Tuning:
     """Of all blocks of a model.
 
@@ -109,6 +135,7 @@ class Tuning:
         skipped: units that do not exist.
         gated: units that a parameter switches.
         replacement: width of the adapter in the place of a branch; 0: none.
+        prune: what is cut out of blocks.
     """
 
     adapter: AdapterConfig | None = None
@@ -117,6 +144,7 @@ class Tuning:
     skipped: tuple[str, ...] = ()
     gated: tuple[str, ...] = ()
     replacement: int = 0
+    prune: PruneConfig | None = None
 
     @property
     def serial(self) -> bool:
@@ -132,6 +160,18 @@ class Tuning:
         """The low-rank updates in a block."""
         return self.lora if block in self.placed else None
 
+    def heads_at(self, block: str, heads: int) -> int:
+        """Heads that either attention of a block has, of so many of a whole one."""
+        prune = self.prune
+        return heads if prune is None or block not in prune.blocks else _left(heads, prune.heads)
+
+    def channels_at(self, block: str, channels: int) -> int:
+        """Hidden channels that a block's feed-forward part has, of so many of a whole one."""
+        prune = self.prune
+        if prune is None or block not in prune.blocks:
+            return channels
+        return _left(channels, prune.mlp, 1 if channels % CHANNELS else CHANNELS)
+
     def replacement_at(self, part: Part, attentions: int) -> int:
         """Width of the adapter in the place of a part of a block, of all its branches; 0: none.
 
@@ -141,6 +181,12 @@ class Tuning:
         """
         branches = {"block": attentions + 1, "attention": attentions, "mlp": 1}[part]
         return self.replacement * branches
+
+
+def _left(count: int, share: float, group: int = 1) -> int:
+    """What is left of a count of which a share is cut away in whole groups."""
+    # Shares such as 0.7 are a little less than what is meant.
+    return count - group * math.floor(share * count / group + 1e-9)
 
 
 def stack_of(name: str, depth: int) -> tuple[str, ...]:

@@ -8,12 +8,15 @@ from ml_collections import ConfigDict
 
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.encoder import EncoderConfig
+from vlp_jax.models.layers import BlockConfig
 from vlp_jax.models.shared import SharedConfig
 from vlp_jax.models.three_towers import ThreeTowersConfig
 from vlp_jax.models.tuning import (
     BRANCHES,
+    CHANNELS,
     AdapterConfig,
     LoraConfig,
+    PruneConfig,
     Tuning,
     check_apart,
     check_units,
@@ -34,7 +37,9 @@ def tuning_config() -> ConfigDict:
     ``blocks`` that have them (``fusion``, ``all``, or a regular expression of their paths),
     ``skip`` (units that do not exist), ``gated`` (units that are switched while a search looks for
     those to skip) and ``replacement`` (width of the adapter in the place of each branch that is
-    skipped; -1: that of the adapters of branches that are not).
+    skipped; -1: that of the adapters of branches that are not), and ``prune``: the share of
+    ``heads`` and of channels (``mlp``) that its ``blocks`` do without (empty: those above), of
+    which ``tools.prune_weights`` chooses the least important.
     """
     return ConfigDict(
         {
@@ -44,6 +49,7 @@ def tuning_config() -> ConfigDict:
             "skip": (),
             "gated": (),
             "replacement": -1,
+            "prune": {"heads": 0.0, "mlp": 0.0, "blocks": ""},
         }
     )
 
@@ -120,4 +126,47 @@ def _tuning(config: EncoderConfig, section: ConfigDict) -> Tuning:
     replacement = section.replacement
     if replacement < 0:
         replacement = adapter.width if adapter else 0
-    return Tuning(adapter, lora, placed, skipped, gated, replacement)
+    prune = _prune(config, section)
+    return Tuning(adapter, lora, placed, skipped, gated, replacement, prune)
+
+
+def _prune(config: EncoderConfig, section: ConfigDict) -> PruneConfig | None:
+    prune = section.get("prune", tuning_config().prune)  # earlier checkpoints do not say
+    key = "model.tuning.prune.blocks" if prune.blocks else "model.tuning.blocks"
+    blocks = blocks_among(config, pruned_blocks(section), key)
+    cut = PruneConfig(prune.heads, prune.mlp, blocks)
+    if not cut.heads and not cut.mlp:
+        return None
+    tuning = Tuning(prune=cut)
+    for path in blocks:
+        block = block_config(config, path)
+        left = {
+            "heads": (block.heads, tuning.heads_at(path, block.heads)),
+            "mlp": (block.mlp_width, tuning.channels_at(path, block.mlp_width)),
+        }
+        for name, (there, kept) in left.items():
+            if prune[name] and kept == there:
+                raise ConfigError(
+                    f"model.tuning.prune.{name}",
+                    f"{prune[name]} of the {there} of {path} is less than the least that is cut "
+                    "at once",
+                    f"Use more (heads go one by one, channels of mlp by {CHANNELS}), or 0",
+                )
+    return cut
+
+
+def pruned_blocks(section: ConfigDict) -> str:
+    """The word or pattern of the blocks that ``config.model.tuning`` prunes."""
+    return str(section.prune.blocks if section.get("prune", {}).get("blocks") else section.blocks)
+
+
+def block_config(config: EncoderConfig, block: str) -> BlockConfig:
+    """What the stack of a block shares.
+
+    Args:
+        config: geometry.
+        block: a path among its stacks.
+    """
+    if isinstance(config.image, ViTConfig) and block in config.image.blocks:
+        return config.image.block
+    return config.text
