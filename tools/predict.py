@@ -10,7 +10,8 @@
     python -m tools.predict embed   --checkpoint=WORKDIR --image=a.jpg --text="a cat" --out=e.npz
 
 Two sentences have a tab between them. ``--checkpoint`` is a run's workdir, one of its checkpoints,
-or an exported parameter file. In Python: ``vlp_jax.predict.Predictor``.
+or an exported parameter file; ``--quantize=int8`` holds the weights of its blocks in eight bits. In
+Python: ``vlp_jax.predict.Predictor``.
 """
 
 import json
@@ -23,7 +24,7 @@ from absl import app, flags, logging
 
 from vlp_jax.infra.command import bad_input, parse_flags
 from vlp_jax.infra.compilation import set_gpu_flags
-from vlp_jax.predict import Predictor, Text
+from vlp_jax.predict import QUANTIZE, Predictor, Text
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir, checkpoint or parameter file")
 _WHICH = flags.DEFINE_string("which", "latest", "checkpoint of a workdir: latest, best or a step")
@@ -31,6 +32,7 @@ _IMAGES = flags.DEFINE_multi_string("image", [], "image file; repeat for several
 _TEXTS = flags.DEFINE_multi_string("text", [], "text; repeat for several")
 _BEAMS = flags.DEFINE_integer("beams", 3, "captions of each image", lower_bound=1)
 _TOP = flags.DEFINE_integer("top", 5, "answers or classes shown", lower_bound=1)
+_QUANTIZE = flags.DEFINE_enum("quantize", "", QUANTIZE, "how weights of blocks are held")
 _OUT = flags.DEFINE_string("out", None, "embed: file for the vectors, .npz")
 
 
@@ -161,7 +163,7 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # libraries log every file they read
     with bad_input({"init_from": "--checkpoint", "init_checkpoint": "--which"}):
         _check_flags(argv[1])
-        predictor = Predictor.load(pathlib.Path(_CHECKPOINT.value), _WHICH.value)
+        predictor = Predictor.load(pathlib.Path(_CHECKPOINT.value), _WHICH.value, _QUANTIZE.value)
         print(json.dumps(COMMANDS[argv[1]](predictor), indent=2, ensure_ascii=False))
 
 

@@ -43,12 +43,14 @@ from vlp_jax.objectives.text_tasks import TextClassification, TextRegression
 from vlp_jax.objectives.tower import image_features
 from vlp_jax.train.initial import read_origin
 from vlp_jax.transfer.generate import caption_search, generate
+from vlp_jax.transfer.quantize import quantized
 from vlp_jax.transfer.ranking import Ranker
 
 Image = str | pathlib.Path | np.ndarray  # a file, or uint8 [H, W, 3]
 Text = str | tuple[str, str]  # two sentences, of tasks that read two
 T = TypeVar("T")
 
+QUANTIZE = ("", "int8")  # how the weights of blocks are held
 _ROWS_AT_ONCE = 64  # images or texts on the device
 
 
@@ -88,16 +90,25 @@ class Predictor:
         self._features = jax.jit(functools.partial(image_features, self.model.config.image))
 
     @classmethod
-    def load(cls, path: str | pathlib.Path, checkpoint: str = "latest") -> "Predictor":
+    def load(
+        cls,
+        path: str | pathlib.Path,
+        checkpoint: str = "latest",
+        quantize: str = "",
+    ) -> "Predictor":
         """Read a run's workdir, one of its checkpoints, or an exported parameter file.
 
         Args:
             path: of any of these.
             checkpoint: of a workdir: ``latest``, ``best`` or a step.
+            quantize: ``int8``: the weights of blocks are held in eight bits, see
+                ``transfer.quantize``; empty: in float32.
 
         Raises:
             ValueError, OSError: the message names the file and the remedy.
         """
+        if quantize not in QUANTIZE:
+            raise ValueError(f"quantize={quantize!r} is none of {QUANTIZE}")
         origin = read_origin(path, checkpoint)
         if not origin.tokenizer:
             raise ConfigError("init_from", f"{path} holds no tokenizer", "Use a run's checkpoint")
@@ -111,7 +122,7 @@ class Predictor:
             ConfigDict(origin.config),
             Tokenizer.from_json(origin.tokenizer, str(path)),
             origin.classes,
-            origin.params(),
+            quantized(origin.params()) if quantize else origin.params(),
         )
 
     def answer(self, image: Image, question: str, top: int = 5) -> list[tuple[str, float]]:

@@ -77,7 +77,7 @@ _dense_product.defvjp(_dense_product_forward, _dense_product_backward)
 
 def read_kernel(module: nn.Module, kernel: jax.Array) -> jax.Array:
     """The kernel of a dense layer; of one in eight bits what it stands for, float32."""
-    scale = module.get_variable("params", SCALE)
+    scale: jax.Array | None = module.get_variable("params", SCALE)
     return kernel if scale is None else scaled_kernel(kernel, scale)
 
 

@@ -1,5 +1,7 @@
 """The image tower a config describes: a vision transformer or a residual network."""
 
+import dataclasses
+
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.resnet import ResNet, ResNetConfig
 from vlp_jax.models.vit import ViT, ViTConfig
@@ -12,6 +14,19 @@ ImageTowerConfig = ViTConfig | ResNetConfig
 def image_tower(config: ImageTowerConfig) -> ViT | ResNet:
     """The module, which takes an image, noise, a view, keys and whether it trains."""
     return ResNet(config) if isinstance(config, ResNetConfig) else ViT(config)
+
+
+def tower_alone(config: ImageTowerConfig, name: str) -> ViT | ResNet:
+    """The module by itself, whose blocks find by shorter paths what tuning says of them.
+
+    Args:
+        config: of a model.
+        name: of the tower there.
+    """
+    if isinstance(config, ViTConfig):
+        block = dataclasses.replace(config.block, tuning=config.block.tuning.within(name))
+        config = dataclasses.replace(config, block=block)
+    return image_tower(config)
 
 
 def as_vit(config: ImageTowerConfig, reader: str) -> ViTConfig:

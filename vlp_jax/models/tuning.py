@@ -172,6 +172,22 @@ class Tuning:
             return channels
         return _left(channels, prune.mlp, 1 if channels % CHANNELS else CHANNELS)
 
+    def within(self, module: str) -> "Tuning":
+        """The same of the blocks inside a module, by their paths in it."""
+
+        def inside(paths: Sequence[str]) -> tuple[str, ...]:
+            start = f"{module}/"
+            return tuple(path.removeprefix(start) for path in paths if path.startswith(start))
+
+        prune = self.prune and dataclasses.replace(self.prune, blocks=inside(self.prune.blocks))
+        return dataclasses.replace(
+            self,
+            placed=inside(self.placed),
+            skipped=inside(self.skipped),
+            gated=inside(self.gated),
+            prune=prune,
+        )
+
     def replacement_at(self, part: Part, attentions: int) -> int:
         """Width of the adapter in the place of a part of a block, of all its branches; 0: none.
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -155,9 +156,9 @@ def _prune(config: EncoderConfig, section: ConfigDict) -> PruneConfig | None:
     return cut
 
 
-def pruned_blocks(section: ConfigDict) -> str:
+def pruned_blocks(section: Mapping[str, Any]) -> str:
     """The word or pattern of the blocks that ``config.model.tuning`` prunes."""
-    return str(section.prune.blocks if section.get("prune", {}).get("blocks") else section.blocks)
+    return str(section.get("prune", {}).get("blocks") or section["blocks"])
 
 
 def block_config(config: EncoderConfig, block: str) -> BlockConfig:

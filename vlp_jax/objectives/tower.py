@@ -19,7 +19,7 @@ from vlp_jax.data.augment import Recipe, normalize, random_view, standardize
 from vlp_jax.data.batch import Batch
 from vlp_jax.infra.errors import ConfigError, unknown_key
 from vlp_jax.models.encoder import Encoder
-from vlp_jax.models.image_tower import ImageTowerConfig, image_tower
+from vlp_jax.models.image_tower import ImageTowerConfig, tower_alone
 from vlp_jax.models.layers import Noise
 from vlp_jax.objectives.base import Params, Seen, example_keys, zeros
 
@@ -86,7 +86,7 @@ def encode(
     renewing = train and STATISTICS in params
     if STATISTICS in params:
         variables["batch_stats"] = params[STATISTICS]
-    tokens, renewed = image_tower(config).apply(
+    tokens, renewed = tower_alone(config, TOWER).apply(
         variables,
         pixels,
         noise,

@@ -35,6 +35,7 @@ from vlp_jax.objectives import OBJECTIVES
 CHECKPOINT_FOLDER = "checkpoints"
 KEY = "init_from"
 HOW_COMPUTED = ("dtype", "attention")  # keys of config.model that are no geometry
+CUT = "tuning.prune."  # what keys of config.model begin with that say what is cut out of blocks
 _OF_WORDS = ("text_embedding", "vocabulary_head")  # parts of a model with a row for each word
 
 
@@ -84,15 +85,21 @@ class Origin:
         except NoPartFits:
             raise
         except WeightsError as error:
-            apart = [
-                f"config.model.{key}={made} and not {ours}"
+            apart = {
+                key: f"config.model.{key}={made} and not {ours}"
                 for key, made, ours in _geometries(self.config.get("model", {}), model)
                 if made != ours and key not in HOW_COMPUTED
-            ]
+            }
             if not apart:
                 raise
-            problem = f"made with {', '.join(apart)}, so that {error.problem}"
-            raise WeightsError(self.where, problem, error.remedy) from error
+            problem = f"made with {', '.join(apart.values())}, so that {error.problem}"
+            remedy = error.remedy
+            if any(key.startswith(CUT) for key in apart):
+                remedy = (
+                    "Set these to what the weights were made with (config.adopt_model=True does), "
+                    "or cut the weights by `python -m tools.prune_weights` and start from that"
+                )
+            raise WeightsError(self.where, problem, remedy) from error
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -163,12 +170,16 @@ def _restored(folder: pathlib.Path, step: int | Literal["latest", "best"]) -> Re
 def _geometries(made: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Keys that two ``config.model`` have in common, with the values of both as JSON.
 
-    That weights were made without tuning keeps none of them from a tuned model.
+    That weights were made without tuning keeps none of them from a tuned model, but for one of
+    which parts are cut out.
     """
-    untuned = {"tuning": json.loads(tuning_config().to_json_best_effort())}
-    plain, before, now = (dict(flat_config({**untuned, **of})) for of in ({}, made, ours))
+    untuned = json.loads(tuning_config().to_json_best_effort())
+    plain, before, now = (
+        dict(flat_config({**of, "tuning": {**untuned, **of.get("tuning", {})}}))
+        for of in ({}, made, ours)
+    )
     for key, value in now.items():
-        if key in before and before[key] != plain.get(key):
+        if key in before and (before[key] != plain.get(key) or key.startswith(CUT)):
             yield key, before[key], value
 
 

@@ -30,6 +30,7 @@ from vlp_jax.infra.metrics import check_wandb
 from vlp_jax.infra.sharding import by_path
 from vlp_jax.models.pretrained import Metadata, Report, check_vocabulary, merge
 from vlp_jax.models.sizes import kind_of
+from vlp_jax.models.tuning_config import pruned_blocks, tuning_config
 from vlp_jax.objectives import learns_from
 from vlp_jax.objectives.readout import READOUT_OF
 from vlp_jax.train.bucket_schedule import Resolved, count_buckets
@@ -379,6 +380,10 @@ def _adopt(config: ConfigDict, begun: pathlib.Path | None, origin: Origin | None
 def adopt_model(config: ConfigDict, model: Mapping[str, Any]) -> None:
     """Take a geometry: all of ``config.model`` but how it is computed and tuned.
 
+    What is cut out of blocks (``tuning.prune``) is taken as well: no model of another cut has
+    parameters of these shapes. Of a model that is whole nothing is, so that a config that asks for
+    a cut is told that there is none.
+
     Keys that a checkpoint is too old to have keep the values of the config, where that describes a
     model of the same kind; of another kind, it has nothing to say.
     """
@@ -386,12 +391,25 @@ def adopt_model(config: ConfigDict, model: Mapping[str, Any]) -> None:
         for part, section in config.model.items():
             if isinstance(section, ConfigDict) and part != "tuning":
                 section.update(model.get(part, {}))
+        _adopt_cut(config, model)
         return
     own = (*HOW_COMPUTED, "tuning")
     geometry = {key: value for key, value in model.items() if key not in own}
     kept = {key: config.model[key] for key in own if key in config.model}
     with config.unlocked():
         config.model = ConfigDict({**geometry, **kept})
+    _adopt_cut(config, model)
+
+
+def _adopt_cut(config: ConfigDict, model: Mapping[str, Any]) -> None:
+    tuning = model.get("tuning", {})
+    cut = tuning.get("prune", {})
+    if not cut.get("heads") and not cut.get("mlp"):
+        return
+    with config.unlocked():
+        if "tuning" not in config.model:
+            config.model.tuning = tuning_config()
+        config.model.tuning.prune = ConfigDict({**cut, "blocks": pruned_blocks(tuning)})
 
 
 def _same_compression(config: ConfigDict, workdir: pathlib.Path) -> bool:
