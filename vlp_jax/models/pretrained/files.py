@@ -169,8 +169,9 @@ def save_parameters(
         raise WeightsError(file, "parameters are written as safetensors", "End it in .safetensors")
     file.parent.mkdir(parents=True, exist_ok=True)
     fresh = file.with_name(f".{file.name}.{os.getpid()}")
-    # The library writes the buffer of an array, whatever its strides.
-    arrays = {name: np.ascontiguousarray(array) for name, array in sorted(params.items())}
+    # The library writes the buffer of an array, whatever its strides; a number stays one, which
+    # np.ascontiguousarray makes a vector.
+    arrays = {name: np.asarray(array, order="C") for name, array in sorted(params.items())}
     fresh.touch()
     usual = fresh.stat().st_mode
     try:
