@@ -521,6 +521,7 @@ def tokenizer_json(*words: str) -> str:
 def test_our_files_round_trip_exactly(tmp_path: pathlib.Path) -> None:
     draw = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     params = {"a/kernel": draw.T, "a/bias": draw[0], "b": draw.astype(ml_dtypes.bfloat16)[:, ::2]}
+    params["scale"] = draw[0, 0, None].reshape(())
     metadata = Metadata(
         {"model": {"text": {"width": 3}}}, tokenizer_json("é"), 7, {"loss": 0.1}, {"run": "x"}
     )
@@ -530,7 +531,7 @@ def test_our_files_round_trip_exactly(tmp_path: pathlib.Path) -> None:
         loaded = load_parameters(path)
         assert loaded.keys() == params.keys()
         for name, array in loaded.items():
-            assert array.dtype == params[name].dtype
+            assert (array.dtype, array.shape) == (params[name].dtype, params[name].shape)
             np.testing.assert_array_equal(array, params[name])
         assert load_metadata(path) == metadata
     assert [p.name for p in file.parent.iterdir()] == ["model.safetensors"]

@@ -15,6 +15,7 @@ from vlp_jax.data.source import Source
 from vlp_jax.evals import Evaluator
 from vlp_jax.evals.base import has_figure
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.tuning_config import tuning_config
 from vlp_jax.objectives import learns_from
 from vlp_jax.objectives.base import Objective
 from vlp_jax.objectives.classification import Classifier
@@ -260,6 +261,8 @@ def completed(old: Mapping[str, Any]) -> dict[str, Any]:
     if "image" in model:
         image = {key: default["model"]["image"][key] for key in ("positions", "drop_path")}
         model["image"] = {**image, **model["image"]}
+    if "tuning" in model:
+        model["tuning"] = {**json.loads(tuning_config().to_json_best_effort()), **model["tuning"]}
     compression = {**default["compression"], **old.get("compression", {})}
     came = {key: default[key] for key in ("mixture", "stages")}
     found = {**came, **old, "compression": compression}

@@ -13,8 +13,8 @@ is not here is an error that names it, whether it comes from the file or from a 
     init_from       where the first parameters come from: a run's workdir, one of its checkpoints,
                     or a parameter file (train.initial); empty: from scratch
     init_checkpoint which checkpoint of a workdir: latest, best or a step
-    adopt_model     True: take the geometry of the model (all of `model` but dtype and attention)
-                    from init_from
+    adopt_model     True: take the geometry of the model (all of `model` but dtype, attention and
+                    tuning; of that, what is cut out of blocks) from init_from
     model           geometry, see models.sizes; its keys are those of its kind: of two stacks, of
                     type="shared", of type="three_towers", and of image.type="resnet"; beside them
                     tuning, what is added to its blocks and taken out, see models.tuning_config
