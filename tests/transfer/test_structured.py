@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from captioning import caption_params
 from ml_collections import ConfigDict
+from models.test_decoding import DEPTHS
 from models.test_tuning import ADAPTER, CASES, MODELS, base, build, compiled, drawn, forward
 from models.test_tuning import geometry as tuned_geometry
-from tiny import IMAGE_SIZE, VOCABULARY, lowered_flops, make_batch
+from tiny import IMAGE_SIZE, MASK_ID, VOCABULARY, lowered_flops, make_batch
 
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.augment import normalize
@@ -18,7 +20,13 @@ from vlp_jax.data.batch import FIELDS, batch_spec
 from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.sharding import by_path, nested
-from vlp_jax.models.decoding import empty_cache
+from vlp_jax.models.decoding import (
+    decode_token,
+    decode_token_flops,
+    empty_cache,
+    project_image,
+    project_image_flops,
+)
 from vlp_jax.models.sizes import build_model, model_config
 from vlp_jax.models.tuning import LoraConfig, units_of
 from vlp_jax.models.tuning_config import tuning_config
@@ -276,6 +284,32 @@ def test_formulas_match_the_lowered_module(name):
         VOCABULARY,
     )
     assert expected < 0.75 * whole.flops(48)
+
+
+@pytest.mark.parametrize("size", ["base", "shared_base", "towers_base"])
+def test_formulas_of_decoding_match_the_lowered_module(size):
+    """Where the last block reads an image by fewer heads, and one before it reads none."""
+    rows, room, beams, pixels = 2, 24, 2, 288
+    config = model_config(size)
+    config.dtype, config.reconstructor.depth = "float32", 2
+    config.update_from_flattened_dict(DEPTHS[size])
+    config.tuning = tuning_config()
+    config.tuning.prune.update(heads=0.5, mlp=0.4, blocks="all")
+    [*_, stack] = build_model(config, 10_000, MASK_ID, pixels).config.stacks.values()
+    config.tuning.skip = (f"{stack[-2]}/attention",)
+    model = build_model(config, 10_000, MASK_ID, pixels)
+    shapes = jax.eval_shape(lambda: caption_params(model, pixels))
+    image = jax.ShapeDtypeStruct((rows, model.config.image.tokens, 768), jnp.float32)
+
+    def token(params, image, ids):
+        cache = empty_cache(model.config, rows, beams, room)
+        memory = project_image(model, params, image)
+        return decode_token(model, params, ids, jnp.int32(3), cache, memory)[0]
+
+    ids = jax.ShapeDtypeStruct((rows, beams), jnp.int32)
+    counted = jax.jit(token).lower(shapes, image, ids).cost_analysis()["flops"] / rows
+    expected = decode_token_flops(model.config, room, beams) + project_image_flops(model.config)
+    assert counted == pytest.approx(expected, rel=0.02)
 
 
 def test_a_model_that_is_whole_has_no_section_of_it():
