@@ -65,6 +65,7 @@ _LATER: Mapping[str, Any] = {
     "model.image.positions": "learned",
     "model.image.drop_path": 0.0,
     "optim.final_weight_decay": None,
+    "skip_from": "",
 }
 # A rate that ends above this share of its peak has not been annealed.
 _ANNEALED = 0.2

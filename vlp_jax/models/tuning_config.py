@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import TypeVar
 
 from ml_collections import ConfigDict
@@ -17,6 +18,8 @@ from vlp_jax.models.tuning import (
     Tuning,
     check_apart,
     check_units,
+    split_unit,
+    units_of,
 )
 from vlp_jax.models.vision_language import VisionLanguageConfig
 from vlp_jax.models.vit import ViTConfig
@@ -33,7 +36,8 @@ def tuning_config() -> ConfigDict:
     ``norm``; ``branches``), ``lora`` (``rank``, 0: none; ``alpha``, 0: the rank; ``targets``),
     ``blocks`` that have them (``fusion``, ``all``, or a regular expression of their paths),
     ``skip`` (units that do not exist), ``gated`` (units that are switched while a search looks for
-    those to skip) and ``replacement`` (width of the adapter in the place of each branch that is
+    those to skip; ``fusion``, ``fusion/attention``, ``all/mlp`` and the like stand for those of all
+    their blocks) and ``replacement`` (width of the adapter in the place of each branch that is
     skipped; -1: that of the adapters of branches that are not).
     """
     return ConfigDict(
@@ -77,6 +81,25 @@ def blocks_among(config: EncoderConfig, chosen: str, key: str) -> tuple[str, ...
     return found
 
 
+def units_among(config: EncoderConfig, named: Sequence[str], key: str) -> tuple[str, ...]:
+    """The units of a model that are named one by one, or by a word for the blocks they are in.
+
+    Args:
+        config: geometry.
+        named: units, or ``fusion`` or ``all`` with or without a part, such as ``fusion/mlp``.
+        key: of the config, for messages.
+
+    Raises:
+        ConfigError: the model has no such unit.
+    """
+    found: list[str] = []
+    for name in named:
+        word, part = split_unit(name)
+        one_by_one = word not in (FUSION, ALL)
+        found += [name] if one_by_one else units_of(blocks_among(config, word, key), (part,))
+    return check_units(tuple(dict.fromkeys(found)), config.stacks, key)
+
+
 def tuned(config: _Model, section: ConfigDict) -> _Model:
     """A geometry whose blocks find in theirs what the section says.
 
@@ -113,7 +136,7 @@ def _tuning(config: EncoderConfig, section: ConfigDict) -> Tuning:
     placed = blocks_among(config, section.blocks, "model.tuning.blocks")
     skipped = check_units(section.skip, config.stacks, "model.tuning.skip")
     check_apart(skipped, "model.tuning.skip")
-    gated = check_units(section.gated, config.stacks, "model.tuning.gated")
+    gated = units_among(config, section.gated, "model.tuning.gated")
     both = sorted({*skipped} & {*gated})
     if both:
         raise ConfigError("model.tuning.gated", f"{', '.join(both)} are skipped", "Gate others")

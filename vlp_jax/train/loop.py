@@ -125,6 +125,7 @@ def train(setup: Setup) -> ExitCode:
         steps = _compile(setup, primary)
         compiled = {program.label(key): seconds for key, seconds in steps.seconds.items()}
         if setup.decider is not None:
+            stack.callback(setup.decider.close)
             setup.decider.compile()
             compiled["decisions"] = setup.decider.compile_seconds
         facts |= {
@@ -206,6 +207,9 @@ def train(setup: Setup) -> ExitCode:
                 clock = Clock()
 
             with clock.pausing():
+                if setup.decider is not None and step == setup.total_steps:
+                    state, values = setup.decider.conclude(state, step)
+                    writer.write(step, values)
                 evaluated = evaluate(setup, state, step, writer, guard)
                 if evaluated:
                     state = program.observe(state, evaluated)

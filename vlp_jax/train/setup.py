@@ -30,6 +30,7 @@ from vlp_jax.infra.metrics import check_wandb
 from vlp_jax.infra.sharding import by_path
 from vlp_jax.models.pretrained import Metadata, Report, check_vocabulary, merge
 from vlp_jax.models.sizes import kind_of
+from vlp_jax.models.tuning_config import tuning_config
 from vlp_jax.objectives import learns_from
 from vlp_jax.objectives.readout import READOUT_OF
 from vlp_jax.train.bucket_schedule import Resolved, count_buckets
@@ -57,6 +58,7 @@ from vlp_jax.train.initial import (
 from vlp_jax.train.online import Decider
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import Budget, to_steps
+from vlp_jax.train.searching import SEARCH_FILE, Searcher, build_searcher
 from vlp_jax.train.state import TrainState
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -86,7 +88,7 @@ class Setup:
         missing_images: images that the annotations name and that are not there.
         source_facts: what a resumed run must find again, by source; see ``checks.source_facts``.
         unknown_tokens: by source, the share of the tokens of words that are <unk>.
-        decider: of an online schedule of buckets; None: there is none.
+        decider: of an online schedule of buckets, or of a search; None: there is none.
     """
 
     config: ConfigDict
@@ -106,7 +108,7 @@ class Setup:
     missing_images: int
     source_facts: dict[str, dict[str, Any]]
     unknown_tokens: dict[str, float]
-    decider: Decider | None
+    decider: Decider | Searcher | None
 
     @property
     def total_steps(self) -> int:
@@ -214,6 +216,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     if config.init_from and not begun:
         origin = read_origin(config.init_from, str(config.init_checkpoint))
     _adopt(config, workdir if begun else None, origin)
+    _skip(config, workdir if begun else None)
     tokenizer = _tokenizer(config, workdir, begun, list(sources.values()), origin)
     most_edges = max(1, MAX_SCHEDULED_BUCKETS // count_buckets(config.compression))
     as_begun = begun and _same_compression(config, workdir)
@@ -225,6 +228,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         raise ConfigError(
             "total_steps", "the run has no length", "Give total_steps, _examples or _epochs"
         )
+    if config.search.method:
+        total = max(1, round(total * config.search.percent / 100))
     budget = dataclasses.replace(budget, total_steps=total)
     program = Program(
         config,
@@ -294,7 +299,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         missing_images(sources),
         facts,
         unknown,
-        Decider(program, plan) if program.compression.decisions else None,
+        _decider(config, program, plan, sources, tokenizer, workdir),
     )
 
 
@@ -392,6 +397,52 @@ def adopt_model(config: ConfigDict, model: Mapping[str, Any]) -> None:
     kept = {key: config.model[key] for key in own if key in config.model}
     with config.unlocked():
         config.model = ConfigDict({**geometry, **kept})
+
+
+def _skip(config: ConfigDict, begun: pathlib.Path | None) -> None:
+    """Skip what the run of ``skip_from`` has chosen; a run that has begun, what it skipped then.
+
+    Raises:
+        ConfigError: there is no such choice, or the config has another.
+    """
+    if not config.skip_from:
+        return
+    key, file = "skip_from", pathlib.Path(config.skip_from) / SEARCH_FILE
+    if begun is not None:
+        skipped = json.loads((begun / CONFIG_FILE).read_text())["model"]["tuning"]["skip"]
+    elif file.exists():
+        skipped = json.loads(file.read_text())["skipped"]
+    else:
+        raise ConfigError(
+            key,
+            f"{file} is not there, so that nothing has been chosen",
+            "Give the workdir of a run with config.search.method that has come to its end",
+        )
+    if "tuning" not in config.model:
+        with config.unlocked():
+            config.model.tuning = tuning_config()
+    if config.model.tuning.skip:
+        raise ConfigError(key, "beside model.tuning.skip, which is another choice", "Give one")
+    config.model.tuning.skip = tuple(skipped)
+
+
+def _decider(
+    config: ConfigDict,
+    program: Program,
+    plan: JointPlan,
+    sources: Mapping[str, Source],
+    tokenizer: Tokenizer,
+    workdir: pathlib.Path,
+) -> Decider | Searcher | None:
+    if program.search is None:
+        return Decider(program, plan) if program.compression.decisions else None
+    if program.compression.decisions:
+        raise ConfigError(
+            "search.method",
+            "in a run whose schedule of buckets is decided online, by gradients of other networks",
+            "Give compression.schedule another kind",
+        )
+    return build_searcher(config, program, sources, tokenizer, workdir)
 
 
 def _same_compression(config: ConfigDict, workdir: pathlib.Path) -> bool:

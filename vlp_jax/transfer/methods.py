@@ -19,6 +19,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.tuning import ADDITIONS
 from vlp_jax.models.tuning_config import tuning_config
 
+SEARCH = "das"  # a method that looks for units to skip in the blocks where adapters are
 FROZEN = "frozen"  # group of ``config.optim.groups``
 _ATTENTIONS = ("self_attention", "cross_attention")
 _ALWAYS = r"(_head|_image_type)(/|$)|^(type|stream)_embedding$|/modality_embedding$|/image_to_text/"
@@ -31,6 +32,7 @@ METHODS: dict[str, tuple[dict[str, Any], str | None]] = {
     "bitfit": ({}, r"bias$"),
     "lora": ({"lora": {"rank": 4}}, ADDITIONS),
     "adapter": ({"adapter": {"kind": "serial"}}, ADDITIONS),
+    "das": ({"adapter": {"kind": "serial"}, "gated": ("fusion",)}, ADDITIONS),
     "scaled_parallel": (
         {"adapter": {"kind": "parallel", "scale": 4.0, "norm": True, "branches": _ATTENTIONS}},
         ADDITIONS,
@@ -54,8 +56,8 @@ def set_method(config: ConfigDict, method: str) -> None:
     tuning, trained = METHODS[method]
     with config.unlocked():
         config.model.tuning = tuning_config()
-        for part, values in tuning.items():
-            config.model.tuning[part].update(values)
+        config.model.tuning.update(ConfigDict(tuning))
+        config.search.method = "learned" if method == SEARCH else ""
         if FROZEN in config.optim.groups:
             del config.optim.groups[FROZEN]
         if trained is not None:
