@@ -16,11 +16,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from vlp_jax.data.build import build_plan, open_loader
@@ -33,15 +31,13 @@ from vlp_jax.evals.fixed_set import check_clean
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
 from vlp_jax.infra.mesh import replicated
-from vlp_jax.models.block import Block
-from vlp_jax.models.tuning import unit_name
 from vlp_jax.objectives.base import Params
 from vlp_jax.train.program import Program
 from vlp_jax.train.search import Search
 from vlp_jax.train.state import TrainState
 from vlp_jax.train.step import Batches, ratio
 from vlp_jax.transfer.search import Regression
-from vlp_jax.transfer.units import with_kept
+from vlp_jax.transfer.units import cosines, with_kept
 
 SEARCH_FILE = "search.json"
 _COMPARED, _CANDIDATES = 0x5C2, 0x5C3  # folded into keys
@@ -301,25 +297,10 @@ class Searcher:
     def _cosines(self, state: TrainState, batches: Batches) -> jax.Array:
         """Mean cosines of the tokens before and after each unit, nothing skipped: float32 [n]."""
         units = self._search.choice.units
-        found: dict[str, list[jax.Array]] = {unit: [] for unit in units}
-
-        def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-            after = call(*args, **kwargs)
-            if isinstance(context.module, Block) and context.method_name == "_part":
-                part, before = args[:2]
-                unit = unit_name("/".join(context.module.path), part)
-                if unit in found:
-                    found[unit].append(
-                        optax.losses.cosine_similarity(
-                            before.astype(jnp.float32), after.astype(jnp.float32), epsilon=1e-6
-                        ).mean()
-                    )
-            return after
-
         params = with_kept(state.params, dict.fromkeys(units, 1.0))
-        with nn.intercept_methods(watch):
-            self._loss(params, state, batches, jax.random.fold_in(state.rng, _COMPARED))
-        return jnp.stack([jnp.stack(found[unit]).mean() for unit in units])
+        key = jax.random.fold_in(state.rng, _COMPARED)
+        found = cosines(units, lambda: self._loss(params, state, batches, key))
+        return jnp.stack([found[unit] for unit in units])
 
     def _batches(self, number: int) -> Batches:
         """The batches of a comparison, on the devices."""
