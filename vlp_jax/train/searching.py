@@ -31,13 +31,14 @@ from vlp_jax.evals.fixed_set import check_clean
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
 from vlp_jax.infra.mesh import replicated
+from vlp_jax.models.similarity import cosines
 from vlp_jax.objectives.base import Params
 from vlp_jax.train.program import Program
 from vlp_jax.train.search import Search
 from vlp_jax.train.state import TrainState
 from vlp_jax.train.step import Batches, ratio
 from vlp_jax.transfer.search import Regression
-from vlp_jax.transfer.units import cosines, with_kept
+from vlp_jax.transfer.units import with_kept
 
 SEARCH_FILE = "search.json"
 _COMPARED, _CANDIDATES = 0x5C2, 0x5C3  # folded into keys

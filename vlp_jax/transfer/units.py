@@ -2,16 +2,13 @@
 
 import functools
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
 from vlp_jax.infra.sharding import by_path, leaf_path, nested
-from vlp_jax.models.block import Block
 from vlp_jax.models.tuning import (
     PARTS,
     is_skipped,
@@ -100,31 +97,6 @@ def moving(params: Any, kept: Mapping[str, jax.Array]) -> Any:
         return functools.reduce(operator.and_, inside + instead, True)
 
     return jax.tree_util.tree_map_with_path(lambda path, _: moves(leaf_path(path)), params)
-
-
-def cosines(units: Collection[str], run: Callable[[], Any]) -> dict[str, jax.Array]:
-    """How little units change the tokens: mean cosine of what enters and what leaves, float32 [].
-
-    Args:
-        units: gated ones.
-        run: applies the model to a batch, with the units switched on; a unit that is met several
-            times has the mean.
-    """
-    found: dict[str, list[jax.Array]] = {unit: [] for unit in units}
-
-    def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        after = call(*args, **kwargs)
-        if isinstance(context.module, Block) and context.method_name == Block._part.__name__:
-            part, before = args[:2]
-            unit = unit_name("/".join(context.module.path), part)
-            if unit in found:
-                pair = (x.astype(jnp.float32) for x in (before, after))
-                found[unit].append(optax.losses.cosine_similarity(*pair, epsilon=1e-6).mean())
-        return after
-
-    with nn.intercept_methods(watch):
-        run()
-    return {unit: jnp.stack(seen).mean() for unit, seen in found.items()}
 
 
 def _switch(unit: str) -> str:
