@@ -92,10 +92,12 @@ def train(setup: Setup) -> ExitCode:
     with contextlib.ExitStack() as stack:
         # Look for a checkpoint, and open what reads and writes. ----------------------------------
         checkpoints = stack.enter_context(setup.open_checkpoints())
-        restored = checkpoints.restore_latest(program.state_spec)
+        tunables = setup.tunables
+        restored = checkpoints.restore_latest(program.state_spec, tunables.elsewhere)
         start = 0 if restored is None else restored.step
         if restored is not None:
             setup.check_same_data(restored.extra)
+            tunables.follow(restored.extra)
         stage = 0 if restored is None else stage_of(restored.state.extras)
         feed = stack.enter_context(Feed(setup, stage, start))
         profiler = stack.enter_context(
@@ -213,12 +215,13 @@ def train(setup: Setup) -> ExitCode:
                 if evaluated is not None and step < setup.total_steps:
                     scores = ranked(setup, evaluated)
                     if is_save_due(step, saved, save_every, bool(scores), ranks_every):
-                        checkpoints.save(step, state, scores, setup.checkpoint_extra())
+                        extra = setup.checkpoint_extra()
+                        checkpoints.save(step, state, scores, extra, tunables.left_out)
                         saved = step
 
         # Save and report. ------------------------------------------------------------------------
         extra = setup.checkpoint_extra() | {_EVALUATED: evaluated is not None}
-        checkpoints.save(step, state, ranked(setup, evaluated or {}), extra)
+        checkpoints.save(step, state, ranked(setup, evaluated or {}), extra, tunables.left_out)
         checkpoints.wait()
         preempted = step < setup.total_steps or evaluated is None
         if setup.decider is not None and trained:

@@ -18,7 +18,7 @@ from vlp_jax.data.build import batch_fields
 from vlp_jax.data.named import batch_section
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.mesh import batch_sharding, check_batch_size, global_batch, replicated
-from vlp_jax.infra.sharding import shardings
+from vlp_jax.infra.sharding import by_path, shardings
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives
 from vlp_jax.train.bucket_schedule import Resolved, resolve
@@ -54,6 +54,7 @@ class Program:
         mixture: by which the weights of batches change; None: they are fixed.
         stages: of the run; None: it has one.
         trained_parameters: how many parameters have a gradient.
+        frozen: paths of those that have none.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class Program:
         params = self.state_spec.params
         self._optimizer = optimizer(config.optim, params)
         self._factors = rate_factors(config.optim, params)
+        self.frozen = frozenset(path for path, f in by_path(self._factors).items() if not f)
         self.trained_parameters = _size(trained_only(params, self._factors))
         self._trained_share = self.trained_parameters / _size(params)
 

@@ -43,7 +43,8 @@ def set_method(config: ConfigDict, method: str) -> None:
 
     Args:
         config: of a run, with its objectives; ``config.model.tuning`` and the group ``frozen`` of
-            ``config.optim.groups`` are replaced.
+            ``config.optim.groups`` are replaced, and ``config.checkpoint.tunables_only`` is set:
+            what is frozen is in the base already.
         method: a key of ``METHODS``.
 
     Raises:
@@ -61,3 +62,4 @@ def set_method(config: ConfigDict, method: str) -> None:
         if trained is not None:
             kept = "|".join(filter(None, (_ALWAYS, trained)))
             config.optim.groups[FROZEN] = {"pattern": rf"^(?!.*({kept}))", "rate_factor": 0.0}
+    config.checkpoint.tunables_only = trained is not None
