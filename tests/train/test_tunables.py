@@ -1,6 +1,8 @@
 """Checkpoints of tunables alone: all that reads them finds the base, or says what is amiss."""
 
+import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -11,6 +13,7 @@ from tiny_config import get_config
 
 from tools.export_weights import export_weights
 from tools.export_weights import main as export_main
+from tools.tuning_costs import main as costs_main
 from vlp_jax.infra import sharding
 from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.errors import ConfigError
@@ -176,6 +179,36 @@ def test_a_run_goes_on_on_a_base_that_was_moved_and_names_its_new_place(unmoved)
     assert read_origin(workdir).base.where == str(new)
 
 
+def test_the_report_tells_sizes_and_costs(base, run, whole, capsys):
+    facts, all_of_it = (json.loads((workdir / "run.json").read_text()) for workdir in (run, whole))
+    told = r"\d+(\.\d)? kB of tunables, base of \d+(\.\d)? kB: "
+    assert re.fullmatch(told + re.escape(str(base)), facts["checkpoint"])
+    assert re.fullmatch(r"\d+(\.\d)? kB", all_of_it["checkpoint"])
+    [costs] = facts["costs"]
+    assert costs["checkpoint_bytes"] == size(run)
+    origin = read_origin(run)
+    assert costs["base_bytes"] == sum(origin.arrays[p].nbytes for p in origin.base.arrays)
+    adapters = [array.size for path, array in origin.arrays.items() if "_adapter/" in path]
+    assert costs["trained_parameters"] == costs["without_heads_parameters"] == sum(adapters)
+    # ITC reads the image's block and the text's lower one: two bottlenecks each, of width 2.
+    config = json.loads((run / "config.json").read_text())
+    tokens = 5 + prepare(small(), base).budget.text_lengths["pairs"]
+    assert config["model"]["image"]["width"] == 16
+    assert costs["extra_macs"] == pytest.approx(tokens * 2 * 2 * 16 * 2)
+    assert costs["extra_flops"] == 2 * costs["extra_macs"]
+    extra = costs["extra_flops"] / (costs["forward_flops"] - costs["extra_flops"])
+    assert costs["extra_share"] == pytest.approx(extra)
+    assert costs["update_bytes"] > 0
+    assert costs["update_seconds"] > 0
+    assert costs["device_peak_bytes"] is None  # the allocator of a CPU does not count
+    costs_main([str(run), str(whole), "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["workdir"] for row in rows] == [str(run), str(whole)]
+    assert rows[0]["method"] == "own"  # it freezes the head
+    assert rows[0]["extra_share"] == costs["extra_share"]
+    assert rows[1]["base_bytes"] == 0
+
+
 def test_the_predictor_and_a_next_run_read_both(run, whole, base, tmp_path):
     one, other = Predictor.load(run), Predictor.load(whole)
     picture = np.full((20, 20, 3), 90, np.uint8)
@@ -281,5 +314,5 @@ def test_exported_tunables_are_read_with_their_base(unmoved, tmp_path, capsys):
     with pytest.raises(SystemExit):
         export_main([str(run), f"--out={tmp_path / 'again'}"])
     assert f"error: --base: {run}/checkpoints/0 holds tunables" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="--tunables: .* holds all of its parameters"):
+    with pytest.raises(ValueError, match=r"--tunables: .* holds all of its parameters"):
         export_weights(new, tmp_path / "third", tunables=True)

@@ -215,9 +215,10 @@ class Checkpoints:
         self._manager.reload()
         return _restore(self.directory / str(step), step, abstract_state, elsewhere)
 
-    def size(self, step: int) -> int:
-        """Bytes of the files of a checkpoint that is there."""
-        files = read_manifest(self.directory / str(step)).files
+    def size(self) -> int:
+        """Bytes of the files of the newest checkpoint, of which there is one."""
+        self.wait()
+        files = read_manifest(self.directory / str(steps_of(self.directory)[0])).files
         return sum(size for size, _ in files.values())
 
     @property

@@ -27,6 +27,7 @@ from vlp_jax.infra.preemption import ExitCode, PreemptionGuard
 from vlp_jax.infra.profiling import PROFILE_FOLDER, ProfilerWindow
 from vlp_jax.infra.report import write_report
 from vlp_jax.train.clock import Clock
+from vlp_jax.train.costs import end_facts
 from vlp_jax.train.evaluation import evaluate, evaluate_best, is_save_due, ranked
 from vlp_jax.train.facts import (
     BAD_EXAMPLES_FILE,
@@ -230,6 +231,8 @@ def train(setup: Setup) -> ExitCode:
             facts["decisions_share_of_time"] = round(share, 4)
         if not preempted:
             preempted = not evaluate_best(setup, checkpoints, step, writer, guard)
+        if primary:  # who writes them
+            facts |= end_facts(setup, checkpoints, steps)
         facts |= {
             "status": "preempted" if preempted else "finished",
             "step": step,
@@ -244,7 +247,7 @@ def train(setup: Setup) -> ExitCode:
             latest |= record
         del latest["step"]
         rich.print(results_table(latest))
-        print(f"report: {report}")
+        print(f"checkpoint: {facts['checkpoint']}\nreport: {report}")
         summary = {"workdir": str(setup.workdir), "report": str(report), "step": step}
         print(json.dumps(summary | {"metrics": strict(latest)}, allow_nan=False), flush=True)
     return ExitCode.PREEMPTED if preempted else ExitCode.OK

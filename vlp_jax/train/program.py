@@ -21,6 +21,7 @@ from vlp_jax.infra.mesh import batch_sharding, check_batch_size, global_batch, r
 from vlp_jax.infra.sharding import by_path, shardings
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives
+from vlp_jax.objectives.base import Objective
 from vlp_jax.train.bucket_schedule import Resolved, resolve
 from vlp_jax.train.mixture import Mixture
 from vlp_jax.train.optim import optimizer, rate_factors, trained_only
@@ -339,20 +340,30 @@ class Program:
             text_lengths: mean tokens of the examples of every named batch.
             bucket: whose batches are read and whose views are encoded; None: all, and whole images.
         """
-        return (2.0 + self._trained_share) * self._forward_flops(text_lengths, bucket)
+        return (2.0 + self._trained_share) * self.forward_flops(text_lengths, bucket)
 
-    def _forward_flops(
-        self, text_lengths: Mapping[str, float], bucket: StepBucket | None = None
+    def forward_flops(
+        self,
+        text_lengths: Mapping[str, float],
+        bucket: StepBucket | None = None,
+        objectives: Sequence[Objective] = (),
     ) -> float:
-        """Of one forward pass; what several objectives share is counted once."""
+        """Of one forward pass; what several objectives share is counted once.
+
+        Args:
+            text_lengths: see ``flops``.
+            bucket: see there.
+            objectives: the same ones of another model; empty: those of the run.
+        """
+        objectives = objectives or self.objectives
         sizes: dict[str, Bucket | None] = dict(bucket or dict.fromkeys(self.batch_names))
         total = sum(
             self.batch_sizes[o.batch_name]
             * o.flops(text_lengths[o.batch_name], sizes[o.batch_name])
-            for o in self.objectives
+            for o in objectives
             if o.batch_name in sizes
         )
-        for shared in shared_passes(self.objectives, self.config.optim.accumulation):
+        for shared in shared_passes(objectives, self.config.optim.accumulation):
             if shared.batch_name in sizes:
                 name, again = shared.batch_name, len(shared.readers) - 1
                 once = shared.computed.flops(text_lengths[name], sizes[name])
@@ -364,8 +375,8 @@ class Program:
         lengths = {name: known.get(name, TEXT_LENGTH) for name in self.batch_names}
         size = self.config.data.image_size
         sizes = tuple((name, Bucket(round(length), size)) for name, length in lengths.items())
-        whole = self._forward_flops(lengths)
-        return self._forward_flops(lengths, self.with_views(sizes, views)) / whole
+        whole = self.forward_flops(lengths)
+        return self.forward_flops(lengths, self.with_views(sizes, views)) / whole
 
 
 def _size(tree: Any) -> int:
