@@ -1,9 +1,11 @@
 """Checkpoints of tunables alone: all that reads them finds the base, or says what is amiss."""
 
+import dataclasses
 import json
 import pathlib
 import re
 import shutil
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -23,9 +25,11 @@ from vlp_jax.infra.sharding import by_path
 from vlp_jax.models.pretrained import load_parameters
 from vlp_jax.models.tuning_config import tuning_config
 from vlp_jax.predict import Predictor
-from vlp_jax.train.initial import read_origin
+from vlp_jax.train.base import Base, fingerprint
+from vlp_jax.train.initial import Origin, read_origin
 from vlp_jax.train.loop import train
 from vlp_jax.train.setup import Setup, prepare
+from vlp_jax.train.tunables import _base
 
 TOTAL = 6
 # All but adapters: also the head, which no base has.
@@ -116,6 +120,16 @@ def unmoved(base: pathlib.Path, tmp_path: pathlib.Path) -> tuple[pathlib.Path, p
     return tmp_path / "run", own
 
 
+class Judge:
+    """An evaluator that keeps what it was given."""
+
+    figures = ("accuracy",)
+
+    def run(self, params: object, step: int = 0) -> Iterator[tuple[str, float]]:
+        self.seen = by_path(jax.device_get(params))
+        yield "accuracy", 1.0
+
+
 def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     assert found.keys() == expected.keys()
     for path, array in expected.items():
@@ -174,9 +188,20 @@ def test_a_run_goes_on_on_a_base_that_was_moved_and_names_its_new_place(unmoved)
     workdir, old = unmoved
     new = old.with_name("moved")
     old.rename(new)
-    config = tuned(old, init_base=str(new), total_steps=2)
-    assert train(prepare(config, workdir)) == ExitCode.OK
-    assert read_origin(workdir).base.where == str(new)
+    setup = prepare(tuned(old, init_base=str(new), total_steps=2), workdir)
+    setup.config.checkpoint.best_metric = "val/accuracy"
+    val, test = Judge(), Judge()
+    setup = dataclasses.replace(
+        setup,
+        evaluators={"val": val, "test": test},
+        eval_steps={"val": None, "test": None},
+        on_best=frozenset({"test"}),
+    )
+    assert train(setup) == ExitCode.OK
+    found = read_origin(workdir)
+    assert found.base.where == str(new)
+    same(val.seen, found.arrays)
+    same(test.seen, found.arrays)  # read from the best checkpoint and its base
 
 
 def test_the_report_tells_sizes_and_costs(base, run, whole, capsys):
@@ -316,3 +341,37 @@ def test_exported_tunables_are_read_with_their_base(unmoved, tmp_path, capsys):
     assert f"error: --base: {run}/checkpoints/0 holds tunables" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"--tunables: .* holds all of its parameters"):
         export_weights(new, tmp_path / "third", tunables=True)
+
+
+def test_what_moves_without_a_gradient_is_saved():
+    """Statistics of a residual network and switches of units; and what was not taken as it is."""
+    shapes = {
+        "image_tower/kernel": (2, 3),
+        "image_tower_statistics/mean": (3,),
+        "text_upper_0/block_kept": (),
+        "image_tower/position_embedding": (1, 5, 3),
+        "answers_head/kernel": (3, 2),
+    }
+    specs = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
+    arrays = {path: np.ones(shape, np.float32) for path, shape in shapes.items()}
+    del arrays["answers_head/kernel"]  # fresh
+    arrays["image_tower/position_embedding"] = np.ones((1, 2, 3), np.float32)  # was resized
+    base = _base(Origin("run", 7, arrays, {}, "", ()), specs, shapes)
+    assert set(base.arrays) == {"image_tower/kernel"}
+    assert (base.where, base.step, base.size) == ("run", 7, 24)
+    assert Base.from_json(json.loads(json.dumps(base.to_json()))) == base
+    assert _base(Origin("run", 7, {}, {}, "", ()), specs, shapes) is None
+
+
+def test_a_fingerprint_is_of_names_shapes_types_and_bytes():
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(1, np.float32)}
+    changed = [
+        {**arrays, "a": arrays["a"].reshape(3, 2)},
+        {**arrays, "b": np.ones(1, np.float64)},
+        {"c": arrays["a"], "b": arrays["b"]},
+        {**arrays, "a": arrays["a"] + np.float32(1e-6)},
+    ]
+    assert len({fingerprint(one) for one in (arrays, *changed)}) == 5
+    turned = np.asfortranarray(arrays["a"])
+    assert fingerprint({"b": arrays["b"], "a": turned}) == fingerprint(arrays)
+    assert fingerprint({"half": np.ones((), jax.numpy.bfloat16)})
