@@ -105,9 +105,7 @@ class Study:
             found = [(f"{cell}, {run.config.name}", run, tasks) for run in before] + found
         return found
 
-    def jobs(
-        self, cells: Sequence[str], seeds: Sequence[int], settings: Settings
-    ) -> "list[Job]":
+    def jobs(self, cells: Sequence[str], seeds: Sequence[int], settings: Settings) -> "list[Job]":
         """All that is to be done, each once: seed after seed, of each cell after cell.
 
         Args:

@@ -39,9 +39,7 @@ class TuningStudy:
         """Name of a cell -> task and way."""
         return {f"{task}: {way}": (task, way) for way in self.ways for task in self.figures}
 
-    def jobs(
-        self, cells: Sequence[str], seeds: Sequence[int], settings: Settings
-    ) -> list[Job]:
+    def jobs(self, cells: Sequence[str], seeds: Sequence[int], settings: Settings) -> list[Job]:
         """All that is to be done, each once, seed after seed."""
         jobs: dict[str, Job] = {}
         for seed in seeds:
@@ -67,10 +65,12 @@ class TuningStudy:
         return found
 
     def tables(self, known: Known, seeds: Sequence[int]) -> str:
-        """Costs and scores of every way; how far each is from those of ``less``; what was chosen."""
+        """Costs and scores, how far these are from those of ``less``, and what was chosen."""
         scores = self.scores(known, seeds)
         header = ["way", "trained", "GFLOPs", "FLOPs", "ms/update", *self.figures, "mean"]
-        rows = [[way, *self._costs(known, way), *self._told(found)] for way, found in scores.items()]
+        rows = [
+            [way, *self._costs(known, way), *self._told(found)] for way, found in scores.items()
+        ]
         text = markdown_table(header, rows) + "\n"
         for base in self.less:
             apart = [

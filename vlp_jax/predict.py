@@ -88,17 +88,20 @@ class Predictor:
         self._features = jax.jit(functools.partial(image_features, self.model.config.image))
 
     @classmethod
-    def load(cls, path: str | pathlib.Path, checkpoint: str = "latest") -> "Predictor":
+    def load(
+        cls, path: str | pathlib.Path, checkpoint: str = "latest", base: str = ""
+    ) -> "Predictor":
         """Read a run's workdir, one of its checkpoints, or an exported parameter file.
 
         Args:
             path: of any of these.
             checkpoint: of a workdir: ``latest``, ``best`` or a step.
+            base: of tunables alone: where their base lies, if no longer where it was.
 
         Raises:
             ValueError, OSError: the message names the file and the remedy.
         """
-        origin = read_origin(path, checkpoint)
+        origin = read_origin(path, checkpoint, base)
         if not origin.tokenizer:
             raise ConfigError("init_from", f"{path} holds no tokenizer", "Use a run's checkpoint")
         if not origin.objectives:

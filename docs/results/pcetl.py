@@ -111,9 +111,7 @@ def searched(of: Mapping[str, Any], method: str = "adapter") -> Callable[[str, i
     def run(task: str, seed: int) -> Run:
         config = task_config(task, "das", seed)
         if method != "adapter":
-            config.model.tuning.adapter.update(
-                task_config(task, method, seed).model.tuning.adapter
-            )
+            config.model.tuning.adapter.update(task_config(task, method, seed).model.tuning.adapter)
         config.name = f"{task}, search"
         config.model.tuning.gated = ("all",)
         config.search.skipped = 0
@@ -132,9 +130,7 @@ def study() -> TuningStudy:
     """What ``tools.compare_stages`` does."""
     ways: dict[str, Callable[[str, int], Run | None]] = {name: tuned(name) for name in RATES}
     ways |= {f"DAS {k}": searched({"skipped": k}) for k in (2, 4, 6)}
-    ways |= {
-        f"DAS {share:.0%}": searched({"flops_saved": share}) for share in (0.12, 0.25)
-    }
+    ways |= {f"DAS {share:.0%}": searched({"flops_saved": share}) for share in (0.12, 0.25)}
     ways["DAS 25%, scaled parallel"] = searched({"flops_saved": 0.25}, "scaled_parallel")
     ways["DAS 4, paper"] = searched(
         {"skipped": 4, "reward": "paper", "split": "train", "every_steps": 10, "candidates": 3}

@@ -53,7 +53,9 @@ def test_a_run_is_known_by_all_that_it_comes_from(study: Study) -> None:
 
 
 def test_every_job_is_listed_once_after_what_it_needs(study: Study, tmp_path: pathlib.Path) -> None:
-    jobs = study.jobs(list(study.cells), range(2), dataclasses.replace(study.settings, out=tmp_path))
+    jobs = study.jobs(
+        list(study.cells), range(2), dataclasses.replace(study.settings, out=tmp_path)
+    )
     # Of a seed: stage 1, its second, another second, the second alone; four runs less none scored.
     assert len(jobs) == 2 * (4 + 4 * len(TASKS))
     before: set[str] = {""}

@@ -24,6 +24,8 @@ from vlp_jax.train.schedule import UNITS
 _NO_EFFECT = (
     *("name", "log", "profile", "compile_cache"),
     *("data.cache_dir", "data.cache_workers"),
+    # Where frozen parameters are kept. Of no job of an archive, whose keys stay as they were.
+    *("init_base", "checkpoint.tunables_only"),
 )
 # Keys, besides those above, on which the cost of an update does not depend.
 _SAME_COST = (

@@ -13,6 +13,8 @@ is not here is an error that names it, whether it comes from the file or from a 
     init_from       where the first parameters come from: a run's workdir, one of its checkpoints,
                     or a parameter file (train.initial); empty: from scratch
     init_checkpoint which checkpoint of a workdir: latest, best or a step
+    init_base       of init_from, or of this run's own checkpoints, where they hold tunables alone:
+                    where their base lies now; empty: where it was
     adopt_model     True: take the geometry of the model (all of `model` but dtype and attention)
                     from init_from
     skip_from       workdir of a run that has searched for units: what it chose is skipped, as
@@ -72,7 +74,9 @@ is not here is an error that names it, whether it comes from the file or from a 
                     a test split, whose score must choose nothing)
     mesh            data, fsdp, model: sizes of the axes, -1 for the rest
     checkpoint      every_*, keep_latest, keep_best, best_metric, best_mode; written together with a
-                    run of the evaluator of best_metric, so that it can be the best
+                    run of the evaluator of best_metric, so that it can be the best. tunables_only:
+                    leave out frozen parameters that are those of init_from, which has to stay
+                    (train.tunables)
     log             every_* steps written, tensorboard, wandb (project name or empty)
     profile         start_step, num_steps (0: none)
     compile_cache   folder of compiled programs; empty: WORKDIR/compile_cache; "off": none
@@ -112,6 +116,7 @@ def default_config(size: str = "tiny") -> ConfigDict:
             "debug": False,
             "init_from": "",
             "init_checkpoint": "latest",
+            "init_base": "",
             "adopt_model": False,
             "skip_from": "",
             **duration("total"),
@@ -195,6 +200,7 @@ def default_config(size: str = "tiny") -> ConfigDict:
                 "keep_best": 1,
                 "best_metric": "",
                 "best_mode": "max",
+                "tunables_only": False,
             },
             "log": {**duration("every", steps=50), "tensorboard": True, "wandb": ""},
             "profile": {"start_step": 20, "num_steps": 0},

@@ -18,7 +18,7 @@ from vlp_jax.data.build import batch_fields
 from vlp_jax.data.named import batch_section
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.mesh import batch_sharding, check_batch_size, global_batch, replicated
-from vlp_jax.infra.sharding import shardings
+from vlp_jax.infra.sharding import by_path, shardings
 from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives
@@ -58,6 +58,7 @@ class Program:
         stages: of the run; None: it has one.
         search: of units that a task does without; None: nothing is searched for.
         trained_parameters: how many parameters have a gradient.
+        frozen: paths of those that have none.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Program:
         params = self.state_spec.params
         self._optimizer = optimizer(config.optim, params)
         self._factors = rate_factors(config.optim, params)
+        self.frozen = frozenset(path for path, f in by_path(self._factors).items() if not f)
         self.trained_parameters = _size(trained_only(params, self._factors))
         self._trained_share = self.trained_parameters / _size(params)
 
@@ -149,14 +151,14 @@ class Program:
     def _search_of(self, known: Mapping[str, float]) -> Search:
         """What ``config.search`` says, with what each unit costs of the forward pass."""
         lengths = {name: known.get(name, TEXT_LENGTH) for name in self.batch_names}
-        whole, costs = self._forward_flops(lengths), {}
+        whole, costs = self.forward_flops(lengths), {}
         for unit in self._model.config.text.tuning.gated:
             section = ConfigDict(self.config.model.to_dict())
             section.tuning.update(skip=(unit,), gated=())
             without = build_objectives(
                 self.config.objectives, self._built(section), self._vocabulary
             )
-            costs[unit] = 1.0 - self._forward_flops(lengths, objectives=without) / whole
+            costs[unit] = 1.0 - self.forward_flops(lengths, objectives=without) / whole
         splits = {source.get("split", "train") for source in self.config.data.sources.values()}
         return Search.of(self.config.search, costs, splits, self.full_steps)
 
@@ -367,9 +369,9 @@ class Program:
             text_lengths: mean tokens of the examples of every named batch.
             bucket: whose batches are read and whose views are encoded; None: all, and whole images.
         """
-        return (2.0 + self._trained_share) * self._forward_flops(text_lengths, bucket)
+        return (2.0 + self._trained_share) * self.forward_flops(text_lengths, bucket)
 
-    def _forward_flops(
+    def forward_flops(
         self,
         text_lengths: Mapping[str, float],
         bucket: StepBucket | None = None,
@@ -378,9 +380,9 @@ class Program:
         """Of one forward pass; what several objectives share is counted once.
 
         Args:
-            text_lengths: mean tokens of the examples of every named batch.
-            bucket: whose batches are read and whose views are encoded; None: all, and whole images.
-            objectives: in the place of the run's.
+            text_lengths: see ``flops``.
+            bucket: see there.
+            objectives: the same ones of another model; empty: those of the run.
         """
         objectives = objectives or self.objectives
         sizes: dict[str, Bucket | None] = dict(bucket or dict.fromkeys(self.batch_names))
@@ -402,8 +404,8 @@ class Program:
         lengths = {name: known.get(name, TEXT_LENGTH) for name in self.batch_names}
         size = self.config.data.image_size
         sizes = tuple((name, Bucket(round(length), size)) for name, length in lengths.items())
-        whole = self._forward_flops(lengths)
-        return self._forward_flops(lengths, self.with_views(sizes, views)) / whole
+        whole = self.forward_flops(lengths)
+        return self.forward_flops(lengths, self.with_views(sizes, views)) / whole
 
 
 def _size(tree: Any) -> int:

@@ -60,6 +60,7 @@ from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import Budget, to_steps
 from vlp_jax.train.searching import SEARCH_FILE, Searcher, build_searcher
 from vlp_jax.train.state import TrainState
+from vlp_jax.train.tunables import Tunables
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "config.json"
@@ -89,6 +90,7 @@ class Setup:
         source_facts: what a resumed run must find again, by source; see ``checks.source_facts``.
         unknown_tokens: by source, the share of the tokens of words that are <unk>.
         decider: of an online schedule of buckets, or of a search; None: there is none.
+        tunables: what checkpoints leave to the base they are made on.
     """
 
     config: ConfigDict
@@ -109,6 +111,7 @@ class Setup:
     source_facts: dict[str, dict[str, Any]]
     unknown_tokens: dict[str, float]
     decider: Decider | Searcher | None
+    tunables: Tunables
 
     @property
     def total_steps(self) -> int:
@@ -134,6 +137,7 @@ class Setup:
             "tokenizer": self.tokenizer.to_json(),
             "classes": list(classes[0]) if classes else [],
             "sources": self.source_facts,
+            **self.tunables.extra,
         }
 
     def check_same_data(self, extra: Mapping[str, Any]) -> None:
@@ -214,7 +218,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     begun = has_checkpoint(workdir / CHECKPOINT_FOLDER)
     origin = None
     if config.init_from and not begun:
-        origin = read_origin(config.init_from, str(config.init_checkpoint))
+        origin = read_origin(config.init_from, str(config.init_checkpoint), config.init_base)
     _adopt(config, workdir if begun else None, origin)
     _skip(config, workdir if begun else None)
     tokenizer = _tokenizer(config, workdir, begun, list(sources.values()), origin)
@@ -258,6 +262,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     if origin is not None:  # a misfit shows here, before any device time is spent
         origin = without_foreign_heads(origin, sources, program.objectives)
         origin.check_fit(_shapes(program.state_spec.params), plain(config)["model"])
+    tunables = Tunables(config, program, origin)
     evaluators = build_evaluators(
         EvalContext(config, program.objectives, tokenizer, mesh, sources, plan.edges, workdir)
     )
@@ -300,6 +305,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         facts,
         unknown,
         _decider(config, program, plan, sources, tokenizer, workdir),
+        tunables,
     )
 
 

@@ -11,6 +11,8 @@ streams gives them of the image (METER's poolers), and the vectors that tell str
 apart.
 """
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -22,7 +24,8 @@ from vlp_jax.models.tuning_config import tuning_config
 SEARCH = "das"  # a method that looks for units to skip in the blocks where adapters are
 FROZEN = "frozen"  # group of ``config.optim.groups``
 _ATTENTIONS = ("self_attention", "cross_attention")
-_ALWAYS = r"(_head|_image_type)(/|$)|^(type|stream)_embedding$|/modality_embedding$|/image_to_text/"
+# What every method trains: tables of methods count what is trained with and without it.
+ALWAYS = r"(_head|_image_type)(/|$)|^(type|stream)_embedding$|/modality_embedding$|/image_to_text/"
 
 # Name -> what ``config.model.tuning`` says, and which parameters are trained beside the above;
 # None: all are.
@@ -45,7 +48,8 @@ def set_method(config: ConfigDict, method: str) -> None:
 
     Args:
         config: of a run, with its objectives; ``config.model.tuning`` and the group ``frozen`` of
-            ``config.optim.groups`` are replaced.
+            ``config.optim.groups`` are replaced, and ``config.checkpoint.tunables_only`` is set:
+            what is frozen is in the base already.
         method: a key of ``METHODS``.
 
     Raises:
@@ -61,5 +65,34 @@ def set_method(config: ConfigDict, method: str) -> None:
         if FROZEN in config.optim.groups:
             del config.optim.groups[FROZEN]
         if trained is not None:
-            kept = "|".join(filter(None, (_ALWAYS, trained)))
-            config.optim.groups[FROZEN] = {"pattern": rf"^(?!.*({kept}))", "rate_factor": 0.0}
+            config.optim.groups[FROZEN] = {"pattern": _frozen(trained), "rate_factor": 0.0}
+    config.checkpoint.tunables_only = trained is not None
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """The method that a config has been given, wherever it puts its additions.
+
+    Args:
+        config: of a run, as JSON holds it.
+
+    Returns:
+        A key of ``METHODS``, and how many units are skipped, if any are; ``own`` for adapters,
+        low-rank updates or frozen parameters that no method has.
+    """
+    if config.get("search", {}).get("method"):
+        return SEARCH
+    plain: dict[str, Any] = json.loads(tuning_config().to_json_best_effort())
+    tuning = {**plain, **config["model"].get("tuning", {})}
+    group = config["optim"]["groups"].get(FROZEN, {})
+    skipped = f", {len(tuning['skip'])} skipped" if tuning["skip"] else ""
+    for name, (values, trained) in METHODS.items():
+        parts = {part: {**plain[part], **values.get(part, {})} for part in ("adapter", "lora")}
+        same = json.loads(json.dumps(parts)) == {part: tuning[part] for part in parts}
+        if same and group.get("pattern") == (None if trained is None else _frozen(trained)):
+            return f"{name}{skipped}"
+    return f"own{skipped}"
+
+
+def _frozen(trained: str) -> str:
+    """The pattern of what is frozen where ``trained`` and what always is are not."""
+    return rf"^(?!.*({'|'.join(filter(None, (ALWAYS, trained)))}))"
