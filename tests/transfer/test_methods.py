@@ -109,7 +109,7 @@ def test_a_method_is_told_from_its_config(method):
     assert method_of(plain(config)) == method
     config.model.tuning.skip = ("text_upper_0/mlp",)
     assert method_of(plain(config)) == f"{method}, 1 skipped"
-    config.model.tuning.adapter.kind, config.model.tuning.adapter.norm = "parallel", True
+    config.model.tuning.adapter.kind, config.model.tuning.adapter.scale = "parallel", 3.0
     assert method_of(plain(config)) == "own, 1 skipped"
 
 
