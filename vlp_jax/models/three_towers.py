@@ -31,8 +31,10 @@ tower. For METER's 6 layers, 577 + 40 tokens and 200 prompts our shapes give:
 * shallow: 2 x 200 x 768 = 0.31M parameters and 28.67G multiply-adds, where the table (fact sheet,
   section 4) has 0.30M and 28.71G. Prompts of one stream alone would be 0.15M and 13.97G.
 * deep: 12 x 200 x 768 = 1.84M parameters, as in the table. That has 6.53G multiply-adds, where the
-  shapes give 3.97G, keys and values of the prompts included, of which that code makes as many. For
-  ViLT, a single stream, the table has 5.14G and the shapes give 5.11G.
+  shapes give 3.97G, and so they do of the published code: keys and values of the prompts, 2.83G,
+  which are the same for all examples, and 1.14G of reading them. The table's figure would be met
+  (6.52G) by queries of the prompts, which nobody needs, and by reading them in both attentions; its
+  5.14G for ViLT is met by such queries at the 243 tokens that its adapters were counted at.
 
 In that code prompts come first and heads read the first token of a stream, which with shallow ones
 is a prompt. Here heads read the tokens that they read without prompts.
