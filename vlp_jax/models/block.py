@@ -196,8 +196,8 @@ class Block(nn.Module):
                 them is not read.
             context: [B, H, I, d], one for all streams of an example: of ``project_context``; of a
                 block without cross-attention of ``project``, which self-attention reads beside the
-                stream's own tokens. None: there is none; prompts are projected anew then, which a
-                compiler takes out of a loop over tokens.
+                stream's own tokens. None: there is none; prompts are projected anew then, which XLA
+                takes out of a loop over tokens.
 
         Returns:
             [B, S, 1, D], and ``past`` with the token in its place.

@@ -340,7 +340,7 @@ class Encoder(nn.Module):
             image: [B, I, D] from ``encode_image``.
 
         Returns:
-            [B, H, I, d] each.
+            [B, H, I, d] each, I the tokens of the image and what prompts are read with them.
         """
         raise NotImplementedError
 
