@@ -27,7 +27,8 @@ def block_flops(
 ) -> float:
     """Forward FLOPs of one block for one example.
 
-    Low-rank updates count nothing: they are merged into the weights for inference.
+    Low-rank updates count nothing: they are merged into the weights for inference. Of prompts their
+    being read counts: what is read of them is the same for all examples, see ``prompt_flops``.
 
     Args:
         config: geometry.
@@ -53,6 +54,7 @@ def block_flops(
     if context_keys:
         macs["attention"] += queries * 2 * width * width + context_keys * 2 * width * width
         macs["attention"] += 2 * queries * context_keys * width + adapter("cross_attention")
+    macs["attention"] += 2 * queries * tuning.prompts_at(block) * width
     skipped: list[Part] = [p for p in PARTS if unit_name(block, p) in tuning.skipped]
     instead = sum(bottleneck(tuning.replacement_at(part, attentions)) for part in skipped)
     if "block" in skipped:
@@ -69,6 +71,20 @@ def stack_flops(
 ) -> float:
     """Forward FLOPs of blocks one after the other, by their paths; see ``block_flops``."""
     return sum(block_flops(config, queries, self_keys, context_keys, block) for block in blocks)
+
+
+def prompt_flops(config: EncoderConfig) -> float:
+    """Forward FLOPs of the keys and values of all deep prompts, once for all examples of a batch.
+
+    Of all blocks; objectives that do not run some of these project fewer.
+    """
+    tuning = config.text.tuning
+    widths = {"image_tower": config.image.width}
+    return sum(
+        2.0 * tuning.prompts_at(block) * 2 * widths.get(stack, config.text.width) ** 2
+        for stack, blocks in config.stacks.items()
+        for block in blocks
+    )
 
 
 def stem_flops(config: ViTConfig, view: View | None = None) -> float:
@@ -189,12 +205,13 @@ def text_flops(
         with_image: False: the text alone, which a shared stack reads, and a text tower.
     """
     text, rows = config.text, streams * tokens
-    image_tokens = (view or config.image.view).tokens
+    image_tokens, prompts = (view or config.image.view).tokens, config.text.tuning.shallow_prompts
+    read = image_tokens + prompts
     if isinstance(config, SharedConfig):
         blocks = config.stacks["image_tower"]
         if not with_image:
             return stack_flops(text, blocks, rows, tokens)
-        return _pair_flops(text, blocks, tokens, streams, image_tokens, joint)
+        return _pair_flops(text, blocks, tokens, streams, read, joint)
     if isinstance(config, ThreeTowersConfig):
         lower = lower_flops(config, tokens, streams)
         if not with_image:
@@ -204,11 +221,11 @@ def text_flops(
             fusion = streams * co_attention_flops(config, tokens, image_tokens)
         else:
             blocks = config.stacks["fusion_tower"]
-            fusion = _pair_flops(text, blocks, tokens, streams, image_tokens, joint)
+            fusion = _pair_flops(text, blocks, tokens, streams, read, joint)
         return lower + entering + fusion
     two = _of_two_stacks(config)
     projections = 2.0 * text.width * (rows * text.width + image_tokens * two.image.width)
-    upper = stack_flops(text, two.stacks["text_upper"], rows, tokens, image_tokens)
+    upper = stack_flops(text, two.stacks["text_upper"], rows, tokens, read)
     return projections + lower_flops(two, tokens, streams) + upper
 
 
@@ -224,11 +241,21 @@ def _pair_flops(
     both = image_tokens + tokens
     if joint:
         return stack_flops(config, blocks, streams * both, both)
+    image = beside_flops(config, blocks, image_tokens)
+    return image + stack_flops(config, blocks, streams * tokens, both)
+
+
+def beside_flops(config: BlockConfig, blocks: Sequence[str], image_tokens: float) -> float:
+    """Forward FLOPs of an image that passes the blocks by itself, as one-sided streams read it."""
     image = stack_flops(config, blocks[:-1], image_tokens, image_tokens)
-    read = 2.0 * image_tokens * 2 * config.width**2  # its keys and values in the last block
-    if {blocks[-1], unit_name(blocks[-1], "attention")} & {*config.tuning.skipped}:
-        read = 0.0
-    return image + read + stack_flops(config, blocks, streams * tokens, both)
+    return image + read_flops(config, blocks[-1:], image_tokens)  # nobody reads what that makes
+
+
+def read_flops(config: BlockConfig, blocks: Sequence[str], tokens: float) -> float:
+    """Forward FLOPs of the keys and values of tokens in the attentions of blocks."""
+    skipped = {*config.tuning.skipped}
+    attending = [block for block in blocks if not {block, unit_name(block, "attention")} & skipped]
+    return len(attending) * 2.0 * tokens * 2 * config.width**2
 
 
 def co_attention_flops(config: ThreeTowersConfig, tokens: float, image_tokens: float) -> float:
@@ -240,6 +267,8 @@ def co_attention_flops(config: ThreeTowersConfig, tokens: float, image_tokens: f
         image_tokens: of the image.
     """
     text, stacks = config.text, config.stacks
+    tokens = tokens + text.tuning.shallow_prompts
+    image_tokens = image_tokens + text.tuning.shallow_prompts
     of_image = stack_flops(text, stacks["fusion_image"], image_tokens, image_tokens, tokens)
     of_text = stack_flops(text, stacks["fusion_text"], tokens, tokens, image_tokens)
     class_token = 2.0 * text.width**2

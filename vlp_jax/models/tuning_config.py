@@ -15,6 +15,7 @@ from vlp_jax.models.tuning import (
     BRANCHES,
     AdapterConfig,
     LoraConfig,
+    PromptConfig,
     Tuning,
     check_apart,
     check_units,
@@ -34,16 +35,18 @@ def tuning_config() -> ConfigDict:
 
     Its keys: ``adapter`` (``kind``, empty: none; ``width``, 0: an eighth of the model's; ``scale``;
     ``norm``; ``branches``), ``lora`` (``rank``, 0: none; ``alpha``, 0: the rank; ``targets``),
-    ``blocks`` that have them (``fusion``, ``all``, or a regular expression of their paths),
-    ``skip`` (units that do not exist), ``gated`` (units that are switched while a search looks for
-    those to skip; ``fusion``, ``fusion/attention``, ``all/mlp`` and the like stand for those of all
-    their blocks) and ``replacement`` (width of the adapter in the place of each branch that is
-    skipped; -1: that of the adapters of branches that are not).
+    ``prompt`` (``kind``, empty: none, ``shallow`` or ``deep``; ``length``), ``blocks`` that have
+    them (``fusion``, ``all``, or a regular expression of their paths), ``skip`` (units that do not
+    exist), ``gated`` (units that are switched while a search looks for those to skip; ``fusion``,
+    ``fusion/attention``, ``all/mlp`` and the like stand for those of all their blocks) and
+    ``replacement`` (width of the adapter in the place of each branch that is skipped; -1: that of
+    the adapters of branches that are not).
     """
     return ConfigDict(
         {
             "adapter": {"kind": "", "width": 0, "scale": 1.0, "norm": False, "branches": BRANCHES},
             "lora": {"rank": 0, "alpha": 0.0, "targets": ("query", "value")},
+            "prompt": {"kind": "", "length": 200},
             "blocks": FUSION,
             "skip": (),
             "gated": (),
@@ -133,7 +136,19 @@ def _tuning(config: EncoderConfig, section: ConfigDict) -> Tuning:
     if section.lora.rank:
         alpha = section.lora.alpha or float(section.lora.rank)
         lora = LoraConfig(section.lora.rank, alpha, tuple(section.lora.targets))
+    prompt = None
+    if section.prompt.kind:
+        prompt = PromptConfig(section.prompt.kind, section.prompt.length)
     placed = blocks_among(config, section.blocks, "model.tuning.blocks")
+    if prompt and prompt.kind == "shallow":
+        passed = {block for stack in config.fusion_stacks for block in config.stacks[stack]}
+        if not passed <= {*placed}:
+            raise ConfigError(
+                "model.tuning.blocks",
+                f"{section.blocks!r} leaves out some that shallow prompts pass, which are all that "
+                "read both modalities",
+                f"Use {FUSION!r} or {ALL!r}, or model.tuning.prompt.kind='deep'",
+            )
     skipped = check_units(section.skip, config.stacks, "model.tuning.skip")
     check_apart(skipped, "model.tuning.skip")
     gated = units_among(config, section.gated, "model.tuning.gated")
@@ -143,4 +158,4 @@ def _tuning(config: EncoderConfig, section: ConfigDict) -> Tuning:
     replacement = section.replacement
     if replacement < 0:
         replacement = adapter.width if adapter else 0
-    return Tuning(adapter, lora, placed, skipped, gated, replacement)
+    return Tuning(adapter, lora, prompt, placed, skipped, gated, replacement)

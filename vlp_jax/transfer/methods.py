@@ -5,10 +5,11 @@
 
 Geometries after the fact sheet of PCETL (section 5): low-rank updates of rank 4 of queries and
 values; serial adapters of an eighth of the width after every branch; parallel ones of the same
-width beside the attentions, scaled by 4. All in the blocks that read both modalities, which
-``config.model.tuning.blocks`` changes. Every method trains the heads, what a fusion tower of two
-streams gives them of the image (METER's poolers), and the vectors that tell streams and modalities
-apart.
+width beside the attentions, scaled by 4; 200 prompts for the attention of every block, or 200 that
+pass all blocks as tokens, in two streams 200 in either. All in the blocks that read both
+modalities; ``config.model.tuning.blocks`` changes that, but for prompts that pass all of these.
+Every method trains the heads, what a fusion tower of two streams gives them of the image (METER's
+poolers), and the vectors that tell streams and modalities apart.
 """
 
 import json
@@ -40,6 +41,8 @@ METHODS: dict[str, tuple[dict[str, Any], str | None]] = {
         {"adapter": {"kind": "parallel", "scale": 4.0, "norm": True, "branches": _ATTENTIONS}},
         ADDITIONS,
     ),
+    "shallow_prompt": ({"prompt": {"kind": "shallow"}}, ADDITIONS),
+    "deep_prompt": ({"prompt": {"kind": "deep"}}, ADDITIONS),
 }
 
 
