@@ -33,8 +33,8 @@ FIGURES = {
     "nlvr2": ("test/accuracy",),
     "retrieval": ("test/reranked/i2t_r1", "test/reranked/t2i_r1"),
 }
-# Peak learning rates that were tried for every method; `python -m docs.results.pcetl ARCHIVE` writes
-# the best of each into a file. Of NLVR2, as a share of it.
+# Peak learning rates that are tried for every method, the best of which
+# `python -m docs.results.pcetl ARCHIVE` writes into a file. Of NLVR2, as a share of it.
 TRIED = {
     "full": (1e-4, 3e-4, 1e-3),
     "head": (1e-3, 3e-3, 1e-2),
@@ -42,7 +42,10 @@ TRIED = {
     "lora": (1e-3, 3e-3, 1e-2),
     "adapter": (3e-4, 1e-3, 3e-3),
     "scaled_parallel": (3e-4, 1e-3, 3e-3),
+    "shallow_prompt": (1e-3, 1e-2, 1e-1),
+    "deep_prompt": (1e-3, 1e-2, 1e-1),
 }
+PROMPTS = 32  # a third of what a block reads, as METER's 200 beside 617 tokens
 RATES_FILE = pathlib.Path(__file__).parent / "pcetl_rates.json"
 RATES = json.loads(RATES_FILE.read_text()) if RATES_FILE.exists() else {}
 NLVR2 = 1 / 3  # at the rate of VQA, full tuning stays at chance (docs/results/transfer.md)
@@ -85,6 +88,7 @@ def task_config(task: str, method: str, seed: int, rate: float | None = None) ->
     config.log.tensorboard = False
     if method not in ("full", "head"):
         config.model.tuning.blocks = "all"
+        config.model.tuning.prompt.length = PROMPTS
     with config.unlocked():
         config.evals = {name: config.evals[name] for name in ("val", "test")}
         for section in config.evals.values():
