@@ -21,12 +21,27 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tools.columns import COLUMNS, Score, Settings, Task, averages, common, evaluate, train_to_end
+from tools.columns import (
+    COLUMNS,
+    Score,
+    Settings,
+    Task,
+    averages,
+    common,
+    evaluate,
+    header_of,
+    rows_of,
+    train_to_end,
+)
 from tools.compare.configs import digest, with_overrides
 from tools.compare.measure import final_metrics
+from tools.compare.table import markdown_table
 from vlp_jax.infra.compilation import enable_compile_cache, set_gpu_flags
 from vlp_jax.infra.hardware import device_facts
 from vlp_jax.infra.metrics import read_metrics
+from vlp_jax.infra.report import RUN_FILE
+from vlp_jax.train.costs import COSTS
+from vlp_jax.train.searching import SEARCH_FILE
 
 _MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _ROOT = ".root"  # keys of folders end in it
@@ -40,15 +55,18 @@ class Run:
     Attributes:
         config: complete but for where it starts from.
         parent: the run before; None: it starts from scratch.
+        search: the run, from the same parent, that has chosen what is skipped; None: nothing is.
     """
 
     config: ConfigDict
     parent: "Run | None" = None
+    search: "Run | None" = None
 
     @functools.cached_property
     def key(self) -> str:
         """What the run computes, in 16 hexadecimal digits."""
-        return digest(self.config, "" if self.parent is None else self.parent.key)[:16]
+        before = [run.key for run in (self.parent, self.search) if run is not None]
+        return digest(self.config, " ".join(before))[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +105,39 @@ class Study:
             found = [(f"{cell}, {run.config.name}", run, tasks) for run in before] + found
         return found
 
+    def jobs(self, cells: Sequence[str], seeds: Sequence[int], settings: Settings) -> "list[Job]":
+        """All that is to be done, each once: seed after seed, of each cell after cell.
+
+        Args:
+            cells: of the study.
+            seeds: of the chains; what is fine-tuned from one has its seed.
+            settings: those of the study, with where and by how many it is done.
+        """
+        jobs: dict[str, Job] = {}
+        for seed in seeds:
+            settings = dataclasses.replace(settings, seeds=(seed,))
+            for cell in cells:
+                trained = [Job(run, None, settings) for run in self.chain(cell, seed)]
+                scored = [
+                    Job(run, task, settings)
+                    for _, run, tasks in self.scored(cell, seed)
+                    for task in tasks
+                ]
+                for job in (*trained, *scored):
+                    jobs.setdefault(job.key, job)
+        return list(jobs.values())
+
+    def tables(self, known: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> str:
+        """Scores, how far they are from those they are compared with, and losses, in Markdown."""
+        scores = scores_of(self, known, seeds)
+        rows = rows_of({name: joined(found) for name, found in scores.items()}, self.tasks)
+        text = markdown_table(header_of(self.tasks), rows) + "\n"
+        if apart := differences(self, scores):
+            header = ["run", "less", "seeds", *(column.upper() for column in COLUMNS)]
+            text += "\n" + markdown_table(header, apart) + "\n"
+        evaluators, losses = losses_of(self, known, seeds)
+        return text + "\n" + markdown_table(["loss", *evaluators], losses) + "\n"
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -117,7 +168,8 @@ class Job:
         """Key of the job that must be done before; empty: none."""
         if self.task is not None:
             return self.run.key
-        return "" if self.run.parent is None else self.run.parent.key
+        before = self.run.search or self.run.parent  # a search has the same parent
+        return "" if before is None else before.key
 
 
 def _asked(job: Job) -> str:
@@ -148,32 +200,6 @@ class Places:
         return self.out / "runs" / run.key
 
 
-def jobs_of(
-    study: Study, cells: Sequence[str], seeds: Sequence[int], out: pathlib.Path
-) -> list[Job]:
-    """All that is to be done, each once: seed after seed, of each cell after cell.
-
-    Args:
-        study: what is compared.
-        cells: of it.
-        seeds: of the chains; what is fine-tuned from one has its seed.
-        out: as of ``Places``.
-    """
-    jobs: dict[str, Job] = {}
-    for seed in seeds:
-        settings = dataclasses.replace(study.settings, seeds=(seed,), out=out)
-        for cell in cells:
-            trained = [Job(run, None, settings) for run in study.chain(cell, seed)]
-            scored = [
-                Job(run, task, settings)
-                for _, run, tasks in study.scored(cell, seed)
-                for task in tasks
-            ]
-            for job in (*trained, *scored):
-                jobs.setdefault(job.key, job)
-    return list(jobs.values())
-
-
 def do(job: Job, places: Places) -> dict[str, Any]:
     """Train a run, or score one; what an archive keeps of it.
 
@@ -198,6 +224,8 @@ def do(job: Job, places: Places) -> dict[str, Any]:
         config = job.run.config.copy_and_resolve_references()
         parent = job.run.parent
         config.init_from = "" if parent is None else str(places.workdir(parent))
+        if job.run.search is not None:
+            config.skip_from = str(places.workdir(job.run.search))
         config.compile_cache = str(places.out / "compile_cache")
         config.data.cache_dir = str(places.out / "data")
         config.data.cache_workers = job.settings.helpers
@@ -206,6 +234,9 @@ def do(job: Job, places: Places) -> dict[str, Any]:
                 section.root = places.texts
         train_to_end(config, workdir)
         found = {"metrics": final_metrics(read_metrics(workdir))}
+        found["costs"] = json.loads((workdir / RUN_FILE).read_text()).get(COSTS, [])
+        if (workdir / SEARCH_FILE).exists():
+            found["search"] = json.loads((workdir / SEARCH_FILE).read_text())
     seconds = round(time.perf_counter() - began, 1)
     facts = device_facts()
     return {"job": job.key, "name": job.name, **found, "seconds": seconds, "machine": facts}

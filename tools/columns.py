@@ -85,6 +85,7 @@ class Settings:
             config.
         out: where runs are kept.
         helpers: processes that render the pictures of a data set, ``data.cache_workers``.
+        base: where the base of runs lies whose checkpoints hold tunables alone, if it was moved.
     """
 
     seeds: tuple[int, ...]
@@ -98,6 +99,7 @@ class Settings:
     selections: int | None
     out: pathlib.Path
     helpers: int = 0
+    base: str = ""
 
 
 def tasks_of(data: str, glue: str, glue_tasks: Sequence[str]) -> list[Task]:
@@ -250,7 +252,7 @@ def _config(task: Task, workdir: pathlib.Path, settings: Settings, seed: int) ->
     config = load(f"{_REPO / path}:{arg}" if arg else str(_REPO / path)).config
     with config.unlocked():
         config.seed = seed
-        config.init_from = str(workdir)
+        config.init_from, config.init_base = str(workdir), settings.base
         config.adopt_model = True
         config.compile_cache = str(settings.out / "compile_cache")
         config.data.cache_dir = str(settings.out / "data")

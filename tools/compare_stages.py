@@ -3,7 +3,8 @@
     python -m tools.compare_stages docs.results.momo --archive=docs/results/momo.jsonl --out=OUT
     python -m tools.compare_stages docs.results.momo --archive=... --max_seconds=0  (tables alone)
 
-The argument names a module with ``study()``, see docs/results/momo.py. What --archive holds is not
+The argument names a module with ``study()``, see docs/results/momo.py and docs/results/pcetl.py (of
+another function: MODULE:FUNCTION). What --archive holds is not
 done again, so that a study can be given several times for a while (--max_seconds: nothing is begun
 that, by the longest of its kind so far, would not be over by then), on several machines; --cells
 and --seeds say which part. Runs lie in --out, of which nothing is needed later. Several processes
@@ -28,16 +29,9 @@ from absl import app, flags, logging
 from tools.chains import (
     Job,
     Places,
-    differences,
     execute,
-    jobs_of,
-    joined,
-    losses_of,
     read_archive,
-    scores_of,
 )
-from tools.columns import COLUMNS, header_of, rows_of
-from tools.compare.table import markdown_table
 from vlp_jax.infra.command import bad_input, parse_flags
 from vlp_jax.infra.files import write_text
 from vlp_jax.infra.preemption import ExitCode
@@ -61,7 +55,8 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     with bad_input():
         try:
-            study = importlib.import_module(argv[1]).study()
+            module, _, name = argv[1].partition(":")
+            study = getattr(importlib.import_module(module), name or "study")()
         except (ModuleNotFoundError, AttributeError) as error:
             raise ValueError(f"{argv[1]}: {error}; name a module with study()") from error
         if not pathlib.Path(_TEXTS.value).is_dir():
@@ -77,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     if limit:
         settings = dataclasses.replace(study.settings, helpers=(os.cpu_count() or 1) // 4)
-        jobs = jobs_of(dataclasses.replace(study, settings=settings), names, seeds, out)
+        jobs = study.jobs(names, seeds, dataclasses.replace(settings, out=out))
         places = Places(out, str(pathlib.Path(_TEXTS.value).absolute()))
         longest: dict[str, float] = {}
 
@@ -94,15 +89,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"{time.monotonic() - began:.0f} s {line[:200]}", flush=True)
             with archive.open("a") as file:
                 file.write(line + "\n")
-    known = read_archive(archive)
-    scores = scores_of(study, known, seeds)
-    rows = rows_of({name: joined(found) for name, found in scores.items()}, study.tasks)
-    tables = markdown_table(header_of(study.tasks), rows) + "\n"
-    if apart := differences(study, scores):
-        header = ["run", "less", "seeds", *(column.upper() for column in COLUMNS)]
-        tables += "\n" + markdown_table(header, apart) + "\n"
-    evaluators, losses = losses_of(study, known, seeds)
-    tables += "\n" + markdown_table(["loss", *evaluators], losses) + "\n"
+    tables = study.tables(read_archive(archive), seeds)
     write_text(out / "table.md", tables)
     print(tables)
     if failed:

@@ -56,7 +56,10 @@ class Compared(NamedTuple):
 
 
 def evaluate_quantized(
-    workdir: str | pathlib.Path, checkpoint: str = "latest", evaluators: Sequence[str] = ()
+    workdir: str | pathlib.Path,
+    checkpoint: str = "latest",
+    evaluators: Sequence[str] = (),
+    base: str = "",
 ) -> Compared:
     """Score a run twice.
 
@@ -64,11 +67,12 @@ def evaluate_quantized(
         workdir: of the run, one of its checkpoints, or a parameter file made of one.
         checkpoint: of a workdir: ``latest``, ``best`` or a step.
         evaluators: of the run, by name; none: those with ``on="best"``.
+        base: of tunables: where their base lies, if no longer where it was.
 
     Raises:
         ConfigError, ValueError, OSError: the message names the key or the file.
     """
-    origin = read_origin(workdir, checkpoint)
+    origin = read_origin(workdir, checkpoint, base)
     names = list(evaluators) or _of_test(origin)
     with tempfile.TemporaryDirectory() as scratch:
         setup = set_up_again(origin, checkpoint, pathlib.Path(scratch), names)
@@ -135,13 +139,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("workdir", help="of the run, a checkpoint of it, or a parameter file")
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
     parser.add_argument("--evals", default="", help="names of evaluators, with commas between them")
+    parser.add_argument("--base", default="", help="of tunables: where their base lies now")
     parser.add_argument("--out", help="file for the figures, .json")
     given = parser.parse_args(arguments)
     logging.set_verbosity(logging.ERROR)
-    flag_of = {"init_from": "workdir", "init_checkpoint": "--checkpoint", "evals": "--evals"}
+    flag_of = {
+        "init_from": "workdir",
+        "init_checkpoint": "--checkpoint",
+        "init_base": "--base",
+        "evals": "--evals",
+    }
     with bad_input(flag_of, (ValueError, OSError, RuntimeError)):
         names = [name for name in given.evals.split(",") if name]
-        compared = evaluate_quantized(given.workdir, given.checkpoint, names)
+        compared = evaluate_quantized(given.workdir, given.checkpoint, names, given.base)
         if given.out:
             write_text(pathlib.Path(given.out), json.dumps(compared._asdict(), indent=2) + "\n")
     rich.print(table_of(compared))

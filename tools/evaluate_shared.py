@@ -60,6 +60,7 @@ _EDGES = flags.DEFINE_integer("num_edges", None, "text lengths of each fine-tuni
 _SELECTIONS = flags.DEFINE_integer(
     "selections", None, "how often each fine-tuning is validated", lower_bound=1
 )
+_BASE = flags.DEFINE_string("base", "", "of runs of tunables: where their base lies, if moved")
 _OUT = flags.DEFINE_string("out", None, "folder to write to")
 
 
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     if not workdirs:
         raise app.UsageError("name the workdir of a run: python -m tools.evaluate_shared WORKDIR")
     logging.set_verbosity(logging.ERROR)
-    with bad_input():
+    with bad_input({"init_base": "--base"}):
         if len({workdir.resolve().name for workdir in workdirs}) < len(workdirs):
             raise ValueError("two of the workdirs have one name; rename one")
         tasks = list(chosen(tasks_of(_DATA.value, _GLUE.value, _GLUE_TASKS.value), _TASKS.value))
@@ -85,6 +86,7 @@ def main(argv: Sequence[str]) -> None:
             _EDGES.value,
             _SELECTIONS.value,
             out,
+            base=_BASE.value,
         )
         enable_compile_cache(out / "compile_cache")
         for workdir in workdirs:  # before anything is trained

@@ -10,6 +10,7 @@ checkpoint and comes with ``--checkpoint=best``.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from vlp_jax.infra.files import write_text
 from vlp_jax.infra.manifest import read_manifest
 from vlp_jax.infra.metrics import read_metrics
 from vlp_jax.infra.report import RUN_FILE
+from vlp_jax.infra.units import format_bytes
 from vlp_jax.models.pretrained import WEIGHTS_FILE, Metadata, is_parameter_file, save_parameters
 from vlp_jax.models.sizes import parameter_table
 from vlp_jax.train.initial import CHECKPOINT_FOLDER, Origin, read_origin
@@ -46,6 +48,8 @@ def export_weights(
     out: str | pathlib.Path,
     checkpoint: str = "latest",
     overwrite: bool = False,
+    base: str = "",
+    tunables: bool = False,
 ) -> pathlib.Path:
     """Write parameters, tokenizer and model card of a run.
 
@@ -54,13 +58,16 @@ def export_weights(
         out: folder to write to; made if absent.
         checkpoint: of a workdir: ``latest``, ``best`` or a step.
         overwrite: whether files of these names may be replaced.
+        base: of tunables: where their base lies, if no longer where it was.
+        tunables: write these alone, with the name of their base.
 
     Returns:
         The file of the parameters.
 
     Raises:
         FileExistsError: a file is there already; nothing was written.
-        ValueError: ``workdir`` is a parameter file already.
+        ValueError: ``workdir`` is a parameter file already, or ``tunables`` are asked of a whole
+            checkpoint.
         ConfigError, ValueError, RuntimeError, OSError: no such checkpoint, or a damaged one, or
             damaged metrics of the run.
     """
@@ -72,7 +79,9 @@ def export_weights(
         )
     if is_parameter_file(workdir):
         raise ValueError(f"{workdir} is a parameter file already; name the run it was made of")
-    origin = read_origin(workdir, checkpoint)
+    origin = read_origin(workdir, checkpoint, base)
+    if tunables:
+        origin = _tunables(origin)
     run = workdir.parent.parent if workdir.parent.name == CHECKPOINT_FOLDER else workdir
     metrics = _metrics(workdir, origin.step) | _metrics_of_best(run, origin)
     metadata = Metadata(
@@ -81,23 +90,41 @@ def export_weights(
         step=origin.step,
         metrics=metrics,
         sources={"run": origin.config["name"]},
+        base={} if origin.base is None or not tunables else origin.base.to_json(),
     )
     facts_file = run / RUN_FILE
     facts = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
-    card = model_card(origin, metrics, facts)
+    card = model_card(origin, metrics, facts, tunables)
     save_parameters(out / WEIGHTS_FILE, origin.arrays, metadata)
     write_text(out / TOKENIZER_FILE, origin.tokenizer)
     write_text(out / CARD_FILE, card)
     return out / WEIGHTS_FILE
 
 
-def model_card(origin: Origin, metrics: Mapping[str, float], facts: Mapping[str, Any]) -> str:
+def _tunables(origin: Origin) -> Origin:
+    """The same without what its base has."""
+    if origin.base is None:
+        raise ValueError(
+            f"--tunables: {origin.where} holds all of its parameters, and names no base; leave it "
+            "out, or train with config.checkpoint.tunables_only=True"
+        )
+    own = {path: array for path, array in origin.arrays.items() if path not in origin.base.arrays}
+    return dataclasses.replace(origin, arrays=own)
+
+
+def model_card(
+    origin: Origin,
+    metrics: Mapping[str, float],
+    facts: Mapping[str, Any],
+    tunables: bool = False,
+) -> str:
     """What one must know of the weights, in Markdown with the front matter of model hubs.
 
     Args:
         origin: the parameters and their company.
         metrics: evaluated for these very parameters.
         facts: ``run.json`` of the run; may be empty.
+        tunables: whether they are these alone.
     """
     config = origin.config
     tokens = Tokenizer.from_json(origin.tokenizer, origin.where).vocab_size
@@ -136,6 +163,7 @@ def model_card(origin: Origin, metrics: Mapping[str, float], facts: Mapping[str,
         else "No evaluation was run at this checkpoint.",
         *_notes_on_best(origin, metrics),
         "## Parameters",
+        *(_note_on_base(origin) if tunables else ()),
         _table(("module", "count"), sizes),
         "## Use",
         "```python\n"
@@ -199,6 +227,18 @@ def _notes_on_best(origin: Origin, metrics: Mapping[str, float]) -> list[str]:
     return notes
 
 
+def _note_on_base(origin: Origin) -> list[str]:
+    """That the rest lies elsewhere."""
+    if origin.base is None:
+        return []
+    return [
+        f"These are tunables alone. The other {len(origin.base.arrays)} parameters are those of "
+        f"`{origin.base}`, with the SHA-256 `{origin.base.sha256}` over paths, shapes, dtypes and "
+        "bytes; `--config.init_from` and `python -m tools.predict` look for them there, or where "
+        "`--config.init_base` and `--base` say, and use no others."
+    ]
+
+
 def _objective(name: str, section: Mapping[str, Any]) -> str:
     kind = section.get("type", name)
     return _OBJECTIVES.get(kind, kind)
@@ -235,11 +275,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="folder to write to")
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    parser.add_argument("--base", default="", help="of tunables: where their base lies now")
+    parser.add_argument("--tunables", action="store_true", help="write these alone")
     given = parser.parse_args(arguments)
-    flag_of = {"init_from": "workdir", "init_checkpoint": "--checkpoint"}
+    flag_of = {"init_from": "workdir", "init_checkpoint": "--checkpoint", "init_base": "--base"}
     with bad_input(flag_of, (ValueError, OSError, RuntimeError)):
-        file = export_weights(given.workdir, given.out, given.checkpoint, given.overwrite)
-    print(f"wrote {file}, {TOKENIZER_FILE} and {CARD_FILE}")
+        file = export_weights(
+            given.workdir,
+            given.out,
+            given.checkpoint,
+            given.overwrite,
+            given.base,
+            given.tunables,
+        )
+    size = format_bytes(file.stat().st_size)
+    print(f"wrote {file} ({size}), {TOKENIZER_FILE} and {CARD_FILE}")
 
 
 if __name__ == "__main__":

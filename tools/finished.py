@@ -20,8 +20,8 @@ def set_up_again(
 ) -> Setup:
     """What the run was, with the parameters that its evaluators saw as its first.
 
-    Images are whole, nothing is frozen, and there is no moving average besides. The devices are
-    those that are here.
+    Images are whole, nothing is frozen, no units are searched for, and there is no moving average
+    besides. The devices are those that are here.
 
     Args:
         origin: of ``read_origin``, of a run or of a file that was exported of one.
@@ -53,7 +53,11 @@ def set_up_again(
     for section in config.evals.values():
         section.on = "last"
     config.init_from, config.init_checkpoint = origin.where, checkpoint
+    config.init_base = "" if origin.base is None else origin.base.where
     config.adopt_model, config.debug = False, False
+    # What was chosen by a search is in model.tuning.skip, or in the switches of the parameters.
+    config.skip_from, config.search = "", default.search
+    config.checkpoint.tunables_only = False  # where nothing is frozen, all are tunables
     config.checkpoint.best_metric, config.tokenizer.path = "", ""
     config.log.tensorboard, config.log.wandb = False, ""
     config.mesh, config.compression = default.mesh, default.compression

@@ -132,7 +132,8 @@ def measure(config: ConfigDict, workdir: pathlib.Path, out: pathlib.Path) -> Non
         for step in checkpoints:
             state = fresh
             if step:
-                state = restore_step(_folder(workdir), step, program.state_spec).state
+                elsewhere = setup.tunables.elsewhere
+                state = restore_step(_folder(workdir), step, program.state_spec, elsewhere).state
             steps = range(step, step + _BATCHES.value)
             errors.compile(dict.fromkeys(setup.plan.bucket(t) for t in steps))
             probed = probe_batches(program, setup.plan, step, _BATCHES.value)

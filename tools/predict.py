@@ -10,7 +10,8 @@
     python -m tools.predict embed   --checkpoint=WORKDIR --image=a.jpg --text="a cat" --out=e.npz
 
 Two sentences have a tab between them. ``--checkpoint`` is a run's workdir, one of its checkpoints,
-or an exported parameter file; ``--quantize=int8`` holds the weights of its blocks in eight bits. In
+or an exported parameter file; where it holds tunables alone, ``--base`` says where their base lies,
+if no longer where it was. ``--quantize=int8`` holds the weights of its blocks in eight bits. In
 Python: ``vlp_jax.predict.Predictor``.
 """
 
@@ -28,6 +29,7 @@ from vlp_jax.predict import QUANTIZE, Predictor, Text
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir, checkpoint or parameter file")
 _WHICH = flags.DEFINE_string("which", "latest", "checkpoint of a workdir: latest, best or a step")
+_BASE = flags.DEFINE_string("base", "", "of tunables: where their base lies, if it was moved")
 _IMAGES = flags.DEFINE_multi_string("image", [], "image file; repeat for several")
 _TEXTS = flags.DEFINE_multi_string("text", [], "text; repeat for several")
 _BEAMS = flags.DEFINE_integer("beams", 3, "captions of each image", lower_bound=1)
@@ -161,9 +163,12 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) != 2 or argv[1] not in COMMANDS or _CHECKPOINT.value is None:
         raise app.UsageError(f"write one of {', '.join(COMMANDS)} and --checkpoint=WORKDIR")
     logging.set_verbosity(logging.WARNING)  # libraries log every file they read
-    with bad_input({"init_from": "--checkpoint", "init_checkpoint": "--which"}):
+    flag_of = {"init_from": "--checkpoint", "init_checkpoint": "--which", "init_base": "--base"}
+    with bad_input(flag_of):
         _check_flags(argv[1])
-        predictor = Predictor.load(pathlib.Path(_CHECKPOINT.value), _WHICH.value, _QUANTIZE.value)
+        predictor = Predictor.load(
+            pathlib.Path(_CHECKPOINT.value), _WHICH.value, _BASE.value, _QUANTIZE.value
+        )
         print(json.dumps(COMMANDS[argv[1]](predictor), indent=2, ensure_ascii=False))
 
 

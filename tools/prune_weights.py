@@ -13,8 +13,8 @@ one: it is what its evaluators saw.
 
 The file is a parameter file as of ``tools.export_weights``, whose config has ``model.tuning.prune``
 set: whatever starts from it with ``adopt_model`` has the smaller geometry; ``tools.predict`` and
-``tools.evaluate_quantized`` use it as it is. A run that is cut already may be cut further; shares
-are those of the whole model.
+``tools.evaluate_quantized`` use it as it is. It is whole, also where the checkpoint holds tunables
+alone. A run that is cut already may be cut further; shares are those of the whole model.
 """
 
 import argparse
@@ -59,6 +59,7 @@ def prune_weights(
     blocks: str = "",
     which: str = "latest",
     overwrite: bool = False,
+    base: str = "",
 ) -> EncoderConfig:
     """Write the parameters of a smaller model.
 
@@ -72,6 +73,7 @@ def prune_weights(
             run has pruned, or else tuned (``config.model.tuning.blocks``).
         which: checkpoint of a workdir: ``latest``, ``best`` or a step.
         overwrite: whether the file may be replaced.
+        base: of tunables: where their base lies, if no longer where it was.
 
     Returns:
         The geometry of the smaller model.
@@ -85,7 +87,7 @@ def prune_weights(
         raise FileExistsError(f"{out} is there already; give another file, or --overwrite")
     if batches < 0:
         raise ValueError(f"--batches={batches} must be 0 or more")
-    origin = read_origin(checkpoint, which)
+    origin = read_origin(checkpoint, which, base)
     if not origin.tokenizer:
         raise ConfigError("init_from", f"{checkpoint} holds no tokenizer", "Use a run's checkpoint")
     config = copy.deepcopy(origin.config)
@@ -190,10 +192,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--blocks", default="", help="fusion, all, or a pattern of paths")
     parser.add_argument("--which", default="latest", help="of a workdir: latest, best or a step")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    parser.add_argument("--base", default="", help="of tunables: where their base lies now")
     given = parser.parse_args(arguments)
     flag_of = {
         "init_from": "--checkpoint",
         "init_checkpoint": "--which",
+        "init_base": "--base",
         "model.tuning.prune": "--heads, --mlp",
         **{f"model.tuning.prune.{key}": f"--{key}" for key in ("heads", "mlp", "blocks")},
     }
@@ -207,6 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
             given.blocks,
             given.which,
             given.overwrite,
+            given.base,
         )
     print(f"wrote {given.out}: {_summary(smaller)}, {_how(given.batches)}")
 

@@ -94,6 +94,7 @@ class Predictor:
         cls,
         path: str | pathlib.Path,
         checkpoint: str = "latest",
+        base: str = "",
         quantize: str = "",
     ) -> "Predictor":
         """Read a run's workdir, one of its checkpoints, or an exported parameter file.
@@ -101,6 +102,7 @@ class Predictor:
         Args:
             path: of any of these.
             checkpoint: of a workdir: ``latest``, ``best`` or a step.
+            base: of tunables alone: where their base lies, if no longer where it was.
             quantize: ``int8``: the weights of blocks are held in eight bits, see
                 ``transfer.quantize``; empty: in float32.
 
@@ -109,7 +111,7 @@ class Predictor:
         """
         if quantize not in QUANTIZE:
             raise ValueError(f"quantize={quantize!r} is none of {QUANTIZE}")
-        origin = read_origin(path, checkpoint)
+        origin = read_origin(path, checkpoint, base)
         if not origin.tokenizer:
             raise ConfigError("init_from", f"{path} holds no tokenizer", "Use a run's checkpoint")
         if not origin.objectives:

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlp_jax.train.config import default_config
-from vlp_jax.transfer.methods import METHODS, set_method
+from vlp_jax.transfer.methods import METHODS, SEARCH, set_method
 
 NUM_EXAMPLES = 2000  # of the validation split; of the test split, where that is made and has no end
 
@@ -60,6 +60,8 @@ def base(
         }
     if method:
         set_method(config, method)
+        if method == SEARCH:
+            config.search.skipped = 4
     if which == "scenes":
         config.data.image_size = 64
         config.data.batch_size = 256

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import make_batch, shared_model, towers_model
+from tuned import build, geometry
 
 from vlp_jax.data.augment import normalize
 from vlp_jax.evals.attention_maps import patches_over_image, query_over_text, text_over_image
@@ -23,14 +24,14 @@ MODELS = {
 }
 
 
-def uniform(allowed):
-    """Weights of tokens that read all that they may alike."""
-    return allowed / np.maximum(allowed.sum(axis=-1, keepdims=True), 1)
+def uniform(allowed, deep=0):
+    """Weights of tokens that read all that they may alike, and so many prompts as well."""
+    return allowed / np.maximum(allowed.sum(axis=-1, keepdims=True) + deep, 1)
 
 
-def expected_reach(kind, image):
-    """Rollout of uniform attention, text by text: [B, S * N, I]."""
-    found = []
+def expected_reach(kind, image, shallow=0, deep=0):
+    """Rollout of uniform attention, text by text: [B, S * N, I]; with so many prompts of a kind."""
+    found, kept, image = [], image, image + shallow
     for length in LENGTHS:
         streams = []
         for stream in {"query": ("forward", "reverse")}.get(kind, (kind,)):
@@ -47,8 +48,8 @@ def expected_reach(kind, image):
                 allowed[:image, image:] = rows < length
             reach = np.eye(image + TOKENS)
             for _ in range(DEPTH):
-                reach = 0.5 * (uniform(allowed) @ reach + reach)
-            streams.append(reach[image:, :image])
+                reach = 0.5 * (uniform(allowed, deep) @ reach + reach)
+            streams.append(reach[image:, :kept])
         found.append(np.concatenate(streams))
     return np.stack(found)
 
@@ -82,6 +83,38 @@ def test_uniform_attention_reaches_as_far_as_masks_allow(name, kind):
     real = np.tile(np.arange(TOKENS)[None] < np.array(LENGTHS)[:, None], (1, streams))
     np.testing.assert_allclose(reach[real], expected[real], rtol=1e-5)
     assert len(np.unique(expected[real].round(6))) > 1  # rows differ, by what they may see
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "prompt"),
+    [
+        ("shared", "forward", "deep"),
+        ("shared", "query", "shallow"),
+        ("three_towers", "bidirectional", "deep"),
+        ("three_towers", "forward", "shallow"),
+    ],
+)
+def test_what_is_read_of_prompts_is_in_no_map(name, kind, prompt):
+    model = build(geometry(name, prompt={"kind": prompt, "length": 3}))
+    image = model.config.image.tokens
+    reach = np.asarray(text_over_image(model, sown(model, kind), TOKENS))
+    expected = expected_reach(kind, image, **{prompt: 3})
+    real = np.arange(TOKENS)[None] < np.array(LENGTHS)[:, None]
+    real = np.tile(real, (1, reach.shape[1] // TOKENS))
+    np.testing.assert_allclose(reach[real], expected[real], rtol=1e-5)
+    assert (reach[real].sum(axis=-1) < expected_reach(kind, image)[real].sum(axis=-1)).all()
+
+
+@pytest.mark.parametrize("prompt", ["deep", "shallow"])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("two_stacks", "forward"), ("co_attention", "bidirectional")]
+)
+def test_cross_attention_is_told_from_that_to_prompts(name, kind, prompt):
+    model = build(geometry(name, prompt={"kind": prompt, "length": 3}))
+    image = model.config.image.tokens
+    reach = text_over_image(model, sown(model, kind), TOKENS)
+    assert reach.shape == (2, TOKENS, image)
+    np.testing.assert_allclose(reach, 1 / (image + 3), rtol=1e-5)
 
 
 def test_patches_of_a_tower_are_mixed_and_those_of_one_stack_are_not_yet():

@@ -38,8 +38,8 @@ from vlp_jax.objectives import build_objectives
 from vlp_jax.objectives.base import Objective
 from vlp_jax.objectives.contrastive import ITC, ITM
 from vlp_jax.objectives.readout import Kind, Readout
+from vlp_jax.train.adopted import adopt_model
 from vlp_jax.train.config import check_keys, default_config
-from vlp_jax.train.setup import adopt_model
 
 LENGTHS = [12, 9, 5, 2]
 BATCH = make_batch(LENGTHS)

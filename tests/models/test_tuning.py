@@ -1,7 +1,6 @@
 """Adapters, low-rank updates and skippable units, on every model; METER's figures from shapes."""
 
 import functools
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,27 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from tiny import (
-    IMAGE_SIZE,
-    MASK_ID,
-    TOKENS,
-    VOCAB,
-    VOCABULARY,
-    lowered_flops,
-    make_batch,
-    shared_config,
-    tiny_config,
-    towers_config,
-)
+from tiny import VOCABULARY, lowered_flops
+from tuned import MODELS, base, build, compiled, drawn, forward, geometry, tuned_size
 
 from vlp_jax.compress.buckets import Bucket
-from vlp_jax.data.augment import normalize
 from vlp_jax.data.batch import FIELDS, batch_spec
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.sharding import by_path, nested
 from vlp_jax.models.encoder import Encoder
-from vlp_jax.models.flops import text_flops
-from vlp_jax.models.masks import bidirectional_mask, two_stream_mask
+from vlp_jax.models.flops import block_flops, prompt_flops, text_flops
 from vlp_jax.models.sizes import build_model, model_config
 from vlp_jax.models.tuning import PARTS, LoraConfig, is_added, is_skipped, units_of
 from vlp_jax.models.tuning_config import tuning_config
@@ -39,63 +26,9 @@ from vlp_jax.train.config import check_keys, default_config
 from vlp_jax.transfer.lora import merge_lora
 from vlp_jax.transfer.units import gated_units, pruned, with_kept
 
-LENGTHS = [12, 9, 5, 2]
-BATCH = make_batch(LENGTHS)
-IDS, N = jnp.asarray(BATCH["text_ids"]), jnp.array(LENGTHS)
-
-MODELS: dict[str, Callable[[], ConfigDict]] = {
-    "two_stacks": lambda: (
-        tiny_config(**{"model.text.lower_depth": 2, "model.text.upper_depth": 2}).model
-    ),
-    "shared": lambda: shared_config().model,
-    "three_towers": lambda: towers_config(**{"text.depth": 2, "fusion.depth": 2}),
-    "co_attention": lambda: towers_config(co_attention=True, **{"fusion.depth": 2}),
-}
 ADAPTER = {"kind": "serial", "width": 3}
-
-
-def section(value: Any) -> Any:
-    return ConfigDict(value) if isinstance(value, Mapping) else value
-
-
-def geometry(name: str, **tuning: Any) -> ConfigDict:
-    config = ConfigDict(MODELS[name]().to_dict())
-    config.tuning = tuning_config()
-    config.tuning.update({key: section(value) for key, value in tuning.items()})
-    return config
-
-
-def build(config: ConfigDict) -> Encoder:
-    return build_model(config, VOCAB, MASK_ID, IMAGE_SIZE)
-
-
-def forward(streams: tuple[str, ...], model: Encoder) -> Any:
-    """What texts and their images come to, in one or in two streams, and each alone."""
-    pixels = normalize(jnp.asarray(BATCH["image"]))
-    image = model.encode_image(pixels)
-    joint = streams == ("bidirectional",)
-    mask = bidirectional_mask(N, TOKENS)[:, None] if joint else two_stream_mask(N, TOKENS)
-    both = model.encode_text(IDS, mask, image, streams)
-    return both.last, model.image_feature(image), model.text_feature(IDS, N)
-
-
-def compiled(model: Encoder, streams: tuple[str, ...] = ("bidirectional",)) -> Any:
-    return jax.jit(nn.apply(functools.partial(forward, streams), model))
-
-
-def drawn(config: ConfigDict) -> Any:
-    """Parameters of a model, none of them zero or one, but for switches: units are kept."""
-    init = nn.init(functools.partial(forward, ("bidirectional",)), build(config))
-    shapes = by_path(jax.eval_shape(init, jax.random.key(0))["params"])
-    draw = np.random.default_rng(0)
-    values = {p: 0.3 * draw.normal(size=x.shape).astype(np.float32) for p, x in shapes.items()}
-    return nested({p: np.float32(1) if p.endswith("_kept") else x for p, x in values.items()})
-
-
-@functools.cache
-def base(name: str) -> Any:
-    """Of the model without tuning."""
-    return drawn(MODELS[name]())
+# Of all that can be added beside what is kept, in all blocks.
+ADDED = {"adapter": ADAPTER, "prompt": {"kind": "deep", "length": 3}, "blocks": "all"}
 
 
 def all_units(name: str) -> tuple[str, ...]:
@@ -106,7 +39,7 @@ def all_units(name: str) -> tuple[str, ...]:
 @functools.cache
 def gated(name: str, streams: tuple[str, ...]) -> tuple[Any, Any]:
     """Parameters with everything gated, and the compiled pass."""
-    config = geometry(name, gated=all_units(name), replacement=2, adapter=ADAPTER)
+    config = geometry(name, gated=all_units(name), replacement=2, **ADDED)
     return drawn(config), compiled(build(config), streams)
 
 
@@ -143,7 +76,7 @@ def test_masked_equals_pruned(name: str, streams: tuple[str, ...], index: int) -
     params, masked = gated(name, streams)
     switched = with_kept(params, dict.fromkeys(skipped, 0.0))
     expected = masked({"params": switched})
-    smaller = geometry(name, skip=skipped, replacement=2, adapter=ADAPTER)
+    smaller = geometry(name, skip=skipped, replacement=2, **ADDED)
     found = compiled(build(smaller), streams)({"params": pruned(params, skipped)})
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
@@ -156,7 +89,7 @@ def test_masked_equals_pruned(name: str, streams: tuple[str, ...], index: int) -
 def test_a_pruned_network_has_the_parameters_that_are_left(name: str) -> None:
     params, _ = gated(name, ("bidirectional",))
     skipped = patterns(name)[3]
-    smaller = geometry(name, skip=skipped, replacement=2, adapter=ADAPTER)
+    smaller = geometry(name, skip=skipped, replacement=2, **ADDED)
     init = nn.init(functools.partial(forward, ("bidirectional",)), build(smaller))
     shapes = jax.eval_shape(init, jax.random.key(0))["params"]
     left = by_path(pruned(params, skipped))
@@ -249,10 +182,7 @@ def test_merged_updates_equal_those_beside(name: str) -> None:
 
 def meter(**tuning: Any) -> Encoder:
     """The base size with two streams at METER's resolution and vocabulary."""
-    config = model_config("co_attention_base")
-    config.tuning = tuning_config()
-    config.tuning.update({key: section(value) for key, value in tuning.items()})
-    return build_model(config, 50_265, 4, 384)
+    return build_model(tuned_size("co_attention_base", **tuning), 50_265, 4, 384)
 
 
 def added_parameters(model: Encoder) -> int:
@@ -285,6 +215,34 @@ def test_figures_of_meter_from_shapes_alone() -> None:
     parallel = meter(adapter={**scaled, "branches": attentions})
     assert added_parameters(parallel) == pytest.approx(3.59e6, abs=1e4)
     assert (macs(parallel) - plain) / 1e9 == pytest.approx(1.10, abs=0.03)
+
+
+def test_prompts_of_meter_and_vilt_from_shapes_alone() -> None:
+    """Shallow ones cost what the fact sheet has (section 4), deep ones less; see ``three_towers``.
+
+    0.30M parameters and 28.71G multiply-adds there, and 1.84M and 6.53G; ViLT's are 5.14G.
+    """
+    plain, length, width = macs(meter()), 200, 768
+    shallow = meter(prompt={"kind": "shallow"})
+    assert added_parameters(shallow) == 2 * length * width
+    assert (macs(shallow) - plain) / 1e9 == pytest.approx(28.71, rel=2e-3)
+    deep = meter(prompt={"kind": "deep"})
+    assert added_parameters(deep) == 12 * length * width
+    projected, read = prompt_flops(deep.config) / 2, macs(deep) - plain
+    assert projected / 1e9 == pytest.approx(2.831, abs=1e-3)
+    assert read / 1e9 == pytest.approx(1.137, abs=1e-3)
+    # What would meet the table: queries of the prompts, and reading them in both attentions.
+    assert (1.5 * projected + 2 * read) / 1e9 == pytest.approx(6.53, abs=0.01)
+
+    tokens = 243  # at which ViLT's serial adapters of width 96 cost the 0.86G of the table
+    assert 12 * 2 * tokens * 2 * width * 96 / 1e9 == pytest.approx(0.86, abs=0.005)
+    size = tuned_size("vilt_base", prompt={"kind": "deep"})
+    vilt = build_model(size, 30_522, 103, 384).config
+    with_prompts = block_flops(vilt.text, tokens, tokens, block=vilt.stacks["image_tower"][0])
+    read = 12 * (with_prompts - block_flops(vilt.text, tokens, tokens)) / 2
+    projected = prompt_flops(vilt) / 2
+    assert (projected + read) / 1e9 == pytest.approx(3.73, abs=0.005)
+    assert (1.5 * projected + read) / 1e9 == pytest.approx(5.14, abs=0.005)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -343,6 +301,21 @@ def test_formulas_match_the_lowered_module(name: str) -> None:
         ({"adapter": {**ADAPTER, "width": -1}}, ValueError, r"adapter\.width=-1 must be 1"),
         ({"adapter": {**ADAPTER, "branches": ("ffn",)}}, ValueError, r"branches=\('ffn',\)"),
         ({"lora": {"rank": -2}}, ValueError, r"lora\.rank=-2 must be 1 or more"),
+        (
+            {"prompt": {"kind": "both"}},
+            ValueError,
+            r"model\.tuning\.prompt\.kind='both' is neither 'shallow' nor 'deep', nor ''",
+        ),
+        (
+            {"prompt": {"kind": "deep", "length": 0}},
+            ValueError,
+            r"model\.tuning\.prompt\.length=0 must be 1 or more.*model\.tuning\.prompt\.kind=''",
+        ),
+        (
+            {"prompt": {"kind": "shallow"}, "blocks": "text_upper_0"},
+            ConfigError,
+            r"model\.tuning\.blocks: 'text_upper_0' leaves out .*Use 'fusion' or 'all', or model",
+        ),
         ({"lora": {"rank": 2, "targets": ("out",)}}, ValueError, r"targets=\('out',\)"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else None,
@@ -352,7 +325,7 @@ def test_bad_input(tuning: dict[str, Any], error: type[Exception], message: str)
         build(geometry("two_stacks", **tuning))
 
 
-def test_a_config_may_have_thesection() -> None:
+def test_a_config_may_have_the_section() -> None:
     config = default_config("shared_tiny")
     with config.unlocked():
         config.model.tuning = tuning_config()

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from docs.results import momo
 from tests.tools.small_stages import small_stage
 from tools import chains, columns
-from tools.chains import Job, Places, Run, Study, execute, jobs_of, read_archive, scores_of
+from tools.chains import Job, Places, Run, Study, execute, read_archive, scores_of
 from tools.columns import Score, Settings, Task, train_to_end
 from tools.compare.configs import with_overrides
 from vlp_jax.infra.errors import ConfigError
@@ -53,7 +53,9 @@ def test_a_run_is_known_by_all_that_it_comes_from(study: Study) -> None:
 
 
 def test_every_job_is_listed_once_after_what_it_needs(study: Study, tmp_path: pathlib.Path) -> None:
-    jobs = jobs_of(study, list(study.cells), range(2), tmp_path)
+    jobs = study.jobs(
+        list(study.cells), range(2), dataclasses.replace(study.settings, out=tmp_path)
+    )
     # Of a seed: stage 1, its second, another second, the second alone; four runs less none scored.
     assert len(jobs) == 2 * (4 + 4 * len(TASKS))
     before: set[str] = {""}
@@ -91,7 +93,7 @@ def fake(job: Job, places: Places) -> dict[str, object]:
 def test_jobs_are_done_in_order_and_what_needs_a_failed_one_is_left_out(
     study: Study, tmp_path: pathlib.Path
 ) -> None:
-    jobs = jobs_of(study, list(study.cells), [0], tmp_path)
+    jobs = study.jobs(list(study.cells), [0], dataclasses.replace(study.settings, out=tmp_path))
     places = Places(tmp_path, "")
     records = list(execute(jobs, places, 2, {}, lambda job: True, work=fake))
     [failed] = [record for record in records if "error" in record]
@@ -166,7 +168,7 @@ def test_a_chain_of_two_stages_is_trained_and_scored(tmp_path: pathlib.Path) -> 
     study = Study({"cell": (small_stage(1), small_stage(2))}, momo.study().tasks[1:2], (), SETTINGS)
     settings = dataclasses.replace(SETTINGS, records=40, examples=8)
     study = dataclasses.replace(study, settings=settings)
-    jobs = jobs_of(study, ["cell"], [0], tmp_path / "out")
+    jobs = study.jobs(["cell"], [0], dataclasses.replace(study.settings, out=tmp_path / "out"))
     places = Places(tmp_path / "out", str(texts))
     records = [chains.do(job, places) for job in jobs]
     assert [record.get("name") for record in records] == ["stage 1", "stage 2", "linear probe"]

@@ -40,7 +40,7 @@ def command(monkeypatch, tmp_path, capsys):
     """Runs a command; gives its exit code, what it printed and what it complained of."""
     loaded = []
 
-    def load(path, which, quantize):
+    def load(path, which, base, quantize):
         loaded.append(path)
         if path.name == "absent":
             raise ConfigError("init_from", f"{path} is no run", "Give one")

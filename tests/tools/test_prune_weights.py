@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -51,7 +52,8 @@ def save(config, workdir):
     )
     state = state.replace(params=moved, extras={**state.extras, "ema": moved})
     with setup.open_checkpoints() as checkpoints:
-        checkpoints.save(0, state, {"val/loss": 1.0}, setup.checkpoint_extra())
+        left_out = setup.tunables.left_out
+        checkpoints.save(0, state, {"val/loss": 1.0}, setup.checkpoint_extra(), left_out)
         checkpoints.wait()
     return setup
 
@@ -222,6 +224,49 @@ def test_the_predictor_reads_both(run, file):
         np.testing.assert_allclose(whole.embed_images([picture]), other, atol=1e-6)
     with pytest.raises(ValueError, match=r"quantize='int4' is none of"):
         Predictor.load(run, quantize="int4")
+
+
+def test_tunables_are_completed_by_their_base(run, tmp_path, capsys):
+    """Wherever that lies now, by every tool and the predictor."""
+    first, base, tuned = (tmp_path / name for name in ("first", "base", "tuned"))
+    shutil.copytree(run, first)
+    setup = save(run_config(init_from=str(first), adopt_model=True), tuned)
+    assert setup.tunables.left_out
+    whole = read_origin(tuned).arrays
+    first.rename(base)
+    out = tmp_path / "pruned.safetensors"
+    arguments = [f"--checkpoint={tuned}", f"--out={out}", *CUT, "--batches=1"]
+    assert re.search(
+        r"--base: .* made on .*first.* cannot be read", failing(capsys, main, *arguments)
+    )
+    main([*arguments, f"--base={base}"])
+    assert not load_metadata(out).base
+    assert set(load_parameters(out)) == set(whole)
+    error = failing(capsys, evaluate_main, str(tuned), "--evals=val")
+    assert re.search(r"--base: .* cannot be read", error)
+    evaluate_main([str(tuned), "--evals=val", f"--base={base}"])
+    assert "val/loss" in capsys.readouterr().out
+    small = Predictor.load(tuned, base=str(base), quantize="int8")
+    expected = quantized(read_origin(tuned, base=str(base)).params())
+    jax.tree.map(np.testing.assert_array_equal, small.params, expected)
+
+
+def test_a_run_of_a_search_is_what_it_has_chosen(tmp_path):
+    """It draws no units once more; nor does the run that follows look for the choice."""
+    parts = ("attention", "mlp")
+    gated = {"model.tuning.gated": tuple(f"fusion/{part}" for part in parts)}
+    save(run_config(**gated), tmp_path / "run")
+    searched = read_origin(tmp_path / "run")
+    searched.config["search"].update(method="random", skipped=1)
+    program = set_up_again(searched, "latest", tmp_path / "again").program
+    assert program.search is None
+    leaves = by_path(program.state_spec.params)
+    assert {f"text_upper_0/{part}_kept" for part in parts} <= set(leaves)
+    save(run_config(**{"model.tuning.skip": ("text_upper_0/attention",)}), tmp_path / "next")
+    followed = read_origin(tmp_path / "next")
+    followed.config["skip_from"] = str(tmp_path / "gone")
+    setup = set_up_again(followed, "latest", tmp_path / "once_more")
+    assert tuple(setup.config.model.tuning.skip) == ("text_upper_0/attention",)
 
 
 def test_bad_input(run, file, tmp_path, capsys):

@@ -20,9 +20,10 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch
 from vlp_jax.models.sizes import SHARED, build_model, kind_of
 from vlp_jax.objectives import build_objectives
+from vlp_jax.train.adopted import adopt_model
 from vlp_jax.train.config import check_keys, default_config
 from vlp_jax.train.schedule import Budget, to_steps
-from vlp_jax.train.setup import adopt_model, with_durations
+from vlp_jax.train.setup import with_durations
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "configs"
 SHIPPED = sorted(

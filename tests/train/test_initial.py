@@ -452,16 +452,19 @@ def test_a_tuned_model_starts_from_a_plain_one_and_not_the_other_way_round(origi
         config.model.tuning = tuning_config()
         config.model.tuning.skip = ("text_upper_0/mlp",)
         config.model.tuning.adapter.kind = "serial"
+        config.model.tuning.prompt.update(kind="deep", length=3)
     setup = prepare(config, tmp_path / "tuned")
     state, report = setup.first_state()
     rows = {row.parameter: row.status for row in report.rows}
     assert rows["text_upper_0/cross_attention_adapter/up/kernel"] == "new"
     assert rows["text_upper_0/mlp_replacement/up/kernel"] == "new"
+    assert rows["text_upper_0/prompt/tokens"] == "new"
     assert rows["text_upper_0/self_attention/query/kernel"] == "used"
     assert "mlp" not in state.params["text_upper_0"]
     assert ("unused", (24, 48)) in {(row.status, row.shape) for row in report.rows}
     tuned = save(config, tmp_path / "saved")
     plain = downstream(tuned)
     named = r'made with config\.model\.tuning\.adapter\.kind="serial" and not "", config\.model\.'
-    with pytest.raises(WeightsError, match=named + r"tuning\.skip=.*text_upper_0/mlp"):
+    named += r'tuning\.prompt\.kind="deep" and not "", .*config\.model\.tuning\.skip=.*_upper_0/mlp'
+    with pytest.raises(WeightsError, match=named):
         prepare(plain, tmp_path / "plain")

@@ -20,7 +20,8 @@ from vlp_jax.infra.sharding import by_path
 from vlp_jax.models.tuning import is_added
 from vlp_jax.train.config import check_keys
 from vlp_jax.train.optim import rate_factors
-from vlp_jax.transfer.methods import METHODS, set_method
+from vlp_jax.train.setup import plain
+from vlp_jax.transfer.methods import METHODS, method_of, set_method
 
 SECTION = {"num_classes": 4, "readout": "bidirectional"}
 ALWAYS = re.compile("^vqa_head/|(type|stream|modality)_embedding$|/image_to_text/")
@@ -99,6 +100,21 @@ def test_a_config_takes_a_method():
         vqa.get_config("scenes,,prefix")
     with pytest.raises(ConfigError, match=r"method: 'prefix'\. Use one of full"):
         set_method(config, "prefix")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_told_from_its_config(method):
+    config = config_of("two_stacks", method)
+    assert config.checkpoint.tunables_only == (method != "full")
+    assert method_of(plain(config)) == method
+    config.model.tuning.skip = ("text_upper_0/mlp",)
+    assert method_of(plain(config)) == f"{method}, 1 skipped"
+    config.model.tuning.adapter.kind, config.model.tuning.adapter.scale = "parallel", 3.0
+    assert method_of(plain(config)) == "own, 1 skipped"
+
+
+def test_a_config_without_tuning_trains_all():
+    assert method_of(plain(objective_config("vqa", SECTION))) == "full"
 
 
 def test_a_method_takes_the_place_of_another():

@@ -6,17 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.test_tuning import (
-    ADAPTER,
-    MODELS,
-    base,
-    build,
-    compiled,
-    drawn,
-    gated,
-    geometry,
-    patterns,
-)
+from models.test_tuning import ADDED, gated, patterns
+from tuned import MODELS, base, build, compiled, drawn, geometry
 
 from vlp_jax.infra.sharding import by_path, nested
 from vlp_jax.models.tuning import LoraConfig
@@ -116,13 +107,13 @@ def test_what_they_take(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_after_units_were_skipped(name):
-    """With adapters beside what is left and in the place of what is not."""
+    """With adapters and prompts beside what is left, and adapters in the place of what is not."""
     skipped = patterns(name)[3]
     params, _ = gated(name, ("bidirectional",))
     small = quantized(pruned(params, skipped))
     names = {path.split("/")[-2] for path in scales(small)}
     assert {"down", "up"} <= names
-    run = compiled(build(geometry(name, skip=skipped, replacement=2, adapter=ADAPTER)))
+    run = compiled(build(geometry(name, skip=skipped, replacement=2, **ADDED)))
     for one, other in zip(run({"params": small}), run({"params": dequantized(small)}), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6, rtol=1e-6)
 

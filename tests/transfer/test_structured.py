@@ -10,9 +10,10 @@ import pytest
 from captioning import caption_params
 from ml_collections import ConfigDict
 from models.test_decoding import DEPTHS
-from models.test_tuning import ADAPTER, CASES, MODELS, base, build, compiled, drawn, forward
-from models.test_tuning import geometry as tuned_geometry
+from models.test_tuning import ADAPTER, CASES
 from tiny import IMAGE_SIZE, MASK_ID, VOCABULARY, lowered_flops, make_batch
+from tuned import MODELS, base, build, compiled, drawn, forward
+from tuned import geometry as tuned_geometry
 
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.augment import normalize
@@ -27,6 +28,7 @@ from vlp_jax.models.decoding import (
     project_image,
     project_image_flops,
 )
+from vlp_jax.models.flops import prompt_flops
 from vlp_jax.models.sizes import build_model, model_config
 from vlp_jax.models.tuning import LoraConfig, units_of
 from vlp_jax.models.tuning_config import tuning_config
@@ -40,6 +42,7 @@ from vlp_jax.transfer.units import pruned
 
 HALF = {"heads": 0.5, "mlp": 0.5, "blocks": "all"}
 LORA = {"rank": 2, "alpha": 6.0, "targets": ("query", "key", "value")}
+PROMPTS = ("deep", "shallow")
 
 
 def geometry(name, cut=HALF, **tuning):
@@ -256,8 +259,33 @@ def test_a_tower_by_itself_is_cut_as_well():
     np.testing.assert_allclose(alone, inside, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_formulas_match_the_lowered_module(name):
+@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.parametrize(
+    ("name", "streams"), CASES, ids=[f"{n}-{'-'.join(streams)}" for n, streams in CASES]
+)
+def test_prompts_are_read_by_the_heads_that_are_left(name, streams, kind):
+    """Of every block its own: the first of each stack have half of them."""
+    tuning = {"prompt": {"kind": kind, "length": 3}, "blocks": "all"}
+    params = drawn(tuned_geometry(name, **tuning))
+    found = importance(params)
+    config = geometry(name, {**HALF, "blocks": ".*0"}, **tuning)
+    model = build(config)
+    small = prune(params, model.config, found)
+    if streams == ("bidirectional",):
+        assert {path: leaf.shape for path, leaf in by_path(small).items()} == shapes(config)
+    beside = compiled(model, streams)
+    whole = compiled(build(tuned_geometry(name, **tuning)), streams)
+    expected = whole({"params": silenced(params, model.config, found)})
+    for one, other in zip(beside({"params": small}), expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-5)
+    other_prompts = nested(
+        {p: -x if p.endswith("prompt/tokens") else x for p, x in by_path(small).items()}
+    )
+    assert np.abs(beside({"params": other_prompts})[0] - expected[0]).max() > 1e-2
+
+
+def pruned_small(name):
+    """``config.model`` of size small, with parts cut out of every block."""
     config = model_config(
         {
             "two_stacks": "small",
@@ -271,6 +299,33 @@ def test_formulas_match_the_lowered_module(name):
     config.reconstructor.depth = 2
     config.tuning = tuning_config()
     config.tuning.prune.update(heads=0.5, mlp=0.4, blocks="all")
+    return config
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.parametrize(
+    ("name", "streams"), CASES, ids=[f"{n}-{'-'.join(streams)}" for n, streams in CASES]
+)
+def test_formulas_of_prompts_count_the_heads_that_are_left(name, streams, kind):
+    """What prompts add; keys and values of deep ones once for the four examples of a batch."""
+    readout = "bidirectional" if streams == ("bidirectional",) else "forward"
+    counted, expected = [], []
+    for prompt in ({}, {"kind": kind, "length": 40}):
+        config = pruned_small(name)
+        config.tuning.blocks, config.tuning.prune.blocks = "all", ".*0"
+        config.tuning.prompt.update(prompt)
+        model = build_model(config, 1000, 3, 144)
+        section = ConfigDict({"vqa": {"num_classes": 8, "readout": readout}})
+        [one] = build_objectives(section, model, VOCABULARY)
+        counted.append(lowered_flops(one, Bucket(48, 144)))
+        expected.append(one.flops(48) + prompt_flops(model.config) / 4)
+    assert counted[1] == pytest.approx(expected[1], rel=0.04)
+    assert counted[1] - counted[0] == pytest.approx(expected[1] - expected[0], rel=0.05)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_formulas_match_the_lowered_module(name):
+    config = pruned_small(name)
     model = build_model(config, 1000, 3, 144)
     [one] = build_objectives(
         ConfigDict({"vqa": {"num_classes": 8, "readout": "bidirectional"}}), model, VOCABULARY
@@ -286,15 +341,17 @@ def test_formulas_match_the_lowered_module(name):
     assert expected < 0.75 * whole.flops(48)
 
 
+@pytest.mark.parametrize("kind", ["", *PROMPTS])
 @pytest.mark.parametrize("size", ["base", "shared_base", "towers_base"])
-def test_formulas_of_decoding_match_the_lowered_module(size):
-    """Where the last block reads an image by fewer heads, and one before it reads none."""
+def test_formulas_of_decoding_match_the_lowered_module(size, kind):
+    """Where the last block reads image and prompts by fewer heads, and one before it reads none."""
     rows, room, beams, pixels = 2, 24, 2, 288
     config = model_config(size)
     config.dtype, config.reconstructor.depth = "float32", 2
     config.update_from_flattened_dict(DEPTHS[size])
     config.tuning = tuning_config()
     config.tuning.prune.update(heads=0.5, mlp=0.4, blocks="all")
+    config.tuning.prompt.update(kind=kind, length=200)
     [*_, stack] = build_model(config, 10_000, MASK_ID, pixels).config.stacks.values()
     config.tuning.skip = (f"{stack[-2]}/attention",)
     model = build_model(config, 10_000, MASK_ID, pixels)
@@ -309,6 +366,7 @@ def test_formulas_of_decoding_match_the_lowered_module(size):
     ids = jax.ShapeDtypeStruct((rows, beams), jnp.int32)
     counted = jax.jit(token).lower(shapes, image, ids).cost_analysis()["flops"] / rows
     expected = decode_token_flops(model.config, room, beams) + project_image_flops(model.config)
+    expected += prompt_flops(model.config) / rows
     assert counted == pytest.approx(expected, rel=0.02)
 
 

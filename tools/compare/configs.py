@@ -24,6 +24,8 @@ from vlp_jax.train.schedule import UNITS
 _NO_EFFECT = (
     *("name", "log", "profile", "compile_cache"),
     *("data.cache_dir", "data.cache_workers"),
+    # Where frozen parameters are kept. Of no job of an archive, whose keys stay as they were.
+    *("init_base", "checkpoint.tunables_only"),
 )
 # Keys, besides those above, on which the cost of an update does not depend.
 _SAME_COST = (
@@ -64,7 +66,9 @@ _LATER: Mapping[str, Any] = {
     "data.batches.pairs.weight": 1.0,
     "model.image.positions": "learned",
     "model.image.drop_path": 0.0,
+    "model.tuning.prune": {"heads": 0.0, "mlp": 0.0, "blocks": ""},
     "optim.final_weight_decay": None,
+    "skip_from": "",
 }
 # A rate that ends above this share of its peak has not been annealed.
 _ANNEALED = 0.2

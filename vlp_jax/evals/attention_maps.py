@@ -1,4 +1,7 @@
-"""Attention weights that a forward pass has sown, as maps over image tokens."""
+"""Attention weights that a forward pass has sown, as maps over image tokens.
+
+What tokens read of a model's prompts (``models.tuning``) is in no map: rows are short of it.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +22,7 @@ def attention_rollout(weights: Sequence[jax.Array]) -> jax.Array:
         weights: attention of every layer from the first on, a mean over heads, [..., T, T] each.
 
     Returns:
-        float32 [..., T, T]; rows sum to 1.
+        float32 [..., T, T]; rows sum to 1 where those of all layers do.
     """
     rollout = jnp.broadcast_to(jnp.eye(weights[0].shape[-1]), weights[0].shape)
     for layer in weights:
@@ -42,16 +45,18 @@ def text_over_image(model: Encoder, weights: Mapping[str, Any], tokens: int) -> 
         float32 [B, S * N, I], the streams of an example one after the other, as the keys of a
         reconstructor are.
     """
+    image, prompts = model.config.image.tokens, model.config.text.tuning.shallow_prompts
     if isinstance(model, VisionLanguageModel):
-        return _last_attention(weights, "text_upper")
+        return _last_attention(model, weights, "text_upper")[..., :image]
     if isinstance(model, ThreeTowers) and model.config.co_attention:
-        read = _last_attention(weights["fusion_tower"], "text_block")
-        return read.reshape(len(jax.tree.leaves(weights["image_tower"])[0]), -1, read.shape[-1])
+        read = _last_attention(model, weights, "fusion_tower/text_block")[:, prompts:, :image]
+        return read.reshape(len(jax.tree.leaves(weights["image_tower"])[0]), -1, image)
     stack = "fusion_tower" if isinstance(model, ThreeTowers) else "image_tower"
-    layers = [block["weights"] for block in _self_attentions(weights[stack])]
-    image = model.config.image.tokens
-    reach = attention_rollout([_joint(layer, image) for layer in layers])
-    reach = reach[..., image : image + tokens, :image]
+    beside = image + prompts
+    reach = attention_rollout(
+        [_joint(layer, beside) for layer in _self_attentions(model, weights, stack)]
+    )
+    reach = reach[..., beside : beside + tokens, :image]
     return reach.reshape(len(reach), -1, image)
 
 
@@ -65,7 +70,7 @@ def patches_over_image(model: Encoder, weights: Mapping[str, Any]) -> jax.Array:
     if isinstance(model, SharedModel):  # texts read patches that have met no block
         return jnp.eye(model.config.image.tokens)
     return attention_rollout(
-        [_mean_attention(one) for one in _self_attentions(weights["image_tower"])]
+        [_over_heads(sown) for [sown] in _self_attentions(model, weights, "image_tower")]
     )
 
 
@@ -77,25 +82,36 @@ def query_over_text(model: Encoder, weights: Mapping[str, Any]) -> jax.Array:
         weights: what the pass has sown.
     """
     halves = isinstance(model, VisionLanguageModel)
-    return _last_attention(weights, "reconstructor_upper" if halves else "reconstructor")
+    return _last_attention(model, weights, "reconstructor_upper" if halves else "reconstructor")
 
 
-def _mean_attention(attention: Mapping[str, Any]) -> jax.Array:
-    """The weights of one attention as a mean over heads: float32 [B, Q, K]."""
-    [weights] = attention["weights"]
-    return _over_heads(weights)
-
-
-def _last_attention(weights: Mapping[str, Any], stack: str) -> jax.Array:
-    """The last cross-attention of a stack of blocks."""
-    blocks = [name for name in weights if name.startswith(stack)]
+def _last_attention(model: Encoder, weights: Mapping[str, Any], stack: str) -> jax.Array:
+    """The last cross-attention of a stack of blocks, a mean over heads: float32 [B, Q, K]."""
+    tower, _, stack = stack.rpartition("/")
+    sown = weights[tower] if tower else weights
+    blocks = [name for name in sown if name.startswith(stack)]
     last = max(blocks, key=lambda name: int(name.rpartition("_")[2]))
-    return _mean_attention(weights[last]["cross_attention"])
+    [read] = sown[last]["cross_attention"]["weights"]
+    return _over_heads(_without_prompts(model, f"{tower}/{last}".removeprefix("/"), read))
 
 
-def _self_attentions(tower: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Of the blocks of a tower, in their order."""
-    return [tower[name]["self_attention"] for name in sorted(tower) if name.startswith("block_")]
+def _self_attentions(
+    model: Encoder, weights: Mapping[str, Any], tower: str
+) -> list[tuple[jax.Array, ...]]:
+    """What the blocks of a tower have sown, in their order."""
+    names = [name for name in sorted(weights[tower]) if name.startswith("block_")]
+    return [
+        tuple(
+            _without_prompts(model, f"{tower}/{name}", sown)
+            for sown in weights[tower][name]["self_attention"]["weights"]
+        )
+        for name in names
+    ]
+
+
+def _without_prompts(model: Encoder, block: str, weights: jax.Array) -> jax.Array:
+    """What is read of all but the prompts of a block, which come first: [..., Q, P + K]."""
+    return weights[..., model.config.text.tuning.prompts_at(block) :]
 
 
 def _joint(sown: Sequence[jax.Array], image: int) -> jax.Array:

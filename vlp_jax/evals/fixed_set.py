@@ -76,7 +76,7 @@ class FixedSet:
                 split,
             )
         if split != config.data.sources[source].get("split", "train"):
-            _check_clean(f"evals.{evaluator}.split", context.sources[source], self.source)
+            check_clean(f"evals.{evaluator}.split", context.sources[source], self.source)
         batch_size = batch_size or config.data.batch_size // config.optim.accumulation
         shards = batch_shards(context.mesh)
         try:
@@ -223,8 +223,20 @@ def _check_has(
         )
 
 
-def _check_clean(key: str, train: Source, held_out: Source) -> None:
-    """Refuse a set whose pictures are trained on."""
+def check_clean(
+    key: str, train: Source, held_out: Source, known_as: str = "the training split"
+) -> None:
+    """Refuse a set of which another has pictures.
+
+    Args:
+        key: of the config, for the message.
+        train: the other.
+        held_out: the set.
+        known_as: the other, for the message.
+
+    Raises:
+        ConfigError: it has; the message counts them.
+    """
     if train.num_records is None or held_out.num_records is None:
         return  # made, not listed: the splits of such sources share nothing
     if not has_pictures(train):
@@ -232,7 +244,7 @@ def _check_clean(key: str, train: Source, held_out: Source) -> None:
     if shared := shared_images(train, held_out):
         raise ConfigError(
             key,
-            f"{len(shared)} pictures are in the training split as well, such as {shared[0]}",
+            f"{len(shared)} pictures are in {known_as} as well, such as {shared[0]}",
             "Use splits that share no picture",
         )
 

@@ -8,6 +8,7 @@ Orbax writes and reads the arrays. This module adds what a long run needs on top
   (Orbax alone notices truncated files, but restores flipped bits without a word.)
 - a damaged checkpoint is named in a warning, and the one before it is used;
 - a state that does not fit the checkpoint is refused by the paths and shapes that differ;
+- leaves that lie elsewhere can be left out, and are put back by what knows where they are;
 - ``infra/checkpoint_reader.py`` reads parameters without knowing the state they were saved in.
 
 Arrays are stored under their path in the state (``params/text/dense/kernel``), as nested dicts, so
@@ -22,7 +23,7 @@ a checkpoint outlives the Python classes of the state. Layout of a checkpoint di
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -34,9 +35,11 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from vlp_jax.infra.checkpoint_reader import (
+    Elsewhere,
     Restored,
     all_damaged,
     first_sound,
+    nothing_elsewhere,
     read_arrays,
     read_extra,
     steps_of,
@@ -117,6 +120,7 @@ class Checkpoints:
         state: Any,
         metrics: Mapping[str, float] | None = None,
         extra: Mapping[str, Any] | None = None,
+        without: Collection[str] = (),
     ) -> bool:
         """Copy the state off the device and write it in the background.
 
@@ -129,6 +133,7 @@ class Checkpoints:
             metrics: evaluated for this very state. Without the one that ranks checkpoints, this one
                 is no candidate for the best; a warning says so where there are others.
             extra: a JSON object stored beside the state.
+            without: paths in the state that are not stored, for ``restore_latest`` is given them.
 
         Returns:
             False if there was already a checkpoint of this step; it is left as it is.
@@ -145,7 +150,7 @@ class Checkpoints:
         self.wait()
         if step in self._manager.all_steps():
             return False
-        arrays = by_path(state)
+        arrays = {path: leaf for path, leaf in by_path(state).items() if path not in without}
         self._scores[step] = score(metrics, self._best_metric, self._best_mode)
         self._saving = (
             step,
@@ -183,7 +188,9 @@ class Checkpoints:
             )
             write_manifest(root, manifest)
 
-    def restore_latest(self, abstract_state: Any) -> Restored | None:
+    def restore_latest(
+        self, abstract_state: Any, elsewhere: Elsewhere = nothing_elsewhere
+    ) -> Restored | None:
         """Restore the newest sound checkpoint, on whatever devices the abstract state names.
 
         Newer checkpoints that are damaged are named in a warning and renamed to ``damaged-STEP``,
@@ -192,6 +199,7 @@ class Checkpoints:
         Args:
             abstract_state: the state as ``jax.ShapeDtypeStruct`` leaves with shardings (arrays do
                 as well). Leaves without a sharding go to the first local device.
+            elsewhere: gives the leaves that the checkpoint leaves out; what it raises is passed on.
 
         Returns:
             The state, or None if there is no checkpoint.
@@ -205,7 +213,13 @@ class Checkpoints:
         if step is None:
             return None
         self._manager.reload()
-        return _restore(self.directory / str(step), step, abstract_state)
+        return _restore(self.directory / str(step), step, abstract_state, elsewhere)
+
+    def size(self) -> int:
+        """Bytes of the files of the newest checkpoint, of which there is one."""
+        self.wait()
+        files = read_manifest(self.directory / str(steps_of(self.directory)[0])).files
+        return sum(size for size, _ in files.values())
 
     @property
     def latest_path(self) -> epath.Path | None:
@@ -311,13 +325,19 @@ def _set_aside(path: epath.Path) -> None:
     path.rename(aside)
 
 
-def restore_step(directory: epath.PathLike, step: int, abstract_state: Any) -> Restored:
+def restore_step(
+    directory: epath.PathLike,
+    step: int,
+    abstract_state: Any,
+    elsewhere: Elsewhere = nothing_elsewhere,
+) -> Restored:
     """Restore one checkpoint of a run that may be going on: nothing is renamed or deleted.
 
     Args:
         directory: the checkpoints of a run.
         step: of the checkpoint.
         abstract_state: see ``Checkpoints.restore_latest``.
+        elsewhere: see there.
 
     Raises:
         FileNotFoundError: there is none of this step.
@@ -328,13 +348,15 @@ def restore_step(directory: epath.PathLike, step: int, abstract_state: Any) -> R
     if not root.is_dir():
         raise FileNotFoundError(f"{directory} has no checkpoint of step {step}")
     verify(root)
-    return _restore(root, step, abstract_state)
+    return _restore(root, step, abstract_state, elsewhere)
 
 
-def _restore(root: epath.Path, step: int, abstract_state: Any) -> Restored:
+def _restore(root: epath.Path, step: int, abstract_state: Any, elsewhere: Elsewhere) -> Restored:
     """Restore a verified checkpoint into the structure and onto the devices of a state."""
-    arrays = by_path(abstract_state)
-    _check_match(root, read_manifest(root).arrays, arrays)
+    arrays, extra = by_path(abstract_state), read_extra(root)
+    given = elsewhere(str(root), extra)
+    told = {path: (list(array.shape), str(array.dtype)) for path, array in given.items()}
+    _check_match(root, read_manifest(root).arrays | told, arrays)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
         path: jax.ShapeDtypeStruct(
@@ -342,10 +364,12 @@ def _restore(root: epath.Path, step: int, abstract_state: Any) -> Restored:
         )
         for path, leaf in arrays.items()
     }
-    restored = read_arrays(root, abstract, as_numpy=False)
+    held = {path: leaf for path, leaf in abstract.items() if path not in given}
+    restored = read_arrays(root, held, as_numpy=False)
+    restored |= {path: jax.device_put(a, abstract[path].sharding) for path, a in given.items()}
     structure = jax.tree.structure(abstract_state)
     state = jax.tree.unflatten(structure, [restored[path] for path in arrays])
-    return Restored(state, step, read_extra(root))
+    return Restored(state, step, extra)
 
 
 def _check_match(

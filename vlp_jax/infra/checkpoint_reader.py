@@ -7,7 +7,7 @@ is that of ``infra/checkpoint.py``.
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -27,6 +27,17 @@ from vlp_jax.infra.manifest import (
 from vlp_jax.infra.sharding import by_path, nested
 
 logger = logging.getLogger(__name__)
+
+Leaf = TypeVar("Leaf")
+
+# From the path of a checkpoint and the JSON saved with it to what its state has beyond the arrays
+# it holds: path in the state -> array.
+Elsewhere = Callable[[str, Mapping[str, Any]], Mapping[str, np.ndarray]]
+
+
+def nothing_elsewhere(root: str, extra: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
+    """Of a checkpoint that holds the whole state."""
+    return {}
 
 
 class Restored(NamedTuple):
@@ -49,6 +60,7 @@ def load_params(
     subtree: str | Sequence[str] = "params",
     ranking: tuple[str, BestMode] | None = None,
     overlays: Sequence[str] | Callable[[Mapping[str, Any]], Sequence[str]] = (),
+    elsewhere: Elsewhere = nothing_elsewhere,
 ) -> Restored:
     """Read one subtree of a checkpoint, without knowing the type of the state it was saved in.
 
@@ -61,6 +73,7 @@ def load_params(
             to be ranked by.
         overlays: paths of subtrees whose leaves take the place of those of the same path within
             the first; or what gives them for the extra.
+        elsewhere: gives the leaves that the checkpoint leaves out; what it raises is passed on.
 
     Returns:
         The subtree as nested dicts of NumPy arrays in the dtypes saved, its step, and the extra.
@@ -79,10 +92,11 @@ def load_params(
             f"{root} holds no {' or '.join(map(repr, asked))}; its top level is {', '.join(there)}"
         )
     extra = read_extra(root)
+    given = _below(found[0], elsewhere(str(root), extra))
     places: dict[str, str] = {}  # path in the result -> where it is read
     for part in (found[0], *(overlays(extra) if callable(overlays) else overlays)):
-        own = {p.removeprefix(f"{part}/"): p for p in manifest.arrays if p.startswith(f"{part}/")}
-        lost = sorted(set(own) - set(places)) if places else []
+        own = _below(part, {path: path for path in manifest.arrays})
+        lost = sorted(set(own) - set(places) - set(given)) if places else []
         if lost or not own:
             problem = f"holds {lost[0]}, which {found[0]} does not" if own else "is absent"
             raise CheckpointMismatchError(f"{root}: {part} {problem}")
@@ -94,8 +108,13 @@ def load_params(
         if path in wanted
     }
     restored = read_arrays(root, abstract, as_numpy=True)
-    params = nested({path: restored[place] for path, place in places.items()})
+    params = nested({**given, **{path: restored[place] for path, place in places.items()}})
     return Restored(params, manifest.step, extra)
+
+
+def _below(part: str, leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
+    """The leaves of a subtree, by their path within it."""
+    return {p.removeprefix(f"{part}/"): x for p, x in leaves.items() if p.startswith(f"{part}/")}
 
 
 def has_checkpoint(directory: epath.PathLike) -> bool:

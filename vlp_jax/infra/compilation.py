@@ -122,6 +122,11 @@ class CompiledSteps(Generic[Bucket, Step]):
             raise RuntimeError(f"bucket {bucket} was not among those compiled: {list(self._steps)}")
         return self._steps[bucket]
 
+    @property
+    def programs(self) -> tuple[Step, ...]:
+        """All that are compiled."""
+        return tuple(self._steps.values())
+
     def compile(
         self,
         buckets: Iterable[Bucket],

@@ -92,6 +92,19 @@ def memory() -> MemoryUse:
     return MemoryUse(resident, max(resident, _peak_rss()), "process RSS")
 
 
+def program_bytes(program: jax.stages.Compiled) -> int | None:
+    """Memory of one device that a compiled program takes while it runs, by its compiler.
+
+    Arguments, results that do not take an argument's place, and the most that is held in between;
+    also where the backend's allocator does not count. None where its compiler does not either.
+    """
+    sizes = program.memory_analysis()
+    if sizes is None:
+        return None
+    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return int(sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes)
+
+
 def measure_matmul_peak(
     setting: PeakSetting | None = None, repeats: int = 5, device: jax.Device | None = None
 ) -> float:

@@ -394,4 +394,4 @@ def _strict(value: float) -> float | str:
 
 
 def _is_progress(name: str) -> bool:
-    return name.split("/", 1)[0] in ("train", "data", "speed", "memory", "compile")
+    return name.split("/", 1)[0] in ("train", "data", "speed", "memory", "compile", "search")

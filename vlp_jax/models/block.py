@@ -18,7 +18,16 @@ from vlp_jax.models.layers import (
     norm,
     row_major,
 )
-from vlp_jax.models.tuning import PARTS, Adapter, Part, kept_name, replacement_name, unit_name
+from vlp_jax.models.masks import with_keys_before
+from vlp_jax.models.tuning import (
+    PARTS,
+    Adapter,
+    Part,
+    Prompt,
+    kept_name,
+    replacement_name,
+    unit_name,
+)
 
 
 class Block(nn.Module):
@@ -31,6 +40,9 @@ class Block(nn.Module):
     Parts of it that ``config.tuning`` skips are not there; of those that it gates, the parameter
     ``PART_kept`` tells whether they are (1) or what stands in their place (0). ``with_kept`` of
     ``transfer.units`` sets these.
+
+    Prompts of its own are further keys: of the context where it has cross-attention, or else beside
+    the keys of self-attention. They are the same for all examples, and are projected once.
     """
 
     config: BlockConfig
@@ -49,6 +61,8 @@ class Block(nn.Module):
         self.attends_context = self.cross_attention and attends
         self.feeds = not self.skipped & {"block", "mlp"}
         lora, self.heads = tuning.lora_at(block), tuning.heads_at(block, c.heads)
+        prompts = tuning.prompts_at(block)
+        self.prompt = Prompt(prompts, c.width, c.dtype) if prompts else None
         if self.attends_self:
             self.attend_self = Attention(c, self.heads, lora, name="self_attention")
             self.self_attention_norm = norm(c)
@@ -110,9 +124,10 @@ class Block(nn.Module):
             noise: of the dropout, or None.
             tokens: real ones of a stream, those beyond are padding: one number for all or int32 [B]
                 (of streams [B, S]); None: all.
-            own: ``project(x)``, where it was made before.
-            beside: of ``project``, [B, K, H, d]: other tokens of an example, which self-attention
-                of every stream reads beside the stream's own. None: there are none.
+            own: ``project(x)``, where it was made before; not with ``beside``.
+            beside: of ``project``, [B, K, H, d]: other tokens of an example, and the block's
+                prompts, which self-attention of every stream reads beside the stream's own. None:
+                there are no other tokens.
 
         Returns:
             Same shape as ``x``.
@@ -123,39 +138,50 @@ class Block(nn.Module):
         def attend(x: jax.Array) -> jax.Array:
             if self.attends_self:
                 h = self._enter("self_attention", x)
-                if own is None and beside is None:
+                others = self._prompts_beside_own() if own is None and beside is None else beside
+                if own is None and others is None:
                     out = self.attend_self(h, None, mask, noise, tokens)
                 else:
-                    read, seen = self.attend_self.project(h) if own is None else own, mask
-                    if beside is not None:
-                        read, seen = _read_beside(read, beside, mask)
-                    out = self.attend_self.read(h, read, seen, noise)
+                    read = self.attend_self.project(h) if own is None else own
+                    read = _beside(others, read)
+                    further = read.key.shape[-3] - h.shape[-2]
+                    real = None if tokens is None else tokens + further
+                    out = self.attend_self.read(h, read, _seeing(mask, further), noise, real)
                 x = self._leave("self_attention", x, out, noise)
             if self.attends_context and context is not None:
-                x = self._read_context(x, self.project_context(context), context_mask, noise)
+                read = self.project_context(context)
+                further = read.key.shape[-3] - context.shape[-2]
+                x = self._read_context(x, read, _seeing(context_mask, further), noise)
             return x
 
         return self._parts(x, attend, noise)
 
     def project(self, x: jax.Array) -> KeyValue:
-        """What self-attention reads of tokens: [..., N, D] -> [..., N, H, d] each.
+        """What self-attention reads of tokens: [..., N, D] -> [..., P + N, H, d] each.
 
-        Where self-attention is skipped nothing is read: N = 0.
+        First come the keys and values of the P prompts of the block that self-attention reads.
+        Where self-attention is skipped nothing is read: none of either.
         """
         if not self.attends_self:
             return self._nothing(x)
-        return self.attend_self.project(self._enter("self_attention", x))
+        own = self.attend_self.project(self._enter("self_attention", x))
+        return _beside(self._prompts_beside_own(), own)
 
     def project_context(self, context: jax.Array) -> KeyValue:
-        """What cross-attention reads of a context: [B, K, D] -> [B, K, H, d] each.
+        """What cross-attention reads of a context: [B, K, D] -> [B, P + K, H, d] each.
 
-        Where it is skipped nothing is read: K = 0.
+        First come the keys and values of the P prompts of the block. Where cross-attention is
+        skipped nothing is read: none of either.
         """
         if not self.attends_context:
             return self._nothing(context)
-        return self.attend_context.project(
-            self.context_norm(context) if self.config.norm == "pre" else context
-        )
+
+        def project(tokens: jax.Array) -> KeyValue:
+            entering = self.context_norm(tokens) if self.config.norm == "pre" else tokens
+            return self.attend_context.project(entering)
+
+        prompts = None if self.prompt is None else project(self.prompt()[None])
+        return _beside(prompts, project(context))
 
     def decode(
         self, x: jax.Array, position: jax.Array, past: Memory, context: Memory | None = None
@@ -171,7 +197,8 @@ class Block(nn.Module):
                 them is not read.
             context: [B, H, I, d], one for all streams of an example: of ``project_context``; of a
                 block without cross-attention of ``project``, which self-attention reads beside the
-                stream's own tokens.
+                stream's own tokens. None: there is none; prompts are projected anew then, which XLA
+                takes out of a loop over tokens.
 
         Returns:
             [B, S, 1, D], and ``past`` with the token in its place.
@@ -184,6 +211,9 @@ class Block(nn.Module):
                 past = past.write(self.attend_self.project(h), position)
                 seen = (jnp.arange(past.key.shape[-2]) <= position)[None, None, None, :]
                 beside = None if self.cross_attention else context
+                if beside is None and (prompts := self._prompts_beside_own()) is not None:
+                    shape = (len(x), *prompts.key.shape[1:])
+                    beside = Memory.of(KeyValue(*(jnp.broadcast_to(k, shape) for k in prompts)))
                 out = self.attend_self.recall(h, past, seen, beside)
                 x = self._leave("self_attention", x, out, None)
             if self.attends_context:
@@ -196,6 +226,12 @@ class Block(nn.Module):
             return x
 
         return self._parts(x, attend, None), past
+
+    def _prompts_beside_own(self) -> KeyValue | None:
+        """Of the prompts that self-attention reads, for all examples: [1, P, H, d] each."""
+        if self.prompt is None or self.cross_attention:
+            return None
+        return self.attend_self.project(self._enter("self_attention", self.prompt()[None]))
 
     def _nothing(self, x: jax.Array) -> KeyValue:
         c = self.config
@@ -258,16 +294,20 @@ class Block(nn.Module):
         return getattr(self, f"{branch}_norm")
 
 
-def _read_beside(
-    own: KeyValue, beside: KeyValue, mask: jax.Array | None
-) -> tuple[KeyValue, jax.Array | None]:
-    """Keys and values of both, the others' first, and a mask that hides none of the others'."""
-    if own.key.ndim > beside.key.ndim:  # the same for every stream
-        beside = KeyValue(
-            *(jnp.broadcast_to(x[:, None], (*own.key.shape[:2], *x.shape[1:])) for x in beside)
-        )
-    read = KeyValue(*(jnp.concatenate(pair, axis=-3) for pair in zip(beside, own, strict=True)))
-    if mask is not None:
-        seen = jnp.ones((*mask.shape[:-1], beside.key.shape[-3]), jnp.bool_)
-        mask = jnp.concatenate([seen, mask], axis=-1)
-    return read, mask
+def _beside(others: KeyValue | None, own: KeyValue) -> KeyValue:
+    """Keys and values of both, the others' first: [B or 1, K, H, d], [B, (S,) N, H, d] each."""
+    if others is None:
+        return own
+    lead = own.key.shape[:-3]
+
+    def spread(x: jax.Array) -> jax.Array:
+        x = x[:, None] if own.key.ndim > x.ndim else x  # the same for every stream
+        return jnp.broadcast_to(x, (*lead, *x.shape[-3:]))
+
+    return KeyValue(
+        *(jnp.concatenate([spread(x), y], axis=-3) for x, y in zip(others, own, strict=True))
+    )
+
+
+def _seeing(mask: jax.Array | None, further: int) -> jax.Array | None:
+    return mask if mask is None or not further else with_keys_before(mask, further)

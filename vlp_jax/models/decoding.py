@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from vlp_jax.infra.sharding import constrain_batch
 from vlp_jax.models.encoder import Encoder, EncoderConfig
-from vlp_jax.models.flops import read_flops, stack_flops, vocabulary_flops
+from vlp_jax.models.flops import beside_flops, read_flops, stack_flops, vocabulary_flops
 from vlp_jax.models.layers import Memory
 from vlp_jax.models.shared import SharedConfig
 from vlp_jax.models.three_towers import ThreeTowersConfig
@@ -130,25 +130,27 @@ def _run(model: Encoder, params: Params, stage: Callable[[Encoder], Any]) -> Any
 
 
 def project_image_flops(config: EncoderConfig) -> float:
-    """FLOPs of ``project_image`` for one image."""
-    tokens, text = config.image.tokens, config.text
+    """FLOPs of ``project_image`` for one image, without ``flops.prompt_flops``."""
+    text = config.text
+    tokens = config.image.tokens + text.tuning.shallow_prompts
     if isinstance(config, VisionLanguageConfig):
-        return sum(read_flops(text, tokens, block) for block in config.stacks["text_upper"])
-    towers = isinstance(config, ThreeTowersConfig)
-    *passed, last = config.stacks["fusion_tower" if towers else "image_tower"]
-    entering = 2.0 * tokens * text.width**2 if towers else 0.0
-    return entering + stack_flops(text, passed, tokens, tokens) + read_flops(text, tokens, last)
+        return read_flops(text, config.stacks["text_upper"], tokens)
+    if isinstance(config, ThreeTowersConfig):
+        entering = 2.0 * config.image.tokens * text.width**2
+        return entering + beside_flops(text, config.stacks["fusion_tower"], tokens)
+    return beside_flops(text, config.stacks["image_tower"], tokens)
 
 
 def decode_token_flops(config: EncoderConfig, tokens: int, beams: int = 1) -> float:
-    """FLOPs of ``decode_token`` for one image.
+    """FLOPs of ``decode_token`` for one image, without ``flops.prompt_flops``.
 
     Args:
         config: of the model.
         tokens: T, room of the cache; its empty places are multiplied like any other.
         beams: K.
     """
-    text, image = config.text, config.image.tokens
+    text = config.text
+    image = config.image.tokens + text.tuning.shallow_prompts
     entering = 2.0 * beams * text.width**2
     words = vocabulary_flops(config, beams)
     if isinstance(config, SharedConfig):

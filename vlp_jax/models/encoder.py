@@ -19,6 +19,7 @@ from vlp_jax.models.block import Block
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.image_tower import ImageTowerConfig, image_tower
 from vlp_jax.models.layers import ACTIVATIONS, BlockConfig, Memory, Noise, drop, norm
+from vlp_jax.models.tuning import Prompt
 
 VOCABULARY_MULTIPLE = 128  # odd vocabularies compile for minutes and run slowly
 
@@ -213,6 +214,8 @@ class Encoder(nn.Module):
             c.text, c.padded_vocab_size, c.max_positions, c.marks_text
         )
         self.vocabulary_head = VocabularyHead(c.text, c.padded_vocab_size, c.tied)
+        prompts = c.text.tuning.shallow_prompts
+        self.image_prompt = Prompt(prompts, c.text.width, c.text.dtype) if prompts else None
 
     def encode_image(
         self,
@@ -337,7 +340,7 @@ class Encoder(nn.Module):
             image: [B, I, D] from ``encode_image``.
 
         Returns:
-            [B, H, I, d] each.
+            [B, H, I, d] each, I the tokens of the image and what prompts are read with them.
         """
         raise NotImplementedError
 
@@ -391,6 +394,21 @@ class Encoder(nn.Module):
     def _leave_upper(self, x: jax.Array) -> jax.Array:
         """What the heads read of a text that has read an image: [B, S, N, D], the same shape."""
         raise NotImplementedError
+
+    def _with_prompts(self, image: jax.Array) -> jax.Array:
+        """Image tokens as they enter the blocks that texts read them in, then shallow prompts.
+
+        Args:
+            image: [B, I, D].
+
+        Returns:
+            [B, I + P, D]; P = 0 in a model that is not tuned by shallow prompts.
+        """
+        if self.image_prompt is None:
+            return image
+        prompts = self.image_prompt().astype(image.dtype)[None]
+        prompts = jnp.broadcast_to(prompts, (len(image), *prompts.shape[1:]))
+        return jnp.concatenate([image, prompts], axis=1)
 
     def predict_vocabulary(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Features for the decoder, its kernel and its bias: [..., D], [D, V], [V]."""

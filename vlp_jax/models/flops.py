@@ -14,6 +14,7 @@ from vlp_jax.models.resnet import ResNetConfig
 from vlp_jax.models.shared import SharedConfig
 from vlp_jax.models.three_towers import ThreeTowersConfig
 from vlp_jax.models.tuning import PARTS, Part, unit_name
+from vlp_jax.models.tuning_config import block_config
 from vlp_jax.models.vision_language import VisionLanguageConfig
 from vlp_jax.models.vit import CONV_STRIDE, ViTConfig
 
@@ -27,7 +28,8 @@ def block_flops(
 ) -> float:
     """Forward FLOPs of one block for one example.
 
-    Low-rank updates count nothing: they are merged into the weights for inference.
+    Low-rank updates count nothing: they are merged into the weights for inference. Of prompts their
+    being read counts: what is read of them is the same for all examples, see ``prompt_flops``.
 
     Args:
         config: geometry.
@@ -55,20 +57,12 @@ def block_flops(
     if context_keys:
         macs["attention"] += queries * 2 * width * heads + context_keys * 2 * width * heads
         macs["attention"] += 2 * queries * context_keys * heads + adapter("cross_attention")
+    macs["attention"] += 2 * queries * tuning.prompts_at(block) * heads
     skipped: list[Part] = [p for p in PARTS if unit_name(block, p) in tuning.skipped]
     instead = sum(bottleneck(tuning.replacement_at(part, attentions)) for part in skipped)
     if "block" in skipped:
         return 2.0 * instead
     return 2.0 * (instead + sum(cost for part, cost in macs.items() if part not in skipped))
-
-
-def read_flops(config: BlockConfig, tokens: float, block: str) -> float:
-    """Forward FLOPs of the keys and values that an attention of a block reads of so many tokens."""
-    tuning = config.tuning
-    if {block, unit_name(block, "attention")} & {*tuning.skipped}:
-        return 0.0
-    heads = tuning.heads_at(block, config.heads) * config.head_width
-    return 2.0 * tokens * 2 * config.width * heads
 
 
 def stack_flops(
@@ -80,6 +74,19 @@ def stack_flops(
 ) -> float:
     """Forward FLOPs of blocks one after the other, by their paths; see ``block_flops``."""
     return sum(block_flops(config, queries, self_keys, context_keys, block) for block in blocks)
+
+
+def prompt_flops(config: EncoderConfig) -> float:
+    """Forward FLOPs of the keys and values of all deep prompts, once for all examples of a batch.
+
+    Of all blocks; objectives that do not run some of these project fewer.
+    """
+    prompts = config.text.tuning.prompts_at
+    return sum(
+        read_flops(block_config(config, block), (block,), prompts(block))
+        for blocks in config.stacks.values()
+        for block in blocks
+    )
 
 
 def stem_flops(config: ViTConfig, view: View | None = None) -> float:
@@ -200,12 +207,13 @@ def text_flops(
         with_image: False: the text alone, which a shared stack reads, and a text tower.
     """
     text, rows = config.text, streams * tokens
-    image_tokens = (view or config.image.view).tokens
+    image_tokens, prompts = (view or config.image.view).tokens, config.text.tuning.shallow_prompts
+    read = image_tokens + prompts
     if isinstance(config, SharedConfig):
         blocks = config.stacks["image_tower"]
         if not with_image:
             return stack_flops(text, blocks, rows, tokens)
-        return _pair_flops(text, blocks, tokens, streams, image_tokens, joint)
+        return _pair_flops(text, blocks, tokens, streams, read, joint)
     if isinstance(config, ThreeTowersConfig):
         lower = lower_flops(config, tokens, streams)
         if not with_image:
@@ -215,11 +223,11 @@ def text_flops(
             fusion = streams * co_attention_flops(config, tokens, image_tokens)
         else:
             blocks = config.stacks["fusion_tower"]
-            fusion = _pair_flops(text, blocks, tokens, streams, image_tokens, joint)
+            fusion = _pair_flops(text, blocks, tokens, streams, read, joint)
         return lower + entering + fusion
     two = _of_two_stacks(config)
     projections = 2.0 * text.width * (rows * text.width + image_tokens * two.image.width)
-    upper = stack_flops(text, two.stacks["text_upper"], rows, tokens, image_tokens)
+    upper = stack_flops(text, two.stacks["text_upper"], rows, tokens, read)
     return projections + lower_flops(two, tokens, streams) + upper
 
 
@@ -235,9 +243,26 @@ def _pair_flops(
     both = image_tokens + tokens
     if joint:
         return stack_flops(config, blocks, streams * both, both)
+    image = beside_flops(config, blocks, image_tokens)
+    return image + stack_flops(config, blocks, streams * tokens, both)
+
+
+def beside_flops(config: BlockConfig, blocks: Sequence[str], image_tokens: float) -> float:
+    """Forward FLOPs of an image that passes the blocks by itself, as one-sided streams read it."""
     image = stack_flops(config, blocks[:-1], image_tokens, image_tokens)
-    read = read_flops(config, image_tokens, blocks[-1])
-    return image + read + stack_flops(config, blocks, streams * tokens, both)
+    return image + read_flops(config, blocks[-1:], image_tokens)  # nobody reads what that makes
+
+
+def read_flops(config: BlockConfig, blocks: Sequence[str], tokens: float) -> float:
+    """Forward FLOPs of the keys and values of tokens in the attentions of blocks.
+
+    Of each block by the heads that it has; attentions that are skipped read nothing.
+    """
+    tuning = config.tuning
+    skipped = {*tuning.skipped}
+    attending = [block for block in blocks if not {block, unit_name(block, "attention")} & skipped]
+    heads = sum(tuning.heads_at(block, config.heads) for block in attending)
+    return 2.0 * tokens * 2 * config.width * heads * config.head_width
 
 
 def co_attention_flops(config: ThreeTowersConfig, tokens: float, image_tokens: float) -> float:
@@ -249,6 +274,8 @@ def co_attention_flops(config: ThreeTowersConfig, tokens: float, image_tokens: f
         image_tokens: of the image.
     """
     text, stacks = config.text, config.stacks
+    tokens = tokens + text.tuning.shallow_prompts
+    image_tokens = image_tokens + text.tuning.shallow_prompts
     of_image = stack_flops(text, stacks["fusion_image"], image_tokens, image_tokens, tokens)
     of_text = stack_flops(text, stacks["fusion_text"], tokens, tokens, image_tokens)
     class_token = 2.0 * text.width**2

@@ -230,7 +230,12 @@ class Attention(nn.Module):
         return KeyValue(self.key(context), self.value(context))
 
     def read(
-        self, x: jax.Array, context: KeyValue, mask: jax.Array | None, noise: Noise
+        self,
+        x: jax.Array,
+        context: KeyValue,
+        mask: jax.Array | None,
+        noise: Noise,
+        tokens: int | jax.Array | None = None,
     ) -> jax.Array:
         """Attend to a context that was projected before.
 
@@ -239,11 +244,12 @@ class Attention(nn.Module):
             context: of ``project``, with the leading dimensions of ``x``.
             mask: bool [..., Q, K] or None.
             noise: of the dropout on attention weights, or None.
+            tokens: real ones of the context, see ``attention``; None: all.
 
         Returns:
             [..., Q, D].
         """
-        return self._attend(self.query(x), context, mask, noise)
+        return self._attend(self.query(x), context, mask, noise, tokens)
 
     def recall(
         self,

@@ -30,3 +30,16 @@ def reverse_mask(lengths: jax.Array, tokens: int) -> jax.Array:
 def two_stream_mask(lengths: jax.Array, tokens: int) -> jax.Array:
     """Forward and reverse masks stacked on an inner axis: int32 [B] -> bool [B, 2, N, N]."""
     return jnp.stack([forward_mask(lengths, tokens), reverse_mask(lengths, tokens)], axis=1)
+
+
+def with_keys_before(mask: jax.Array, further: int) -> jax.Array:
+    """So many keys before those of a mask, which every query sees.
+
+    Args:
+        mask: bool [..., Q, K].
+        further: F.
+
+    Returns:
+        bool [..., Q, F + K].
+    """
+    return jnp.concatenate([jnp.ones((*mask.shape[:-1], further), jnp.bool_), mask], axis=-1)

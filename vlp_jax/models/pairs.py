@@ -153,7 +153,7 @@ def project_beside(blocks: Sequence[Block], image: jax.Array) -> tuple[Memory, .
         image: [B, I, D].
 
     Returns:
-        [B, H, I, d] each.
+        [B, H, P + I, d] each, P prompts of the block.
     """
     return tuple(Memory.of(read) for read in _beside(blocks, image, None))
 

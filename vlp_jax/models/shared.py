@@ -14,6 +14,9 @@ How a text meets its image follows from what the text may see of itself:
   all others through them. The image passes the blocks by itself, once for all streams, and every
   block of a stream reads the states of the image that enter this block beside its own. That is one
   sequence under a mask, with nothing computed that the mask would hide.
+
+Shallow prompts (``models.tuning``) are further tokens of an image that a text reads. An image alone
+and a text alone pass the stack without any.
 """
 
 import dataclasses
@@ -166,12 +169,13 @@ class SharedModel(PairEncoder):
             return pair.blocks, pair.text
         if image is None:
             return self._text_alone(lower, mask, noise)
+        image = self._with_prompts(image)
         states = read_beside(self.image_tower.blocks, lower, mask, image, noise)
         return states, self._leave_upper(states[-1])
 
     def project_image(self, image: jax.Array) -> tuple[Memory, ...]:
         """What every block reads of the image beside a text; see ``Encoder``."""
-        return project_beside(self.image_tower.blocks, image)
+        return project_beside(self.image_tower.blocks, self._with_prompts(image))
 
     def _text_blocks(self) -> tuple[Sequence[Block], Sequence[Block]]:
         return (), self.image_tower.blocks
@@ -195,9 +199,10 @@ class SharedModel(PairEncoder):
             image: [B, I, D] from ``encode_image``.
             noise: of the dropout, or None.
         """
-        tower = self.image_tower
+        tower, count = self.image_tower, image.shape[1]
+        image = self._with_prompts(image)
         of_image, states = read_as_one(tower.blocks, lower, mask, image, noise)
-        return Pair(tower.norm(of_image), states, tower.norm(states[-1]))
+        return Pair(tower.norm(of_image[:, :, :count]), states, tower.norm(states[-1]))
 
     def _text_alone(
         self, x: jax.Array, mask: jax.Array, noise: Noise

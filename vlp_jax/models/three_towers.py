@@ -22,6 +22,22 @@ tokens of both streams side by side; here a linear map of the image's is added t
 text, which is the same to the first layer of a head, so that heads read a text as of any model. As
 the image sees the whole text, there are no streams that see one side. METER's blocks have their
 norms after the sums, ours before, as in the other towers.
+
+Prompts (``models.tuning``) are those of the baselines of PCETL (code of APT, arXiv 2306.15706, for
+METER). Deep ones are further keys of cross-attention, so that a block reads them with the other
+stream. Shallow ones are tokens of both streams of co-attention, or of the one sequence of a merged
+tower. For METER's 6 layers, 577 + 40 tokens and 200 prompts our shapes give:
+
+* shallow: 2 x 200 x 768 = 0.31M parameters and 28.67G multiply-adds, where the table (fact sheet,
+  section 4) has 0.30M and 28.71G. Prompts of one stream alone would be 0.15M and 13.97G.
+* deep: 12 x 200 x 768 = 1.84M parameters, as in the table. That has 6.53G multiply-adds, where the
+  shapes give 3.97G, and so they do of the published code: keys and values of the prompts, 2.83G,
+  which are the same for all examples, and 1.14G of reading them. The table's figure would be met
+  (6.52G) by queries of the prompts, which nobody needs, and by reading them in both attentions; its
+  5.14G for ViLT is met by such queries at the 243 tokens that its adapters were counted at.
+
+In that code prompts come first and heads read the first token of a stream, which with shallow ones
+is a prompt. Here heads read the tokens that they read without prompts.
 """
 
 import dataclasses
@@ -39,6 +55,7 @@ from vlp_jax.models.dense import Dense
 from vlp_jax.models.dropout import noise_of
 from vlp_jax.models.encoder import padded_vocabulary
 from vlp_jax.models.layers import BlockConfig, Memory, Noise, norm
+from vlp_jax.models.masks import with_keys_before
 from vlp_jax.models.pairs import (
     JOINT,
     Pair,
@@ -47,7 +64,7 @@ from vlp_jax.models.pairs import (
     read_as_one,
     read_beside,
 )
-from vlp_jax.models.tuning import stack_of
+from vlp_jax.models.tuning import Prompt, stack_of
 from vlp_jax.models.vit import ViTConfig
 
 Fusion = Literal["merged", "co_attention"]  # the first where the config does not say
@@ -241,6 +258,8 @@ class ThreeTowers(PairEncoder):
         self.text_to_fusion = Dense(c.text.width, dtype=c.text.dtype)
         fusion = CoAttentionTower if c.co_attention else MergedTower
         self.fusion_tower = fusion(c.text, c.fusion_depth)
+        prompts = c.text.tuning.shallow_prompts if c.co_attention else 0
+        self.text_prompt = Prompt(prompts, c.text.width, c.text.dtype) if prompts else None
 
     def encode_image(
         self,
@@ -299,13 +318,13 @@ class ThreeTowers(PairEncoder):
             pair = self.encode_pair(lower, mask, image, noise)
             return pair.blocks, pair.text
         blocks = self._one_sided_blocks()
-        text, image = self._enter_upper(lower, streams), self.image_to_fusion(image)
+        text, image = self._enter_upper(lower, streams), self._enter_fusion(image)
         states = read_beside(blocks, text, mask, image, noise)
         return states, self._leave_upper(states[-1])
 
     def project_image(self, image: jax.Array) -> tuple[Memory, ...]:
         """What every block of the fusion tower reads beside a text; see ``Encoder``."""
-        return project_beside(self._one_sided_blocks(), self.image_to_fusion(image))
+        return project_beside(self._one_sided_blocks(), self._enter_fusion(image))
 
     def encode_pair(
         self, lower: jax.Array, mask: jax.Array, image: jax.Array, noise: Noise = None
@@ -319,8 +338,11 @@ class ThreeTowers(PairEncoder):
             image: [B, I, D] from ``encode_image``.
             noise: of the dropout, or None.
         """
-        text, image = self._enter_upper(lower, (JOINT,)), self.image_to_fusion(image)
-        return self.fusion_tower(text, mask, image, noise)
+        text, count = self._enter_upper(lower, (JOINT,)), image.shape[1]
+        text, mask, prompts = self._text_with_prompts(text, mask)
+        pair = self.fusion_tower(text, mask, self._enter_fusion(image), noise)
+        states = tuple(state[:, :, prompts:] for state in pair.blocks)
+        return Pair(pair.image[:, :, :count], states, pair.text[:, :, prompts:])
 
     def _text_blocks(self) -> tuple[Sequence[Block], Sequence[Block]]:
         return self.text_tower.blocks, self._one_sided_blocks()
@@ -340,6 +362,33 @@ class ThreeTowers(PairEncoder):
     def _enter_upper(self, lower: jax.Array, streams: tuple[str, ...]) -> jax.Array:
         del streams  # known by their masks alone
         return self.text_to_fusion(self.text_tower.norm(lower))
+
+    def _enter_fusion(self, image: jax.Array) -> jax.Array:
+        """What the fusion tower is given of an image: [B, I, D] -> [B, I + P, D]."""
+        return self._with_prompts(self.image_to_fusion(image))
+
+    def _text_with_prompts(
+        self, text: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array, int]:
+        """Before a text that has a stream to itself, the shallow prompts of that stream.
+
+        They come first, as padding comes last.
+
+        Args:
+            text: [B, S, N, D].
+            mask: bool [B, S, N, N].
+
+        Returns:
+            [B, S, P + N, D], bool [B, S, P + N, P + N], and P.
+        """
+        if self.text_prompt is None:
+            return text, mask, 0
+        prompts = self.text_prompt().astype(text.dtype)
+        before = jnp.broadcast_to(prompts[None, None], (*text.shape[:2], *prompts.shape))
+        x = jnp.concatenate([before, text], axis=2)
+        # All see what the first token of the text does, and the prompts.
+        seen = with_keys_before(mask[:, :, :1], len(prompts))
+        return x, jnp.broadcast_to(seen, (*x.shape[:3], x.shape[2])), len(prompts)
 
     def _leave_upper(self, x: jax.Array) -> jax.Array:
         return self.fusion_tower.norm(x)

@@ -1,16 +1,22 @@
 """What is added to the blocks of a pretrained model, and what is taken out of them, for a task.
 
-Adapters and low-rank updates are the few parameters that parameter-efficient tuning trains;
-skippable units are what PCETL (arXiv 2309.01479; its fact sheet, section 2) looks for among the
-blocks. A unit is a whole block (``fusion_tower/text_block_03``), its attention, both kinds of it
-(``.../attention``), or its feed-forward part (``.../mlp``). While they are looked for, units are
-*gated*: a parameter of the block says whether it is kept or an adapter stands in its place, so that
-one compiled program serves every choice. What has been chosen is *skipped*: its parameters do not
-exist. Blocks may also be *pruned*: heads of their attentions and channels of their feed-forward
-parts do not exist then (``transfer.structured`` chooses which).
+Adapters, low-rank updates and prompts are the few parameters that parameter-efficient tuning
+trains; skippable units are what PCETL (arXiv 2309.01479; its fact sheet, section 2) looks for
+among the blocks. A unit is a whole block (``fusion_tower/text_block_03``), its attention, both
+kinds of it (``.../attention``), or its feed-forward part (``.../mlp``). While they are looked for,
+units are *gated*: a parameter of the block says whether it is kept or an adapter stands in its
+place, so that one compiled program serves every choice. What has been chosen is *skipped*: its
+parameters do not exist. Blocks may also be *pruned*: heads of their attentions and channels of
+their feed-forward parts do not exist then (``transfer.structured`` chooses which).
 
 Every model declares its blocks by ``stacks``; a block finds in ``Tuning`` what concerns it by its
 path in the model.
+
+Prompts (arXiv 2203.12119) are learned tokens. *Deep* ones are of a block: its cross-attention, or
+where it has none its self-attention, reads them beside its other keys, and nothing is made of them.
+*Shallow* ones are of a model: they are appended to the image tokens as these enter the blocks that
+read both modalities, are there what image tokens are to every block, mask and stream, and are left
+out of what comes of it. In a fusion tower of two streams the text has others, put before it.
 """
 
 import dataclasses
@@ -33,12 +39,12 @@ PARTS: tuple[Part, ...] = get_args(Part)
 LORA_TARGETS = ("query", "key", "value")
 CHANNELS = 8  # are cut in such groups, for matrix units like shapes that are multiples of it
 # Paths of parameters that no pretrained model has: those that are trained, and switches.
-ADDITIONS = r"(^|/)(\w+_adapter|(\w+_)?replacement|lora_(down|up))(/|$)"
+ADDITIONS = r"(^|/)(\w+_adapter|(\w+_)?(replacement|prompt)|lora_(down|up))(/|$)"
 _ADDED = re.compile(rf"{ADDITIONS}|_kept$")
 # Names in a block of what goes with a part of it.
 _OF_PART = {
     "block": r"(?!replacement/)",
-    "attention": r"(self_attention|cross_attention|context)(_norm|_adapter)?/",
+    "attention": r"((self_attention|cross_attention|context)(_norm|_adapter)?|prompt)/",
     "mlp": r"mlp(_norm|_adapter)?/",
 }
 
@@ -102,6 +108,31 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PromptConfig:
+    """Learned tokens that are read beside those of a text or an image (arXiv 2203.12119).
+
+    Attributes:
+        kind: ``deep`` (every block has its own) or ``shallow`` (the first block's pass all others).
+        length: how many.
+    """
+
+    kind: Literal["shallow", "deep"]
+    length: int = 200
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("shallow", "deep"):
+            raise ValueError(
+                f"model.tuning.prompt.kind={self.kind!r} is neither 'shallow' nor 'deep', nor '' "
+                "for none"
+            )
+        if self.length < 1:
+            raise ValueError(
+                f"model.tuning.prompt.length={self.length} must be 1 or more; for no prompts set "
+                "model.tuning.prompt.kind=''"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class PruneConfig:
     """What is cut out of every one of some blocks; heads keep their width.
 
@@ -131,6 +162,7 @@ class Tuning:
     Attributes:
         adapter: beside the branches of the blocks that are ``placed``.
         lora: in their attentions.
+        prompt: what their attentions read; shallow ones pass all blocks that read both modalities.
         placed: paths of blocks.
         skipped: units that do not exist.
         gated: units that a parameter switches.
@@ -140,6 +172,7 @@ class Tuning:
 
     adapter: AdapterConfig | None = None
     lora: LoraConfig | None = None
+    prompt: PromptConfig | None = None
     placed: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     gated: tuple[str, ...] = ()
@@ -159,6 +192,18 @@ class Tuning:
     def lora_at(self, block: str) -> LoraConfig | None:
         """The low-rank updates in a block."""
         return self.lora if block in self.placed else None
+
+    @property
+    def shallow_prompts(self) -> int:
+        """Tokens that are appended to the image's where texts read it; 0: none."""
+        return self.prompt.length if self.prompt and self.prompt.kind == "shallow" else 0
+
+    def prompts_at(self, block: str) -> int:
+        """Tokens of its own that the attention of a block reads; 0: none, as if it is skipped."""
+        if self.prompt is None or self.prompt.kind != "deep" or block not in self.placed:
+            return 0
+        gone = {block, unit_name(block, "attention")} & {*self.skipped}
+        return 0 if gone else self.prompt.length
 
     def heads_at(self, block: str, heads: int) -> int:
         """Heads that either attention of a block has, of so many of a whole one."""
@@ -322,3 +367,31 @@ class Adapter(nn.Module):
         x = Dense(self.width, dtype=self.dtype, kernel_init=small, name="down")(x)
         x = Dense(self.features, dtype=self.dtype, kernel_init=zeros, name="up")(nn.relu(x))
         return x if self.scale == 1.0 else self.scale * x
+
+
+class Prompt(nn.Module):
+    """Learned tokens of a block, or of a model: [length, D].
+
+    They start uniform within sqrt(3 / D), with a variance of 1 / D. For patches of as many pixels
+    as features that is the bound of VPT, sqrt(6 / (3 p^2 + D)), which the baselines of PCETL take
+    over for METER and ViLT (code of APT, arXiv 2306.15706): there p = 16 and D = 768.
+
+    Attributes:
+        length: how many.
+        features: D.
+        dtype: compute dtype.
+    """
+
+    length: int
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """The tokens, in the compute dtype."""
+        bound = math.sqrt(3.0 / self.features)
+
+        def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+        return self.param("tokens", uniform, (self.length, self.features)).astype(self.dtype)

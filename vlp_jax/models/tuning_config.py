@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
@@ -17,10 +17,13 @@ from vlp_jax.models.tuning import (
     CHANNELS,
     AdapterConfig,
     LoraConfig,
+    PromptConfig,
     PruneConfig,
     Tuning,
     check_apart,
     check_units,
+    split_unit,
+    units_of,
 )
 from vlp_jax.models.vision_language import VisionLanguageConfig
 from vlp_jax.models.vit import ViTConfig
@@ -35,17 +38,20 @@ def tuning_config() -> ConfigDict:
 
     Its keys: ``adapter`` (``kind``, empty: none; ``width``, 0: an eighth of the model's; ``scale``;
     ``norm``; ``branches``), ``lora`` (``rank``, 0: none; ``alpha``, 0: the rank; ``targets``),
-    ``blocks`` that have them (``fusion``, ``all``, or a regular expression of their paths),
-    ``skip`` (units that do not exist), ``gated`` (units that are switched while a search looks for
-    those to skip) and ``replacement`` (width of the adapter in the place of each branch that is
-    skipped; -1: that of the adapters of branches that are not), and ``prune``: the share of
-    ``heads`` and of channels (``mlp``) that its ``blocks`` do without (empty: those above), of
-    which ``tools.prune_weights`` chooses the least important.
+    ``prompt`` (``kind``, empty: none, ``shallow`` or ``deep``; ``length``), ``blocks`` that have
+    them (``fusion``, ``all``, or a regular expression of their paths), ``skip`` (units that do not
+    exist), ``gated`` (units that are switched while a search looks for those to skip; ``fusion``,
+    ``fusion/attention``, ``all/mlp`` and the like stand for those of all their blocks),
+    ``replacement`` (width of the adapter in the place of each branch that is skipped; -1: that of
+    the adapters of branches that are not), and ``prune``: the share of ``heads`` and of channels
+    (``mlp``) that its ``blocks`` do without (empty: those above), of which
+    ``tools.prune_weights`` chooses the least important.
     """
     return ConfigDict(
         {
             "adapter": {"kind": "", "width": 0, "scale": 1.0, "norm": False, "branches": BRANCHES},
             "lora": {"rank": 0, "alpha": 0.0, "targets": ("query", "value")},
+            "prompt": {"kind": "", "length": 200},
             "blocks": FUSION,
             "skip": (),
             "gated": (),
@@ -84,6 +90,25 @@ def blocks_among(config: EncoderConfig, chosen: str, key: str) -> tuple[str, ...
     return found
 
 
+def units_among(config: EncoderConfig, named: Sequence[str], key: str) -> tuple[str, ...]:
+    """The units of a model that are named one by one, or by a word for the blocks they are in.
+
+    Args:
+        config: geometry.
+        named: units, or ``fusion`` or ``all`` with or without a part, such as ``fusion/mlp``.
+        key: of the config, for messages.
+
+    Raises:
+        ConfigError: the model has no such unit.
+    """
+    found: list[str] = []
+    for name in named:
+        word, part = split_unit(name)
+        one_by_one = word not in (FUSION, ALL)
+        found += [name] if one_by_one else units_of(blocks_among(config, word, key), (part,))
+    return check_units(tuple(dict.fromkeys(found)), config.stacks, key)
+
+
 def tuned(config: _Model, section: ConfigDict) -> _Model:
     """A geometry whose blocks find in theirs what the section says.
 
@@ -105,6 +130,7 @@ def tuned(config: _Model, section: ConfigDict) -> _Model:
 
 
 def _tuning(config: EncoderConfig, section: ConfigDict) -> Tuning:
+    section = ConfigDict({**tuning_config(), **section})  # earlier checkpoints do not say all of it
     adapter, lora = None, None
     if section.adapter.kind:
         adapter = AdapterConfig(
@@ -117,22 +143,42 @@ def _tuning(config: EncoderConfig, section: ConfigDict) -> Tuning:
     if section.lora.rank:
         alpha = section.lora.alpha or float(section.lora.rank)
         lora = LoraConfig(section.lora.rank, alpha, tuple(section.lora.targets))
+    prompt = None
+    if section.prompt.kind:
+        prompt = PromptConfig(section.prompt.kind, section.prompt.length)
     placed = blocks_among(config, section.blocks, "model.tuning.blocks")
+    if prompt and prompt.kind == "shallow":
+        passed = {block for stack in config.fusion_stacks for block in config.stacks[stack]}
+        if not passed <= {*placed}:
+            raise ConfigError(
+                "model.tuning.blocks",
+                f"{section.blocks!r} leaves out some that shallow prompts pass, which are all that "
+                "read both modalities",
+                f"Use {FUSION!r} or {ALL!r}, or model.tuning.prompt.kind='deep'",
+            )
     skipped = check_units(section.skip, config.stacks, "model.tuning.skip")
     check_apart(skipped, "model.tuning.skip")
-    gated = check_units(section.gated, config.stacks, "model.tuning.gated")
+    gated = units_among(config, section.gated, "model.tuning.gated")
     both = sorted({*skipped} & {*gated})
     if both:
         raise ConfigError("model.tuning.gated", f"{', '.join(both)} are skipped", "Gate others")
     replacement = section.replacement
     if replacement < 0:
         replacement = adapter.width if adapter else 0
-    prune = _prune(config, section)
-    return Tuning(adapter, lora, placed, skipped, gated, replacement, prune)
+    return Tuning(
+        adapter=adapter,
+        lora=lora,
+        prompt=prompt,
+        placed=placed,
+        skipped=skipped,
+        gated=gated,
+        replacement=replacement,
+        prune=_prune(config, section),
+    )
 
 
 def _prune(config: EncoderConfig, section: ConfigDict) -> PruneConfig | None:
-    prune = section.get("prune", tuning_config().prune)  # earlier checkpoints do not say
+    prune = section.prune
     key = "model.tuning.prune.blocks" if prune.blocks else "model.tuning.blocks"
     blocks = blocks_among(config, pruned_blocks(section), key)
     cut = PruneConfig(prune.heads, prune.mlp, blocks)

@@ -168,6 +168,9 @@ class VisionLanguageModel(Encoder):
     ) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """The half of the text stack that reads the image; see ``Encoder``.
 
+        Shallow prompts are read like image tokens, by the cross-attention of every block, and as
+        no block writes to what these read they stay as they are.
+
         Args:
             lower: [B, S, N, D], last states of the lower half.
             mask: bool [B, S, N, N].
@@ -187,7 +190,7 @@ class VisionLanguageModel(Encoder):
                 "the upper half of this model's text stack reads an image with every text",
                 "Use a model of type 'shared' or 'three_towers', or texts that come with images",
             )
-        x = self._enter_upper(lower, streams)
+        x, image = self._enter_upper(lower, streams), self._with_prompts(image)
         states = []
         for block in self.text_upper:
             x = block(x, mask=mask, context=image, noise=noise)
@@ -196,6 +199,7 @@ class VisionLanguageModel(Encoder):
 
     def project_image(self, image: jax.Array) -> tuple[Memory, ...]:
         """What cross-attention of the upper half reads; see ``Encoder``."""
+        image = self._with_prompts(image)
         return tuple(Memory.of(block.project_context(image)) for block in self.text_upper)
 
     def _text_blocks(self) -> tuple[Sequence[Block], Sequence[Block]]:

@@ -25,7 +25,10 @@ from vlp_jax.train.schedule import UNITS
 
 # Keys that may change between two starts of a run without changing what it computes; `evals` unless
 # an objective learns from them. That moved data are the same is looked at by ``source_facts``.
-FREE_KEYS = ("name", "debug", "log", "profile", "checkpoint", "evals", "compile_cache", "mesh")
+FREE_KEYS = (
+    *("name", "debug", "log", "profile", "checkpoint", "evals", "compile_cache", "mesh"),
+    "init_base",
+)
 FREE_DATA_KEYS = ("root", "threads", "workers", "prefetch", "cache_dir", "cache_workers")
 # Shares of unknown tokens: from the first on it is told, from the second on refused.
 TELL_UNKNOWN, MAX_UNKNOWN = 0.01, 0.3
@@ -264,7 +267,7 @@ def completed(old: Mapping[str, Any]) -> dict[str, Any]:
     if "tuning" in model:
         model["tuning"] = {**json.loads(tuning_config().to_json_best_effort()), **model["tuning"]}
     compression = {**default["compression"], **old.get("compression", {})}
-    came = {key: default[key] for key in ("mixture", "stages")}
+    came = {key: default[key] for key in ("mixture", "stages", "search", "skip_from")}
     found = {**came, **old, "compression": compression}
     if "data" in old:
         found["data"] = {"batches": {}, "alternate": "", **old["data"]}

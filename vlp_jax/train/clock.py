@@ -45,15 +45,17 @@ class Clock:
         self.trained[bucket] = updates + 1, tokens + Counter(found)
 
     def speed(self, program: Program, peak: float) -> dict[str, float]:
-        """Samples/s, MFU and the share of the time that the step waited for input."""
+        """Samples/s, seconds of an update, MFU and the share of the time that waited for input."""
         seconds = self.seconds
         examples, flops = 0, 0.0
+        updates = sum(count for count, _ in self.trained.values())
         for bucket, (count, tokens) in self.trained.items():
             rows = count * program.examples(name for name, _ in bucket)
             lengths = {name: tokens[name] / (count * program.batch_sizes[name]) for name in tokens}
             examples, flops = examples + rows, flops + rows * program.flops(lengths, bucket)
         return {
             "speed/samples_per_second": examples / seconds,
+            "speed/update_seconds": seconds / max(updates, 1),
             "speed/mfu": flops / seconds / (peak * program.mesh.size),
             "speed/input_wait_fraction": self.waited / seconds,
         }

@@ -13,8 +13,20 @@ is not here is an error that names it, whether it comes from the file or from a 
     init_from       where the first parameters come from: a run's workdir, one of its checkpoints,
                     or a parameter file (train.initial); empty: from scratch
     init_checkpoint which checkpoint of a workdir: latest, best or a step
+    init_base       of init_from, or of this run's own checkpoints, where they hold tunables alone:
+                    where their base lies now; empty: where it was
     adopt_model     True: take the geometry of the model (all of `model` but dtype, attention and
                     tuning; of that, what is cut out of blocks) from init_from
+    skip_from       workdir of a run that has searched for units: what it chose is skipped, as
+                    model.tuning.skip
+    search          of units (model.tuning.gated) that a task does without, see train.search:
+                    method (empty: none), skipped (how many) or flops_saved (share of the forward
+                    FLOPs), cost (`none`, or `per_flop`: those of least harm for each FLOP), percent
+                    (of the run's length, which the search has: total_* is that of the run that
+                    follows), warmup_percent (of the search), every_steps and candidates (of a
+                    comparison), reward (`held_out` or `paper`, see transfer.search), split (that
+                    choices are compared on), rate (of `paper`), forget (of `held_out`),
+                    final_batches
     model           geometry, see models.sizes; its keys are those of its kind: of two stacks, of
                     type="shared", of type="three_towers", and of image.type="resnet"; beside them
                     tuning, what is added to its blocks and taken out, see models.tuning_config
@@ -62,7 +74,9 @@ is not here is an error that names it, whether it comes from the file or from a 
                     a test split, whose score must choose nothing)
     mesh            data, fsdp, model: sizes of the axes, -1 for the rest
     checkpoint      every_*, keep_latest, keep_best, best_metric, best_mode; written together with a
-                    run of the evaluator of best_metric, so that it can be the best
+                    run of the evaluator of best_metric, so that it can be the best. tunables_only:
+                    leave out frozen parameters that are those of init_from, which has to stay
+                    (train.tunables)
     log             every_* steps written, tensorboard, wandb (project name or empty)
     profile         start_step, num_steps (0: none)
     compile_cache   folder of compiled programs; empty: WORKDIR/compile_cache; "off": none
@@ -102,7 +116,9 @@ def default_config(size: str = "tiny") -> ConfigDict:
             "debug": False,
             "init_from": "",
             "init_checkpoint": "latest",
+            "init_base": "",
             "adopt_model": False,
+            "skip_from": "",
             **duration("total"),
             "model": model_config(size),
             "objectives": {},
@@ -162,6 +178,21 @@ def default_config(size: str = "tiny") -> ConfigDict:
                 "final_factor": 0.0,
             },
             "evals": {},
+            "search": {
+                "method": "",
+                "skipped": 0,
+                "flops_saved": 0.0,
+                "cost": "none",
+                "percent": 12.5,
+                "warmup_percent": 25.0,
+                "every_steps": 4,
+                "candidates": 6,
+                "reward": "held_out",
+                "split": "val",
+                "rate": 1.0,
+                "forget": 0.98,
+                "final_batches": 8,
+            },
             "mesh": {"data": -1, "fsdp": 1, "model": 1},
             "checkpoint": {
                 **duration("every", percent=10.0),
@@ -169,6 +200,7 @@ def default_config(size: str = "tiny") -> ConfigDict:
                 "keep_best": 1,
                 "best_metric": "",
                 "best_mode": "max",
+                "tunables_only": False,
             },
             "log": {**duration("every", steps=50), "tensorboard": True, "wandb": ""},
             "profile": {"start_step": 20, "num_steps": 0},
@@ -195,12 +227,15 @@ _LEAST: dict[str, float] = {
     "optim.accumulation": 1,
     "optim.max_skipped": 0,
     "schedule.peak": 0,
+    "search.skipped": 0,
+    "search.flops_saved": 0,
+    "search.rate": 0,
     "schedule.final_factor": 0,
     "checkpoint.keep_best": 0,
     "profile.start_step": 0,
     "profile.num_steps": 0,
 }
-_UP_TO_ONE = ("data.max_bad_fraction",)
+_UP_TO_ONE = ("data.max_bad_fraction", "search.forget")
 _BELOW_ONE = ("optim.b1", "optim.b2", "optim.ema_decay")
 _MAX_SEED = 2**32 - 1  # the model's key has 32 bits of it
 

@@ -47,7 +47,9 @@ def evaluate_best(
     overlays = served_paths(setup.program.served_extras)
     ranking = setup.config.checkpoint.best_metric, setup.config.checkpoint.best_mode
     try:
-        best = load_params(checkpoints.directory, "best", subtree, ranking, overlays)
+        best = load_params(
+            checkpoints.directory, "best", subtree, ranking, overlays, setup.tunables.elsewhere
+        )
     except FileNotFoundError as error:
         raise ConfigError(
             "checkpoint.best_metric",

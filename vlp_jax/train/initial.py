@@ -5,13 +5,14 @@
 ``config.init_from`` is a run's workdir (``config.init_checkpoint`` says which of its checkpoints),
 one checkpoint of it, or a ``.safetensors`` file that ``tools.import_weights`` or
 ``tools.export_weights`` has written. Parts of the model are taken whole; the log and the report
-say what became of them, and ``init_from.tsv`` of the workdir of every tensor.
+say what became of them, and ``init_from.tsv`` of the workdir of every tensor. What holds tunables
+alone (``train.tunables``) is read together with its base.
 """
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +32,8 @@ from vlp_jax.models.pretrained import (
 from vlp_jax.models.pretrained.merge import fit
 from vlp_jax.models.tuning_config import tuning_config
 from vlp_jax.objectives import OBJECTIVES
+from vlp_jax.train import base as of_base
+from vlp_jax.train.base import Base
 
 CHECKPOINT_FOLDER = "checkpoints"
 KEY = "init_from"
@@ -50,6 +53,7 @@ class Origin:
         config: of the run that made them.
         tokenizer: its tokenizer as JSON text; empty without one.
         classes: what its classification head tells apart.
+        base: where those lie that are kept apart from the rest; None: all are in one place.
     """
 
     where: str
@@ -58,6 +62,7 @@ class Origin:
     config: dict[str, Any]
     tokenizer: str
     classes: tuple[str, ...]
+    base: Base | None = None
 
     def params(self) -> dict[str, Any]:
         """The parameters as nested dicts."""
@@ -108,19 +113,21 @@ class Origin:
         return tuple(section.get("type", name) for name, section in sections.items())
 
 
-def read_origin(path: str | pathlib.Path, checkpoint: str = "latest") -> Origin:
+def read_origin(path: str | pathlib.Path, checkpoint: str = "latest", base: str = "") -> Origin:
     """Read parameters and their company.
 
     What its evaluators saw is taken: the moving average where the run has one, and what objectives
-    put in the place of parameters (``Objective.served``).
+    put in the place of parameters (``Objective.served``). Tunables are completed by their base.
 
     Args:
         path: of a workdir, a checkpoint, or a parameter file.
         checkpoint: of a workdir: ``latest``, ``best`` or a step.
+        base: of tunables: where their base lies, if no longer where it was; any of the above.
 
     Raises:
         ConfigError: nothing there holds parameters, ``checkpoint`` is none of these or chooses
-            where there is no choice, or what is there is damaged.
+            where there is no choice, or what is there is damaged; or its base is absent, another
+            one, or given to what has none.
         FileNotFoundError, ValueError: the checkpoint or file is absent, or the file damaged.
     """
     path = pathlib.Path(path)
@@ -133,13 +140,18 @@ def read_origin(path: str | pathlib.Path, checkpoint: str = "latest") -> Origin:
         )
     if is_parameter_file(path):
         metadata = load_metadata(path)
+        arrays = load_parameters(path)
+        if metadata.base:
+            arrays |= _read_base(Base.from_json(metadata.base), str(path), base)
+        classes = tuple(metadata.config.get("classes", ()))
         return Origin(
             str(path),
             metadata.step,
-            load_parameters(path),
+            arrays,
             metadata.config,
             metadata.tokenizer,
-            tuple(metadata.config.get("classes", ())),
+            classes,
+            _base_now(metadata.base, base, path),
         )
     if not path.is_dir() or not (folder.is_dir() or path.parent.name == CHECKPOINT_FOLDER):
         raise ConfigError(
@@ -148,7 +160,9 @@ def read_origin(path: str | pathlib.Path, checkpoint: str = "latest") -> Origin:
             "Give a folder with `checkpoints/` in it or a .safetensors file",
         )
     restored = (
-        _restored(folder, _which(checkpoint)) if folder.is_dir() else _restored(path, "latest")
+        _restored(folder, _which(checkpoint), base)
+        if folder.is_dir()
+        else _restored(path, "latest", base)
     )
     return Origin(
         str(path),
@@ -157,14 +171,87 @@ def read_origin(path: str | pathlib.Path, checkpoint: str = "latest") -> Origin:
         restored.extra["config"],
         restored.extra["tokenizer"],
         tuple(restored.extra.get("classes", ())),
+        _base_now(restored.extra.get("base"), base, path),
     )
 
 
-def _restored(folder: pathlib.Path, step: int | Literal["latest", "best"]) -> Restored:
+def _restored(folder: pathlib.Path, step: int | Literal["latest", "best"], base: str) -> Restored:
+    def elsewhere(root: str, extra: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
+        return parts_elsewhere(root, extra, base)
+
     try:
-        return load_params(folder, step, ("extras/ema", "params"), overlays=_served)
+        return load_params(
+            folder, step, ("extras/ema", "params"), overlays=_served, elsewhere=elsewhere
+        )
     except DamagedCheckpointError as error:  # of another run: this one's input is bad
         raise ConfigError(KEY, str(error), "Or name another checkpoint of it") from error
+
+
+def parts_elsewhere(root: str, extra: Mapping[str, Any], moved: str = "") -> dict[str, np.ndarray]:
+    """What a checkpoint leaves to its base; see ``checkpoint_reader.Elsewhere``.
+
+    Args:
+        root: the checkpoint.
+        extra: saved beside its state.
+        moved: where the base lies, if no longer where it was.
+
+    Returns:
+        Path in the state -> array; empty for a whole checkpoint.
+
+    Raises:
+        ConfigError: the base is absent, or another one.
+    """
+    if not extra.get("base"):
+        return {}
+    found = {}
+    for path, array in _read_base(Base.from_json(extra["base"]), root, moved).items():
+        for place in state_paths([path], extra["config"]["optim"]["ema_decay"]):
+            # A copy for each, since the buffers of a state are given up one by one.
+            found[place] = array.copy()
+    return found
+
+
+def state_paths(paths: Iterable[str], ema_decay: float) -> Iterator[str]:
+    """Where a state has what a base gives: the parameters, and their average where there is one."""
+    for path in paths:
+        yield f"params/{path}"
+        if ema_decay:
+            yield f"extras/ema/{path}"
+
+
+def _base_now(told: Mapping[str, Any] | None, moved: str, path: pathlib.Path) -> Base | None:
+    """Where the base of what was read lies now; None: it has none.
+
+    Args:
+        told: what it says of its base.
+        moved: where that lies, if no longer where it was.
+        path: what was read.
+    """
+    if told:
+        base = Base.from_json(told)
+        return dataclasses.replace(base, where=moved or base.where)
+    if moved:
+        raise ConfigError(
+            of_base.KEY, f"{moved} is no base of {path}, which is whole", "Leave it out"
+        )
+    return None
+
+
+def _read_base(base: Base, holder: str, moved: str) -> dict[str, np.ndarray]:
+    """The arrays of a base, the same as they were.
+
+    Args:
+        base: as tunables name it.
+        holder: of the tunables, for messages.
+        moved: where it lies, if no longer where it was.
+    """
+    where = moved or base.where
+    chooses = base.step is not None and (pathlib.Path(where) / CHECKPOINT_FOLDER).is_dir()
+    try:
+        found = read_origin(where, str(base.step) if chooses else "latest").arrays
+    except (ValueError, OSError) as error:
+        raise base.missing(holder, where, error) from error
+    return base.taken(found, holder, where)
 
 
 def _geometries(made: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

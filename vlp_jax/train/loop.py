@@ -27,6 +27,7 @@ from vlp_jax.infra.preemption import ExitCode, PreemptionGuard
 from vlp_jax.infra.profiling import PROFILE_FOLDER, ProfilerWindow
 from vlp_jax.infra.report import write_report
 from vlp_jax.train.clock import Clock
+from vlp_jax.train.costs import end_facts
 from vlp_jax.train.evaluation import evaluate, evaluate_best, is_save_due, ranked
 from vlp_jax.train.facts import (
     BAD_EXAMPLES_FILE,
@@ -92,10 +93,12 @@ def train(setup: Setup) -> ExitCode:
     with contextlib.ExitStack() as stack:
         # Look for a checkpoint, and open what reads and writes. ----------------------------------
         checkpoints = stack.enter_context(setup.open_checkpoints())
-        restored = checkpoints.restore_latest(program.state_spec)
+        tunables = setup.tunables
+        restored = checkpoints.restore_latest(program.state_spec, tunables.elsewhere)
         start = 0 if restored is None else restored.step
         if restored is not None:
             setup.check_same_data(restored.extra)
+            tunables.follow(restored.extra)
         stage = 0 if restored is None else stage_of(restored.state.extras)
         feed = stack.enter_context(Feed(setup, stage, start))
         profiler = stack.enter_context(
@@ -125,6 +128,7 @@ def train(setup: Setup) -> ExitCode:
         steps = _compile(setup, primary)
         compiled = {program.label(key): seconds for key, seconds in steps.seconds.items()}
         if setup.decider is not None:
+            stack.callback(setup.decider.close)
             setup.decider.compile()
             compiled["decisions"] = setup.decider.compile_seconds
         facts |= {
@@ -206,6 +210,9 @@ def train(setup: Setup) -> ExitCode:
                 clock = Clock()
 
             with clock.pausing():
+                if setup.decider is not None and step == setup.total_steps:
+                    state, values = setup.decider.conclude(state, step)
+                    writer.write(step, values)
                 evaluated = evaluate(setup, state, step, writer, guard)
                 if evaluated:
                     state = program.observe(state, evaluated)
@@ -213,12 +220,13 @@ def train(setup: Setup) -> ExitCode:
                 if evaluated is not None and step < setup.total_steps:
                     scores = ranked(setup, evaluated)
                     if is_save_due(step, saved, save_every, bool(scores), ranks_every):
-                        checkpoints.save(step, state, scores, setup.checkpoint_extra())
+                        extra = setup.checkpoint_extra()
+                        checkpoints.save(step, state, scores, extra, tunables.left_out)
                         saved = step
 
         # Save and report. ------------------------------------------------------------------------
         extra = setup.checkpoint_extra() | {_EVALUATED: evaluated is not None}
-        checkpoints.save(step, state, ranked(setup, evaluated or {}), extra)
+        checkpoints.save(step, state, ranked(setup, evaluated or {}), extra, tunables.left_out)
         checkpoints.wait()
         preempted = step < setup.total_steps or evaluated is None
         if setup.decider is not None and trained:
@@ -227,6 +235,8 @@ def train(setup: Setup) -> ExitCode:
             facts["decisions_share_of_time"] = round(share, 4)
         if not preempted:
             preempted = not evaluate_best(setup, checkpoints, step, writer, guard)
+        if primary:  # who writes them
+            facts |= end_facts(setup, checkpoints, steps)
         facts |= {
             "status": "preempted" if preempted else "finished",
             "step": step,
@@ -241,7 +251,7 @@ def train(setup: Setup) -> ExitCode:
             latest |= record
         del latest["step"]
         rich.print(results_table(latest))
-        print(f"report: {report}")
+        print(f"checkpoint: {facts['checkpoint']}\nreport: {report}")
         summary = {"workdir": str(setup.workdir), "report": str(report), "step": step}
         print(json.dumps(summary | {"metrics": strict(latest)}, allow_nan=False), flush=True)
     return ExitCode.PREEMPTED if preempted else ExitCode.OK

@@ -113,3 +113,11 @@ class Decider:
             "compression/decided": float(choice),
             "compression/probe_seconds": taken,
         }
+
+    def conclude(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, float]]:
+        """After the last update nothing is left to decide."""
+        del step
+        return state, {}
+
+    def close(self) -> None:
+        """Nothing is open between two decisions."""

@@ -31,7 +31,10 @@ def optimizer(config: ConfigDict, params: Any) -> optax.GradientTransformationEx
 
     Returns:
         A transformation whose updates, times minus the learning rate, are added to the parameters;
-        ``update`` takes ``progress``, the share of the budget that is spent, float32 [].
+        ``update`` takes ``progress``, the share of the budget that is spent, float32 [], and
+        ``moving``, a tree of bool [] like the parameters: what is False there neither moves nor
+        decays, and keeps its moments. (Adam's count is one for all: where a parameter has missed
+        updates, its moments are taken to be nearer to their means than they are.)
 
     Raises:
         ConfigError: ``no_decay`` is no regular expression, or a group is wrong.
@@ -50,9 +53,19 @@ def optimizer(config: ConfigDict, params: Any) -> optax.GradientTransformationEx
     chain = optax.chain(*parts)
 
     def update(
-        updates: Any, state: optax.OptState, params: Any, **extra: Any
+        updates: Any, state: optax.OptState, params: Any, moving: Any = None, **extra: Any
     ) -> tuple[Any, optax.OptState]:
-        return chain.update(updates, state, trained_only(params, factors), **extra)
+        params = trained_only(params, factors)
+        updates, new_state = chain.update(updates, state, params, **extra)
+        if moving is None:
+            return updates, new_state
+        moving = trained_only(moving, factors)
+        kept = {
+            name: _chosen(moving, optax.tree.get(new_state, name), optax.tree.get(state, name))
+            for name in ("mu", "nu")
+        }
+        still = jax.tree.map(jnp.zeros_like, updates)
+        return _chosen(moving, updates, still), optax.tree.set(new_state, **kept)
 
     return optax.GradientTransformationExtraArgs(
         lambda params: chain.init(trained_only(params, factors)), update
@@ -76,6 +89,11 @@ def with_frozen(trained: Any, params: Any) -> Any:
     return jax.tree.map(
         lambda leaf, old: old if leaf is None else leaf, trained, params, is_leaf=_absent
     )
+
+
+def _chosen(moving: Any, new: Any, old: Any) -> Any:
+    """The new leaf where ``moving`` is True, the old one elsewhere."""
+    return jax.tree.map(lambda on, n, o: jnp.where(on, n, o), moving, new, old)
 
 
 def _absent(leaf: Any) -> bool:

@@ -18,13 +18,16 @@ from vlp_jax.data.build import batch_fields
 from vlp_jax.data.named import batch_section
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.mesh import batch_sharding, check_batch_size, global_batch, replicated
-from vlp_jax.infra.sharding import shardings
+from vlp_jax.infra.sharding import by_path, shardings
+from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives
+from vlp_jax.objectives.base import Objective
 from vlp_jax.train.bucket_schedule import Resolved, resolve
 from vlp_jax.train.mixture import Mixture
 from vlp_jax.train.optim import optimizer, rate_factors, trained_only
 from vlp_jax.train.schedule import TEXT_LENGTH, Budget, learning_rate
+from vlp_jax.train.search import Search
 from vlp_jax.train.stages import Stages, stage_of
 from vlp_jax.train.state import TrainState
 from vlp_jax.train.step import (
@@ -53,7 +56,9 @@ class Program:
         fields: the arrays of every named batch, see ``data.batch``.
         mixture: by which the weights of batches change; None: they are fixed.
         stages: of the run; None: it has one.
+        search: of units that a task does without; None: nothing is searched for.
         trained_parameters: how many parameters have a gradient.
+        frozen: paths of those that have none.
     """
 
     def __init__(
@@ -81,9 +86,8 @@ class Program:
         """
         self.config = config
         self.mesh = mesh
-        self._model = model = build_model(
-            config.model, vocabulary.size, vocabulary.mask_id, config.data.image_size
-        )
+        self._vocabulary = vocabulary
+        self._model = model = self._built(config.model)
         self.objectives = build_objectives(config.objectives, model, vocabulary)
         sections = {name: batch_section(config, name) for name in self.batch_names}
         for section in sections.values():
@@ -109,6 +113,7 @@ class Program:
         self.schedule = self.compression.over(self.full_steps, config.seed)
         self.decided: tuple[int, ...] = ()
         self.longest = self.schedule.total_steps
+        self.search = self._search_of(budget.text_lengths) if config.search.method else None
         self._learning_rate = learning_rate(config.schedule, budget)
         self._rates: np.ndarray | None = None  # of every update of the schedule, once asked for
         spec = jax.eval_shape(self._init, jax.random.key(0))
@@ -120,6 +125,7 @@ class Program:
         params = self.state_spec.params
         self._optimizer = optimizer(config.optim, params)
         self._factors = rate_factors(config.optim, params)
+        self.frozen = frozenset(path for path, f in by_path(self._factors).items() if not f)
         self.trained_parameters = _size(trained_only(params, self._factors))
         self._trained_share = self.trained_parameters / _size(params)
 
@@ -135,7 +141,31 @@ class Program:
             decisions=self.compression.decisions,
             mixture=self.mixture,
             stages=self.stages,
+            search=self.search,
         )
+
+    def _built(self, section: ConfigDict) -> Encoder:
+        words = self._vocabulary
+        return build_model(section, words.size, words.mask_id, self.config.data.image_size)
+
+    def _search_of(self, known: Mapping[str, float]) -> Search:
+        """What ``config.search`` says, with what each unit costs of the forward pass."""
+        lengths = {name: known.get(name, TEXT_LENGTH) for name in self.batch_names}
+        whole, costs = self.forward_flops(lengths), {}
+        for unit in self._model.config.text.tuning.gated:
+            section = ConfigDict(self.config.model.to_dict())
+            section.tuning.update(skip=(unit,), gated=())
+            without = build_objectives(
+                self.config.objectives, self._built(section), self._vocabulary
+            )
+            costs[unit] = 1.0 - self.forward_flops(lengths, objectives=without) / whole
+        splits = {source.get("split", "train") for source in self.config.data.sources.values()}
+        return Search.of(self.config.search, costs, splits, self.full_steps)
+
+    def loss_factor(self, objective: Objective) -> float:
+        """Of an objective's loss in that of the run, with the weight of its batch."""
+        weight: float = self.config.objectives[objective.name].get("weight", 1.0)
+        return weight * self._batch_weights[objective.batch_name]
 
     @property
     def made_for(self) -> dict[str, Any]:
@@ -210,11 +240,13 @@ class Program:
             self._batch_weights,
             self.config.optim.sequential and len(bucket) > 1,
             self._factors,
+            self.search,
         )
 
     def step(self, bucket: StepBucket) -> StepFunction:
         """The update of a bucket, not compiled."""
-        return make_step(self.gradient(bucket), self._optimizer, self.config.optim.ema_decay)
+        decay = self.config.optim.ema_decay
+        return make_step(self.gradient(bucket), self._optimizer, decay, self.search)
 
     def lower(self, bucket: StepBucket) -> jax.stages.Lowered:
         """Trace and lower the update of a bucket; the state is donated."""
@@ -337,20 +369,30 @@ class Program:
             text_lengths: mean tokens of the examples of every named batch.
             bucket: whose batches are read and whose views are encoded; None: all, and whole images.
         """
-        return (2.0 + self._trained_share) * self._forward_flops(text_lengths, bucket)
+        return (2.0 + self._trained_share) * self.forward_flops(text_lengths, bucket)
 
-    def _forward_flops(
-        self, text_lengths: Mapping[str, float], bucket: StepBucket | None = None
+    def forward_flops(
+        self,
+        text_lengths: Mapping[str, float],
+        bucket: StepBucket | None = None,
+        objectives: Sequence[Objective] = (),
     ) -> float:
-        """Of one forward pass; what several objectives share is counted once."""
+        """Of one forward pass; what several objectives share is counted once.
+
+        Args:
+            text_lengths: see ``flops``.
+            bucket: see there.
+            objectives: the same ones of another model; empty: those of the run.
+        """
+        objectives = objectives or self.objectives
         sizes: dict[str, Bucket | None] = dict(bucket or dict.fromkeys(self.batch_names))
         total = sum(
             self.batch_sizes[o.batch_name]
             * o.flops(text_lengths[o.batch_name], sizes[o.batch_name])
-            for o in self.objectives
+            for o in objectives
             if o.batch_name in sizes
         )
-        for shared in shared_passes(self.objectives, self.config.optim.accumulation):
+        for shared in shared_passes(objectives, self.config.optim.accumulation):
             if shared.batch_name in sizes:
                 name, again = shared.batch_name, len(shared.readers) - 1
                 once = shared.computed.flops(text_lengths[name], sizes[name])
@@ -362,8 +404,8 @@ class Program:
         lengths = {name: known.get(name, TEXT_LENGTH) for name in self.batch_names}
         size = self.config.data.image_size
         sizes = tuple((name, Bucket(round(length), size)) for name, length in lengths.items())
-        whole = self._forward_flops(lengths)
-        return self._forward_flops(lengths, self.with_views(sizes, views)) / whole
+        whole = self.forward_flops(lengths)
+        return self.forward_flops(lengths, self.with_views(sizes, views)) / whole
 
 
 def _size(tree: Any) -> int:

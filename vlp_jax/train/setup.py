@@ -27,12 +27,11 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
 from vlp_jax.infra.mesh import make_mesh
 from vlp_jax.infra.metrics import check_wandb
+from vlp_jax.infra.report import CONFIG_FILE
 from vlp_jax.infra.sharding import by_path
 from vlp_jax.models.pretrained import Metadata, Report, check_vocabulary, merge
-from vlp_jax.models.sizes import kind_of
-from vlp_jax.models.tuning_config import pruned_blocks, tuning_config
 from vlp_jax.objectives import learns_from
-from vlp_jax.objectives.readout import READOUT_OF
+from vlp_jax.train.adopted import adopt, adopt_skipped
 from vlp_jax.train.bucket_schedule import Resolved, count_buckets
 from vlp_jax.train.checks import (
     changed_keys,
@@ -50,7 +49,6 @@ from vlp_jax.train.checks import (
 from vlp_jax.train.config import check_keys
 from vlp_jax.train.initial import (
     CHECKPOINT_FOLDER,
-    HOW_COMPUTED,
     Origin,
     read_origin,
     skipped_units,
@@ -58,10 +56,11 @@ from vlp_jax.train.initial import (
 from vlp_jax.train.online import Decider
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import Budget, to_steps
+from vlp_jax.train.searching import Searcher, build_searcher
 from vlp_jax.train.state import TrainState
+from vlp_jax.train.tunables import Tunables
 
 TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "config.json"
 SCHEDULE_FILE, GUARDED_FILE = "schedule.json", "guarded.json"
 
 
@@ -87,7 +86,8 @@ class Setup:
         missing_images: images that the annotations name and that are not there.
         source_facts: what a resumed run must find again, by source; see ``checks.source_facts``.
         unknown_tokens: by source, the share of the tokens of words that are <unk>.
-        decider: of an online schedule of buckets; None: there is none.
+        decider: of an online schedule of buckets, or of a search; None: there is none.
+        tunables: what checkpoints leave to the base they are made on.
     """
 
     config: ConfigDict
@@ -107,7 +107,8 @@ class Setup:
     missing_images: int
     source_facts: dict[str, dict[str, Any]]
     unknown_tokens: dict[str, float]
-    decider: Decider | None
+    decider: Decider | Searcher | None
+    tunables: Tunables
 
     @property
     def total_steps(self) -> int:
@@ -133,6 +134,7 @@ class Setup:
             "tokenizer": self.tokenizer.to_json(),
             "classes": list(classes[0]) if classes else [],
             "sources": self.source_facts,
+            **self.tunables.extra,
         }
 
     def check_same_data(self, extra: Mapping[str, Any]) -> None:
@@ -213,8 +215,9 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     begun = has_checkpoint(workdir / CHECKPOINT_FOLDER)
     origin = None
     if config.init_from and not begun:
-        origin = read_origin(config.init_from, str(config.init_checkpoint))
-    _adopt(config, workdir if begun else None, origin)
+        origin = read_origin(config.init_from, str(config.init_checkpoint), config.init_base)
+    adopt(config, workdir if begun else None, origin)
+    adopt_skipped(config, workdir if begun else None)
     tokenizer = _tokenizer(config, workdir, begun, list(sources.values()), origin)
     most_edges = max(1, MAX_SCHEDULED_BUCKETS // count_buckets(config.compression))
     as_begun = begun and _same_compression(config, workdir)
@@ -226,6 +229,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         raise ConfigError(
             "total_steps", "the run has no length", "Give total_steps, _examples or _epochs"
         )
+    if config.search.method:
+        total = max(1, round(total * config.search.percent / 100))
     budget = dataclasses.replace(budget, total_steps=total)
     program = Program(
         config,
@@ -254,6 +259,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     if origin is not None:  # a misfit shows here, before any device time is spent
         origin = without_foreign_heads(origin, sources, program.objectives)
         origin.check_fit(_shapes(program.state_spec.params), plain(config)["model"])
+    tunables = Tunables(config, program, origin)
     evaluators = build_evaluators(
         EvalContext(config, program.objectives, tokenizer, mesh, sources, plan.edges, workdir)
     )
@@ -295,7 +301,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         missing_images(sources),
         facts,
         unknown,
-        Decider(program, plan) if program.compression.decisions else None,
+        _decider(config, program, plan, sources, tokenizer, workdir),
+        tunables,
     )
 
 
@@ -347,69 +354,23 @@ def _tokenizer(
     return tokenizer
 
 
-def _adopt(config: ConfigDict, begun: pathlib.Path | None, origin: Origin | None) -> None:
-    """Fill in what the config leaves to the origin: the geometry, and ``readout="auto"``.
-
-    A readout is what the pretraining objective has trained. A run that was itself fine-tuned hands
-    on the readout it was given. A run that has begun keeps what the config.json in its workdir
-    says.
-    """
-    file = None if begun is None else begun / CONFIG_FILE
-    kept = json.loads(file.read_text()) if file and file.exists() else {}
-    model = kept.get("model", {}) if origin is None else origin.config.get("model", {})
-    if config.adopt_model and model:
-        adopt_model(config, model)
-    kinds = [section.get("type", name) for name, section in config.objectives.items()]
-    kinds += origin.objectives if origin else ()
-    trained = [READOUT_OF[kind] for kind in kinds if kind in READOUT_OF]
-    earlier = origin.config.get("objectives", {}) if origin else {}
-    trained += [section["readout"] for section in earlier.values() if section.get("readout")]
-    for name, section in config.objectives.items():
-        if section.get("readout", "") == "auto":
-            settled = kept.get("objectives", {}).get(name, {}).get("readout")
-            if origin and not trained:
-                logging.warning(
-                    "config.objectives.%s.readout: %s does not say which readout it has trained; "
-                    "'query' is used, which is that of FLM",
-                    name,
-                    origin.where,
-                )
-            section.readout = settled or (trained[0] if trained else "query")
-
-
-def adopt_model(config: ConfigDict, model: Mapping[str, Any]) -> None:
-    """Take a geometry: all of ``config.model`` but how it is computed and tuned.
-
-    What is cut out of blocks (``tuning.prune``) is taken as well: no model of another cut has
-    parameters of these shapes. Of a model that is whole nothing is, so that a config that asks for
-    a cut is told that there is none.
-
-    Keys that a checkpoint is too old to have keep the values of the config, where that describes a
-    model of the same kind; of another kind, it has nothing to say.
-    """
-    if kind_of(config.model) == kind_of(model):
-        for part, section in config.model.items():
-            if isinstance(section, ConfigDict) and part != "tuning":
-                section.update(model.get(part, {}))
-        _adopt_cut(config, model)
-        return
-    own = (*HOW_COMPUTED, "tuning")
-    geometry = {key: value for key, value in model.items() if key not in own}
-    kept = {key: config.model[key] for key in own if key in config.model}
-    with config.unlocked():
-        config.model = ConfigDict({**geometry, **kept})
-    _adopt_cut(config, model)
-
-
-def _adopt_cut(config: ConfigDict, model: Mapping[str, Any]) -> None:
-    tuning = model.get("tuning", {})
-    cut = tuning.get("prune", {})
-    if not cut.get("heads") and not cut.get("mlp"):
-        return
-    with config.unlocked():
-        if "tuning" not in config.model:
-            config.model.tuning = tuning_config()
-        config.model.tuning.prune = ConfigDict({**cut, "blocks": pruned_blocks(tuning)})
+def _decider(
+    config: ConfigDict,
+    program: Program,
+    plan: JointPlan,
+    sources: Mapping[str, Source],
+    tokenizer: Tokenizer,
+    workdir: pathlib.Path,
+) -> Decider | Searcher | None:
+    if program.search is None:
+        return Decider(program, plan) if program.compression.decisions else None
+    if program.compression.decisions:
+        raise ConfigError(
+            "search.method",
+            "in a run whose schedule of buckets is decided online, by gradients of other networks",
+            "Give compression.schedule another kind",
+        )
+    return build_searcher(config, program, sources, tokenizer, workdir)
 
 
 def _same_compression(config: ConfigDict, workdir: pathlib.Path) -> bool:

@@ -24,9 +24,11 @@ from vlp_jax.objectives.base import (
 )
 from vlp_jax.train.mixture import Mixture, mixture_metrics
 from vlp_jax.train.optim import global_norm, moving_average, trained_only, with_frozen
+from vlp_jax.train.search import Search
 from vlp_jax.train.stages import Stages
 from vlp_jax.train.state import TrainState
 from vlp_jax.train.watch import first_watched, watch
+from vlp_jax.transfer.units import moving, with_kept
 
 Batches = Mapping[str, Batch]
 Metrics = dict[str, jax.Array]
@@ -77,6 +79,7 @@ def init_state(
     decisions: int = 0,
     mixture: Mixture | None = None,
     stages: Stages | None = None,
+    search: Search | None = None,
 ) -> TrainState:
     """A fresh state. Objectives that share a module agree on its parameters.
 
@@ -92,6 +95,7 @@ def init_state(
         decisions: of an online schedule of buckets.
         mixture: by which the weights of batches change; None: they are fixed.
         stages: of the run; None: it has one.
+        search: of the run; None: nothing is searched for.
     """
     init_rng, run_rng = jax.random.split(rng)
     params: dict[str, Any] = {}
@@ -110,6 +114,7 @@ def init_state(
             **({"watched": first_watched(batch_specs)} if len(batch_specs) > 1 else {}),
             **({"mixture": mixture.init()} if mixture else {}),
             **({"stage": stages.init()} if stages else {}),
+            **({"search": search.init()} if search else {}),
             **{name: jnp.zeros((), jnp.int32) for name in counters},
         },
         opt_state=optimizer_of(params).init(params),
@@ -161,6 +166,7 @@ def make_gradient(
     batch_weights: Mapping[str, float] | None = None,
     sequential: bool = False,
     rates: Any = None,
+    search: Search | None = None,
 ) -> GradientFunction:
     """The gradient of a run's loss in one bucket, over the named batches that the bucket has.
 
@@ -181,6 +187,7 @@ def make_gradient(
             all of them. The sum is the same.
         rates: of ``rate_factors``; what they freeze has None in the place of its gradient, which
             is not computed. None: nothing is frozen.
+        search: draws the units that the update does without; None: nothing is searched for.
 
     Returns:
         ``gradient(state, batches, moment) -> (gradient of the parameters, losses)``; everything
@@ -199,6 +206,8 @@ def make_gradient(
 
     def gradient(state: TrainState, batches: Batches, moment: Moment) -> tuple[Any, Losses]:
         step_rng = jax.random.fold_in(state.rng, state.step)
+        if search is not None:
+            state = state.replace(params=with_kept(state.params, search.kept(state)))
         factors = dict(fixed)
         if "mixture" in state.extras:
             moved = state.extras["mixture"]["weight"]
@@ -229,7 +238,7 @@ def make_gradient(
                 extras = state.extras["objectives"][objective.name]
                 output = evaluate(objective, trained, extras, seen[objective.name])
                 outputs[objective.name] = output
-                total += factors[objective.name] * _ratio(output.loss)
+                total += factors[objective.name] * ratio(output.loss)
             return total, outputs
 
         loss, grads = jnp.zeros(()), None
@@ -262,7 +271,7 @@ def make_gradient(
                 each[group[0]] = part
         parts = {name: jnp.zeros(()) for name in buckets}
         for objective in objectives:
-            own_loss = weights[objective.name] * _ratio(outputs[objective.name].loss)
+            own_loss = weights[objective.name] * ratio(outputs[objective.name].loss)
             parts[objective.batch_name] += own_loss
         return grads, Losses(loss, outputs, parts, _compared(each))
 
@@ -286,7 +295,10 @@ def _compared(each: Mapping[str, Any]) -> Metrics:
 
 
 def make_step(
-    gradient: GradientFunction, optimizer: optax.GradientTransformation, ema_decay: float
+    gradient: GradientFunction,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    search: Search | None = None,
 ) -> StepFunction:
     """The update function of one bucket, to be jitted with the state donated.
 
@@ -295,6 +307,7 @@ def make_step(
         optimizer: see ``vlp_jax.train.optim``.
         ema_decay: of the moving average in an update of whole images; 0: none. Over as much of the
             budget, cheaper updates let it decay as far.
+        search: of the gradient.
 
     Returns:
         ``step(state, batches, moment) -> (state, metrics)``, metrics float32 [] each. The rate is
@@ -307,8 +320,9 @@ def make_step(
         grads, losses = gradient(state, batches, moment)
         loss, outputs = losses.loss, losses.outputs
         grad_norm = global_norm(grads)
+        moves = None if search is None else moving(state.params, search.kept(state))
         updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, progress=moment.progress
+            grads, state.opt_state, state.params, progress=moment.progress, moving=moves
         )
         params = jax.tree.map(
             lambda u, p: p if u is None else p - learning_rate * u,
@@ -361,9 +375,9 @@ def make_step(
             **mixture_metrics(state.extras),
         }
         for name, output in outputs.items():
-            metrics[f"{name}/loss"] = _ratio(output.loss)
+            metrics[f"{name}/loss"] = ratio(output.loss)
             for key, mean in output.metrics.items():
-                metrics[f"{name}/{key}"] = _ratio(mean)
+                metrics[f"{name}/{key}"] = ratio(mean)
         return new_state, {name: value.astype(jnp.float32) for name, value in metrics.items()}
 
     return step
@@ -386,7 +400,7 @@ def _whole(objective: Objective, accumulation: int) -> bool:
     return accumulation == 1 or not objective.splittable
 
 
-def _ratio(mean: Mean) -> jax.Array:
+def ratio(mean: Mean) -> jax.Array:
     """Sum over weight; 0 where nothing was weighed."""
     return mean.sum / jnp.maximum(mean.weight, 1.0)
 

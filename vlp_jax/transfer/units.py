@@ -1,12 +1,14 @@
 """Skippable units in a tree of parameters: switching them, and taking them out; see ``tuning``."""
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from vlp_jax.infra.sharding import by_path, nested
+from vlp_jax.infra.sharding import by_path, leaf_path, nested
 from vlp_jax.models.tuning import (
     PARTS,
     is_skipped,
@@ -75,6 +77,26 @@ def pruned(params: Any, skipped: Sequence[str]) -> dict[str, Any]:
             if path not in switches and not path.startswith(idle) and not is_skipped(path, skipped)
         }
     )
+
+
+def moving(params: Any, kept: Mapping[str, jax.Array]) -> Any:
+    """What an update may change while units are switched, for what is off has no part in it.
+
+    Args:
+        params: of a model with gated units.
+        kept: unit -> bool [], which may be traced.
+
+    Returns:
+        A tree like the parameters: bool [] of what goes with a unit or with what stands in its
+        place, True for the rest.
+    """
+
+    def moves(path: str) -> jax.Array | bool:
+        inside = [on for unit, on in kept.items() if is_skipped(path, (unit,))]
+        instead = [~on for unit, on in kept.items() if path.startswith(_replacement(unit))]
+        return functools.reduce(operator.and_, inside + instead, True)
+
+    return jax.tree_util.tree_map_with_path(lambda path, _: moves(leaf_path(path)), params)
 
 
 def _switch(unit: str) -> str:

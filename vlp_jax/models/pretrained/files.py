@@ -65,6 +65,7 @@ class Metadata:
         step: updates that made the parameters; None for imported ones.
         metrics: evaluated for these very parameters; empty where none were.
         sources: what the parameters were made of: part -> file name, or the name of the run.
+        base: of tunables alone, what they were made on, as ``train.base`` tells it; else empty.
     """
 
     config: dict[str, Any]
@@ -72,6 +73,7 @@ class Metadata:
     step: int | None = None
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
+    base: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_strings(self) -> dict[str, str]:
         """As safetensors holds metadata."""
@@ -81,7 +83,8 @@ class Metadata:
     @classmethod
     def from_strings(cls, strings: Mapping[str, str]) -> "Metadata":
         """Inverse of ``to_strings``."""
-        return cls(**{f.name: json.loads(strings[f.name]) for f in dataclasses.fields(cls)})
+        told = {"base": "{}", **strings}  # which earlier files do not say: they are whole
+        return cls(**{f.name: json.loads(told[f.name]) for f in dataclasses.fields(cls)})
 
 
 def read_weights(path: str | os.PathLike[str]) -> Weights:

@@ -1,0 +1,95 @@
+"""Tiny models of every kind with something tuned: shared by the tests of what tuning adds."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from tiny import (
+    IMAGE_SIZE,
+    MASK_ID,
+    TOKENS,
+    VOCAB,
+    make_batch,
+    shared_config,
+    tiny_config,
+    towers_config,
+)
+
+from vlp_jax.data.augment import normalize
+from vlp_jax.infra.sharding import by_path, nested
+from vlp_jax.models.encoder import Encoder
+from vlp_jax.models.masks import bidirectional_mask, two_stream_mask
+from vlp_jax.models.sizes import build_model, model_config
+from vlp_jax.models.tuning_config import tuning_config
+
+LENGTHS = [12, 9, 5, 2]
+BATCH = make_batch(LENGTHS)
+IDS, N = jnp.asarray(BATCH["text_ids"]), jnp.array(LENGTHS)
+
+MODELS: dict[str, Callable[[], ConfigDict]] = {
+    "two_stacks": lambda: (
+        tiny_config(**{"model.text.lower_depth": 2, "model.text.upper_depth": 2}).model
+    ),
+    "shared": lambda: shared_config().model,
+    "three_towers": lambda: towers_config(**{"text.depth": 2, "fusion.depth": 2}),
+    "co_attention": lambda: towers_config(co_attention=True, **{"fusion.depth": 2}),
+}
+
+
+def with_tuning(config: ConfigDict, tuning: Mapping[str, Any]) -> ConfigDict:
+    """A geometry with these keys of ``model.tuning``, those of its sections beneath them."""
+    config = ConfigDict(config.to_dict())
+    config.tuning = tuning_config()
+    for key, value in tuning.items():
+        config.tuning.update({key: ConfigDict(value) if isinstance(value, Mapping) else value})
+    return config
+
+
+def tuned_size(size: str, **tuning: Any) -> ConfigDict:
+    """``config.model`` of a named size."""
+    return with_tuning(model_config(size), tuning)
+
+
+def geometry(name: str, **tuning: Any) -> ConfigDict:
+    """``config.model`` of one of ``MODELS``."""
+    return with_tuning(MODELS[name](), tuning)
+
+
+def build(config: ConfigDict) -> Encoder:
+    """The tiny model of a geometry."""
+    return build_model(config, VOCAB, MASK_ID, IMAGE_SIZE)
+
+
+def forward(streams: tuple[str, ...], model: Encoder) -> Any:
+    """What texts and their images come to, in one or in two streams, and each alone."""
+    pixels = normalize(jnp.asarray(BATCH["image"]))
+    image = model.encode_image(pixels)
+    joint = streams == ("bidirectional",)
+    mask = bidirectional_mask(N, TOKENS)[:, None] if joint else two_stream_mask(N, TOKENS)
+    both = model.encode_text(IDS, mask, image, streams)
+    return both.last, model.image_feature(image), model.text_feature(IDS, N)
+
+
+def compiled(model: Encoder, streams: tuple[str, ...] = ("bidirectional",)) -> Any:
+    """``forward`` of ``{"params": ...}``."""
+    return jax.jit(nn.apply(functools.partial(forward, streams), model))
+
+
+def drawn(config: ConfigDict) -> Any:
+    """Parameters of a model, none of them zero or one, but for switches: units are kept."""
+    init = nn.init(functools.partial(forward, ("bidirectional",)), build(config))
+    shapes = by_path(jax.eval_shape(init, jax.random.key(0))["params"])
+    draw = np.random.default_rng(0)
+    values = {p: 0.3 * draw.normal(size=x.shape).astype(np.float32) for p, x in shapes.items()}
+    return nested({p: np.float32(1) if p.endswith("_kept") else x for p, x in values.items()})
+
+
+@functools.cache
+def base(name: str) -> Any:
+    """Of the model without tuning."""
+    return drawn(MODELS[name]())

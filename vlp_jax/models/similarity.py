@@ -1,0 +1,37 @@
+"""How much the parts of blocks change the tokens that pass them."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from vlp_jax.models.block import Block
+from vlp_jax.models.tuning import unit_name
+
+
+def cosines(units: Collection[str], run: Callable[[], Any]) -> dict[str, jax.Array]:
+    """How little units change the tokens: mean cosine of what enters and what leaves, float32 [].
+
+    Args:
+        units: gated ones.
+        run: applies the model to a batch, with the units switched on; a unit that is met several
+            times has the mean.
+    """
+    found: dict[str, list[jax.Array]] = {unit: [] for unit in units}
+
+    def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        after = call(*args, **kwargs)
+        if isinstance(context.module, Block) and context.method_name == Block._part.__name__:
+            part, before = args[:2]
+            unit = unit_name("/".join(context.module.path), part)
+            if unit in found:
+                pair = (x.astype(jnp.float32) for x in (before, after))
+                found[unit].append(optax.losses.cosine_similarity(*pair, epsilon=1e-6).mean())
+        return after
+
+    with nn.intercept_methods(watch):
+        run()
+    return {unit: jnp.stack(seen).mean() for unit, seen in found.items()}
