@@ -10,14 +10,23 @@ random, and every text has ``--text_length`` tokens. Of each size:
 ``without_heads``, the same but the vocabulary head, the decoder of pixels and the heads of contrast
 and matching. The table of tokens counts as part of the encoder, padded rows included.
 
+``--skip=UNIT,UNIT`` adds the first size without these units (``models.tuning``; several times:
+several networks), and ``--set=KEY=VALUE`` changes a key of ``config.model`` of all of them:
+
+    python -m tools.bench_encoders --sizes=co_attention_base --image_size=384 --text_length=40 \
+        --batch=64 --modes=pair --set=image.depth=11 --set=tuning.adapter.kind=serial \
+        --skip=fusion_tower/image_block_00,fusion_tower/text_block_00
+
 ``image``, ``text`` and ``pair``: one vector of an image alone, of a text alone, and of a text with
 its image as VQA reads it (row <s> of a bidirectional text); ``samples_per_second`` (median, and
 range over repeats, in which the sizes take turns), ``device_ms`` of a batch (for which an
-accelerator is busy), ``gflops`` of an example by formula, and ratios to the first size of both.
+accelerator is busy), ``gflops`` of an example by formula, and ratios to the first size of both; of
+what is skipped also how far time and FLOPs have fallen, and by what share of the latter the former.
 Ratios of speed are by the time for which the device is busy where that is known. Parameters are
 float32 and products of ``--dtype``, as in training. Compile time is left out.
 """
 
+import ast
 import functools
 import json
 import statistics
@@ -47,6 +56,7 @@ from vlp_jax.models.flops import (
     text_feature_flops,
 )
 from vlp_jax.models.sizes import build_model, model_config
+from vlp_jax.models.tuning_config import tuning_config
 from vlp_jax.objectives import build_objectives
 from vlp_jax.objectives.readout import Readout
 
@@ -58,6 +68,9 @@ _TEXT_LENGTH = flags.DEFINE_integer("text_length", 32, "tokens of a text", lower
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 224, "side of an image in pixels", lower_bound=1)
 _VOCAB = flags.DEFINE_integer("vocab_size", 30_522, "entries of the vocabulary", lower_bound=8)
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "of products")
+_SKIP = flags.DEFINE_multi_string("skip", [], "units of the first size, left out of a further one")
+_SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE of config.model, of all sizes")
+_MODES = flags.DEFINE_list("modes", ["image", "text", "pair"], "what is measured")
 _STEPS = flags.DEFINE_integer("steps", 16, "batches timed in one repeat", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "timed repeats", lower_bound=1)
 
@@ -81,6 +94,8 @@ class Setting(NamedTuple):
     dtype: str
     steps: int
     repeats: int
+    modes: Sequence[str] = ("image", "text", "pair")
+    changes: Sequence[str] = ()
 
 
 def of_image(model: Encoder, batch: Batch) -> jax.Array:
@@ -134,12 +149,15 @@ def _params(objective: Any, spec: Any, key: jax.Array) -> Any:
     return objective.init(key, spec)[0]
 
 
-def bench_encoders(sizes: Sequence[str], setting: Setting) -> dict[str, Any]:
+def bench_encoders(
+    sizes: Sequence[str], setting: Setting, skips: Sequence[str] = ()
+) -> dict[str, Any]:
     """Measure each size on one device; see the module's docstring.
 
     Args:
         sizes: names of ``models.sizes``; all ratios are to the first.
         setting: what each is measured with.
+        skips: units, with commas between them, each of a further network of the first size.
 
     Returns:
         The figures, ready for JSON.
@@ -149,19 +167,27 @@ def bench_encoders(sizes: Sequence[str], setting: Setting) -> dict[str, Any]:
     """
     if not sizes or len({*sizes}) < len(sizes):
         raise ValueError(f"--sizes={','.join(sizes)}: give different ones")
+    if unknown := [mode for mode in setting.modes if mode not in MODES]:
+        raise ValueError(f"--modes: {unknown[0]!r} is none of {', '.join(MODES)}")
+    networks = {size: (size, ()) for size in sizes} | {
+        f"{sizes[0]} without {units}": (sizes[0], tuple(units.split(","))) for units in skips
+    }
     models = {}
-    for size in sizes:
-        config = model_config(size)
+    for name, (size, skipped) in networks.items():
+        config = _changed(model_config(size), setting.changes)
         config.dtype = setting.dtype
+        if skipped:
+            config.tuning.skip = skipped
         check_length("text_length", setting.text_length, config.text.max_positions)
-        models[size] = build_model(config, setting.vocab_size, MASK, setting.image_size)
+        models[name] = build_model(config, setting.vocab_size, MASK, setting.image_size)
+    sizes = list(networks)
     spec = batch_spec(Bucket(setting.text_length, setting.image_size), 1)
     shapes = {size: parameter_shapes(model, spec) for size, model in models.items()}
     params = {size: _random_params(shapes[size]) for size in sizes}
     batch = _random_batch(setting)
     found: dict[str, Any] = {size: {"parameters": _counts(shapes[size])} for size in sizes}
     first = models[sizes[0]].config
-    for mode in MODES:
+    for mode in setting.modes:
         runs = {size: _compiled(models[size], params[size], MODES[mode], batch) for size in sizes}
         rates, times = _timed(runs, setting)
         costs = cost_shares(times, unit=sizes[0])
@@ -177,12 +203,39 @@ def bench_encoders(sizes: Sequence[str], setting: Setting) -> dict[str, Any]:
                 "speed_vs_first": round(1 / costs[size], 4),
                 "gflops_vs_first": round(flops / unit, 4),
             }
+            if networks[size][1] and flops != unit:
+                fell = 1 - costs[size]
+                found[size][mode] |= {
+                    "time_fell": round(fell, 4),
+                    "gflops_fell": round(1 - flops / unit, 4),
+                    "fell_by_share": round(fell / (1 - flops / unit), 4),
+                }
     for key in ("all", "without_heads"):
         unit = found[sizes[0]]["parameters"][key]
         for size in sizes:
             counts = found[size]["parameters"]
             counts[f"{key}_vs_first"] = round(counts[key] / unit, 4)
     return {"sizes": found, **setting._asdict(), **device_facts()}
+
+
+def _changed(config: ConfigDict, changes: Sequence[str]) -> ConfigDict:
+    """``config.model`` with keys set, each ``KEY=VALUE``.
+
+    Raises:
+        ValueError: there is no such key, or the value is none for it.
+    """
+    config.tuning = tuning_config()
+    for change in changes:
+        key, _, text = change.partition("=")
+        try:
+            before = functools.reduce(lambda section, part: section[part], key.split("."), config)
+            value = text if isinstance(before, str) else ast.literal_eval(text)
+            config.update_from_flattened_dict({key: value})
+        except KeyError as error:
+            raise ValueError(f"--set={change}: config.model has no such key") from error
+        except (TypeError, ValueError, SyntaxError) as error:
+            raise ValueError(f"--set={change}: {error}; give KEY=VALUE of config.model") from error
+    return config
 
 
 def _counts(shapes: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,8 +311,10 @@ def main(argv: Sequence[str]) -> None:
             _DTYPE.value,
             _STEPS.value,
             _REPEATS.value,
+            tuple(_MODES.value),
+            tuple(_SET.value),
         )
-        figures = bench_encoders(_SIZES.value, setting)
+        figures = bench_encoders(_SIZES.value, setting, _SKIP.value)
     print(json.dumps(figures))
 
 

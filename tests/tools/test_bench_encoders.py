@@ -43,9 +43,29 @@ def test_figures_of_two_sizes_belong_together() -> None:
     assert parameters[0]["without_heads"] < parameters[0]["all"]
 
 
+def test_what_is_skipped_is_told_beside_what_it_costs() -> None:
+    changes = ("tuning.adapter.kind=serial", "fusion.depth=2")
+    setting = Setting(2, 6, 16, 50, "float32", 2, 2, ("pair",), changes)
+    units = "fusion_tower/image_block_00,fusion_tower/text_block_01"
+    figures = bench_encoders(["co_attention_tiny"], setting, [units])
+    whole, less = figures["sizes"].values()
+    assert set(whole) == {"parameters", "pair"}
+    pair = less["pair"]
+    assert "time_fell" not in whole["pair"]
+    assert 0 < pair["gflops_fell"] < 1
+    assert pair["gflops_fell"] == pytest.approx(1 - pair["gflops_vs_first"], abs=1e-4)
+    assert pair["time_fell"] == pytest.approx(1 - 1 / pair["speed_vs_first"], abs=1e-3)
+    share = pair["time_fell"] / pair["gflops_fell"]
+    assert pair["fell_by_share"] == pytest.approx(share, rel=0.02, abs=0.02)
+    assert less["parameters"]["all"] < whole["parameters"]["all"]
+
+
 @pytest.mark.parametrize(
     ("flag", "complaint"),
     [
+        ("--skip=text_tower", "model.tuning.skip: 'text_tower' is no unit of this model"),
+        ("--set=image.deep=3", '--set=image.deep=3: \'Key "deep"'),
+        ("--modes=video", "--modes: 'video' is none of image, text, pair"),
         ("--sizes=huge", "model size 'huge' is none of"),
         ("--sizes=towers_tiny,towers_tiny", "--sizes=towers_tiny,towers_tiny: give different ones"),
         ("--text_length=513", "--text_length=513: more tokens than"),
