@@ -64,7 +64,7 @@ def test_what_is_skipped_is_told_beside_what_it_costs() -> None:
     ("flag", "complaint"),
     [
         ("--skip=text_tower", "model.tuning.skip: 'text_tower' is no unit of this model"),
-        ("--set=image.deep=3", '--set=image.deep=3: \'Key "deep"'),
+        ("--set=image.deep=3", "--set=image.deep=3: config.model has no such key"),
         ("--modes=video", "--modes: 'video' is none of image, text, pair"),
         ("--sizes=huge", "model size 'huge' is none of"),
         ("--sizes=towers_tiny,towers_tiny", "--sizes=towers_tiny,towers_tiny: give different ones"),

@@ -154,7 +154,7 @@ class Program:
         whole, costs = self.forward_flops(lengths), {}
         for unit in self._model.config.text.tuning.gated:
             section = ConfigDict(self.config.model.to_dict())
-            section.tuning.update(skip=(unit,), gated=())
+            section.tuning.update(skip=(*section.tuning.skip, unit), gated=())
             without = build_objectives(
                 self.config.objectives, self._built(section), self._vocabulary
             )
