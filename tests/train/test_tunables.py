@@ -206,9 +206,9 @@ def test_a_run_goes_on_on_a_base_that_was_moved_and_names_its_new_place(unmoved)
 
 def test_the_report_tells_sizes_and_costs(base, run, whole, capsys):
     facts, all_of_it = (json.loads((workdir / "run.json").read_text()) for workdir in (run, whole))
-    told = r"\d+(\.\d)? kB of tunables, base of \d+(\.\d)? kB: "
+    told = r"\d+(\.\d)? [kM]B of tunables, base of \d+(\.\d)? [kM]B: "
     assert re.fullmatch(told + re.escape(str(base)), facts["checkpoint"])
-    assert re.fullmatch(r"\d+(\.\d)? kB", all_of_it["checkpoint"])
+    assert re.fullmatch(r"\d+(\.\d)? [kM]B", all_of_it["checkpoint"])
     [costs] = facts["costs"]
     assert costs["checkpoint_bytes"] == size(run)
     origin = read_origin(run)
