@@ -36,6 +36,8 @@ from tools.columns import (
 from tools.compare.configs import digest, with_overrides
 from tools.compare.measure import final_metrics
 from tools.compare.table import markdown_table
+from tools.evaluate_quantized import evaluate_quantized
+from tools.prune_weights import prune_weights
 from vlp_jax.infra.compilation import enable_compile_cache, set_gpu_flags
 from vlp_jax.infra.hardware import device_facts
 from vlp_jax.infra.metrics import read_metrics
@@ -56,16 +58,22 @@ class Run:
         config: complete but for where it starts from.
         parent: the run before; None: it starts from scratch.
         search: the run, from the same parent, that has chosen what is skipped; None: nothing is.
+        cut: shares of heads and of channels that the parent has lost before; None: none.
+        eight: nothing is trained: the tests of the parent are made again, with eight bits a weight.
     """
 
     config: ConfigDict
     parent: "Run | None" = None
     search: "Run | None" = None
+    cut: tuple[float, float] | None = None
+    eight: bool = False
 
     @functools.cached_property
     def key(self) -> str:
         """What the run computes, in 16 hexadecimal digits."""
         before = [run.key for run in (self.parent, self.search) if run is not None]
+        before += [f"cut {self.cut}"] if self.cut else []
+        before += ["eight bits"] if self.eight else []
         return digest(self.config, " ".join(before))[:16]
 
 
@@ -220,10 +228,11 @@ def do(job: Job, places: Places) -> dict[str, Any]:
         task = dataclasses.replace(job.task, overrides=placed)
         score = evaluate(workdir, task, job.settings)
         found: dict[str, Any] = {"values": None if score is None else list(score.values)}
+    elif job.run.eight:
+        found = _in_eight_bits(job.run, places)
     else:
         config = job.run.config.copy_and_resolve_references()
-        parent = job.run.parent
-        config.init_from = "" if parent is None else str(places.workdir(parent))
+        config.init_from = str(_origin(job.run, places) or "")
         if job.run.search is not None:
             config.skip_from = str(places.workdir(job.run.search))
         config.compile_cache = str(places.out / "compile_cache")
@@ -240,6 +249,31 @@ def do(job: Job, places: Places) -> dict[str, Any]:
     seconds = round(time.perf_counter() - began, 1)
     facts = device_facts()
     return {"job": job.key, "name": job.name, **found, "seconds": seconds, "machine": facts}
+
+
+def _origin(run: Run, places: Places) -> pathlib.Path | None:
+    """What a run starts from: its parent, or what is left of that once it is cut; None: nothing."""
+    if run.parent is None or run.cut is None:
+        return None if run.parent is None else places.workdir(run.parent)
+    whole, (heads, mlp) = places.workdir(run.parent), run.cut
+    file = places.out / "cut" / f"{run.parent.key}-{heads:g}-{mlp:g}.safetensors"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        made = file.with_name(f"{os.getpid()}-{file.name}")  # others may be making it as well
+        prune_weights(whole, made, heads, mlp, blocks="all", overwrite=True)
+        made.replace(file)
+    return file
+
+
+def _in_eight_bits(run: Run, places: Places) -> dict[str, Any]:
+    """What an archive keeps of a run that is tested with eight bits a weight."""
+    assert run.parent is not None
+    workdir = places.workdir(run.parent)
+    compared = evaluate_quantized(workdir, "best")
+    costs = json.loads((workdir / RUN_FILE).read_text())[COSTS]
+    bytes_of = dict(zip(("float32", "int8"), compared.parameters, strict=True))
+    metrics = {name: eight for name, (_, eight) in compared.figures.items()}
+    return {"metrics": metrics, "costs": costs, "bytes": bytes_of}
 
 
 def execute(

@@ -46,9 +46,8 @@ class TuningStudy:
             for cell in cells:
                 task, way = self.cells[cell]
                 run = self.ways[way](task, seed)
-                for one in () if run is None else (run.parent, run.search, run):
-                    if one is not None:
-                        jobs.setdefault(one.key, Job(one, None, settings))
+                for one in _in_order(run):
+                    jobs.setdefault(one.key, Job(one, None, settings))
         return list(jobs.values())
 
     def scores(self, known: Known, seeds: Sequence[int]) -> dict[str, dict[str, dict[int, float]]]:
@@ -147,6 +146,13 @@ class TuningStudy:
 
 
 _MOST_SEEDS = 10
+
+
+def _in_order(run: Run | None) -> list[Run]:
+    """A run after all that it needs."""
+    if run is None:
+        return []
+    return [*_in_order(run.parent), *_in_order(run.search), run]
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -149,6 +149,10 @@ def study() -> TuningStudy:
     )
     for kind in ("similarity", "greedy"):
         ways[f"{kind} 4"] = searched({"skipped": 4, "method": kind})
+    for share in (1 / 6, 1 / 3):  # whole heads
+        ways[f"pruned {share:.0%}"] = _cut(share)
+    for way in ("full", "adapter", "DAS 4"):
+        ways[f"{way}, int8"] = _eight(ways[way])
     for draw in range(5):
         ways[f"random 4, draw {draw}"] = _random(draw)
     settings = Settings(
@@ -164,6 +168,25 @@ def study() -> TuningStudy:
         out=pathlib.Path(),
     )
     return TuningStudy(ways, FIGURES, settings, ("adapter", "scaled_parallel"))
+
+
+def _cut(share: float) -> Callable[[str, int], Run]:
+    """Full tuning of what is left once heads and channels of all blocks are cut."""
+
+    def run(task: str, seed: int) -> Run:
+        return Run(task_config(task, "full", seed), base(), cut=(share, share))
+
+    return run
+
+
+def _eight(way: Callable[[str, int], Run | None]) -> Callable[[str, int], Run | None]:
+    """Another way with eight bits a weight: nothing is trained."""
+
+    def run(task: str, seed: int) -> Run | None:
+        whole = way(task, seed)
+        return None if whole is None else Run(whole.config, whole, eight=True)
+
+    return run
 
 
 def _random(draw: int) -> Callable[[str, int], Run]:
