@@ -11,8 +11,13 @@ from ml_collections import ConfigDict
 
 from vlp_jax.compress.buckets import MAX_SCHEDULED_BUCKETS
 from vlp_jax.data.batch import FIELDS, PAIRS, standard_fields
-from vlp_jax.data.cache import ImageCache, uncached
-from vlp_jax.data.captions import EncodedCaptions, captions_file, every_caption
+from vlp_jax.data.cache import kept_file, uncached
+from vlp_jax.data.captions import (
+    EncodedCaptions,
+    captions_file,
+    every_caption,
+    known_identity,
+)
 from vlp_jax.data.eval_plan import EvalPlan
 from vlp_jax.data.guarded import Guarded
 from vlp_jax.data.joint_plan import JointPlan
@@ -27,6 +32,7 @@ from vlp_jax.data.sources import SOURCES
 from vlp_jax.data.text_edges import batch_maxima, fit_edges
 from vlp_jax.data.texts import Texts
 from vlp_jax.data.tokenizer import Tokenizer
+from vlp_jax.data.worse_labels import with_its_captions
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
 
@@ -225,13 +231,15 @@ def _planned(
 def _encoded(config: ConfigDict, source: Source, tokenizer: Tokenizer) -> EncodedCaptions:
     """The captions of a training source, kept beside its pictures if these are kept."""
     max_length = _text_length(config, source)
-    if not isinstance(source, ImageCache):
+    source = with_its_captions(source)
+    if uncached(source) is source:
         return EncodedCaptions(source, tokenizer, max_length)
+    pictures = kept_file(source)
     return EncodedCaptions(
         source,
         tokenizer,
         max_length,
-        cache_file=source.path and captions_file(source.path, tokenizer, max_length),
+        cache_file=pictures and captions_file(pictures, tokenizer, max_length),
         workers=config.data.cache_workers,
     )
 
@@ -260,15 +268,17 @@ def _sampled_captions(source: Source) -> list[str]:
 
 def _tokenizer_file(section: ConfigDict, sources: Sequence[Source]) -> pathlib.Path | None:
     """Where a tokenizer is kept: beside the pictures of the first source, if all are kept."""
-    kept = [s for s in sources if isinstance(s, ImageCache) and s.path is not None]
+    read = [with_its_captions(source) for source in sources]
+    kept = [file for source in read if (file := kept_file(source)) is not None]
     if not kept or len(kept) < len(sources):
         return None
-    made_of = [(source.identity, source.num_records, _task_words(source)) for source in kept]
+    made_of = [
+        (known_identity(source, file), source.num_records, _task_words(source))
+        for source, file in zip(read, kept, strict=True)
+    ]
     text = f"{section.vocab_size} {section.kind} {TOKENIZER_SAMPLE} {made_of}"
     digest = hashlib.sha256(text.encode()).hexdigest()
-    pictures = kept[0].path
-    assert pictures is not None
-    return pictures.with_name(f"{pictures.stem}.tokenizer-{digest[:12]}.json")
+    return kept[0].with_name(f"{kept[0].stem}.tokenizer-{digest[:12]}.json")
 
 
 def _has_pictures(config: ConfigDict, source: str) -> bool:

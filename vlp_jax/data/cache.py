@@ -1,5 +1,6 @@
 """Every picture of a finite source rendered or decoded once, into memory or into files."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -10,9 +11,10 @@ import numpy as np
 from absl import logging
 
 from vlp_jax.compress.buckets import Bucket
-from vlp_jax.data.batch import batch_spec
+from vlp_jax.data.batch import EXTRA_FIELDS, batch_spec
 from vlp_jax.data.making import found_or_made, in_order
-from vlp_jax.data.source import BadExample, Identified, ManyCaptions, Source
+from vlp_jax.data.source import BadExample, Identified, ManyCaptions, ManyTargets, Source
+from vlp_jax.data.worse_labels import WorseLabels
 
 _CHUNK = 256  # records that one worker makes at a time
 _VERSION = 2
@@ -147,6 +149,26 @@ class ImageCache:
         self._check_size(size)
         return {name: np.take(self._arrays[name], records, axis=0) for name in names}
 
+    def targets(self, records: np.ndarray) -> dict[str, np.ndarray]:
+        """Extra fields, but for pictures, of many records; see ``source.ManyTargets``.
+
+        Raises:
+            ValueError: a record is damaged, and the source cannot tell what is right of it.
+        """
+        names = [name for name in self.extra_fields if EXTRA_FIELDS[name].shape[1:2] != ("H",)]
+        found = self.rows(records, self.size, names)
+        # The arrays have nothing where a second picture is damaged; the record has a label still.
+        gone = np.flatnonzero(np.isin(records, list(self._bad.extras)))
+        if len(gone):
+            if not isinstance(self.source, ManyTargets):
+                raise ValueError(
+                    f"data.sources.{self.name}: {len(gone)} records are damaged, and the source "
+                    "does not list their labels"
+                )
+            for name, values in self.source.targets(np.asarray(records)[gone]).items():
+                found[name][gone] = values
+        return found
+
     def __getstate__(self) -> dict[str, Any]:
         # Mapped files are mapped again by the process that receives the copy, not sent to it.
         state = self.__dict__.copy()
@@ -257,8 +279,29 @@ class ImageCache:
 
 
 def uncached(source: Source) -> Source:
-    """The source that a cache keeps the pictures of, or the source itself."""
+    """The source that a cache keeps the pictures of, or the source itself, record by record."""
+    if isinstance(source, WorseLabels):
+        return source.over(uncached(source.source))
     return source.source if isinstance(source, ImageCache) else source
+
+
+def original(source: Source) -> Source:
+    """The source that was read or made; the records of ``source`` may be some of its records."""
+    while isinstance(source, ImageCache | WorseLabels):
+        source = source.source
+    return source
+
+
+def kept_file(source: Source) -> pathlib.Path | None:
+    """What files beside the pictures of a source are named after; None: these are in no file."""
+    if isinstance(source, WorseLabels):
+        pictures = kept_file(source.source)
+        if pictures is None:
+            return None
+        # The pictures are those of all runs; what is said of them is kept for each kind of run.
+        digest = hashlib.sha256(str(source.identity).encode()).hexdigest()
+        return pictures.with_stem(f"{pictures.stem}.{digest[:12]}")
+    return source.path if isinstance(source, ImageCache) else None
 
 
 def _specs(source: Source, num_records: int, size: int) -> dict[str, Any]:

@@ -128,6 +128,15 @@ class ManyRows(Protocol):
 
 
 @runtime_checkable
+class ManyTargets(Protocol):
+    """A source that tells what is right of many records without reading a picture; optional."""
+
+    def targets(self, records: np.ndarray) -> dict[str, np.ndarray]:
+        """Extra fields, but for pictures, of records: int64 [n] -> arrays [n, ...]."""
+        ...
+
+
+@runtime_checkable
 class Identified(Protocol):
     """A source that files made from it can be recognised by."""
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from vlp_jax.data.cache import ImageCache, uncached
+from vlp_jax.data.cache import ImageCache, original
 from vlp_jax.data.folder import Folder
 from vlp_jax.data.scenes import (
     Scenes,
@@ -28,6 +28,7 @@ from vlp_jax.data.tasks import (
 )
 from vlp_jax.data.tasks.annotated import AnnotatedImages
 from vlp_jax.data.texts import Texts
+from vlp_jax.data.worse_labels import with_worse_labels
 from vlp_jax.infra.errors import ConfigError, section_arguments
 
 SOURCES: Mapping[str, type] = {
@@ -46,7 +47,8 @@ SOURCES: Mapping[str, type] = {
     "texts": Texts,
 }
 # Keys of a source's section that are read here and not by the source.
-_RESERVED = ("type", "weight", "split", "cache", "batch")
+_WORSE = ("label_noise", "imbalance")
+_RESERVED = ("type", "weight", "split", "cache", "batch", *_WORSE)
 
 
 def build_source(
@@ -55,7 +57,9 @@ def build_source(
     """A source of ``config.data.sources``.
 
     A section with ``cache`` keeps its pictures and extra fields in memory, or in files of
-    ``data.cache_dir`` that runs share; ``data.cache_workers`` processes make them.
+    ``data.cache_dir`` that runs share; ``data.cache_workers`` processes make them. Labels are made
+    worse (``label_noise``, ``imbalance``) on the way out of these, and of the section's own split
+    alone.
 
     Args:
         config: of the run.
@@ -97,14 +101,17 @@ def build_source(
             path=_cache_path(config, source),
             workers=config.data.cache_workers,
         )
-    return source
+    if split not in (None, own_split):
+        return source
+    worse = {key: section[key] for key in _WORSE if key in section}
+    return with_worse_labels(source, path, **worse)
 
 
 def bad_captions(sources: Mapping[str, Source]) -> dict[str, collections.Counter[str]]:
     """Captions, by kind, that each source left out when it read its annotations; if it did."""
     found = {}
     for name, source in sources.items():
-        read = uncached(source)
+        read = original(source)
         if isinstance(read, Folder | AnnotatedImages | GLUE | Texts) and read.bad_captions:
             found[name] = read.bad_captions
     return found
@@ -114,7 +121,7 @@ def missing_images(sources: Mapping[str, Source]) -> int:
     """Images that annotations name and that are not there, where ``missing_images`` is ``skip``."""
     count = 0
     for source in sources.values():
-        read = uncached(source)
+        read = original(source)
         if isinstance(read, Folder | AnnotatedImages):
             count += read.num_missing
     return count

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlp_jax.data.batch import Batch
-from vlp_jax.data.cache import uncached
+from vlp_jax.data.cache import original, uncached
 from vlp_jax.data.source import PAIR_SEPARATOR, BadExample, has_pictures
 from vlp_jax.data.tasks import GLUE
 from vlp_jax.evals.base import EvalContext
@@ -72,7 +72,8 @@ class TextTask:
         self._train = context.sources[source]
         [self._field] = fields
         self._classes = self._source.classes if self._field == "label" else ()
-        self._task = self._source.task if isinstance(self._source, GLUE) else ""
+        read = original(self._source)
+        self._task = read.task if isinstance(read, GLUE) else ""
         own = ("accuracy",) if self._classes else ("pearson", "spearman")
         self.figures: tuple[str, ...] = (*GLUE_SCORES.get(self._task, own), "score")
         if self._classes:

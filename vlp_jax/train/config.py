@@ -38,13 +38,15 @@ is not here is an error that names it, whether it comes from the file or from a 
                     (batches), max_bad_fraction (of examples; the run stops above it, though
                     not of ten damaged ones or fewer before its end), root (for
                     configs whose sources share one), sources (name -> type, weight, cache, and what
-                    the source takes), cache_dir (where sources with cache=True keep pictures and
-                    encoded captions, for all runs; empty: in memory), cache_workers (processes that
-                    make them). An update reads one batch of each name: `batch` of a source and of
-                    an objective says which (pairs where absent), and batches (name -> batch_size,
-                    text_edges, num_edges, max_text_length, weight of its losses) what differs in
-                    it; alternate: instead, batches take turns, `uniform` or `proportional` to
-                    their records
+                    the source takes; label_noise, the share of its own split's labels that are
+                    another class, and imbalance, the ratio of what its first and last class keep of
+                    their records, see data.worse_labels), cache_dir (where sources with cache=True
+                    keep pictures and encoded captions, for all runs; empty: in memory),
+                    cache_workers (processes that make them). An update reads one batch of each
+                    name: `batch` of a source and of an objective says which (pairs where absent),
+                    and batches (name -> batch_size, text_edges, num_edges, max_text_length, weight
+                    of its losses) what differs in it; alternate: instead, batches take turns,
+                    `uniform` or `proportional` to their records
     mixture         metrics (name of a batch -> a figure of an evaluator by which the weights of
                     batches move, see train.mixture; empty: they are fixed), strength, limit
     stages          batches (names that each stage reads, joined by +; empty: all, throughout) and

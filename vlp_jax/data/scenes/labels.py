@@ -68,5 +68,8 @@ class ScenesLabels(Scenes):
     def extras(self, record: int, size: int) -> Mapping[str, np.ndarray]:
         """``label``: int32 []."""
         del size
-        label = self.labels(np.array([record]))[self._label][0]
-        return {"label": np.asarray(label, np.int32)}
+        return {"label": np.asarray(self.targets(np.array([record]))["label"][0])}
+
+    def targets(self, records: np.ndarray) -> dict[str, np.ndarray]:
+        """``label`` int32 [n] of many records, int64 [n]."""
+        return {"label": self.labels(records)[self._label]}

@@ -238,6 +238,10 @@ class LabelledExamples(AnnotatedImages):
         del size
         return {"label": np.asarray(self._targets[record], np.int32)}
 
+    def targets(self, records: np.ndarray) -> dict[str, np.ndarray]:
+        """``label`` int32 [n] of many records, int64 [n]."""
+        return {"label": np.asarray(self._targets, np.int32)[records]}
+
 
 class LabelledSentences(LabelledExamples, abc.ABC):
     """Pictures and sentences about them, each with a label: a ``Source`` of one split.

@@ -232,6 +232,10 @@ class GLUE:
         del size
         return {self.extra_fields[0]: np.asarray(self._targets[record])}
 
+    def targets(self, records: np.ndarray) -> dict[str, np.ndarray]:
+        """``label`` int32 [n], or for STS-B ``target`` float32 [n], of records, int64 [n]."""
+        return {self.extra_fields[0]: self._targets[records]}
+
     def word_classes(self) -> Mapping[str, str]:
         """Empty: nobody classed the words of people's sentences."""
         return {}

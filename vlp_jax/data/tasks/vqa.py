@@ -158,6 +158,16 @@ class VQA(AnnotatedImages):
         score[: len(known)] = [accepted[text] for text in known]
         return {"answer": answer, "answer_score": score}
 
+    def targets(self, records: np.ndarray) -> dict[str, np.ndarray]:
+        """``answer`` int32 [n, 10] and ``answer_score`` float32 [n, 10] of many records."""
+        rows = [self.extras(record, 0) for record in np.asarray(records).tolist()]
+        return {
+            "answer": np.array([row["answer"] for row in rows], np.int32).reshape(-1, MAX_ANSWERS),
+            "answer_score": np.array([row["answer_score"] for row in rows], np.float32).reshape(
+                -1, MAX_ANSWERS
+            ),
+        }
+
     def answers_of(self, record: int) -> tuple[str, ...]:
         """The annotators' answers as written, which the official metric compares with."""
         return self._targets[record].answers
