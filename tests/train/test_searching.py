@@ -142,8 +142,8 @@ def test_what_is_compared_are_pruned_networks(whole, tmp_path):
     params = load_params(workdir / "checkpoints", "latest").state
     state = setup.program.init().replace(params=jax.tree.map(jnp.asarray, params))
     choices = np.array([[True, False, False, True], [False] * 4, [False, True, True, False]])
-    compared = searcher._on(state, choices, [5])
-    again = searcher._on(state, choices[2:], [5])
+    compared = searcher.on(state, choices, [5])
+    again = searcher.on(state, choices[2:], [5])
     searcher.close()
     np.testing.assert_array_equal(again.losses[0], compared.losses[0, 2:])
     batches = searcher._batches(5)
