@@ -8,19 +8,18 @@ how much that errs. They cost k (n - k) forward passes of a batch, without gradi
 
 All of them are losses of the same batches, so that differences are paired, batch by batch: what
 batches have in common cancels. Batches share no record, so that they are independent draws, and
-the batches of the reference and of the new data are as well. ``judge`` tests three statements, each
-with a margin, so that a difference that does not matter is never significant:
+those of the reference and of the new data are as well. ``judge`` tests three statements:
 
 - *cost*: skipping adds more than ``tolerance`` more to the loss on the new data than on the
-  reference. Welch's test, one-sided.
+  reference. Welch's test of an excess over the tolerance, one-sided.
 - *exchange*: an exchange has a loss lower by more than ``tolerance`` than the choice, on the new
-  data. Paired t test, one-sided, for each exchange.
-- *shift*: the loss of the full network differs from that on the reference by more than the share
-  ``shift`` of it. Welch's test, two-sided.
+  data. Paired t test of an excess over the tolerance, one-sided, for each exchange.
+- *shift*: the loss of the full network is another one than on the reference, two-sided by Welch's
+  test, and differs by more than the share ``shift`` of it.
 
-A statement holds if its p value is below ``level`` over the number of tests (Bonferroni). So the
-choice is dropped with a chance of ``level`` at most where none of the statements is true, however
-many units there are and however few of them were really looked at by the search.
+A statement holds if its p value is below ``level`` over the number of tests (Bonferroni). So on
+data such as the choice was made on, and where no exchange is better by more than the tolerance, the
+choice falls with a chance of ``level`` at most, however many units there are.
 """
 
 import dataclasses
@@ -172,15 +171,14 @@ def judge(
     )
     full, whole = reference[:, 0], new[:, 0]
     apart, error = _difference(whole, full)
-    # Of losses, a share is a factor: that their mean is an estimate as well is so taken care of.
-    above = _welch(whole, (1.0 + margins.shift) * full, 0.0)
-    below = _welch((1.0 - margins.shift) * full, whole, 0.0)
+    p = 2.0 * _welch(*((whole, full) if apart > 0 else (full, whole)), 0.0)
+    far = abs(apart) > margins.shift * abs(float(full.mean()))
     shift = tested(
         "shift",
         f"the full network has a loss of {_told(whole)} on the new data and {_told(full)} on the "
         f"reference: {apart / abs(full.mean()):+.1%} ± {error / abs(full.mean()):.1%} "
         f"(up to {margins.shift:.1%} counts for none)",
-        min(1.0, 2.0 * min(above, below)),
+        min(1.0, p) if far else 1.0,
         apart,
         error,
     )
