@@ -23,6 +23,7 @@ choice falls with a chance of ``level`` at most, however many units there are.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -236,12 +237,17 @@ def student_tail(t: float, freedom: float) -> float:
         return 0.0 if t > 0 else 1.0
     if t < 0:
         return 1.0 - student_tail(-t, freedom)
-    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    nodes, weights = _gauss_rule()
     low, high = math.atan(t / math.sqrt(freedom)), math.pi / 2
     x = 0.5 * (high - low) * nodes + 0.5 * (high + low)
     area = 0.5 * (high - low) * float(weights @ np.cos(x) ** (freedom - 1.0))
     log_scale = math.lgamma((freedom + 1.0) / 2.0) - math.lgamma(freedom / 2.0)
     return area * math.exp(log_scale) / math.sqrt(math.pi)
+
+
+@functools.cache
+def _gauss_rule() -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(_NODES)
 
 
 def _paired(differences: np.ndarray, margin: float) -> float:
