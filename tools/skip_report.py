@@ -190,7 +190,7 @@ def _history(run: SearchRun) -> dict[str, dict[str, list[tuple[int, float]]]]:
 
 def _latency(given: argparse.Namespace, run: SearchRun, setup: Setup, state: TrainState) -> Any:
     """By device; on the CPU by a process of its own where this one has an accelerator."""
-    if jax.default_backend() == "cpu":
+    if not _has_accelerator():
         here = latency_here(run, setup, state, CPU_ROWS, given.repeats)
         return {"accelerator": {"absent": "this machine has none"}, "cpu": here}
     # Models choose their kernels by the default backend, which is one for all of a process.
@@ -206,6 +206,10 @@ def _latency(given: argparse.Namespace, run: SearchRun, setup: Setup, state: Tra
         "accelerator": latency_here(run, setup, state, ACCELERATOR_ROWS, given.repeats),
         "cpu": json.loads(lines[-1].removeprefix(_MEASURED)),
     }
+
+
+def _has_accelerator() -> bool:
+    return jax.default_backend() != "cpu"
 
 
 def write(numbers: Mapping[str, Any], run: SearchRun, out: pathlib.Path) -> pathlib.Path:
@@ -251,7 +255,8 @@ def _headlines(numbers: Mapping[str, Any]) -> list[Headline]:
     for row in _latency_rows(numbers):
         if row[3]:
             label = f"Time saved, {row[0]}, {row[1]}"
-            found.append(Headline(label, f"{100 * (1 - row[3] / row[2]):.1f}", "%", ""))
+            share = f"{100 * (1 - row[3] / row[2]):.1f}".replace("-", "−")
+            found.append(Headline(label, share, "%", ""))
     return [*found, Headline("Loss by units skipped", f"{min(counts):.4f}", "at best", line)]
 
 
