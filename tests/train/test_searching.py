@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
-from tiny import BUCKET, make_batch, make_program, towers_config
+from tiny import BUCKET, make_batch, make_program
+from tiny_search import UNITS, search_config
 
-from tests.tiny_config import get_config
 from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.metrics import read_metrics
@@ -24,30 +23,6 @@ from vlp_jax.train.searching import SEARCH_FILE, Searcher
 from vlp_jax.train.setup import Setup, prepare
 from vlp_jax.transfer.methods import set_method
 from vlp_jax.transfer.units import pruned
-
-UNITS = tuple(
-    f"fusion_tower/{of}_block_{layer:02d}" for of in ("image", "text") for layer in (0, 1)
-)
-
-
-def search_config(**overrides) -> ConfigDict:
-    """Of co-attention with two layers in each stream."""
-    config = get_config()
-    config.total_steps = 24
-    with config.unlocked():
-        config.model = towers_config(co_attention=True, **{"fusion.depth": 2})
-        config.objectives = {"mlm": {}}
-        config.evals = {}
-        config.optim.groups = {}
-    config.checkpoint.best_metric = ""
-    config.checkpoint.every_steps = 6
-    config.checkpoint.keep_latest = 99
-    set_method(config, "das")
-    config.search.update(
-        {"skipped": 2, "percent": 100.0, "every_steps": 4, "candidates": 3, "final_batches": 2}
-    )
-    config.update_from_flattened_dict(overrides)
-    return config
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +117,8 @@ def test_what_is_compared_are_pruned_networks(whole, tmp_path):
     params = load_params(workdir / "checkpoints", "latest").state
     state = setup.program.init().replace(params=jax.tree.map(jnp.asarray, params))
     choices = np.array([[True, False, False, True], [False] * 4, [False, True, True, False]])
-    compared = searcher._on(state, choices, [5])
-    again = searcher._on(state, choices[2:], [5])
+    compared = searcher.on(state, choices, [5])
+    again = searcher.on(state, choices[2:], [5])
     searcher.close()
     np.testing.assert_array_equal(again.losses[0], compared.losses[0, 2:])
     batches = searcher._batches(5)

@@ -20,6 +20,8 @@ class ExitCode(enum.IntEnum):
     Attributes:
         OK: trained to the end of its budget.
         FAILED: an uncaught error; the traceback says which (Python's own code).
+        CHOICE_FALLS: what a search has chosen does not stand on new data (``tools.skip_check``);
+            nothing has failed.
         BAD_INPUT: the config or the data cannot work; the message names the key or the file
             (``EX_USAGE`` of sysexits.h). Starting again does not help.
         TOO_MANY_BAD_UPDATES: losses or gradients were not finite too often; the message names the
@@ -32,6 +34,7 @@ class ExitCode(enum.IntEnum):
 
     OK = 0
     FAILED = 1
+    CHOICE_FALLS = 3
     BAD_INPUT = 64
     TOO_MANY_BAD_UPDATES = 65
     TOO_MANY_BAD_EXAMPLES = 66

@@ -217,15 +217,20 @@ class Program:
         number = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.mesh))
         return Moment._make([number] * len(Moment._fields))
 
-    def batch_specs(self, bucket: StepBucket) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """Shapes, dtypes and shardings of the global batches of a bucket."""
-        sharding = batch_sharding(self.mesh)
+    def batch_specs(
+        self, bucket: StepBucket, rows: Mapping[str, int] | None = None
+    ) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """Shapes, dtypes and shardings of the global batches of a bucket.
+
+        Args:
+            bucket: of the batches.
+            rows: of every named batch; None: as many as the run's have.
+        """
+        rows, sharding = rows or self.batch_sizes, batch_sharding(self.mesh)
         return {
             name: {
                 key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-                for key, leaf in batch_spec(
-                    sizes, self.batch_sizes[name], self.fields[name]
-                ).items()
+                for key, leaf in batch_spec(sizes, rows[name], self.fields[name]).items()
             }
             for name, sizes in bucket
         }

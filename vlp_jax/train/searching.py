@@ -72,7 +72,7 @@ class Searcher:
         Args:
             program: of the run.
             search: of the run.
-            plan: of batches in one bucket, which choices are compared on.
+            plan: of batches in one bucket, which choices are compared on; of any number of rows.
             workdir: of the run.
         """
         self._program, self._search, self._plan = program, search, plan
@@ -92,12 +92,35 @@ class Searcher:
         skipped = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=everywhere)
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
         jitted = jax.jit(self._compare, out_shardings=everywhere)
+        rows = {name: plan.batch_size for name, plan in self._plan.plans.items()}
+        batches = program.batch_specs(self._bucket, rows)
         with jax.set_mesh(program.mesh):
-            lowered = jitted.lower(
-                program.state_spec, program.batch_specs(self._bucket), skipped, number
-            )
+            lowered = jitted.lower(program.state_spec, batches, skipped, number)
         self._losses = lowered.compile()
         self.compile_seconds = time.perf_counter() - begun
+
+    def over(self, plan: JointPlan) -> "Searcher":
+        """The same comparisons on other batches, by the program that this one has compiled.
+
+        Args:
+            plan: of batches of the same sizes.
+
+        Raises:
+            ValueError: sizes differ.
+        """
+        other = Searcher(self._program, self._search, plan, self._workdir)
+        ours, theirs = (
+            (one._bucket, {name: each.batch_size for name, each in one._plan.plans.items()})
+            for one in (self, other)
+        )
+        if ours != theirs:
+            raise ValueError(f"batches of sizes {theirs} cannot be compared in place of {ours}")
+        other._losses = self._losses
+        return other
+
+    def read(self, step: int) -> int:
+        """How many batches the whole search of so many updates has read, the first ones."""
+        return self._fresh(step)[-1] + 1
 
     def is_due(self, step: int) -> bool:
         """Whether choices are compared before this update."""
@@ -122,7 +145,7 @@ class Searcher:
         key = jax.random.fold_in(jax.random.fold_in(state.rng, step), _CANDIDATES)
         weights = search.log_weights(learned)
         drawn = search.choice.draws(key, weights, search.candidates)
-        compared = self._on(state, drawn, [self._number(step)])
+        compared = self.on(state, drawn, [self._number(step)])
         learned = learner.learn(learned, drawn, compared.losses[0])
         specs = self._program.state_spec.extras["search"]
         put = {name: jax.device_put(x, specs[name].sharding) for name, x in learned.items()}
@@ -161,7 +184,7 @@ class Searcher:
         chosen = choice.best(harm)
         rounds = self._fresh(step)
         curve = np.stack(list(choice.orders(harm)))
-        compared = self._on(state, np.concatenate([chosen[None], curve]), rounds)
+        compared = self.on(state, np.concatenate([chosen[None], curve]), rounds)
         state = self._switched(state, chosen)
         skipped = choice.names(chosen)
         losses = compared.losses.mean(axis=0)
@@ -196,6 +219,32 @@ class Searcher:
         self.seconds += time.perf_counter() - begun
         return state, {"search/flops_saved": found["flops_saved"], "search/loss": found["loss"]}
 
+    def on(self, state: TrainState, choices: np.ndarray, numbers: Sequence[int]) -> Compared:
+        """Compare choices, all on the same batches, once compiled.
+
+        Args:
+            state: of the run.
+            choices: bool [choices, n], True for what is skipped; any number of them.
+            numbers: of the batches, in the plan.
+        """
+        size, everywhere = self._search.candidates, replicated(self._program.mesh)
+        spare = -len(choices) % size  # so that there is one program
+        filled = np.concatenate([choices, np.repeat(choices[-1:], spare, axis=0)])
+        losses, metrics = [], []
+        for number in numbers:
+            batches = self._batches(number)
+            found = [
+                self._losses(state, batches, *jax.device_put((part, np.int32(number)), everywhere))
+                for part in np.split(filled, len(filled) // size)
+            ]
+            loss, told = jax.tree.map(
+                lambda *parts: np.concatenate(parts)[: len(choices)].astype(np.float64),
+                *jax.device_get(found),
+            )
+            losses.append(loss)
+            metrics.append(told)
+        return Compared(np.stack(losses), jax.tree.map(lambda *parts: np.stack(parts), *metrics))
+
     def close(self) -> None:
         """Close the loader."""
         if self._loader is not None:
@@ -216,7 +265,7 @@ class Searcher:
         """The loss that each unit adds when it alone goes: float64 [n]."""
         count = len(self._search.choice.units)
         tried = np.concatenate([np.zeros((1, count), bool), np.eye(count, dtype=bool)])
-        losses = self._on(state, tried, self._fresh(self._program.longest)).losses.mean(axis=0)
+        losses = self.on(state, tried, self._fresh(self._program.longest)).losses.mean(axis=0)
         return losses[1:] - losses[0]
 
     def _dissimilarity(self, state: TrainState) -> np.ndarray:
@@ -239,26 +288,6 @@ class Searcher:
     def _number(self, step: int) -> int:
         """Of the batch of the comparison before an update."""
         return max(0, step - self._search.warmup) // self._search.every
-
-    def _on(self, state: TrainState, choices: np.ndarray, numbers: Sequence[int]) -> Compared:
-        """Compare any number of choices, bool [choices, n], on batches of these numbers."""
-        size, everywhere = self._search.candidates, replicated(self._program.mesh)
-        spare = -len(choices) % size  # so that there is one program
-        filled = np.concatenate([choices, np.repeat(choices[-1:], spare, axis=0)])
-        losses, metrics = [], []
-        for number in numbers:
-            batches = self._batches(number)
-            found = [
-                self._losses(state, batches, *jax.device_put((part, np.int32(number)), everywhere))
-                for part in np.split(filled, len(filled) // size)
-            ]
-            loss, told = jax.tree.map(
-                lambda *parts: np.concatenate(parts)[: len(choices)].astype(np.float64),
-                *jax.device_get(found),
-            )
-            losses.append(loss)
-            metrics.append(told)
-        return Compared(np.stack(losses), jax.tree.map(lambda *parts: np.stack(parts), *metrics))
 
     def _compare(
         self, state: TrainState, batches: Batches, skipped: jax.Array, number: jax.Array

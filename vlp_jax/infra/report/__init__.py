@@ -16,9 +16,16 @@ Files it reads, each of them optional as long as one of the first three is there
 - ``artifacts/``: tables, galleries and curves, see `vlp_jax.infra.artifacts`.
 
 `page` reads them and fills ``page.html``; `from_metrics`, `from_artifacts` and `from_facts` make
-its sections, out of what `views` defines; `words` writes names for people.
+its sections, out of what `views` defines; `words` writes names for people. `write_page` writes
+other pages of such sections.
 """
 
-from vlp_jax.infra.report.page import CONFIG_FILE, REPORT_FILE, RUN_FILE, write_report
+from vlp_jax.infra.report.page import (
+    CONFIG_FILE,
+    REPORT_FILE,
+    RUN_FILE,
+    write_page,
+    write_report,
+)
 
-__all__ = ["CONFIG_FILE", "REPORT_FILE", "RUN_FILE", "write_report"]
+__all__ = ["CONFIG_FILE", "REPORT_FILE", "RUN_FILE", "write_page", "write_report"]

@@ -3,7 +3,7 @@
 import datetime
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from vlp_jax.infra.report.from_metrics import (
     speed_section,
     training_section,
 )
+from vlp_jax.infra.report.views import Headline, Section
 
 REPORT_FILE = "report.html"
 CONFIG_FILE = "config.json"
@@ -47,15 +48,6 @@ def write_report(workdir: Path) -> Path:
             f"{workdir} is no run: it holds none of {', '.join(names)}; "
             "give the folder that was passed to the trainer as --workdir"
         )
-    page = _render(workdir)
-    path = workdir / REPORT_FILE
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(page, encoding="utf-8")
-    os.replace(fresh, path)
-    return path
-
-
-def _render(workdir: Path) -> str:
     problems: list[str] = []
     run = _read_json(workdir / RUN_FILE, problems)
     config = _read_json(workdir / CONFIG_FILE, problems)
@@ -68,6 +60,50 @@ def _render(workdir: Path) -> str:
         speed_section(history),
         facts_section(run),
     ]
+    return write_page(
+        workdir / REPORT_FILE,
+        str(run.get("name") or workdir.resolve().name),
+        sections,
+        status=str(run.get("status") or ""),
+        subtitle=_subtitle(run, history),
+        problems=problems,
+        headlines=headlines(history),
+        config=flat_config(config),
+        command=command_line(run),
+        versions=as_pairs(run.get("versions")),
+    )
+
+
+def write_page(
+    path: Path,
+    name: str,
+    sections: Sequence[Section],
+    *,
+    status: str = "",
+    subtitle: Sequence[str] = (),
+    problems: Sequence[str] = (),
+    headlines: Sequence[Headline] = (),
+    config: Sequence[tuple[str, str]] = (),
+    command: str = "",
+    versions: Sequence[tuple[str, str]] = (),
+) -> Path:
+    """Writes a self-contained page; what is empty is left out of it.
+
+    Args:
+        path: of the page; whatever is there is replaced at once.
+        name: its heading.
+        sections: in this order.
+        status: beside the heading, such as ``finished``.
+        subtitle: a few words each.
+        problems: sentences that warn.
+        headlines: numbers of the first screen.
+        config: keys and values.
+        command: that has led to the page.
+        versions: names and versions of what computed it.
+
+    Returns:
+        The path.
+    """
     here = Path(__file__).parent
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(here),
@@ -76,20 +112,24 @@ def _render(workdir: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html").render(
-        name=str(run.get("name") or workdir.resolve().name),
-        status=str(run.get("status") or ""),
-        subtitle=_subtitle(run, history),
+    page = environment.get_template("page.html").render(
+        name=name,
+        status=status,
+        subtitle=subtitle,
         problems=problems,
-        headlines=headlines(history),
+        headlines=headlines,
         sections=sections,
-        config=flat_config(config),
-        command=command_line(run),
-        versions=as_pairs(run.get("versions")),
+        config=config,
+        command=command,
+        versions=versions,
         extent=charts.EXTENT,
         style=markupsafe.Markup((here / "page.css").read_text(encoding="utf-8")),
         script=markupsafe.Markup((here / "page.js").read_text(encoding="utf-8")),
     )
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(page, encoding="utf-8")
+    os.replace(fresh, path)
+    return path
 
 
 def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:

@@ -1,0 +1,121 @@
+"""How long forward passes take on the machine at hand, several networks in turns.
+
+forward_times({"full": run, "pruned": other}, repeats=20)     # milliseconds by name
+"""
+
+import functools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlp_jax.compress.buckets import StepBucket
+from vlp_jax.data.batch import HostBatch, batch_spec
+from vlp_jax.infra.hardware import timings
+from vlp_jax.objectives.base import Objective
+from vlp_jax.train.setup import Setup
+from vlp_jax.train.step import ratio
+
+WARM_UP = 3  # calls before any that counts, the first of which compiles
+_SPECIAL = 5  # ids below may be special tokens
+
+
+def forward_times(
+    functions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = WARM_UP
+) -> dict[str, float]:
+    """Milliseconds of a call of each function, its result waited for.
+
+    They take turns, so that whatever else the machine does meets all of them; the median is told.
+
+    Args:
+        functions: name -> a call, such as of a jitted function with its arguments.
+        repeats: calls of each that count, 1 or more.
+        warm_up: calls of each before.
+    """
+    for run in functions.values():
+        timings(run, warm_up)
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, run in functions.items():
+            seconds[name] += timings(run, 1)
+    return {name: 1e3 * statistics.median(each) for name, each in seconds.items()}
+
+
+def forward_pass(
+    setup: Setup,
+    objectives: Sequence[Objective],
+    params: Any,
+    extras: Mapping[str, Any],
+    bucket: StepBucket,
+    rows: int,
+    device: jax.Device,
+) -> Callable[[], jax.Array]:
+    """A call of the loss of objectives on random inputs, without dropout and without gradient.
+
+    Args:
+        setup: of a run, for its vocabulary, fields of batches and weights of losses.
+        objectives: the run's, of its model or of another one.
+        params: of that model.
+        extras: of the objectives, by name.
+        bucket: sizes of the run's batches.
+        rows: of a batch.
+        device: where it is computed.
+
+    Returns:
+        A function that gives float32 [].
+    """
+    program, sizes = setup.program, dict(bucket)
+
+    @jax.jit
+    def loss(params: Any, extras: Any, batches: Any) -> jax.Array:
+        total, key = jnp.zeros(()), jax.random.key(0)
+        for objective in objectives:
+            name = objective.batch_name
+            output = objective.loss(
+                params, extras[objective.name], batches[name], key, sizes[name], train=False
+            )
+            total += program.loss_factor(objective) * ratio(output.loss)
+        return total
+
+    batches = {name: random_batch(setup, name, bucket, rows) for name in sizes}
+    given = jax.device_put((params, dict(extras), batches), device)
+    return functools.partial(loss, *given)
+
+
+def random_batch(setup: Setup, name: str, bucket: StepBucket, rows: int) -> HostBatch:
+    """Random rows of a named batch of a run, texts as long as the bucket's.
+
+    Raises:
+        ValueError: the run reads something that cannot be drawn.
+    """
+    program, draw, sizes = setup.program, np.random.default_rng(0), dict(bucket)[name]
+    # A label must be a class of every objective that reads it.
+    classes = min(
+        (getattr(o, "num_classes", 1) for o in program.objectives if o.extra_fields), default=1
+    )
+    found = {}
+    for field, spec in batch_spec(sizes, rows, program.fields[name]).items():
+        shape = spec.shape
+        if field in ("image", "second_image"):
+            values = draw.integers(0, 256, shape)
+        elif field == "text_ids":
+            values = draw.integers(_SPECIAL, setup.tokenizer.vocab_size, shape)
+        elif field == "text_length":
+            values = np.full(shape, sizes.text_length)
+        elif field == "position":
+            values = np.arange(rows)
+        elif field in ("valid", "text_document"):
+            values = np.ones(shape)
+        elif field == "replaced":
+            values = np.zeros(shape)
+        elif field in ("label", "answer"):
+            values = draw.integers(0, classes, shape)
+        elif field in ("answer_score", "target"):
+            values = draw.random(shape)
+        else:
+            raise ValueError(f"the objectives read {field}, which cannot be drawn")
+        found[field] = values.astype(spec.dtype)
+    return found
