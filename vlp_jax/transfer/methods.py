@@ -9,7 +9,8 @@ width beside the attentions, scaled by 4; 200 prompts for the attention of every
 pass all blocks as tokens, in two streams 200 in either. All in the blocks that read both
 modalities; ``config.model.tuning.blocks`` changes that, but for prompts that pass all of these.
 Every method trains the heads, what a fusion tower of two streams gives them of the image (METER's
-poolers), and the vectors that tell streams and modalities apart.
+poolers), and the vectors that tell streams and modalities apart. ``das`` is ``adapter`` in a search
+for the units that are skipped afterwards (``train.search``).
 """
 
 import json
