@@ -185,6 +185,22 @@ def test_damaged_records_stay_damaged():
         worse(ImageCache(source, 4), imbalance=2.0)
 
 
+class ListedPairs(FakePairs):
+    """Pairs whose labels are known without their pictures."""
+
+    def targets(self, records):
+        return {"label": (np.asarray(records) % 2).astype(np.int32)}
+
+
+def test_a_cache_keeps_the_same_records_though_some_are_damaged():
+    source = ListedPairs(200, second_damaged=range(1, 200, 4))
+    cached = ImageCache(source, 4)
+    same(cached.targets(np.arange(200)), source.targets(np.arange(200)))
+    tails = [worse(some, imbalance=5.0) for some in (source, cached)]
+    np.testing.assert_array_equal(tails[0].kept, tails[1].kept)
+    assert tails[1].num_records < 200
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_tail(kind):
     source, ratio = easy(kind, 3000), 10.0
