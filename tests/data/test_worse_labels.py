@@ -181,8 +181,11 @@ def test_damaged_records_stay_damaged():
     with pytest.raises(BadExample, match="torn second picture: record 4"):
         cached.extras(4, 4)
     assert int(cached.extras(3, 4)["label"]) == 0
-    with pytest.raises(ValueError, match="1 records are damaged"):
+    with pytest.raises(ValueError, match=r"data\.sources\.fake: 1 records are damaged"):
         worse(ImageCache(source, 4), imbalance=2.0)
+    with pytest.raises(ConfigError, match="cannot list its labels") as error:
+        worse(source, imbalance=2.0)
+    assert error.value.key == f"{PATH}.imbalance"
 
 
 class ListedPairs(FakePairs):
