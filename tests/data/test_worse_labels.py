@@ -181,8 +181,27 @@ def test_damaged_records_stay_damaged():
     with pytest.raises(BadExample, match="torn second picture: record 4"):
         cached.extras(4, 4)
     assert int(cached.extras(3, 4)["label"]) == 0
-    with pytest.raises(ValueError, match="1 records are damaged"):
+    with pytest.raises(ValueError, match=r"data\.sources\.fake: 1 records are damaged"):
         worse(ImageCache(source, 4), imbalance=2.0)
+    with pytest.raises(ConfigError, match="cannot list its labels") as error:
+        worse(source, imbalance=2.0)
+    assert error.value.key == f"{PATH}.imbalance"
+
+
+class ListedPairs(FakePairs):
+    """Pairs whose labels are known without their pictures."""
+
+    def targets(self, records):
+        return {"label": (np.asarray(records) % 2).astype(np.int32)}
+
+
+def test_a_cache_keeps_the_same_records_though_some_are_damaged():
+    source = ListedPairs(200, second_damaged=range(1, 200, 4))
+    cached = ImageCache(source, 4)
+    same(cached.targets(np.arange(200)), source.targets(np.arange(200)))
+    tails = [worse(some, imbalance=5.0) for some in (source, cached)]
+    np.testing.assert_array_equal(tails[0].kept, tails[1].kept)
+    assert tails[1].num_records < 200
 
 
 @pytest.mark.parametrize("kind", KINDS)

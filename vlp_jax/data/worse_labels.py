@@ -131,7 +131,8 @@ class WorseLabels:
     def targets(self, records: np.ndarray) -> dict[str, np.ndarray]:
         """Labels of many records; see ``source.ManyTargets``."""
         records = self._of_source(records)
-        return self._made_worse(records, _targets(self.source, records))
+        right = _targets(self.source, records, f"data.sources.{self.name}")
+        return self._made_worse(records, right)
 
     def word_classes(self) -> Mapping[str, str]:
         """Class of each word the source can name one for."""
@@ -259,7 +260,7 @@ def _check_others(source: Source, key: str) -> None:
     """Refuse questions all of whose answers are right."""
     if "answer" not in source.extra_fields or len(source.classes) > MAX_ANSWERS:
         return
-    answers = _targets(source, np.arange(_bound(source, key)))["answer"]
+    answers = _targets(source, np.arange(_bound(source, key)), key)["answer"]
     if full := int(((answers >= 0).sum(axis=1) >= len(source.classes)).sum()):
         raise ConfigError(
             key,
@@ -287,7 +288,7 @@ def _bound(source: Source, key: str) -> int:
 def _long_tail(source: Source, key: str, ratio: float) -> np.ndarray:
     """Records that are kept, int64 and increasing."""
     records = np.arange(_bound(source, key))
-    found = _classes(_targets(source, records))
+    found = _classes(_targets(source, records, key))
     occurring, counts = np.unique(found[found >= 0], return_counts=True)
     if len(occurring) < 2:
         raise ConfigError(key, f"no two classes occur in the source {source.name!r}", "Remove it")
@@ -306,9 +307,14 @@ def _long_tail(source: Source, key: str, ratio: float) -> np.ndarray:
     return kept
 
 
-def _targets(source: Source, records: np.ndarray) -> dict[str, np.ndarray]:
+def _targets(source: Source, records: np.ndarray, key: str) -> dict[str, np.ndarray]:
+    """See ``source.ManyTargets``; ``key`` is of the config, for the message."""
     if not isinstance(source, ManyTargets):
-        raise ValueError(f"data.sources.{source.name}: the source does not list its labels")
+        raise ConfigError(
+            key,
+            f"the source {source.name!r} cannot list its labels",
+            "Give its class `targets`, see data.source.ManyTargets",
+        )
     return source.targets(records)
 
 
