@@ -11,7 +11,7 @@ what a lower share or ratio leaves untouched is part of what a higher one does.
 
 A long tail lists the labels of the whole split when the source is built: read from arrays where the
 source has them or its pictures are cached (50,000 of them: 0.1 s), made elsewhere (of 50,000 scenes
-at level ``hard``: 15 s for VQA, 23 s for NLVR2, 17 s for entailment, 9 s for labels of images).
+at level ``hard``: 15 s for VQA, 23 s for NLVR2, 17 s for entailment).
 """
 
 import copy
