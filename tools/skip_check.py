@@ -111,6 +111,8 @@ class Checker:
         # on one batch alone.
         self._search = dataclasses.replace(search, paper=False)
         self.compared = plan_of(search.choice, run.found["skipped"])
+        # By rows: tokens of the reference. By both: what compares, and losses on the reference.
+        self._edges: dict[Hashable, int] = {}
         self._searchers: dict[Hashable, tuple[Searcher, np.ndarray]] = {}
 
     def losses(self, overrides: Overrides) -> tuple[np.ndarray, np.ndarray, Batches]:
@@ -138,19 +140,21 @@ class Checker:
             _check_kin(name, source, new[name])
         used = setup.decider.read(self._run.step) if isinstance(setup.decider, Searcher) else 0
         chosen = _batches(own, reference, new, self._count, used, setup.program.batch_sizes)
-        edge = max(
-            _plan(config, sources, setup, chosen).edges[-1]
-            for config, sources in ((own, reference), (other, new))
-        )
-        key = edge, tuple(sorted(chosen.rows.items()))
-        if key not in self._searchers:
-            plan = _plan(own, reference, setup, chosen, edge)
-            searcher = Searcher(setup.program, self._search, plan, setup.workdir)
+        sizes = tuple(sorted(chosen.rows.items()))
+        if sizes not in self._edges:
+            self._edges[sizes] = _plan(own, reference, setup, chosen).edges[-1]
+        plan = _plan(other, new, setup, chosen)
+        edge = max(self._edges[sizes], plan.edges[-1])
+        if plan.edges != (edge,):  # all texts are padded alike, so that there is one program
+            plan = _plan(other, new, setup, chosen, edge)
+        if (edge, sizes) not in self._searchers:
+            on = _plan(own, reference, setup, chosen, edge)
+            searcher = Searcher(setup.program, self._search, on, setup.workdir)
             searcher.compile()
             numbers = range(chosen.first, chosen.first + self._count)
-            self._searchers[key] = searcher, self._on(searcher, numbers)
-        searcher, before = self._searchers[key]
-        there = searcher.over(_plan(other, new, setup, chosen, edge))
+            self._searchers[edge, sizes] = searcher, self._on(searcher, numbers)
+        searcher, before = self._searchers[edge, sizes]
+        there = searcher.over(plan)
         return before, self._on(there, range(self._count)), chosen
 
     def _on(self, searcher: Searcher, numbers: Sequence[int]) -> np.ndarray:

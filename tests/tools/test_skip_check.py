@@ -9,7 +9,8 @@ import pytest
 from tiny_search import UNITS, search_config
 
 from tools.searched import read_search, restored
-from tools.skip_check import Checker, main, overrides_of, verdict
+from tools.skip_check import Batches, Checker, _batches, main, overrides_of, verdict
+from vlp_jax.data.scenes import Scenes
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.train.loop import train
@@ -17,7 +18,7 @@ from vlp_jax.train.searching import SEARCH_FILE
 from vlp_jax.train.setup import plain, prepare
 
 SEEDS = range(1, 11)
-FEW = "num_records=600"  # of the new data: more are read in more time
+FEW = "num_records=512"  # of the new data: more are read in more time
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("search") / "easy"
     config = search_config(**{"total_steps": 100, "checkpoint.every_steps": 100})
     config.schedule.peak = 3e-3
-    config.search.every_steps = 15
+    config.search.every_steps, config.search.candidates = 15, 5
     config.log.every_steps = 50
     assert train(prepare(config, workdir)) == ExitCode.OK
     return workdir
@@ -64,10 +65,26 @@ def test_batches_share_no_record_and_are_none_that_the_search_has_read(checker):
     assert batches.first * 16 >= 16 * 8  # comparisons and final batches
     assert reference.shape == new.shape == (32, len(checker.compared.choices))
     assert np.isfinite(reference).all()
-    fewer = checker.losses(overrides_of("seed=1,num_records=300", search_config()))[2]
-    assert fewer.rows == {"pairs": 9}
     with pytest.raises(ValueError, match=r"need 128 records or more; .* the new data 100\. Give"):
         checker.losses(overrides_of("seed=1,num_records=100", search_config()))
+
+
+@pytest.mark.parametrize(
+    ("records", "new", "used", "expected"),
+    [
+        (2000, 2000, 8, Batches({"pairs": 16}, 32, 32, True)),
+        (2000, 300, 8, Batches({"pairs": 9}, 32, 32, True)),  # of fewer records, smaller batches
+        (900, 900, 8, Batches({"pairs": 14}, 32, 32, True)),  # smaller, so that none was read
+        (600, 600, 32, Batches({"pairs": 16}, 32, 0, False)),  # hardly any is left: read again
+    ],
+)
+def test_batches_are_as_large_as_records_allow(records, new, used, expected):
+    def world(count: int, seed: int = 0) -> dict[str, Scenes]:
+        return {"scenes": Scenes(split="val", level="easy", num_records=count, seed=seed)}
+
+    config = search_config()
+    found = _batches(config, world(records), world(new, 1), 32, used, {"pairs": 16})
+    assert found == expected
 
 
 def test_the_exit_code_says_it(search, tmp_path, capsys):
