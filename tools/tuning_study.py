@@ -47,7 +47,10 @@ class TuningStudy:
                 task, way = self.cells[cell]
                 run = self.ways[way](task, seed)
                 for one in _in_order(run):
-                    jobs.setdefault(one.key, Job(one, None, settings))
+                    alone = one.parent is None  # all others wait for it, and leave it the machine
+                    helpers = settings.helpers * (_ALONE if alone else 1)
+                    own = dataclasses.replace(settings, helpers=helpers)
+                    jobs.setdefault(one.key, Job(one, None, own))
         return list(jobs.values())
 
     def scores(self, known: Known, seeds: Sequence[int]) -> dict[str, dict[str, dict[int, float]]]:
@@ -146,6 +149,7 @@ class TuningStudy:
 
 
 _MOST_SEEDS = 10
+_ALONE = 4  # times as many processes render the pictures of a run that others wait for
 
 
 def _in_order(run: Run | None) -> list[Run]:
