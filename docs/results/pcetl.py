@@ -89,6 +89,7 @@ def task_config(task: str, method: str, seed: int, rate: float | None = None) ->
     config.log.tensorboard = False
     if method not in ("full", "head"):
         config.model.tuning.blocks = "all"
+    if method.endswith("prompt"):
         config.model.tuning.prompt.length = PROMPTS
     with config.unlocked():
         config.evals = {name: config.evals[name] for name in ("val", "test")}

@@ -47,6 +47,9 @@ METHODS: dict[str, tuple[dict[str, Any], str | None]] = {
 }
 
 
+_ADDED = ("adapter", "lora", "prompt")  # sections of the tuning that methods differ in
+
+
 def set_method(config: ConfigDict, method: str) -> None:
     """Add what a method adds to the model, and freeze what it does not train.
 
@@ -83,15 +86,16 @@ def method_of(config: Mapping[str, Any]) -> str:
         A key of ``METHODS``, and how many units are skipped, if any are; ``own`` for adapters,
         low-rank updates or frozen parameters that no method has.
     """
-    if config.get("search", {}).get("method"):
-        return SEARCH
     plain: dict[str, Any] = json.loads(tuning_config().to_json_best_effort())
     tuning = {**plain, **config["model"].get("tuning", {})}
     group = config["optim"]["groups"].get(FROZEN, {})
     skipped = f", {len(tuning['skip'])} skipped" if tuning["skip"] else ""
+    searches = bool(config.get("search", {}).get("method"))
     for name, (values, trained) in METHODS.items():
-        parts = {part: {**plain[part], **values.get(part, {})} for part in ("adapter", "lora")}
+        parts = {part: {**plain[part], **values.get(part, {})} for part in _ADDED}
         same = json.loads(json.dumps(parts)) == {part: tuning[part] for part in parts}
+        if name == "adapter" and searches:
+            continue  # das
         if same and group.get("pattern") == (None if trained is None else _frozen(trained)):
             return f"{name}{skipped}"
     return f"own{skipped}"
