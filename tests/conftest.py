@@ -51,7 +51,10 @@ def pack() -> pathlib.Path:
 
 # Minutes of one worker each, mostly of processes they start: first, so that at the end no worker
 # waits for another.
-_LONGEST = ("test_resume.py", "test_step.py", "test_bucket_schedule.py", "test_bench.py")
+_LONGEST = (
+    *("test_resume.py", "test_step.py", "test_searching.py", "test_bucket_schedule.py"),
+    *("test_tuning.py", "test_skip_check.py", "test_bench.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

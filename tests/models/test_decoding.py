@@ -99,7 +99,8 @@ def test_beams_are_texts_of_their_own(model: Encoder, params: Any, logits: np.nd
     np.testing.assert_allclose(stepped[:, :, 0].swapaxes(0, 1), logits, atol=3e-5)
     for beam in (1, 2):
         alone, _ = decode(model, params, texts[:, beam : beam + 1], PIXELS, TOKENS)
-        np.testing.assert_allclose(stepped[:, :, beam], alone[:, :, 0], atol=3e-5)
+        # Of batches of other sizes: CPUs differ in the order of their sums, by up to 3.1e-5 so far.
+        np.testing.assert_allclose(stepped[:, :, beam], alone[:, :, 0], atol=5e-5)
     assert {leaf.shape for leaf in jax.tree.leaves(cache)} == {(4, 3, 2, TOKENS, 16)}
 
 

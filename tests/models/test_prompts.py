@@ -258,6 +258,7 @@ def test_prompts_carry_no_text_to_where_it_is_hidden(
 ONE_SIDED_MODELS = [name for name in MODELS if name != "co_attention"]
 
 
+@pytest.mark.slow
 @by_kind
 @pytest.mark.parametrize("name", ONE_SIDED_MODELS)
 def test_tokens_one_by_one_equal_the_whole_text(name: str, kind: str) -> None:
@@ -339,6 +340,7 @@ def small(name: str, tuning: dict[str, Any]) -> Encoder:
     return build_model(config, 1000, 3, 144)
 
 
+@pytest.mark.slow
 @by_kind
 @by_case
 def test_formulas_match_the_lowered_module(name: str, streams: tuple[str, ...], kind: str) -> None:
@@ -359,6 +361,7 @@ def test_formulas_match_the_lowered_module(name: str, streams: tuple[str, ...], 
     assert counted[1] - counted[0] == pytest.approx(expected[1] - expected[0], rel=0.05)
 
 
+@pytest.mark.slow
 @by_kind
 @pytest.mark.parametrize("name", ONE_SIDED_MODELS)
 def test_formulas_of_decoding_match_the_lowered_module(name: str, kind: str) -> None:

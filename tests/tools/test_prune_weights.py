@@ -102,6 +102,7 @@ def test_the_file_is_a_smaller_model(run, file):
         np.testing.assert_array_equal(small[path], whole[path])
 
 
+@pytest.mark.slow
 def test_importance_is_a_mean_over_batches_of_the_run(run, tmp_path):
     setup = set_up_again(read_origin(run), "latest", tmp_path)
     assert not setup.config.optim.groups
@@ -117,6 +118,7 @@ def test_importance_is_a_mean_over_batches_of_the_run(run, tmp_path):
     assert any((np.argsort(norms[b]) != np.argsort(two[b])).any() for b in two)
 
 
+@pytest.mark.slow
 def test_magnitude_reads_no_data(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tools.prune_weights.set_up_again", None)
     out = tmp_path / "by_magnitude.safetensors"
@@ -132,6 +134,7 @@ def test_magnitude_reads_no_data(run, tmp_path, monkeypatch, capsys):
     assert load_parameters(further)["text_upper_0/mlp/in/bias"].size == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", ["fusion", "all"])
 def test_a_run_starts_from_it(file, tmp_path, blocks):
     """The cut is adopted, whichever blocks have adapters."""
@@ -151,6 +154,7 @@ def test_a_run_starts_from_it(file, tmp_path, blocks):
     assert begun["model"]["tuning"]["prune"]["heads"] == 0.5
 
 
+@pytest.mark.slow
 def test_a_run_that_has_begun_keeps_its_cut(file, tmp_path):
     save(run_config(init_from=str(file), adopt_model=True), tmp_path)
     again = prepare(run_config(init_from=str(file), adopt_model=True), tmp_path)
@@ -175,6 +179,7 @@ def test_what_does_not_fit_is_told_by_its_key(run, file, tmp_path):
             prepare(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_weights_that_know_of_no_tuning_are_whole(run, tmp_path):
     """As those of earlier versions, whose section lacks the cut or is not there."""
     origin = read_origin(run)
@@ -212,6 +217,7 @@ def test_scores_in_eight_bits(run, file, tmp_path, capsys):
     assert cut.parameters[0] < found["parameters"][0]
 
 
+@pytest.mark.slow
 def test_the_predictor_reads_both(run, file):
     picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     for path in (run, file):
@@ -226,6 +232,7 @@ def test_the_predictor_reads_both(run, file):
         Predictor.load(run, quantize="int4")
 
 
+@pytest.mark.slow
 def test_tunables_are_completed_by_their_base(run, tmp_path, capsys):
     """Wherever that lies now, by every tool and the predictor."""
     first, base, tuned = (tmp_path / name for name in ("first", "base", "tuned"))
@@ -251,6 +258,7 @@ def test_tunables_are_completed_by_their_base(run, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, small.params, expected)
 
 
+@pytest.mark.slow
 def test_a_run_of_a_search_is_what_it_has_chosen(tmp_path):
     """It draws no units once more; nor does the run that follows look for the choice."""
     parts = ("attention", "mlp")

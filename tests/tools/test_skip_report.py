@@ -64,6 +64,7 @@ def test_the_page_and_its_numbers(search, tmp_path, capsys):
     assert not (search / "skip_report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_base_that_was_moved_is_said(search, tmp_path, capsys):
     """The checkpoint names its base, and the tool the flag."""
     moved = tmp_path / "moved"
@@ -81,6 +82,7 @@ def test_a_base_that_was_moved_is_said(search, tmp_path, capsys):
         moved.rename(base)
 
 
+@pytest.mark.slow
 def test_where_there_is_an_accelerator_both_are_measured(search, tmp_path, capsys, monkeypatch):
     """On it by this process, on the CPU by another, which is stood in for by this one here."""
 

@@ -184,6 +184,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(run, whole, tmp_path):
     same(read_origin(workdir).arrays, read_origin(whole).arrays)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_a_base_that_was_moved_and_names_its_new_place(unmoved):
     workdir, old = unmoved
     new = old.with_name("moved")
@@ -245,6 +246,7 @@ def test_the_predictor_and_a_next_run_read_both(run, whole, base, tmp_path):
     assert not any("_adapter" in path for path in setup.tunables.left_out)
 
 
+@pytest.mark.slow
 def test_a_moved_base_is_named_to_all_that_read(unmoved, tmp_path):
     run, old = unmoved
     expected = read_origin(run).arrays
@@ -285,6 +287,7 @@ def test_another_base_is_refused(unmoved, tmp_path):
         train(prepare(tuned(base, init_base=str(smaller)), run))
 
 
+@pytest.mark.slow
 def test_the_step_of_the_base_counts_and_not_its_latest(unmoved):
     """A base that was trained further lies beside itself as long as its step is kept."""
     run, base = unmoved
@@ -314,6 +317,7 @@ def test_whole_checkpoints_where_there_is_nothing_to_leave_out(base, tmp_path, c
     assert "the last checkpoint of this run is whole" in caplog.text
 
 
+@pytest.mark.slow
 def test_exported_tunables_are_read_with_their_base(unmoved, tmp_path, capsys):
     run, base = unmoved
     expected = read_origin(run)

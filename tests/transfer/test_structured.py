@@ -169,6 +169,7 @@ def test_of_equals_the_first_stay():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_beside_adapters_skipped_units_and_low_rank_updates(name):
     """Updates are cut with their heads, so that cutting and merging may follow in any order."""
@@ -230,6 +231,7 @@ def test_kernels_take_any_number_of_heads(attention):
         np.testing.assert_allclose(one, other, atol=3e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two_stacks", "shared", "three_towers"])
 def test_captions_are_decoded_by_what_is_left(name):
     """In some blocks, so that those of one cache differ in their heads."""
@@ -259,6 +261,7 @@ def test_a_tower_by_itself_is_cut_as_well():
     np.testing.assert_allclose(alone, inside, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PROMPTS)
 @pytest.mark.parametrize(
     ("name", "streams"), CASES, ids=[f"{n}-{'-'.join(streams)}" for n, streams in CASES]
@@ -302,6 +305,7 @@ def pruned_small(name):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PROMPTS)
 @pytest.mark.parametrize(
     ("name", "streams"), CASES, ids=[f"{n}-{'-'.join(streams)}" for n, streams in CASES]
@@ -341,6 +345,7 @@ def test_formulas_match_the_lowered_module(name):
     assert expected < 0.75 * whole.flops(48)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["", *PROMPTS])
 @pytest.mark.parametrize("size", ["base", "shared_base", "towers_base"])
 def test_formulas_of_decoding_match_the_lowered_module(size, kind):
