@@ -26,7 +26,6 @@ Ratios of speed are by the time for which the device is busy where that is known
 float32 and products of ``--dtype``, as in training. Compile time is left out.
 """
 
-import ast
 import functools
 import json
 import statistics
@@ -39,6 +38,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
+from tools.compare.configs import parse_value
 from tools.timing import UpdateTime, busy_ms, cost_shares, repeat
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.augment import normalize
@@ -229,11 +229,11 @@ def _changed(config: ConfigDict, changes: Sequence[str]) -> ConfigDict:
         key, _, text = change.partition("=")
         try:
             before = functools.reduce(lambda section, part: section[part], key.split("."), config)
-            value = text if isinstance(before, str) else ast.literal_eval(text)
+            value = text if isinstance(before, str) else parse_value(text)
             config.update_from_flattened_dict({key: value})
         except KeyError as error:
             raise ValueError(f"--set={change}: config.model has no such key") from error
-        except (TypeError, ValueError, SyntaxError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"--set={change}: {error}; give KEY=VALUE of config.model") from error
     return config
 

@@ -1,22 +1,12 @@
 """Chains of runs, each of which starts from the one before, and what their ends score.
 
-A study gives every cell a chain of configs (docs/results/momo.py). Runs are known by what they
-compute, so that chains that begin alike share their beginning, and what an archive holds is not
-computed again. Jobs, a run to train or a task to score a run in, are done by several processes, in
-the order in which they are listed as far as what they need is there.
+A study gives every cell a chain of configs (docs/results/momo.py). Chains that
+begin alike share their beginning (``tools.jobs``).
 """
 
-import concurrent.futures
 import dataclasses
-import functools
-import hashlib
-import json
-import multiprocessing
-import os
-import pathlib
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -28,53 +18,12 @@ from tools.columns import (
     Task,
     averages,
     common,
-    evaluate,
     header_of,
     rows_of,
-    train_to_end,
 )
-from tools.compare.configs import digest, with_overrides
-from tools.compare.measure import final_metrics
+from tools.compare.configs import with_overrides
 from tools.compare.table import markdown_table
-from tools.evaluate_quantized import evaluate_quantized
-from tools.prune_weights import prune_weights
-from vlp_jax.infra.compilation import enable_compile_cache, set_gpu_flags
-from vlp_jax.infra.hardware import device_facts
-from vlp_jax.infra.metrics import read_metrics
-from vlp_jax.infra.report import RUN_FILE
-from vlp_jax.train.costs import COSTS
-from vlp_jax.train.searching import SEARCH_FILE
-
-_MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-_ROOT = ".root"  # keys of folders end in it
-_SHARE = 0.9  # of a GPU's memory, that all processes have together
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One run of a chain.
-
-    Attributes:
-        config: complete but for where it starts from.
-        parent: the run before; None: it starts from scratch.
-        search: the run, from the same parent, that has chosen what is skipped; None: nothing is.
-        cut: shares of heads and of channels that the parent has lost before; None: none.
-        eight: nothing is trained: the tests of the parent are made again, with eight bits a weight.
-    """
-
-    config: ConfigDict
-    parent: "Run | None" = None
-    search: "Run | None" = None
-    cut: tuple[float, float] | None = None
-    eight: bool = False
-
-    @functools.cached_property
-    def key(self) -> str:
-        """What the run computes, in 16 hexadecimal digits."""
-        before = [run.key for run in (self.parent, self.search) if run is not None]
-        before += [f"cut {self.cut}"] if self.cut else []
-        before += ["eight bits"] if self.eight else []
-        return digest(self.config, " ".join(before))[:16]
+from tools.jobs import Job, Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,224 +94,6 @@ class Study:
             text += "\n" + markdown_table(header, apart) + "\n"
         evaluators, losses = losses_of(self, known, seeds)
         return text + "\n" + markdown_table(["loss", *evaluators], losses) + "\n"
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Something to do.
-
-    Attributes:
-        run: what is trained, or scored.
-        task: in which it is scored; None: it is trained.
-        settings: of the scoring; ``helpers`` of the training too.
-    """
-
-    run: Run
-    task: Task | None
-    settings: Settings
-
-    @property
-    def key(self) -> str:
-        """Of the job, for an archive: the run, and what is asked of it in which way."""
-        return self.run.key if self.task is None else f"{self.run.key}/{_asked(self)}"
-
-    @property
-    def name(self) -> str:
-        """Of the task or the stage: what jobs that take about as long have in common."""
-        return str(self.run.config.name) if self.task is None else self.task.name
-
-    @property
-    def needs(self) -> str:
-        """Key of the job that must be done before; empty: none."""
-        if self.task is not None:
-            return self.run.key
-        before = self.run.search or self.run.parent  # a search has the same parent
-        return "" if before is None else before.key
-
-
-def _asked(job: Job) -> str:
-    """A task and how it is asked, without where."""
-    assert job.task is not None
-    what = {**dataclasses.asdict(job.task), **dataclasses.asdict(job.settings)}
-    for place in ("out", "seeds", "helpers"):
-        del what[place]
-    what["overrides"] = {k: v for k, v in what["overrides"].items() if not k.endswith(_ROOT)}
-    text = json.dumps(what, sort_keys=True, default=list)
-    return f"{job.task.name} {hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """Where things are on this machine.
-
-    Attributes:
-        out: folder of runs and of what they share.
-        texts: folder of free texts, and of tasks of texts.
-    """
-
-    out: pathlib.Path
-    texts: str
-
-    def workdir(self, run: Run) -> pathlib.Path:
-        """Of a run."""
-        return self.out / "runs" / run.key
-
-
-def do(job: Job, places: Places) -> dict[str, Any]:
-    """Train a run, or score one; what an archive keeps of it.
-
-    Args:
-        job: what it needs is there.
-        places: of this machine.
-
-    Raises:
-        ConfigError, ValueError, OSError: the run does not work, or data are missing.
-    """
-    workdir = places.workdir(job.run)
-    began = time.perf_counter()
-    if job.task is not None:
-        placed = {
-            key: places.texts if key.endswith(_ROOT) else value
-            for key, value in job.task.overrides.items()
-        }
-        task = dataclasses.replace(job.task, overrides=placed)
-        score = evaluate(workdir, task, job.settings)
-        found: dict[str, Any] = {"values": None if score is None else list(score.values)}
-    elif job.run.eight:
-        found = _in_eight_bits(job.run, places)
-    else:
-        config = job.run.config.copy_and_resolve_references()
-        config.init_from = str(_origin(job.run, places) or "")
-        if job.run.search is not None:
-            config.skip_from = str(places.workdir(job.run.search))
-        config.compile_cache = str(places.out / "compile_cache")
-        config.data.cache_dir = str(places.out / "data")
-        config.data.cache_workers = job.settings.helpers
-        for section in config.data.sources.values():
-            if section.type == "texts":
-                section.root = places.texts
-        train_to_end(config, workdir)
-        found = {"metrics": final_metrics(read_metrics(workdir))}
-        found["costs"] = json.loads((workdir / RUN_FILE).read_text()).get(COSTS, [])
-        if (workdir / SEARCH_FILE).exists():
-            found["search"] = json.loads((workdir / SEARCH_FILE).read_text())
-    seconds = round(time.perf_counter() - began, 1)
-    facts = device_facts()
-    return {"job": job.key, "name": job.name, **found, "seconds": seconds, "machine": facts}
-
-
-def _origin(run: Run, places: Places) -> pathlib.Path | None:
-    """What a run starts from: its parent, or what is left of that once it is cut; None: nothing."""
-    if run.parent is None or run.cut is None:
-        return None if run.parent is None else places.workdir(run.parent)
-    whole, (heads, mlp) = places.workdir(run.parent), run.cut
-    file = places.out / "cut" / f"{run.parent.key}-{heads:g}-{mlp:g}.safetensors"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        made = file.with_name(f"{os.getpid()}-{file.name}")  # others may be making it as well
-        prune_weights(whole, made, heads, mlp, blocks="all", overwrite=True)
-        made.replace(file)
-    return file
-
-
-def _in_eight_bits(run: Run, places: Places) -> dict[str, Any]:
-    """What an archive keeps of a run that is tested with eight bits a weight."""
-    assert run.parent is not None
-    workdir = places.workdir(run.parent)
-    compared = evaluate_quantized(workdir, "best")
-    costs = json.loads((workdir / RUN_FILE).read_text())[COSTS]
-    bytes_of = dict(zip(("float32", "int8"), compared.parameters, strict=True))
-    metrics = {name: eight for name, (_, eight) in compared.figures.items()}
-    return {"metrics": metrics, "costs": costs, "bytes": bytes_of}
-
-
-def execute(
-    jobs: Sequence[Job],
-    places: Places,
-    workers: int,
-    known: Mapping[str, Any],
-    may_start: Callable[[Job], bool],
-    work: Callable[[Job, Places], dict[str, Any]] = do,
-) -> Iterator[dict[str, Any]]:
-    """Do jobs, several at a time; yields what became of each as soon as it is done.
-
-    A job that fails yields its ``error``, and what needs it is left out.
-
-    Args:
-        jobs: in the order in which they are begun.
-        places: of this machine.
-        workers: processes.
-        known: what an archive holds, by key; a run is trained all the same where a job needs it.
-        may_start: whether there is time for a job; one for which there is none holds up no other.
-        work: does one, in one of the processes.
-    """
-    waiting = _wanted(jobs, known)
-    done: set[str] = set()
-    if workers > 1:
-        os.environ.setdefault(_MEMORY, f"{_SHARE / workers:.3f}")
-    context = multiprocessing.get_context("spawn")  # a process that has begun JAX cannot be forked
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, context, initializer=_begin, initargs=(places.out,)
-    ) as pool:
-        running: dict[concurrent.futures.Future[dict[str, Any]], Job] = {}
-        while True:
-            for job in [job for job in waiting if not job.needs or job.needs in done]:
-                if len(running) < workers and may_start(job):
-                    waiting.remove(job)
-                    running[pool.submit(_attempt, work, job, places)] = job
-            if not running:
-                return
-            ended, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
-            for future in ended:
-                job, record = running.pop(future), future.result()
-                if "error" not in record:
-                    done.add(job.key)
-                yield record
-
-
-def _begin(out: pathlib.Path) -> None:
-    """Of a process that does jobs."""
-    set_gpu_flags()
-    enable_compile_cache(out / "compile_cache")
-
-
-def _attempt(
-    work: Callable[[Job, Places], dict[str, Any]], job: Job, places: Places
-) -> dict[str, Any]:
-    """Do a job; of an error its words, for not every error can be sent to another process."""
-    try:
-        return work(job, places)
-    except (Exception, SystemExit) as error:
-        return {"job": job.key, "error": f"{type(error).__name__}: {error}"}
-
-
-def _wanted(jobs: Sequence[Job], known: Mapping[str, Any]) -> list[Job]:
-    """Those that are not known, and what they need."""
-    wanted: set[str] = set()
-    for job in reversed(jobs):
-        if job.key not in known or job.key in wanted:
-            wanted |= {job.key, job.needs}
-    return [job for job in jobs if job.key in wanted]
-
-
-def read_archive(file: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """What has been done, by key; of a job that was done twice, the first.
-
-    Args:
-        file: of a JSON object a line; where there is none, nothing has.
-
-    Raises:
-        ValueError: a line is damaged.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(file.read_text().splitlines() if file.exists() else (), 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {number}: {error}; remove the line") from error
-        if "error" not in record:
-            found.setdefault(record["job"], record)
-    return found
 
 
 def scores_of(

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 
-from tools.chains import (
+from tools.jobs import (
     Job,
     Places,
     execute,

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vlp_jax.compress.buckets import StepBucket
@@ -17,7 +16,6 @@ from vlp_jax.data.batch import HostBatch, batch_spec
 from vlp_jax.infra.hardware import timings
 from vlp_jax.objectives.base import Objective
 from vlp_jax.train.setup import Setup
-from vlp_jax.train.step import ratio
 
 WARM_UP = 3  # calls before any that counts, the first of which compiles
 _SPECIAL = 5  # ids below may be special tokens
@@ -67,20 +65,13 @@ def forward_pass(
     Returns:
         A function that gives float32 [].
     """
-    program, sizes = setup.program, dict(bucket)
 
     @jax.jit
     def loss(params: Any, extras: Any, batches: Any) -> jax.Array:
-        total, key = jnp.zeros(()), jax.random.key(0)
-        for objective in objectives:
-            name = objective.batch_name
-            output = objective.loss(
-                params, extras[objective.name], batches[name], key, sizes[name], train=False
-            )
-            total += program.loss_factor(objective) * ratio(output.loss)
-        return total
+        key = jax.random.key(0)
+        return setup.program.loss(params, extras, batches, bucket, key, objectives=objectives)[0]
 
-    batches = {name: random_batch(setup, name, bucket, rows) for name in sizes}
+    batches = {name: random_batch(setup, name, bucket, rows) for name, _ in bucket}
     given = jax.device_put((params, dict(extras), batches), device)
     return functools.partial(loss, *given)
 

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from vlp_jax.infra.checkpoint import restore_step
 from vlp_jax.infra.report import CONFIG_FILE, RUN_FILE
 from vlp_jax.objectives import learns_from
+from vlp_jax.train.checks import completed
 from vlp_jax.train.initial import CHECKPOINT_FOLDER
 from vlp_jax.train.search import Search
 from vlp_jax.train.searching import SEARCH_FILE
@@ -94,7 +95,7 @@ def restored(run: SearchRun, base: str = "") -> Iterator[tuple[Setup, TrainState
         ConfigError, ValueError, OSError: data, base or checkpoint are absent or other ones.
         DamagedCheckpointError: the last checkpoint is damaged.
     """
-    config = _as_config(run.config)
+    config = ConfigDict(completed(run.config))
     config.tokenizer.path = str(run.workdir / TOKENIZER_FILE)
     config.init_from = ""  # its geometry is in the config, its parameters are in the checkpoint
     config.init_base = base or config.init_base
@@ -119,14 +120,3 @@ def search_of(setup: Setup) -> Search:
     """The search of a run that has one."""
     assert setup.program.search is not None
     return setup.program.search
-
-
-def _as_config(plain: dict[str, Any]) -> ConfigDict:
-    """A config out of JSON, which has no tuples."""
-
-    def of(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: of(each) for key, each in value.items()}
-        return tuple(of(each) for each in value) if isinstance(value, list) else value
-
-    return ConfigDict(of(plain))

@@ -11,9 +11,11 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tools.chains import Job, Run
 from tools.columns import Settings
 from tools.compare.table import markdown_table
+from tools.jobs import Job, Run
+
+_ALONE = 4  # times as many processes render the pictures of a run that others wait for
 
 Known = Mapping[str, Mapping[str, Any]]  # records of an archive by the key of their job
 
@@ -71,7 +73,8 @@ class TuningStudy:
         scores = self.scores(known, seeds)
         header = ["way", "trained", "GFLOPs", "FLOPs", "ms/update", *self.figures, "mean"]
         rows = [
-            [way, *self._costs(known, way), *self._told(found)] for way, found in scores.items()
+            [way, *self._costs(known, way, seeds), *self._told(found)]
+            for way, found in scores.items()
         ]
         text = markdown_table(header, rows) + "\n"
         for base in self.less:
@@ -84,10 +87,12 @@ class TuningStudy:
                 text += "\n" + markdown_table([f"less {base}", *self.figures, "mean"], apart) + "\n"
         return text + "\n" + self._chosen(known, seeds)
 
-    def _costs(self, known: Known, way: str) -> list[str]:
+    def _costs(self, known: Known, way: str, seeds: Sequence[int]) -> list[str]:
         """Parameters beside the heads, forward FLOPs and their share, of the first run there is."""
         for task in self.figures:
-            costs = [record["costs"][0] for record in self._records(known, way, task)]
+            runs = (self.ways[way](task, seed) for seed in seeds)
+            records = (known.get(run.key) for run in runs if run is not None)
+            costs = [record["costs"][0] for record in records if record is not None]
             if costs:
                 first, forward = costs[0], statistics.fmean(c["forward_flops"] for c in costs)
                 seconds = [c["update_seconds"] for c in costs if c["update_seconds"]]
@@ -99,11 +104,6 @@ class TuningStudy:
                     f"{1e3 * statistics.median(seconds):.1f}" if seconds else "–",
                 ]
         return ["–"] * 4
-
-    def _records(self, known: Known, way: str, task: str) -> list[Mapping[str, Any]]:
-        runs = (self.ways[way](task, seed) for seed in range(_MOST_SEEDS))
-        records = (known.get(run.key) for run in runs if run is not None)
-        return [record for record in records if record is not None]
 
     def _told(self, found: Mapping[str, Mapping[int, float]]) -> list[str]:
         each = [_spread([100 * x for x in found.get(task, {}).values()]) for task in self.figures]
@@ -148,10 +148,6 @@ class TuningStudy:
         return markdown_table(header, rows) + "\n" if rows else ""
 
 
-_MOST_SEEDS = 10
-_ALONE = 4  # times as many processes render the pictures of a run that others wait for
-
-
 def _in_order(run: Run | None) -> list[Run]:
     """A run after all that it needs."""
     if run is None:
@@ -160,18 +156,18 @@ def _in_order(run: Run | None) -> list[Run]:
 
 
 def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    mean = f"{statistics.fmean(values):.1f}"
-    if len(values) == 1:
-        return f"{mean} (1)"
-    return f"{mean} ± {statistics.stdev(values):.1f} ({len(values)})"
+    """Mean and standard deviation over seeds, and how many these are."""
+    return _with(values, "", statistics.stdev)
 
 
 def _error(values: Sequence[float]) -> str:
+    """Mean and its standard error."""
+    return _with(values, "+", lambda each: statistics.stdev(each) / math.sqrt(len(each)))
+
+
+def _with(values: Sequence[float], sign: str, apart: Callable[[Sequence[float]], float]) -> str:
     if not values:
         return "–"
-    mean = f"{statistics.fmean(values):+.1f}"
-    if len(values) == 1:
-        return f"{mean} (1)"
-    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.1f} ({len(values)})"
+    mean = f"{statistics.fmean(values):{sign}.1f}"
+    spread = f" ± {apart(values):.1f}" if len(values) > 1 else ""
+    return f"{mean}{spread} ({len(values)})"

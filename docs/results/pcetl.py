@@ -20,8 +20,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import scenes
-from tools.chains import Run, read_archive
 from tools.columns import Settings
+from tools.jobs import Run, read_archive
 from tools.tuning_study import TuningStudy
 
 SIZE, IMAGES = "small", 100_000

@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 from docs.results import momo
 from tests.tools.small_stages import small_stage
 from tools import chains, columns
-from tools.chains import Job, Places, Run, Study, execute, read_archive, scores_of
+from tools.chains import Study, scores_of
 from tools.columns import Score, Settings, Task, train_to_end
 from tools.compare.configs import with_overrides
+from tools.jobs import Job, Places, Run, execute, read_archive
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.train.config import check_keys, default_config
 

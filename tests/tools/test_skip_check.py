@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from tiny_search import UNITS, search_config
 
+from tools.new_data import Batches, batches_of, overrides_of
 from tools.searched import read_search, restored
-from tools.skip_check import Batches, Checker, _batches, main, overrides_of, verdict
+from tools.skip_check import Checker, main, verdict
 from vlp_jax.data.scenes import Scenes
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.preemption import ExitCode
@@ -85,7 +86,7 @@ def test_batches_are_as_large_as_records_allow(records, new, used, expected):
         return {"scenes": Scenes(split="val", level="easy", num_records=count, seed=seed)}
 
     config = search_config()
-    found = _batches(config, world(records), world(new, 1), 32, used, {"pairs": 16})
+    found = batches_of(config, world(records), world(new, 1), 32, used, {"pairs": 16})
     assert found == expected
 
 

@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from docs.results import pcetl
-from tools.chains import Run
+from tools.jobs import Run
 from tools.tuning_study import TuningStudy
 from vlp_jax.train.config import check_keys
 

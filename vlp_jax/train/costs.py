@@ -18,9 +18,7 @@ from vlp_jax.infra.compilation import CompiledSteps
 from vlp_jax.infra.hardware import memory, program_bytes
 from vlp_jax.infra.metrics import read_metrics
 from vlp_jax.infra.sharding import by_path
-from vlp_jax.models.sizes import build_model
 from vlp_jax.models.tuning_config import tuning_config
-from vlp_jax.objectives import build_objectives
 from vlp_jax.train.setup import Setup
 from vlp_jax.train.step import StepFunction
 from vlp_jax.transfer.methods import ALWAYS
@@ -84,16 +82,8 @@ def forward_flops(setup: Setup) -> tuple[float, float]:
     Returns:
         Those of the run, and those of the same model without ``config.model.tuning``.
     """
-    config, program = setup.config, setup.program
-    model = config.model.copy_and_resolve_references()
-    with model.unlocked():
-        model.tuning = tuning_config()
-    vocabulary = setup.tokenizer.vocabulary
-    plain = build_objectives(
-        config.objectives,
-        build_model(model, vocabulary.size, vocabulary.mask_id, config.data.image_size),
-        vocabulary,
-    )
+    program = setup.program
+    plain = program.objectives_with(tuning_config())
     lengths = setup.budget.text_lengths
     return program.forward_flops(lengths), program.forward_flops(lengths, objectives=plain)
 

@@ -31,12 +31,14 @@ from vlp_jax.train.search import Search
 from vlp_jax.train.stages import Stages, stage_of
 from vlp_jax.train.state import TrainState
 from vlp_jax.train.step import (
+    Batches,
     GradientFunction,
     Moment,
     StepFunction,
     init_state,
     make_gradient,
     make_step,
+    ratio,
     shared_passes,
 )
 
@@ -148,24 +150,62 @@ class Program:
         words = self._vocabulary
         return build_model(section, words.size, words.mask_id, self.config.data.image_size)
 
+    def objectives_with(self, tuning: ConfigDict) -> tuple[Objective, ...]:
+        """The run's objectives, on its model with another section ``config.model.tuning``."""
+        section = ConfigDict({**self.config.model.to_dict(), "tuning": tuning.to_dict()})
+        return build_objectives(self.config.objectives, self._built(section), self._vocabulary)
+
+    def loss(
+        self,
+        params: Any,
+        extras: Mapping[str, Any],
+        batches: Batches,
+        bucket: StepBucket,
+        key: jax.Array,
+        train: bool = False,
+        objectives: Sequence[Objective] = (),
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss as a run weighs it, and the metrics of its objectives, without their gradient.
+
+        Args:
+            params: of the model.
+            extras: of the objectives, by name.
+            batches: whole, by name.
+            bucket: their sizes.
+            key: PRNG key of what is drawn.
+            train: whether there is dropout.
+            objectives: the same ones of another model; empty: those of the run.
+
+        Returns:
+            Float32 [] each.
+        """
+        sizes, total = dict(bucket), jnp.zeros(())
+        metrics: dict[str, jax.Array] = {}
+        for number, one in enumerate(objectives or self.objectives):
+            weight = self.config.objectives[one.name].get("weight", 1.0)
+            output = one.loss(
+                params,
+                extras[one.name],
+                batches[one.batch_name],
+                jax.random.fold_in(key, number),
+                sizes[one.batch_name],
+                train=train,
+            )
+            total += weight * self._batch_weights[one.batch_name] * ratio(output.loss)
+            metrics |= {f"{one.name}/{k}": ratio(mean) for k, mean in output.metrics.items()}
+        return total, metrics
+
     def _search_of(self, known: Mapping[str, float]) -> Search:
         """What ``config.search`` says, with what each unit costs of the forward pass."""
         lengths = {name: known.get(name, TEXT_LENGTH) for name in self.batch_names}
         whole, costs = self.forward_flops(lengths), {}
         for unit in self._model.config.text.tuning.gated:
-            section = ConfigDict(self.config.model.to_dict())
-            section.tuning.update(skip=(*section.tuning.skip, unit), gated=())
-            without = build_objectives(
-                self.config.objectives, self._built(section), self._vocabulary
-            )
+            tuning = ConfigDict(self.config.model.tuning.to_dict())
+            tuning.update(skip=(*tuning.skip, unit), gated=())
+            without = self.objectives_with(tuning)
             costs[unit] = 1.0 - self.forward_flops(lengths, objectives=without) / whole
         splits = {source.get("split", "train") for source in self.config.data.sources.values()}
         return Search.of(self.config.search, costs, splits, self.full_steps)
-
-    def loss_factor(self, objective: Objective) -> float:
-        """Of an objective's loss in that of the run, with the weight of its batch."""
-        weight: float = self.config.objectives[objective.name].get("weight", 1.0)
-        return weight * self._batch_weights[objective.batch_name]
 
     @property
     def made_for(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from vlp_jax.objectives.base import Params
 from vlp_jax.train.program import Program
 from vlp_jax.train.search import Search
 from vlp_jax.train.state import TrainState
-from vlp_jax.train.step import Batches, ratio
+from vlp_jax.train.step import Batches
 from vlp_jax.transfer.search import Regression
 from vlp_jax.transfer.units import with_kept
 
@@ -306,23 +306,8 @@ class Searcher:
     def _loss(
         self, params: Params, state: TrainState, batches: Batches, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The run's loss as it is weighed, and the metrics of its objectives."""
-        program, buckets = self._program, dict(self._bucket)
-        total = jnp.zeros(())
-        metrics: dict[str, jax.Array] = {}
-        for number, objective in enumerate(program.objectives):
-            name, batch = objective.name, batches[objective.batch_name]
-            output = objective.loss(
-                params,
-                state.extras["objectives"][name],
-                batch,
-                jax.random.fold_in(key, number),
-                buckets[objective.batch_name],
-                train=self._search.paper,
-            )
-            total += program.loss_factor(objective) * ratio(output.loss)
-            metrics |= {f"{name}/{k}": ratio(mean) for k, mean in output.metrics.items()}
-        return total, metrics
+        extras, train = state.extras["objectives"], self._search.paper
+        return self._program.loss(params, extras, batches, self._bucket, key, train)
 
     def _cosines(self, state: TrainState, batches: Batches) -> jax.Array:
         """Mean cosines of the tokens before and after each unit, nothing skipped: float32 [n]."""

@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import jinja2
 import markupsafe
 
 from vlp_jax.infra import charts, metrics, units
+from vlp_jax.infra.files import write_text
 from vlp_jax.infra.report.from_artifacts import artifact_sections
 from vlp_jax.infra.report.from_facts import as_pairs, command_line, facts_section, flat_config
 from vlp_jax.infra.report.from_metrics import (
@@ -126,9 +126,7 @@ def write_page(
         style=markupsafe.Markup((here / "page.css").read_text(encoding="utf-8")),
         script=markupsafe.Markup((here / "page.js").read_text(encoding="utf-8")),
     )
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(page, encoding="utf-8")
-    os.replace(fresh, path)
+    write_text(path, page)
     return path
 
 
