@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from tiny import IMAGE_SIZE
 
+from vlp_jax.models.decoding import decode_token, empty_cache, project_image
 from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.masks import forward_mask
 
@@ -51,3 +52,18 @@ def whole_logits(model: Encoder, params: Any, ids: jax.Array, pixels: jax.Array)
     """Logits [B, N, V] of the token after each of ids [B, N]."""
     features, kernel, bias = nn.apply(whole_text, model)({"params": params}, ids, pixels)
     return features @ kernel + bias[None, None]
+
+
+def counted_decoding(model: Encoder, rows: int, beams: int, room: int, pixels: int) -> float:
+    """FLOPs of an image and a token of each of its texts, by the lowered module."""
+    c = model.config
+    shapes = jax.eval_shape(lambda: caption_params(model, pixels))
+    image = jax.ShapeDtypeStruct((rows, c.image.tokens, c.text.width), jnp.float32)
+
+    def token(params: Any, image: jax.Array, ids: jax.Array) -> jax.Array:
+        cache = empty_cache(c, rows, beams, room)
+        memory = project_image(model, params, image)
+        return decode_token(model, params, ids, jnp.int32(3), cache, memory)[0]
+
+    ids = jax.ShapeDtypeStruct((rows, beams), jnp.int32)
+    return jax.jit(token).lower(shapes, image, ids).cost_analysis()["flops"] / rows

@@ -1,31 +1,38 @@
 """Tiny models of every kind with something tuned: shared by the tests of what tuning adds."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 from tiny import (
     IMAGE_SIZE,
     MASK_ID,
     TOKENS,
     VOCAB,
+    VOCABULARY,
+    lowered_flops,
     make_batch,
     shared_config,
     tiny_config,
     towers_config,
 )
 
+from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.augment import normalize
 from vlp_jax.infra.sharding import by_path, nested
 from vlp_jax.models.encoder import Encoder
+from vlp_jax.models.flops import prompt_flops
 from vlp_jax.models.masks import bidirectional_mask, two_stream_mask
 from vlp_jax.models.sizes import build_model, model_config
 from vlp_jax.models.tuning_config import tuning_config
+from vlp_jax.objectives import build_objectives
+from vlp_jax.objectives.base import Objective
 
 LENGTHS = [12, 9, 5, 2]
 BATCH = make_batch(LENGTHS)
@@ -39,6 +46,48 @@ MODELS: dict[str, Callable[[], ConfigDict]] = {
     "three_towers": lambda: towers_config(**{"text.depth": 2, "fusion.depth": 2}),
     "co_attention": lambda: towers_config(co_attention=True, **{"fusion.depth": 2}),
 }
+# Of the same kinds, large enough for blocks to weigh most.
+SMALL = {
+    "two_stacks": "small",
+    "shared": "shared_small",
+    "three_towers": "towers_small",
+    "co_attention": "co_attention_small",
+}
+
+
+def small_geometry(name: str, **tuning: Any) -> ConfigDict:
+    """``config.model`` of one of ``SMALL`` for images of 144 px, with few blocks."""
+    config = tuned_size(SMALL[name], **tuning)
+    config.dtype = "float32"
+    config.image.update(depth=4, patch_size=16, stem="patch")
+    config.reconstructor.depth = 2
+    return config
+
+
+def small_vqa(config: ConfigDict, readout: str = "bidirectional") -> Objective:
+    """VQA on a model of ``small_geometry``."""
+    section = ConfigDict({"vqa": {"num_classes": 8, "readout": readout}})
+    [one] = build_objectives(section, build_model(config, 1000, 3, 144), VOCABULARY)
+    return one
+
+
+def check_formulas_of_prompts(configs: Sequence[ConfigDict], streams: tuple[str, ...]) -> None:
+    """What prompts add to a model: by formula, and by the lowered module.
+
+    Keys and values of deep ones are made once for the four examples of a batch.
+
+    Args:
+        configs: of ``small_geometry``, without and with prompts.
+        streams: of the texts.
+    """
+    readout = "bidirectional" if streams == ("bidirectional",) else "forward"
+    counted, expected = [], []
+    for config in configs:
+        one = small_vqa(config, readout)
+        counted.append(lowered_flops(one, Bucket(48, 144)))
+        expected.append(one.flops(48) + prompt_flops(one.model.config) / 4)
+    assert counted[1] == pytest.approx(expected[1], rel=0.04)
+    assert counted[1] - counted[0] == pytest.approx(expected[1] - expected[0], rel=0.05)
 
 
 def with_tuning(config: ConfigDict, tuning: Mapping[str, Any]) -> ConfigDict:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from captioning import caption_params, whole_logits
+from captioning import caption_params, counted_decoding, whole_logits
 from tiny import MASK_ID, TOKENS, make_batch, shared_model, tiny_model, towers_model
 
 from vlp_jax.data.augment import normalize
@@ -141,15 +141,6 @@ def test_flops_match_the_lowered_module(size: str, beams: int) -> None:
     config.dtype, config.reconstructor.depth = "float32", 2
     config.update_from_flattened_dict(DEPTHS[size])
     model = build_model(config, 10_000, MASK_ID, pixels)
-    shapes = jax.eval_shape(lambda: caption_params(model, pixels))
-    image = jax.ShapeDtypeStruct((rows, model.config.image.tokens, 768), jnp.float32)
-
-    def token(params: Any, image: jax.Array, ids: jax.Array) -> jax.Array:
-        cache = empty_cache(model.config, rows, beams, room)
-        memory = project_image(model, params, image)
-        return decode_token(model, params, ids, jnp.int32(3), cache, memory)[0]
-
-    ids = jax.ShapeDtypeStruct((rows, beams), jnp.int32)
-    counted = jax.jit(token).lower(shapes, image, ids).cost_analysis()["flops"] / rows
+    counted = counted_decoding(model, rows, beams, room, pixels)
     expected = decode_token_flops(model.config, room, beams) + project_image_flops(model.config)
     assert counted == pytest.approx(expected, rel=0.02)

@@ -1,7 +1,6 @@
 """Prompts are tokens: what they do equals what the same tokens do where they are put by hand."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -9,12 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from captioning import caption_params, whole_logits
-from ml_collections import ConfigDict
-from tiny import TOKENS, VOCAB, VOCABULARY, lowered_flops
-from tuned import BATCH, IDS, LENGTHS, MODELS, N, base, build, drawn, geometry, tuned_size
+from captioning import caption_params, counted_decoding, whole_logits
+from tiny import TOKENS, VOCAB
+from tuned import (
+    BATCH,
+    IDS,
+    LENGTHS,
+    MODELS,
+    N,
+    base,
+    build,
+    check_formulas_of_prompts,
+    drawn,
+    geometry,
+    small_geometry,
+)
 
-from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.augment import normalize
 from vlp_jax.infra.sharding import by_path, nested
 from vlp_jax.models.block import Block
@@ -35,7 +44,6 @@ from vlp_jax.models.pretrained import merge
 from vlp_jax.models.sizes import build_model
 from vlp_jax.models.three_towers import ThreeTowers
 from vlp_jax.models.tuning import PromptConfig, Tuning, is_added
-from vlp_jax.objectives import build_objectives
 
 LENGTH = 3
 DEEP = {"prompt": {"kind": "deep", "length": LENGTH}, "blocks": "all"}
@@ -324,41 +332,14 @@ def test_fresh_prompts_are_uniform() -> None:
     assert np.abs(one - other).max() > 0.1
 
 
-SIZES = {
-    "two_stacks": "small",
-    "shared": "shared_small",
-    "three_towers": "towers_small",
-    "co_attention": "co_attention_small",
-}
-
-
-def small(name: str, tuning: dict[str, Any]) -> Encoder:
-    config = tuned_size(SIZES[name], **tuning)
-    config.dtype = "float32"
-    config.image.update(depth=3, patch_size=16, stem="patch")
-    config.reconstructor.depth = 2
-    return build_model(config, 1000, 3, 144)
-
-
 @pytest.mark.slow
 @by_kind
 @by_case
 def test_formulas_match_the_lowered_module(name: str, streams: tuple[str, ...], kind: str) -> None:
-    """What prompts add to it; keys and values of deep ones once for the four examples of a batch.
-
-    The lowered module also counts the softmax over them.
-    """
-    readout = "bidirectional" if streams == JOINT else "forward"
+    """The lowered module also counts the softmax over them."""
     blocks = "all" if kind == "deep" else "fusion"
-    counted, expected = [], []
-    for tuning in ({}, {"prompt": {"kind": kind, "length": 40}, "blocks": blocks}):
-        model = small(name, tuning)
-        section = ConfigDict({"vqa": {"num_classes": 8, "readout": readout}})
-        [one] = build_objectives(section, model, VOCABULARY)
-        counted.append(lowered_flops(one, Bucket(48, 144)))
-        expected.append(one.flops(48) + prompt_flops(model.config) / 4)
-    assert counted[1] == pytest.approx(expected[1], rel=0.04)
-    assert counted[1] - counted[0] == pytest.approx(expected[1] - expected[0], rel=0.05)
+    prompts = {"prompt": {"kind": kind, "length": 40}, "blocks": blocks}
+    check_formulas_of_prompts([small_geometry(name, **some) for some in ({}, prompts)], streams)
 
 
 @pytest.mark.slow
@@ -368,19 +349,9 @@ def test_formulas_of_decoding_match_the_lowered_module(name: str, kind: str) -> 
     rows, beams, room = 2, 4, 24
     counted, expected = [], []
     for tuning in ({}, {"prompt": {"kind": kind, "length": 40}}):
-        model = small(name, tuning)
+        model = build_model(small_geometry(name, **tuning), 1000, 3, 144)
         c = model.config
-        shapes = jax.eval_shape(lambda model=model: caption_params(model, 144))
-        image = jax.ShapeDtypeStruct((rows, c.image.tokens, c.text.width), jnp.float32)
-
-        def token(params: Any, image: jax.Array, ids: jax.Array, model: Encoder) -> jax.Array:
-            cache = empty_cache(model.config, rows, beams, room)
-            memory = project_image(model, params, image)
-            return decode_token(model, params, ids, jnp.int32(3), cache, memory)[0]
-
-        ids = jax.ShapeDtypeStruct((rows, beams), jnp.int32)
-        lowered = jax.jit(functools.partial(token, model=model)).lower(shapes, image, ids)
-        counted.append(lowered.cost_analysis()["flops"] / rows)
+        counted.append(counted_decoding(model, rows, beams, room, 144))
         once = prompt_flops(c) / rows
         expected.append(decode_token_flops(c, room, beams) + project_image_flops(c) + once)
     assert counted[1] == pytest.approx(expected[1], rel=0.04)

@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from tiny import VOCABULARY, lowered_flops
-from tuned import MODELS, base, build, compiled, drawn, forward, geometry, tuned_size
+from tuned import (
+    MODELS,
+    base,
+    build,
+    compiled,
+    drawn,
+    forward,
+    geometry,
+    small_geometry,
+    small_vqa,
+    tuned_size,
+)
 
 from vlp_jax.compress.buckets import Bucket
 from vlp_jax.data.batch import FIELDS, batch_spec
@@ -18,7 +29,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.sharding import by_path, nested
 from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.flops import block_flops, prompt_flops, text_flops
-from vlp_jax.models.sizes import build_model, model_config
+from vlp_jax.models.sizes import build_model
 from vlp_jax.models.tuning import PARTS, LoraConfig, is_added, is_skipped, units_of
 from vlp_jax.models.tuning_config import tuning_config
 from vlp_jax.objectives import build_objectives
@@ -248,27 +259,13 @@ def test_prompts_of_meter_and_vilt_from_shapes_alone() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_formulas_match_the_lowered_module(name: str) -> None:
     """With adapters beside what is kept, and others in the place of what is skipped."""
-    config = model_config(
-        {
-            "two_stacks": "small",
-            "shared": "shared_small",
-            "three_towers": "towers_small",
-            "co_attention": "co_attention_small",
-        }[name]
-    )
-    config.dtype = "float32"
-    config.image.update(depth=4, patch_size=16, stem="patch")
-    config.reconstructor.depth = 2
-    config.tuning = tuning_config()
+    config = small_geometry(name)
     stacks = build_model(config, 1000, 3, 144).config.stacks
     [*_, last] = stacks.values()
     config.tuning.skip = (last[0], f"{last[1]}/attention", f"{stacks['image_tower'][2]}/mlp")
     config.tuning.adapter.update(kind="serial", width=64)
     config.tuning.blocks = "all"
-    model = build_model(config, 1000, 3, 144)
-    [one] = build_objectives(
-        ConfigDict({"vqa": {"num_classes": 8, "readout": "bidirectional"}}), model, VOCABULARY
-    )
+    one = small_vqa(config)
     assert lowered_flops(one, Bucket(48, 144)) == pytest.approx(one.flops(48), rel=0.04)
 
 

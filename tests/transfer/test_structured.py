@@ -7,12 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from captioning import caption_params
+from captioning import counted_decoding
 from ml_collections import ConfigDict
 from models.test_decoding import DEPTHS
 from models.test_tuning import ADAPTER, CASES
 from tiny import IMAGE_SIZE, MASK_ID, VOCABULARY, lowered_flops, make_batch
-from tuned import MODELS, base, build, compiled, drawn, forward
+from tuned import (
+    MODELS,
+    base,
+    build,
+    check_formulas_of_prompts,
+    compiled,
+    drawn,
+    forward,
+    small_geometry,
+    small_vqa,
+)
 from tuned import geometry as tuned_geometry
 
 from vlp_jax.compress.buckets import Bucket
@@ -22,10 +32,8 @@ from vlp_jax.data.tokenizer import Tokenizer
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.sharding import by_path, nested
 from vlp_jax.models.decoding import (
-    decode_token,
     decode_token_flops,
     empty_cache,
-    project_image,
     project_image_flops,
 )
 from vlp_jax.models.flops import prompt_flops
@@ -289,20 +297,7 @@ def test_prompts_are_read_by_the_heads_that_are_left(name, streams, kind):
 
 def pruned_small(name):
     """``config.model`` of size small, with parts cut out of every block."""
-    config = model_config(
-        {
-            "two_stacks": "small",
-            "shared": "shared_small",
-            "three_towers": "towers_small",
-            "co_attention": "co_attention_small",
-        }[name]
-    )
-    config.dtype = "float32"
-    config.image.update(depth=4, patch_size=16, stem="patch")
-    config.reconstructor.depth = 2
-    config.tuning = tuning_config()
-    config.tuning.prune.update(heads=0.5, mlp=0.4, blocks="all")
-    return config
+    return small_geometry(name, prune={"heads": 0.5, "mlp": 0.4, "blocks": "all"})
 
 
 @pytest.mark.slow
@@ -312,37 +307,23 @@ def pruned_small(name):
 )
 def test_formulas_of_prompts_count_the_heads_that_are_left(name, streams, kind):
     """What prompts add; keys and values of deep ones once for the four examples of a batch."""
-    readout = "bidirectional" if streams == ("bidirectional",) else "forward"
-    counted, expected = [], []
+    configs = []
     for prompt in ({}, {"kind": kind, "length": 40}):
         config = pruned_small(name)
         config.tuning.blocks, config.tuning.prune.blocks = "all", ".*0"
         config.tuning.prompt.update(prompt)
-        model = build_model(config, 1000, 3, 144)
-        section = ConfigDict({"vqa": {"num_classes": 8, "readout": readout}})
-        [one] = build_objectives(section, model, VOCABULARY)
-        counted.append(lowered_flops(one, Bucket(48, 144)))
-        expected.append(one.flops(48) + prompt_flops(model.config) / 4)
-    assert counted[1] == pytest.approx(expected[1], rel=0.04)
-    assert counted[1] - counted[0] == pytest.approx(expected[1] - expected[0], rel=0.05)
+        configs.append(config)
+    check_formulas_of_prompts(configs, streams)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_formulas_match_the_lowered_module(name):
     config = pruned_small(name)
-    model = build_model(config, 1000, 3, 144)
-    [one] = build_objectives(
-        ConfigDict({"vqa": {"num_classes": 8, "readout": "bidirectional"}}), model, VOCABULARY
-    )
+    one = small_vqa(config)
     expected = one.flops(48)
     assert lowered_flops(one, Bucket(48, 144)) == pytest.approx(expected, rel=0.04)
     config.tuning.prune.update(heads=0.0, mlp=0.0)
-    [whole] = build_objectives(
-        ConfigDict({"vqa": {"num_classes": 8, "readout": "bidirectional"}}),
-        build_model(config, 1000, 3, 144),
-        VOCABULARY,
-    )
-    assert expected < 0.75 * whole.flops(48)
+    assert expected < 0.75 * small_vqa(config).flops(48)
 
 
 @pytest.mark.slow
@@ -360,16 +341,7 @@ def test_formulas_of_decoding_match_the_lowered_module(size, kind):
     [*_, stack] = build_model(config, 10_000, MASK_ID, pixels).config.stacks.values()
     config.tuning.skip = (f"{stack[-2]}/attention",)
     model = build_model(config, 10_000, MASK_ID, pixels)
-    shapes = jax.eval_shape(lambda: caption_params(model, pixels))
-    image = jax.ShapeDtypeStruct((rows, model.config.image.tokens, 768), jnp.float32)
-
-    def token(params, image, ids):
-        cache = empty_cache(model.config, rows, beams, room)
-        memory = project_image(model, params, image)
-        return decode_token(model, params, ids, jnp.int32(3), cache, memory)[0]
-
-    ids = jax.ShapeDtypeStruct((rows, beams), jnp.int32)
-    counted = jax.jit(token).lower(shapes, image, ids).cost_analysis()["flops"] / rows
+    counted = counted_decoding(model, rows, beams, room, pixels)
     expected = decode_token_flops(model.config, room, beams) + project_image_flops(model.config)
     expected += prompt_flops(model.config) / rows
     assert counted == pytest.approx(expected, rel=0.02)
