@@ -24,6 +24,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder
 
 import jax
 import pytest
+from absl import logging
 
 from vlp_jax.infra.compilation import enable_compile_cache
 
@@ -39,6 +40,14 @@ def _one_cache() -> Iterator[None]:
     yield
     if jax.config.jax_compilation_cache_dir != (folder := os.environ["JAX_COMPILATION_CACHE_DIR"]):
         enable_compile_cache(folder, min_compile_seconds=0.0)
+
+
+@pytest.fixture(autouse=True)
+def _as_loud_as_before() -> Iterator[None]:
+    """Tools that a test calls silence the log of their process; later tests read it."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="session")

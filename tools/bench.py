@@ -39,6 +39,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from tools.random_data import classes_of, random_extra
 from tools.timing import UpdateTime, busy_ms, cost_shares, repeat
 from vlp_jax.compress.buckets import (
     WHOLE,
@@ -408,14 +409,11 @@ def _batch(rng: np.random.Generator, name: str, planned: PlannedBatch, program: 
     }
     if "text_document" in program.fields[name]:
         host["text_document"] = _documents(rng, rows, tokens)
-    # A label must be a class of every objective that reads it.
-    classes = min(
-        (getattr(o, "num_classes", 1) for o in program.objectives if o.extra_fields), default=1
-    )
+    classes = classes_of(program.objectives)
     extra = EXTRA_FIELDS.keys() - {*_PICTURES}
     fields = tuple(field for field in program.fields[name] if field in extra)
     for field, spec in batch_spec(planned.bucket, rows, fields).items():
-        host[field] = _extra(rng, field, spec, classes)
+        host[field] = random_extra(rng, field, spec, classes)
     return global_batch(host, program.mesh)
 
 
@@ -428,19 +426,6 @@ def _documents(rng: np.random.Generator, rows: int, tokens: int) -> np.ndarray:
     )
     ends = np.cumsum(drawn, axis=1)
     return 1 + (ends[:, None, :] <= np.arange(tokens)[None, :, None]).sum(axis=2, dtype=np.int32)
-
-
-def _extra(
-    rng: np.random.Generator, name: str, spec: jax.ShapeDtypeStruct, classes: int
-) -> np.ndarray:
-    """A random array of ``batch.EXTRA_FIELDS``."""
-    if name in ("label", "answer"):
-        drawn = rng.integers(0, classes, spec.shape)
-    elif name == "answer_score":
-        drawn = rng.random(spec.shape)
-    else:
-        raise ValueError(f"the objectives read {name}, which this bench cannot draw")
-    return drawn.astype(spec.dtype)
 
 
 def main(argv: Sequence[str]) -> None:

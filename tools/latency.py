@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from tools.random_data import classes_of, random_extra
 from vlp_jax.compress.buckets import StepBucket
 from vlp_jax.data.batch import HostBatch, batch_spec
 from vlp_jax.infra.hardware import timings
@@ -83,10 +84,7 @@ def random_batch(setup: Setup, name: str, bucket: StepBucket, rows: int) -> Host
         ValueError: the run reads something that cannot be drawn.
     """
     program, draw, sizes = setup.program, np.random.default_rng(0), dict(bucket)[name]
-    # A label must be a class of every objective that reads it.
-    classes = min(
-        (getattr(o, "num_classes", 1) for o in program.objectives if o.extra_fields), default=1
-    )
+    classes = classes_of(program.objectives)
     found = {}
     for field, spec in batch_spec(sizes, rows, program.fields[name]).items():
         shape = spec.shape
@@ -102,11 +100,7 @@ def random_batch(setup: Setup, name: str, bucket: StepBucket, rows: int) -> Host
             values = np.ones(shape)
         elif field == "replaced":
             values = np.zeros(shape)
-        elif field in ("label", "answer"):
-            values = draw.integers(0, classes, shape)
-        elif field in ("answer_score", "target"):
-            values = draw.random(shape)
         else:
-            raise ValueError(f"the objectives read {field}, which cannot be drawn")
+            values = random_extra(draw, field, spec, classes)
         found[field] = values.astype(spec.dtype)
     return found

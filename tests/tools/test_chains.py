@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from docs.results import momo
 from tests.tools.small_stages import small_stage
 from tools import chains, columns
+from tools import jobs as doing
 from tools.chains import Study, scores_of
 from tools.columns import Score, Settings, Task, train_to_end
 from tools.compare.configs import with_overrides
@@ -107,7 +108,7 @@ def test_jobs_are_done_in_order_and_what_needs_a_failed_one_is_left_out(
     known = read_archive(archive)
     assert failed["job"] not in known
     # What is known is not done again, but for runs that a missing job needs.
-    again = [job.key for job in chains._wanted(jobs, known)]
+    again = [job.key for job in doing._wanted(jobs, known)]
     assert again == [
         *(study.chain("other", 0)[i].key for i in (0, 1)),
         *(job.key for job in jobs if job.needs == failed["job"]),
@@ -171,7 +172,7 @@ def test_a_chain_of_two_stages_is_trained_and_scored(tmp_path: pathlib.Path) -> 
     study = dataclasses.replace(study, settings=settings)
     jobs = study.jobs(["cell"], [0], dataclasses.replace(study.settings, out=tmp_path / "out"))
     places = Places(tmp_path / "out", str(texts))
-    records = [chains.do(job, places) for job in jobs]
+    records = [doing.do(job, places) for job in jobs]
     assert [record.get("name") for record in records] == ["stage 1", "stage 2", "linear probe"]
     [score] = records[-1]["values"]
     assert 0.0 < score < 1.0
@@ -180,7 +181,7 @@ def test_a_chain_of_two_stages_is_trained_and_scored(tmp_path: pathlib.Path) -> 
     # A run that is finished is not trained again.
     log = places.workdir(jobs[1].run) / "log.txt"
     written = log.stat().st_mtime_ns
-    chains.do(jobs[1], places)
+    doing.do(jobs[1], places)
     train_to_end(jobs[1].run.config, places.workdir(jobs[1].run))
     assert log.stat().st_mtime_ns == written
 
