@@ -39,7 +39,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from tools.random_data import classes_of, random_extra
+from tools.random_data import classes_of, program_without_data, random_extra
 from tools.timing import UpdateTime, busy_ms, cost_shares, repeat
 from vlp_jax.compress.buckets import (
     WHOLE,
@@ -47,23 +47,21 @@ from vlp_jax.compress.buckets import (
     bucket_label,
     bucket_text,
 )
-from vlp_jax.data.batch import EXTRA_FIELDS, PAIRS, Batch, batch_spec
+from vlp_jax.data.batch import EXTRA_FIELDS, Batch, batch_spec
 from vlp_jax.data.joint_plan import JointPlan
 from vlp_jax.data.named import batch_section
 from vlp_jax.data.plan import Plan
 from vlp_jax.data.planned import PlannedBatch, PlannedSource
 from vlp_jax.data.text_edges import batch_maxima, fit_edges
-from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.command import bad_input, check_length, fail, parse_flags
 from vlp_jax.infra.compilation import CompiledSteps, set_gpu_flags
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.hardware import device_facts, measure_matmul_peak, memory, timings
-from vlp_jax.infra.mesh import global_batch, make_mesh
+from vlp_jax.infra.mesh import global_batch
 from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.objectives import OBJECTIVES
 from vlp_jax.train.bucket_schedule import stages_of
 from vlp_jax.train.program import Program
-from vlp_jax.train.schedule import Budget
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration to measure")
 _BATCH = flags.DEFINE_integer(
@@ -81,7 +79,6 @@ _FIXED_VIEWS = flags.DEFINE_boolean(
 
 # No two views of a picture are one to the compiler, which would compute them once.
 FIXED = {"crop": False, "flip": 0.5, "jitter": 0.0, "grey": 0.0, "blur": 0.0, "solarize": 0.0}
-MASK_ID = 4  # any id will do: the tokens are random
 _PICTURES = ("image", "second_image")  # fields that all batches of a name share
 
 
@@ -379,21 +376,7 @@ def _write_schedule(config: Any, figures: dict[str, Any], out: pathlib.Path) -> 
 
 
 def _program(config: Any) -> Program:
-    for section in config.objectives.values():
-        if section.get("readout", "") == "auto":
-            section.readout = "query"
-    names = {section.get("batch", PAIRS) for section in config.objectives.values()}
-    return Program(
-        config,
-        Vocabulary.of_words(config.tokenizer.vocab_size, MASK_ID),
-        make_mesh(**config.mesh),
-        Budget(
-            config.data.batch_size,
-            None,
-            total_steps=config.total_steps or 10_000,
-            text_lengths=dict.fromkeys(names, (_MIN_LENGTH.value + _MAX_LENGTH.value) / 2),
-        ),
-    )
+    return program_without_data(config, (_MIN_LENGTH.value + _MAX_LENGTH.value) / 2)
 
 
 def _batch(rng: np.random.Generator, name: str, planned: PlannedBatch, program: Program) -> Batch:

@@ -16,7 +16,6 @@ Exit codes are those of vlp_jax.infra.preemption: 1 where a job has failed, whos
 """
 
 import dataclasses
-import importlib
 import json
 import os
 import pathlib
@@ -30,6 +29,7 @@ from tools.jobs import (
     Job,
     Places,
     execute,
+    named_study,
     read_archive,
 )
 from vlp_jax.infra.command import bad_input, parse_flags
@@ -54,11 +54,7 @@ def main(argv: Sequence[str]) -> None:
     began = time.monotonic()
     logging.set_verbosity(logging.ERROR)
     with bad_input():
-        try:
-            module, _, name = argv[1].partition(":")
-            study = getattr(importlib.import_module(module), name or "study")()
-        except (ModuleNotFoundError, AttributeError) as error:
-            raise ValueError(f"{argv[1]}: {error}; name a module with study()") from error
+        study = named_study(argv[1])
         if not pathlib.Path(_TEXTS.value).is_dir():
             raise ValueError(f"--texts: {_TEXTS.value} does not exist; name a folder of texts")
         names = _CELLS.value or list(study.cells)

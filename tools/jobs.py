@@ -10,6 +10,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -35,6 +36,7 @@ from vlp_jax.infra.hardware import device_facts
 from vlp_jax.infra.metrics import read_metrics
 from vlp_jax.infra.report import RUN_FILE
 from vlp_jax.train.costs import COSTS
+from vlp_jax.train.facts import DECISIONS_SECONDS, TRAINING_SECONDS
 from vlp_jax.train.searching import SEARCH_FILE
 
 _MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -165,12 +167,14 @@ def do(job: Job, places: Places) -> dict[str, Any]:
                 section.root = places.texts
         train_to_end(config, workdir)
         found = {"metrics": final_metrics(read_metrics(workdir))}
-        found["costs"] = json.loads((workdir / RUN_FILE).read_text()).get(COSTS, [])
+        facts = json.loads((workdir / RUN_FILE).read_text())
+        found["costs"] = facts.get(COSTS, [])
+        found["run"] = {key: facts.get(key) for key in (TRAINING_SECONDS, DECISIONS_SECONDS)}
         if (workdir / SEARCH_FILE).exists():
             found["search"] = json.loads((workdir / SEARCH_FILE).read_text())
     seconds = round(time.perf_counter() - began, 1)
-    facts = device_facts()
-    return {"job": job.key, "name": job.name, **found, "seconds": seconds, "machine": facts}
+    machine = device_facts()
+    return {"job": job.key, "name": job.name, **found, "seconds": seconds, "machine": machine}
 
 
 def _origin(run: Run, places: Places) -> pathlib.Path | None:
@@ -265,6 +269,19 @@ def _wanted(jobs: Sequence[Job], known: Mapping[str, Any]) -> list[Job]:
         if job.key not in known or job.key in wanted:
             wanted |= {job.key, job.needs}
     return [job for job in jobs if job.key in wanted]
+
+
+def named_study(argument: str) -> Any:
+    """The study that MODULE or MODULE:FUNCTION gives, by default of its function ``study``.
+
+    Raises:
+        ValueError: there is no such module or function.
+    """
+    module, _, name = argument.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name or "study")()
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"{argument}: {error}; name a module with study()") from error
 
 
 def read_archive(file: pathlib.Path) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 forward_times({"full": run, "pruned": other}, repeats=20)     # milliseconds by name
 """
 
+import concurrent.futures
 import functools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from vlp_jax.compress.buckets import StepBucket
 from vlp_jax.data.batch import HostBatch, batch_spec
 from vlp_jax.infra.hardware import timings
 from vlp_jax.objectives.base import Objective
-from vlp_jax.train.setup import Setup
+from vlp_jax.train.program import Program
 
 WARM_UP = 3  # calls before any that counts, the first of which compiles
 _SPECIAL = 5  # ids below may be special tokens
@@ -28,14 +29,15 @@ def forward_times(
     """Milliseconds of a call of each function, its result waited for.
 
     They take turns, so that whatever else the machine does meets all of them; the median is told.
+    Their first calls are made side by side, for these compile.
 
     Args:
         functions: name -> a call, such as of a jitted function with its arguments.
         repeats: calls of each that count, 1 or more.
         warm_up: calls of each before.
     """
-    for run in functions.values():
-        timings(run, warm_up)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(lambda run: timings(run, warm_up), functions.values()))
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, run in functions.items():
@@ -44,7 +46,7 @@ def forward_times(
 
 
 def forward_pass(
-    setup: Setup,
+    program: Program,
     objectives: Sequence[Objective],
     params: Any,
     extras: Mapping[str, Any],
@@ -55,7 +57,7 @@ def forward_pass(
     """A call of the loss of objectives on random inputs, without dropout and without gradient.
 
     Args:
-        setup: of a run, for its vocabulary, fields of batches and weights of losses.
+        program: of a run, for its vocabulary, fields of batches and weights of losses.
         objectives: the run's, of its model or of another one.
         params: of that model.
         extras: of the objectives, by name.
@@ -70,20 +72,20 @@ def forward_pass(
     @jax.jit
     def loss(params: Any, extras: Any, batches: Any) -> jax.Array:
         key = jax.random.key(0)
-        return setup.program.loss(params, extras, batches, bucket, key, objectives=objectives)[0]
+        return program.loss(params, extras, batches, bucket, key, objectives=objectives)[0]
 
-    batches = {name: random_batch(setup, name, bucket, rows) for name, _ in bucket}
+    batches = {name: random_batch(program, name, bucket, rows) for name, _ in bucket}
     given = jax.device_put((params, dict(extras), batches), device)
     return functools.partial(loss, *given)
 
 
-def random_batch(setup: Setup, name: str, bucket: StepBucket, rows: int) -> HostBatch:
+def random_batch(program: Program, name: str, bucket: StepBucket, rows: int) -> HostBatch:
     """Random rows of a named batch of a run, texts as long as the bucket's.
 
     Raises:
         ValueError: the run reads something that cannot be drawn.
     """
-    program, draw, sizes = setup.program, np.random.default_rng(0), dict(bucket)[name]
+    draw, sizes = np.random.default_rng(0), dict(bucket)[name]
     classes = classes_of(program.objectives)
     found = {}
     for field, spec in batch_spec(sizes, rows, program.fields[name]).items():
@@ -91,7 +93,7 @@ def random_batch(setup: Setup, name: str, bucket: StepBucket, rows: int) -> Host
         if field in ("image", "second_image"):
             values = draw.integers(0, 256, shape)
         elif field == "text_ids":
-            values = draw.integers(_SPECIAL, setup.tokenizer.vocab_size, shape)
+            values = draw.integers(_SPECIAL, program.vocabulary.size, shape)
         elif field == "text_length":
             values = np.full(shape, sizes.text_length)
         elif field == "position":

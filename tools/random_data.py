@@ -1,11 +1,48 @@
-"""Random stand-ins for what batches hold, where only the time that they take is asked for."""
+"""A run without its data: for where only the time that it takes is asked for."""
 
 from collections.abc import Sequence
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
+from vlp_jax.data.batch import PAIRS
+from vlp_jax.data.vocabulary import Vocabulary
+from vlp_jax.infra.mesh import make_mesh
 from vlp_jax.objectives.base import Objective
+from vlp_jax.train.program import Program
+from vlp_jax.train.schedule import Budget
+
+MASK_ID = 4  # any id will do: the tokens are random
+
+
+def program_without_data(config: ConfigDict, text_length: float) -> Program:
+    """What a config compiles to, with made-up words; the config is changed in place.
+
+    ``readout="auto"`` stands for "query", as in a run that starts from nothing.
+
+    Args:
+        config: of a run.
+        text_length: mean tokens of its texts.
+
+    Raises:
+        ConfigError, ValueError: a key does not fit; the message names it.
+    """
+    for section in config.objectives.values():
+        if section.get("readout", "") == "auto":
+            section.readout = "query"
+    names = {section.get("batch", PAIRS) for section in config.objectives.values()}
+    return Program(
+        config,
+        Vocabulary.of_words(config.tokenizer.vocab_size, MASK_ID),
+        make_mesh(**config.mesh),
+        Budget(
+            config.data.batch_size,
+            None,
+            total_steps=config.total_steps or 10_000,
+            text_lengths=dict.fromkeys(names, text_length),
+        ),
+    )
 
 
 def classes_of(objectives: Sequence[Objective]) -> int:

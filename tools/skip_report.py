@@ -129,7 +129,7 @@ def latency_here(
     measured = {}
     for count in rows:
         passes = {
-            name: forward_pass(setup, objectives, params, extras, bucket, count, device)
+            name: forward_pass(setup.program, objectives, params, extras, bucket, count, device)
             for name, (objectives, params) in networks.items()
         }
         measured[str(count)] = forward_times(passes, repeats)

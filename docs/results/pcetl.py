@@ -1,14 +1,18 @@
 """The study of ways to tune: one base, three tasks, and what each way costs and scores.
 
     python -m tools.compare_stages docs.results.pcetl --archive=docs/results/pcetl.jsonl --out=OUT
+    python -m tools.study_latency docs.results.pcetl --archive=docs/results/pcetl.jsonl
+    python -m tools.pareto docs.results.pcetl --archive=... --out=docs/results/pcetl_pareto.png
 
 Data: `scenes`, level hard, 64 px (synthetic): 100,000 captioned pictures for the base, 50,000 of
 each task, rendered once. The base is FLM's encoder of size `small`, whose 16 blocks (8 of the image
 tower, 4 + 4 of texts) can all be skipped, and all have what a way adds. Every way tunes the same
 base, with the updates, the batch and the data of the others, and its own rate, which was chosen on
-VQA's validation split with seed 0 (``rates``).
+VQA's validation split with seed 0 (``rates``). Beside it stand every unit left out alone
+(``alone``) and searches by worse labels (``robustness``).
 """
 
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -45,9 +49,33 @@ TRIED = {
     "shallow_prompt": (1e-3, 1e-2, 1e-1),
     "deep_prompt": (1e-3, 1e-2, 1e-1),
 }
+PAPER = {"reward": "paper", "split": "train", "every_steps": 10, "candidates": 3}
+# The training labels of a search, see ``vlp_jax.data.worse_labels``.
+WORSE: dict[str, dict[str, float]] = {
+    "": {},
+    ", 10 % noise": {"label_noise": 0.1},
+    ", 30 % noise": {"label_noise": 0.3},
+    ", imbalance 100": {"imbalance": 100.0},
+}
+UNITS = (  # of the base
+    *(f"image_tower/block_{layer:02d}" for layer in range(8)),
+    *(f"text_{part}_{layer}" for part in ("lower", "upper") for layer in range(4)),
+)
 PROMPTS = 32  # a third of what a block reads, as METER's 200 beside 617 tokens
 RATES_FILE = pathlib.Path(__file__).parent / "pcetl_rates.json"
 RATES = json.loads(RATES_FILE.read_text()) if RATES_FILE.exists() else {}
+SETTINGS = Settings(  # of tasks that runs are scored in, of which there are none here
+    seeds=(),
+    steps=None,
+    batch_size=None,
+    records=None,
+    examples=None,
+    level="hard",
+    rate=None,
+    num_edges=None,
+    selections=None,
+    out=pathlib.Path(),
+)
 NLVR2 = 1 / 3  # at the rate of VQA, full tuning stays at chance (docs/results/transfer.md)
 
 
@@ -114,12 +142,15 @@ def tuned(method: str, rate: float | None = None, **changes: Any) -> Callable[[s
     return of
 
 
-def searched(of: Mapping[str, Any], method: str = "adapter") -> Callable[[str, int], Run]:
+def searched(
+    of: Mapping[str, Any], method: str = "adapter", **changes: Any
+) -> Callable[[str, int], Run]:
     """A way that tunes by a method without the units that a search has found.
 
     Args:
         of: keys of ``config.search``.
         method: with what is tuned, and searched.
+        changes: keys of the config of the search.
     """
 
     def run(task: str, seed: int) -> Run:
@@ -130,6 +161,8 @@ def searched(of: Mapping[str, Any], method: str = "adapter") -> Callable[[str, i
         config.model.tuning.gated = ("all",)
         config.search.skipped = 0
         config.search.update(dict(of))
+        with config.unlocked():  # a source has the keys that it is given
+            config.update_from_flattened_dict(changes)
         with config.unlocked():
             config.evals = {}
         config.checkpoint.best_metric = ""
@@ -146,37 +179,52 @@ def study() -> TuningStudy:
     ways |= {f"DAS {k}": searched({"skipped": k}) for k in (2, 4, 6)}
     ways |= {f"DAS {share:.0%}": searched({"flops_saved": share}) for share in (0.12, 0.25)}
     ways["DAS 25%, scaled parallel"] = searched({"flops_saved": 0.25}, "scaled_parallel")
-    ways["DAS 4, paper"] = searched(
-        {"skipped": 4, "reward": "paper", "split": "train", "every_steps": 10, "candidates": 3}
-    )
+    ways["DAS 4, paper"] = searched({"skipped": 4, **PAPER})
     for kind in ("similarity", "greedy"):
         ways[f"{kind} 4"] = searched({"skipped": 4, "method": kind})
     for share in (1 / 6, 1 / 3):  # whole heads
         ways[f"pruned {share:.0%}"] = _cut(share)
+    ways["DAS 4, pruned 17%"] = _cut(1 / 6, ways["DAS 4"])
     for way in ("full", "adapter", "DAS 4"):
         ways[f"{way}, int8"] = _eight(ways[way])
     for draw in range(5):
         ways[f"random 4, draw {draw}"] = _random(draw)
-    settings = Settings(
-        seeds=(),
-        steps=None,
-        batch_size=None,
-        records=None,
-        examples=None,
-        level="hard",
-        rate=None,
-        num_edges=None,
-        selections=None,
-        out=pathlib.Path(),
-    )
-    return TuningStudy(ways, FIGURES, settings, ("adapter", "scaled_parallel"))
+    return TuningStudy(ways, FIGURES, SETTINGS, ("adapter", "scaled_parallel"))
 
 
-def _cut(share: float) -> Callable[[str, int], Run]:
-    """Full tuning of what is left once heads and channels of all blocks are cut."""
+def alone() -> TuningStudy:
+    """The reference of a search for one unit: each that there is, left out in the same way."""
+    ways = {"adapter": tuned("adapter")} | {
+        f"without {unit}": tuned("adapter", **{"model.tuning.skip": (unit,)}) for unit in UNITS
+    }
+    ways["DAS 1"] = searched({"skipped": 1})
+    for kind in ("similarity", "greedy"):
+        ways[f"{kind} 1"] = searched({"skipped": 1, "method": kind})
+    return TuningStudy(ways, {"vqa": FIGURES["vqa"]}, SETTINGS, ("adapter",))
+
+
+def robustness() -> TuningStudy:
+    """What is chosen where the labels that a search trains on are worse (five seeds of each).
+
+    What follows is tuned on the labels as they are, so that what is lost is lost by the choice.
+    """
+    ways: dict[str, Callable[[str, int], Run | None]] = {}
+    for name, changes in WORSE.items():
+        for reward, of in (("", {}), (", paper", PAPER)):
+            key = {f"data.sources.questions.{k}": value for k, value in changes.items()}
+            ways[f"DAS 4{reward}{name}"] = searched({"skipped": 4, **of}, **key)
+    return TuningStudy(ways, {"vqa": FIGURES["vqa"]}, SETTINGS, ("DAS 4", "DAS 4, paper"))
+
+
+def _cut(
+    share: float, way: Callable[[str, int], Run | None] | None = None
+) -> Callable[[str, int], Run]:
+    """Tuning of what is left once heads and channels of all blocks are cut: by a way, or full."""
 
     def run(task: str, seed: int) -> Run:
-        return Run(task_config(task, "full", seed), base(), cut=(share, share))
+        whole = way(task, seed) if way else Run(task_config(task, "full", seed), base())
+        assert whole is not None
+        return dataclasses.replace(whole, cut=(share, share))
 
     return run
 
@@ -210,7 +258,7 @@ def rates() -> TuningStudy:
         for method, rates in TRIED.items()
         for rate in rates
     }
-    return TuningStudy(ways, {"vqa": ("val/accuracy",)}, study().settings, ())
+    return TuningStudy(ways, {"vqa": ("val/accuracy",)}, SETTINGS, ())
 
 
 def choose(archive: pathlib.Path) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """A study of ways to tune: the order of its jobs, tables from records, and the rates it chose."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -8,7 +9,8 @@ from ml_collections import ConfigDict
 
 from docs.results import pcetl
 from tools.jobs import Run
-from tools.tuning_study import TuningStudy
+from tools.tuning_study import TuningStudy, latency_key
+from vlp_jax.models.sizes import build_model
 from vlp_jax.train.config import check_keys
 
 STUDY = pcetl.study()
@@ -68,23 +70,67 @@ def test_jobs_come_after_what_they_need(small) -> None:
     assert other.key != das.key
 
 
-def test_tables_tell_scores_differences_and_choices(small) -> None:
+def test_tables_tell_scores_costs_differences_and_choices(small) -> None:
     study, _ = small
     known = {}
+    sets = [("text_lower_0", "text_upper_3"), ("text_lower_0", "text_upper_3"), ("text_lower_0",)]
     for seed, (plain, cut) in enumerate([(0.70, 0.69), (0.72, 0.72), (0.74, 0.72)]):
         adapter, das = (of("vqa", seed) for of in study.ways.values())
-        search = {"search": {"flops_saved": 0.12, "skipped": ["text_lower_0", "text_upper_3"]}}
+        search = {"search": {"flops_saved": 0.12, "skipped": sets[seed]}}
+        times = {"training_seconds": 8.0, "decisions_seconds": 2.0}
+        after = {"run": {"training_seconds": 50.0, "decisions_seconds": None}}
+        ms = {"ms": {"1": 0.9, "64": 8.0}, "first_ms": {"1": 1.0, "64": 10.0}}
         records = [
             record(adapter, plain),
-            record(das, cut, 0.12),
-            {**record(das.search, 0), **search},
+            {**record(das, cut, 0.12), **after},
+            {**record(das.search, 0), **search, "run": times},
+            {"job": latency_key(das.key), **ms},
         ]
         known |= {one["job"]: one for one in records}
     text = study.tables(known, range(3))
-    assert "| adapter | 2.00M | 3.000 | +0.0 % | 20.0 | 72.0 ± 2.0 (3) | 72.0 ± 2.0 (3) |" in text
-    assert "| DAS 4 | 2.00M | 2.640 | -12.0 % | 20.0 | 71.0 ± 1.7 (3) |" in text
-    assert "| DAS 4 | -1.0 ± 0.6 (3) | -1.0 ± 0.6 (3) |" in text
-    assert "| DAS 4 | vqa | 2 | 12.0 % | text_lower_0, text_upper_3 |" in text
+    assert "| vqa | trained | GFLOPs | FLOPs | time, 1 | time, 64 | ms/update | score |" in text
+    assert "| adapter | 2.00M | 3.000 | +0.0 % | – | – | 20.0 | 72.0 ± 2.0 (3) |" in text
+    assert "| DAS 4 | 2.00M | 2.640 | -12.0 % | -10.0 % | -20.0 % | 20.0 | 71.0 ± 1.7 (3)" in text
+    assert "| DAS 4 | -1.0 ± 0.6 (3) |" in text
+    # Of the pairs of sets one is the same, two share half.
+    assert "| DAS 4 | vqa | 3 | 67 % | – | 20 % |" in text
+    assert "| DAS 4 | vqa | 2 | 12.0 % | text_lower_0 |" in text
+
+
+def test_choices_are_compared_with_those_of_the_first_search(small) -> None:
+    study, _ = small
+    other = pcetl.searched({"skipped": 4}, **{"schedule.peak": 1e-4})
+    study = dataclasses.replace(study, ways={**study.ways, "other": other})
+    known = {}
+    for way, skipped in (("DAS 4", ["a", "b"]), ("other", ["b", "c"])):
+        key = study.ways[way]("vqa", 0).search.key
+        known[key] = {"search": {"skipped": skipped, "flops_saved": 0.1}}
+    text = study.tables(known, [0])
+    assert "| search | task | seeds | overlap | with DAS 4 | of the tuning's time |" in text
+    assert "| DAS 4 | vqa | 1 | – | – | – |" in text
+    assert "| other | vqa | 1 | – | 33 % | – |" in text
+
+
+def test_references_leave_out_every_unit_alone_and_labels_are_worse_in_the_search_alone() -> None:
+    alone = pcetl.alone()
+    skipped = [of("vqa", 0).config.model.tuning.skip for of in alone.ways.values()]
+    assert sorted(unit for units in skipped for unit in units) == sorted(pcetl.UNITS)
+    config = pcetl.base().config.model
+    stacks = build_model(config, 1000, 4, 64).config.stacks  # words and mask: any
+    assert sorted(block for stack in stacks.values() for block in stack) == sorted(pcetl.UNITS)
+    for of in pcetl.robustness().ways.values():
+        run = of("vqa", 0)
+        check_keys(run.search.config)
+        assert "label_noise" not in run.config.data.sources.questions
+    worse = [of("vqa", 0).search.config for of in pcetl.robustness().ways.values()]
+    assert {config.data.sources.questions.get("label_noise") for config in worse} == {
+        None,
+        0.1,
+        0.3,
+    }
+    # Without worse labels it is the search of the study, done once.
+    same = (study.ways["DAS 4"]("vqa", 0).key for study in (STUDY, pcetl.robustness()))
+    assert len(set(same)) == 1
 
 
 def test_the_rate_that_scores_best_is_taken_once_all_were_tried(tmp_path: pathlib.Path) -> None:
@@ -94,7 +140,7 @@ def test_the_rate_that_scores_best_is_taken_once_all_were_tried(tmp_path: pathli
     for method, found in scores.items():
         for rate, score in zip(pcetl.TRIED[method], found, strict=False):
             run = rates.ways[f"{method}, {rate:g}"]("vqa", 0)
-            lines.append(json.dumps({"job": run.key, "metrics": {"val/accuracy": score}}))
+            lines.append(json.dumps({**record(run, 0), "metrics": {"val/accuracy": score}}))
     archive = tmp_path / "archive.jsonl"
     archive.write_text("\n".join(lines) + "\n")
     assert pcetl.choose(archive) == {"lora": pcetl.TRIED["lora"][1]}

@@ -21,6 +21,9 @@ from vlp_jax.train.setup import Setup
 
 BAD_EXAMPLES_FILE = "bad_examples.txt"
 LOADED_FILE = "init_from.tsv"
+# Keys of run.json, seconds over all starts of the run: of updates, with what these wait for input;
+# and of what its decider does between them, without compiling. Absent until a start has ended.
+TRAINING_SECONDS, DECISIONS_SECONDS = "training_seconds", "decisions_seconds"
 
 
 def run_facts(setup: Setup, resumed: pathlib.Path | None) -> dict[str, Any]:
@@ -58,8 +61,27 @@ def run_facts(setup: Setup, resumed: pathlib.Path | None) -> dict[str, Any]:
     }
     if resumed is not None and (resumed / RUN_FILE).exists():
         earlier = json.loads((resumed / RUN_FILE).read_text())
-        facts |= {key: earlier[key] for key in ("start", "bad_examples") if key in earlier}
+        kept = ("start", "bad_examples", TRAINING_SECONDS, DECISIONS_SECONDS)
+        facts |= {key: earlier[key] for key in kept if key in earlier}
     return facts
+
+
+def time_facts(facts: Mapping[str, Any], trained: float, decided: float | None) -> dict[str, float]:
+    """Where the time of the run went, over all of its starts.
+
+    Args:
+        facts: with what earlier starts have taken.
+        trained: seconds of updates in this one.
+        decided: seconds of decisions in this one; None: the run decides nothing as it goes.
+    """
+    spent = facts.get(TRAINING_SECONDS, 0.0) + trained
+    found = {TRAINING_SECONDS: round(spent, 3)}
+    if decided is not None:
+        decisions = facts.get(DECISIONS_SECONDS, 0.0) + decided
+        found[DECISIONS_SECONDS] = round(decisions, 3)
+        if spent:
+            found["decisions_share_of_time"] = round(decisions / (decisions + spent), 4)
+    return found
 
 
 def facts_table(rows: list[dict[str, Any]]) -> rich.table.Table:

@@ -35,6 +35,7 @@ from vlp_jax.train.facts import (
     loaded_table,
     now,
     run_facts,
+    time_facts,
     write_bad_examples,
     write_facts,
     write_loaded,
@@ -229,10 +230,8 @@ def train(setup: Setup) -> ExitCode:
         checkpoints.save(step, state, ranked(setup, evaluated or {}), extra, tunables.left_out)
         checkpoints.wait()
         preempted = step < setup.total_steps or evaluated is None
-        if setup.decider is not None and trained:
-            # Since this start of the run; what was logged, so all but its last updates.
-            share = setup.decider.seconds / (setup.decider.seconds + trained)
-            facts["decisions_share_of_time"] = round(share, 4)
+        decided = None if setup.decider is None else setup.decider.seconds
+        facts |= time_facts(facts, trained, decided)
         if not preempted:
             preempted = not evaluate_best(setup, checkpoints, step, writer, guard)
         if primary:  # who writes them

@@ -47,6 +47,7 @@ class Program:
     """The update of a run, before any data is read.
 
     Attributes:
+        vocabulary: of the run's tokenizer.
         objectives: of the run.
         compression: the buckets of the run and what they cost.
         schedule: which bucket each update encodes, as far as it is decided.
@@ -88,7 +89,7 @@ class Program:
         """
         self.config = config
         self.mesh = mesh
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._model = model = self._built(config.model)
         self.objectives = build_objectives(config.objectives, model, vocabulary)
         sections = {name: batch_section(config, name) for name in self.batch_names}
@@ -147,13 +148,13 @@ class Program:
         )
 
     def _built(self, section: ConfigDict) -> Encoder:
-        words = self._vocabulary
+        words = self.vocabulary
         return build_model(section, words.size, words.mask_id, self.config.data.image_size)
 
     def objectives_with(self, tuning: ConfigDict) -> tuple[Objective, ...]:
         """The run's objectives, on its model with another section ``config.model.tuning``."""
         section = ConfigDict({**self.config.model.to_dict(), "tuning": tuning.to_dict()})
-        return build_objectives(self.config.objectives, self._built(section), self._vocabulary)
+        return build_objectives(self.config.objectives, self._built(section), self.vocabulary)
 
     def loss(
         self,

@@ -1,0 +1,78 @@
+"""The front of a study, and its plot."""
+
+import json
+import pathlib
+
+import pytest
+
+from docs.results import pcetl
+from tools import pareto
+from tools.jobs import Run
+from tools.pareto import draw, front
+from tools.tuning_study import Point, TuningStudy, latency_key
+
+
+def test_the_front_is_what_nothing_cheaper_or_as_cheap_beats() -> None:
+    #            0          1          2          3          4          5
+    points = [(3.0, 5.0), (1.0, 2.0), (2.0, 1.0), (1.0, 1.0), (2.0, 4.0), (4.0, 5.0)]
+    assert front(points) == [1, 4, 0]
+    assert front([]) == []
+
+
+def point(way: str, task: str, score: float, share: float, **times: float) -> Point:
+    return Point(way, task, {0: score, 1: score + 0.02}, 1e6, 1e9, share, None, times)
+
+
+def test_every_task_has_axes_of_every_cost(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panels: list[tuple[int, list[float]]] = []
+    plain = pareto._panel
+
+    def panel(axes, points, cost, ways):
+        panels.append((len(points), [cost(one) for one in points]))
+        plain(axes, points, cost, ways)
+
+    monkeypatch.setattr(pareto, "_panel", panel)
+    points = [
+        point("full", "a", 0.7, 0.0, **{"1": 0.0, "64": 0.0}),
+        point("DAS", "a", 0.6, -0.2, **{"1": -0.1, "64": -0.15}),
+        point("full", "b", 0.5, 0.0),  # whose latency is not measured yet
+    ]
+    file = tmp_path / "plots" / "pareto.png"
+    draw(points, ["a", "b", "never run"], file)
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert panels == [
+        (2, [0.0, -0.2]),
+        (2, [0.0, -0.1]),
+        (2, [0.0, -0.15]),
+        (1, [0.0]),
+        (1, [None]),
+        (1, [None]),
+    ]
+
+
+def test_a_study_is_drawn_from_its_archive(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run: Run = pcetl.tuned("adapter")("vqa", 0)
+    figures = {"vqa": ("test/accuracy",)}
+    study = TuningStudy({"adapter": pcetl.tuned("adapter")}, figures, pcetl.SETTINGS, ())
+    monkeypatch.setattr(pcetl, "study", lambda: study)
+    costs = {"without_heads_parameters": 1, "forward_flops": 2.0, "extra_share": 0.1}
+    costs["update_seconds"] = 0.1
+    records = [
+        {"job": run.key, "metrics": {"test/accuracy": 0.7}, "costs": [costs]},
+        {"job": latency_key(run.key), "ms": {"1": 1.1}, "first_ms": {"1": 1.0}},
+    ]
+    archive, out = tmp_path / "archive.jsonl", tmp_path / "pareto.png"
+    arguments = ["docs.results.pcetl", f"--archive={archive}", f"--out={out}"]
+    with pytest.raises(SystemExit):
+        pareto.main(arguments)
+    assert "run tools.compare_stages first" in capsys.readouterr().err
+    archive.write_text("".join(json.dumps(record) + "\n" for record in records))
+    pareto.main(arguments)
+    assert out.exists()
+    with pytest.raises(SystemExit):
+        pareto.main([*arguments[:2], "--out=pareto.pdf"])
+    assert "name a file .png" in capsys.readouterr().err

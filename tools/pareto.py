@@ -1,0 +1,144 @@
+"""Score against FLOPs and against latency for every way of a study: one row of axes a task.
+
+    python -m tools.pareto docs.results.pcetl --archive=docs/results/pcetl.jsonl --out=pareto.png
+
+The argument names a module with ``study()`` (of another function: MODULE:FUNCTION), a
+``tools.tuning_study.TuningStudy``. Points are means over --seeds with their standard error; costs
+are relative to the base as it was pretrained (FLOPs), and to the study's first way, measured in
+turns with it (latency, see ``tools.study_latency``; no axes where nothing is measured). The line
+joins the ways that nothing cheaper beats.
+"""
+
+import argparse
+import math
+import pathlib
+import statistics
+from collections.abc import Callable, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tools.compare.plot import INK, MUTED, PALETTE, RULE
+from tools.jobs import read_archive
+from tools.tuning_study import Point, named_tuning_study
+from vlp_jax.infra.command import bad_input
+
+Cost = Callable[[Point], float | None]
+_MARKS = "os^Dv<>pP*Xhd"  # in turns, so that ways of one colour differ
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which points nothing cheaper, or as cheap, beats: by increasing cost.
+
+    Args:
+        points: cost and score of each.
+    """
+    order = sorted(range(len(points)), key=lambda n: (points[n][0], -points[n][1]))
+    found: list[int] = []
+    for index in order:
+        if not found or points[index][1] > points[found[-1]][1]:
+            found.append(index)
+    return found
+
+
+def draw(points: Sequence[Point], tasks: Sequence[str], path: pathlib.Path) -> None:
+    """Draw every task against every cost that is known.
+
+    Args:
+        points: of a study.
+        tasks: in the order of rows.
+        path: of the PNG.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    shown = [task for task in tasks if any(point.task == task for point in points)]
+    if not shown:
+        raise ValueError("the archive holds no run of the study; run tools.compare_stages first")
+    rows = sorted({rows for point in points for rows in point.times}, key=int)
+    costs: dict[str, Cost] = {"forward FLOPs, less the base's": lambda point: point.flops_share}
+    for count in rows:
+        costs[f"time of a pass of {count}, less full tuning's"] = _time(count)
+    ways = list(dict.fromkeys(point.way for point in points))
+    size = (4.6 * len(costs) + 2.2, 0.6 + 3.6 * len(shown))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(shown), len(costs), squeeze=False, sharey="row")
+    for axes_row, task in zip(grid, shown, strict=True):
+        mine = [point for point in points if point.task == task]
+        for axes, (label, cost) in zip(axes_row, costs.items(), strict=True):
+            _panel(axes, mine, cost, ways)
+            axes.set_xlabel(label, color=MUTED)
+        axes_row[0].set_ylabel(f"{task}, score in %", color=INK)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+
+
+def _time(rows: str) -> Cost:
+    return lambda point: point.times.get(rows)
+
+
+def _panel(axes: Axes, points: Sequence[Point], cost: Cost, ways: Sequence[str]) -> None:
+    """One task against one cost."""
+    placed = [(100 * at, 100 * point.score) for point in points if (at := cost(point)) is not None]
+    there = [point for point in points if cost(point) is not None]
+    best = front(placed)
+    axes.plot(
+        [placed[n][0] for n in best],
+        [placed[n][1] for n in best],
+        color=MUTED,
+        linewidth=1.0,
+        drawstyle="steps-post",
+        zorder=1,
+    )
+    for point, (x, y) in zip(there, placed, strict=True):
+        number, values = ways.index(point.way), [100 * one for one in point.scores.values()]
+        spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+        axes.errorbar(
+            x,
+            y,
+            yerr=spread,
+            color=PALETTE[number % len(PALETTE)],
+            marker=_MARKS[number % len(_MARKS)],
+            markersize=5,
+            elinewidth=0.8,
+            linestyle="none",
+            label=point.way,
+        )
+    axes.tick_params(colors=MUTED, labelsize=8)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g} %")
+    axes.grid(color=RULE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(RULE)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Draw the plot.
+
+    Args:
+        arguments: the command line without the program; that of the process by default.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.pareto",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("study", help="MODULE[:FUNCTION], as docs.results.pcetl")
+    parser.add_argument("--archive", type=pathlib.Path, required=True, help="what was done")
+    parser.add_argument("--seeds", type=int, default=3, help="of the runs")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="the PNG to write")
+    given = parser.parse_args(arguments)
+    with bad_input():
+        if given.out.suffix != ".png":
+            raise ValueError(f"--out={given.out}: name a file .png")
+        study = named_tuning_study(given.study)
+        points = study.points(read_archive(given.archive), range(given.seeds))
+        draw(points, list(study.figures), given.out)
+    print(given.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""How long the networks of a study take: the latency column of its tables.
+
+    python -m tools.study_latency docs.results.pcetl --archive=docs/results/pcetl.jsonl
+    python -m tools.study_latency docs.results.pcetl --archive=... --tasks=vqa --rows=1,64 --seeds=3
+
+The argument names a module with ``study()`` (of another function: MODULE:FUNCTION), a
+``tools.tuning_study.TuningStudy``. Of every way and
+task the network is built from its config and, where units are skipped, from what the search in
+--archive has chosen (ways of which nothing is archived are left out). Weights, pictures and texts
+are random: no run is needed. A pass is the loss of the task on --rows examples without dropout, in
+the dtype of the study. All networks of a task take turns in one process, so that they compare, and
+ways whose networks are the same (all but the weights) are measured once.
+
+What is found is added to --archive, as milliseconds beside those of the study's first way; what it
+holds already is not measured again.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from tools.jobs import Run, read_archive
+from tools.latency import forward_pass, forward_times
+from tools.random_data import program_without_data
+from tools.tuning_study import Known, TuningStudy, latency_key, named_tuning_study
+from vlp_jax.compress.buckets import Bucket
+from vlp_jax.infra.command import bad_input
+from vlp_jax.infra.compilation import set_gpu_flags
+from vlp_jax.infra.hardware import device_facts
+from vlp_jax.train.adopted import adopt
+from vlp_jax.train.initial import Origin
+from vlp_jax.transfer.quantize import quantized
+
+REPEATS, ROWS = 50, (1, 64)
+TEXT_LENGTH = 16  # tokens; questions of scenes have 6 to 15
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What a run tunes, as far as its latency goes.
+
+    Attributes:
+        config: of the run, with the geometry of its base and the units that it skips.
+        eight: whether its weights have eight bits.
+    """
+
+    config: ConfigDict
+    eight: bool
+
+    @property
+    def key(self) -> str:
+        """The same for networks that differ in weights alone."""
+        told = [self.config.model.to_dict(), self.config.objectives.to_dict(), self.eight]
+        return json.dumps(told, sort_keys=True, default=list)
+
+
+def network_of(run: Run, known: Known) -> Network | None:
+    """The network of a run; None: what it skips has not been searched for yet.
+
+    Args:
+        run: of a study, with a parent.
+        known: records of an archive.
+    """
+    if run.eight:
+        assert run.parent is not None
+        whole = network_of(run.parent, known)
+        return whole and dataclasses.replace(whole, eight=True)
+    config, base = run.config.copy_and_resolve_references(), run
+    while base.parent is not None:
+        base = base.parent
+    made = base.config.to_dict()  # by which the run would find its geometry and its readout
+    adopt(config, None, Origin(base.key, None, {}, made, tokenizer="", classes=()))
+    tuning = config.model.tuning
+    if run.search is not None:
+        if "search" not in known.get(run.search.key, {}):
+            return None
+        tuning.skip = tuple(known[run.search.key]["search"]["skipped"])
+    if run.cut is not None:
+        heads, mlp = run.cut
+        tuning.prune.update(heads=heads, mlp=mlp, blocks="all")
+    return Network(config, run.eight)
+
+
+def latencies(
+    study: TuningStudy,
+    known: Known,
+    task: str,
+    seeds: Sequence[int],
+    rows: Sequence[int],
+    repeats: int,
+) -> Iterator[dict[str, Any]]:
+    """Measure what an archive lacks of a task; yields what it keeps of every run.
+
+    Args:
+        study: whose first way is what the others are compared with.
+        known: records of the archive.
+        task: of the study.
+        seeds: of the runs.
+        rows: examples of a pass.
+        repeats: passes that count.
+    """
+    made = (study.run(way, task, seed) for way in study.ways for seed in seeds)
+    runs = {run.key: run for run in made if run is not None}
+    found = {key: network for key, run in runs.items() if (network := network_of(run, known))}
+    first = next(iter(found.values()), None)
+    missing = {key: one for key, one in found.items() if latency_key(key) not in known}
+    if first is None or not missing:
+        return
+    networks = {network.key: network for network in (first, *missing.values())}
+    measured: dict[str, dict[str, float]] = {}
+    for count in rows:
+        passes = {key: _pass(network, count) for key, network in networks.items()}
+        for key, time in forward_times(passes, repeats).items():
+            measured.setdefault(key, {})[str(count)] = round(time, 4)
+    for key, network in missing.items():
+        yield {
+            "job": latency_key(key),
+            "name": f"{task}, latency",
+            "ms": measured[network.key],
+            "first_ms": measured[first.key],
+            "repeats": repeats,
+            "machine": device_facts(),
+        }
+
+
+def _pass(network: Network, rows: int) -> Any:
+    """A call of the network on random inputs, with random weights."""
+    config = network.config.copy_and_resolve_references()
+    program = program_without_data(config, TEXT_LENGTH)
+    state = program.state_spec
+    params, extras = _random((state.params, state.extras["objectives"]))
+    bucket = tuple(
+        (name, Bucket(TEXT_LENGTH, config.data.image_size)) for name in program.batch_names
+    )
+    return forward_pass(
+        program,
+        program.objectives,
+        quantized(params) if network.eight else params,
+        extras,
+        bucket,
+        rows,
+        jax.local_devices()[0],
+    )
+
+
+def _random(specs: Any) -> Any:
+    """Arrays of these shapes, none of whose values slows a product down; int ones are 0."""
+    draw = np.random.default_rng(0)
+
+    def one(spec: jax.ShapeDtypeStruct) -> np.ndarray:
+        if not np.issubdtype(spec.dtype, np.floating):
+            return np.zeros(spec.shape, spec.dtype)
+        return (0.02 * draw.standard_normal(spec.shape)).astype(spec.dtype)
+
+    return jax.tree.map(one, specs)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, and print a line for each run.
+
+    Args:
+        arguments: the command line without the program; that of the process by default.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.study_latency",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("study", help="MODULE[:FUNCTION], as docs.results.pcetl")
+    parser.add_argument("--archive", type=pathlib.Path, required=True, help="what was done")
+    parser.add_argument("--tasks", default="", help="of the study, with commas; by default all")
+    parser.add_argument("--seeds", type=int, default=1, help="of the runs")
+    parser.add_argument("--rows", default="", help="examples of a pass, with commas; 1,64")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="passes that are timed")
+    given = parser.parse_args(arguments)
+    logging.set_verbosity(logging.ERROR)
+    with bad_input():
+        study = named_tuning_study(given.study)
+        tasks = [task for task in given.tasks.split(",") if task] or list(study.figures)
+        if unknown := [task for task in tasks if task not in study.figures]:
+            raise ValueError(f"--tasks: {unknown[0]!r} is none of {', '.join(study.figures)}")
+        try:
+            rows = [int(count) for count in given.rows.split(",") if count] or list(ROWS)
+        except ValueError as error:
+            raise ValueError(f"--rows={given.rows}: {error}; write 1,64") from error
+        if min(given.repeats, given.seeds, *rows) < 1:
+            raise ValueError("--repeats, --seeds and --rows: use 1 or more")
+        known = read_archive(given.archive)
+    for task in tasks:
+        for record in latencies(study, known, task, range(given.seeds), rows, given.repeats):
+            line = json.dumps(record)
+            print(line[:200], flush=True)
+            with given.archive.open("a") as file:
+                file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    set_gpu_flags()
+    main()
