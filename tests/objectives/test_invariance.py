@@ -208,7 +208,7 @@ def test_simsiam_sends_no_gradient_through_what_it_compares_with(batch):
         jax.jit(jax.grad(loss))(params),
         jax.jit(jax.grad(with_constants))(params),
         rtol=1e-4,
-        atol=1e-4,  # of entries up to 30
+        atol=5e-4,  # of entries up to 30, sums of terms that are larger still
     )
 
 
