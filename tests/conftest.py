@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 
 from tests.compiler_flags import QUICK_COMPILES
+from tests.quick_cases import mark_others_slow
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("VLP_TEST_PLATFORM", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
@@ -66,6 +67,8 @@ _LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the longest files first (`make test` gives a worker one file after the other)."""
+@pytest.hookimpl(tryfirst=True)  # before pytest takes out what is marked
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what is slow; start the longest files first (a worker gets one after the other)."""
+    mark_others_slow(items, REPO / "tests", whole=not any("::" in arg for arg in config.args))
     items.sort(key=lambda item: (*_LONGEST, item.path.name).index(item.path.name))

@@ -80,6 +80,7 @@ def test_padding_tokens_do_not_matter(itc, params):
     assert float(loss(batch)) == float(loss(other))
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     """Negatives and their gradients come from all devices; ITM draws the same negatives."""
     config = tiny_config()

@@ -67,6 +67,7 @@ def test_memory_lives_in_the_state():
     assert float(state.extras["objectives"]["flm"]["last"]) == 2.0
 
 
+@pytest.mark.slow
 def test_a_schedule_follows_the_budget_under_accumulation():
     rate = {"kind": "schedule", "points": ((0, 0), (1, 1))}
     config = objective_config("flm", {"corruption_rate": rate}, **{"optim.accumulation": 2})

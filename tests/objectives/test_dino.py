@@ -238,6 +238,7 @@ def test_students_and_teachers_are_compressed_apart(batch):
 
 
 @pytest.mark.parametrize(("centring", "head_norm"), [("mean", True), ("sinkhorn", False)])
+@pytest.mark.slow
 def test_eight_devices_equal_one(centring, head_norm):
     results = []
     config = config_of(**{"optim.eps": 1e-3})

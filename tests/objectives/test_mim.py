@@ -142,6 +142,7 @@ def compiled(config, mesh=None):
     return Run(program, program.lower((("pairs", SIZES),)).compile())
 
 
+@pytest.mark.slow
 def test_eight_devices_and_micro_batches_equal_one():
     results = []
     for mesh, parts in ((None, 1), (make_mesh(data=4, fsdp=2), 1), (None, 4)):
@@ -175,6 +176,7 @@ def on_shared(**arguments):
     return objective, jax.tree.unflatten(tree, moved), extras
 
 
+@pytest.mark.slow
 def test_a_shared_stack_is_the_tower_with_its_modality_folded(batch):
     """Added to the class token and to the bias of the patches, it is gone."""
     objective, params, extras = on_shared()
@@ -242,6 +244,7 @@ def two_of_one_decoder(**section):
     return make_program(config)
 
 
+@pytest.mark.slow
 def test_two_may_train_one_decoder():
     program = two_of_one_decoder()
     state = program.init()

@@ -51,6 +51,7 @@ def test_every_objective_has_a_loss_and_its_gradient(name):
     assert objective.flops(10) > 0
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     """One sequence, streams beside an image, and an image alone, of one shared embedding."""
     config = shared_config()

@@ -89,6 +89,7 @@ def test_eight_devices_equal_one_and_the_statistics_move(kind):
     chex.assert_trees_all_close(one[2][STATISTICS], averaged, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_an_update_sets_the_statistics_to_those_of_its_passes(batch):
     """Decay, rate and clipping of the optimiser do not reach them; both views count."""
     config = config_of("simclr", **{"optim.weight_decay": 0.5, "optim.clip_norm": 1e-6})
@@ -130,6 +131,7 @@ def test_outside_training_rows_do_not_know_their_batch(batch):
 
 
 @pytest.mark.parametrize("kind", ["moco_v3", "dino"])
+@pytest.mark.slow
 def test_the_moving_average_has_statistics_of_its_own(kind, batch):
     objective, params, extras = objective_of(kind)
     assert set(extras["target"]) == {TOWER, STATISTICS, f"{kind}_projector"}

@@ -68,6 +68,7 @@ def test_bench_step_prints_one_json_line():
     assert expected <= set(figures)
 
 
+@pytest.mark.slow
 def test_bench_step_draws_the_fields_that_objectives_read(tmp_path: pathlib.Path) -> None:
     file = config_file(tmp_path, TASKS)
     command = [sys.executable, "-m", "tools.bench", "step", f"--config={file}"]
@@ -79,6 +80,7 @@ def test_bench_step_draws_the_fields_that_objectives_read(tmp_path: pathlib.Path
     assert 0 < figures["loss"] < 10
 
 
+@pytest.mark.slow
 def test_bench_buckets_measures_each_and_writes_what_a_run_reads(tmp_path: pathlib.Path) -> None:
     file, out = config_file(tmp_path, CAPTIONS), tmp_path / "schedule.json"
     command = [sys.executable, "-m", "tools.bench", "buckets", f"--config={file}", f"--out={out}"]
@@ -106,6 +108,7 @@ def test_bench_buckets_measures_each_and_writes_what_a_run_reads(tmp_path: pathl
     ]
 
 
+@pytest.mark.slow
 def test_bench_step_gives_no_figures_of_updates_that_are_not_finite(tmp_path: pathlib.Path) -> None:
     file = config_file(tmp_path, CAPTIONS)
     command = [sys.executable, "-m", "tools.bench", "step"]

@@ -14,6 +14,7 @@ from vlp_jax.infra.preemption import ExitCode
 SIZES = ["shared_tiny", "towers_tiny"]
 
 
+@pytest.mark.slow
 def test_figures_of_two_sizes_belong_together() -> None:
     setting = Setting(2, 6, 16, 50, "float32", steps=2, repeats=2)
     figures = bench_encoders(SIZES, setting)

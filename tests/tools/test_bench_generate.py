@@ -12,6 +12,7 @@ from vlp_jax.models.flops import text_flops, vit_flops, vocabulary_flops
 from vlp_jax.models.sizes import build_model
 
 
+@pytest.mark.slow
 def test_bench_generate_prints_one_json_line() -> None:
     result = subprocess.run(
         [

@@ -31,6 +31,7 @@ def workdir(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_bench_rank_prints_one_json_line(workdir) -> None:
     command = [sys.executable, "-m", "tools.bench_rank", f"--workdir={workdir}", "--repeats=1"]
     sizes = {"all_pairs_images": 3, "images": 6, "captions": 2, "shortlist": 2, "text_length": 12}

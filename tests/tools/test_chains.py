@@ -160,6 +160,7 @@ def test_differences_are_those_of_equal_seeds(study: Study) -> None:
     assert chains.joined(scores["better"])["shapes"] == Score((0.6, 0.9))
 
 
+@pytest.mark.slow
 def test_a_chain_of_two_stages_is_trained_and_scored(tmp_path: pathlib.Path) -> None:
     """The study of docs/results, with runs of a few updates of a tiny model on a few pictures."""
     texts = tmp_path / "texts"

@@ -38,6 +38,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     return run
 
 
+@pytest.mark.slow
 def test_what_a_run_has_not_learned_has_no_score(command: Command) -> None:
     done = command("--tasks=neighbours,sst2,zero-shot retrieval", "--level=easy")
     assert done.returncode == 0, done.stderr

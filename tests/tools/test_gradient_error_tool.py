@@ -67,6 +67,7 @@ def tool(workdir: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.slow
 def test_a_schedule_is_derived_from_a_run_and_loaded_by_the_next(pilot):
     flags = ("--config.compression.schedule=staged", f"--config.compression.buckets={BUCKETS}")
     # Of four updates one at least starts in the second half, whatever the buckets' costs.

@@ -197,6 +197,7 @@ def test_weights_that_know_of_no_tuning_are_whole(run, tmp_path):
             earlier.check_fit(shapes, model)
 
 
+@pytest.mark.slow
 def test_scores_in_eight_bits(run, file, tmp_path, capsys):
     """Of the evaluators of test splits; figures differ a little and the run stays as it is."""
     before = sorted(path.name for path in run.iterdir())

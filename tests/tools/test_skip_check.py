@@ -18,7 +18,7 @@ from vlp_jax.train.loop import train
 from vlp_jax.train.searching import SEARCH_FILE
 from vlp_jax.train.setup import plain, prepare
 
-SEEDS = [range(1, 3), pytest.param(range(1, 11), marks=pytest.mark.slow)]
+SEEDS = [range(1, 3), range(1, 11)]
 FEW = "num_records=512"  # of the new data: more are read in more time
 
 

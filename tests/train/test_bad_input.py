@@ -128,6 +128,7 @@ def test_errors_name_the_key(photographs, tmp_path, key, value, message):
         prepare(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_without_jit_trains(photographs, tmp_path):
     """The debug setting: one device, no jit, NaN checks."""
     config = quick_config(photographs, debug=True, total_steps=1)

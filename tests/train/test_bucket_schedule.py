@@ -284,6 +284,7 @@ def test_a_bucket_that_drops_nothing_gives_the_update_of_whole_images(objective)
     assert any(jax.tree.leaves(different["image_tower"]))
 
 
+@pytest.mark.slow
 def test_micro_batches_drop_what_the_whole_batch_drops():
     """A choice of patches belongs to an example, wherever it lies."""
     states = []
@@ -297,6 +298,7 @@ def test_micro_batches_drop_what_the_whole_batch_drops():
     assert states[0][1]["loss"] == pytest.approx(states[1][1]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_drop_what_one_drops():
     losses = []
     for mesh in (None, make_mesh(data=4, fsdp=2)):

@@ -277,13 +277,7 @@ def test_every_image_objective_has_a_config(objective: str, size: str) -> None:
     assert built.flops(0) > 0
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name.startswith("transfer.") else pytest.mark.slow)
-        for name in SHIPPED
-    ],
-)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_config_runs_one_step(name: str) -> None:
     config = shrunk(shipped(name))
     program = make_program(config)

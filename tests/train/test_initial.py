@@ -88,6 +88,7 @@ def test_parameters_geometry_tokenizer_and_readout_are_taken_over(origin, tmp_pa
     }
 
 
+@pytest.mark.slow
 def test_a_shared_stack_is_taken_over_by_a_config_that_names_none(tmp_path):
     """Its type with its geometry, and of a run of images the stack for a task with texts."""
     config = small_config({"mim": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}})
@@ -161,6 +162,7 @@ def test_misfits_are_found_before_any_device_time(origin, tmp_path, changes, mes
         prepare(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_hands_its_readout_on(origin, tmp_path, caplog):
     """Pretrained by MLM, fine-tuned, and fine-tuned again: still read as MLM has trained it."""
     first = save(downstream(origin), tmp_path / "first")
@@ -315,6 +317,7 @@ def test_images_are_classified_by_probability(answering, pictures):
         predictor.answer(pictures[0], "is it red?")
 
 
+@pytest.mark.slow
 def test_a_tower_of_images_alone_embeds_them(origin, pictures):
     """Its class tokens as unit vectors; texts it has none."""
     config = ConfigDict(plain(origin.config))
@@ -444,6 +447,7 @@ def test_a_misfit_names_the_geometry_that_differs(shapes, depth, error, told):
     assert raised.type is error
 
 
+@pytest.mark.slow
 def test_a_tuned_model_starts_from_a_plain_one_and_not_the_other_way_round(origin, tmp_path):
     """Adapters are fresh, skipped parts are left over; what lacks them is told by its keys."""
     config = downstream(origin)

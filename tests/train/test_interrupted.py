@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 from tests.tiny_config import get_config
@@ -71,6 +72,7 @@ def learned(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
     }
 
 
+@pytest.mark.slow
 def test_an_evaluation_cut_short_is_done_again(tmp_path):
     """Cut short in the middle of the run, at its end, and at the best checkpoint."""
     settings = config()

@@ -96,6 +96,7 @@ def test_stage_two_keeps_the_stack_and_the_decoder_bit_for_bit(first, texts, tmp
     assert not report.of("unused")
 
 
+@pytest.mark.slow
 def test_stage_two_has_words_of_its_own(first, second):
     """Stage 1 has read no word: its tokenizer is of captions alone, and says nothing."""
     _, setup, _ = second
@@ -103,6 +104,7 @@ def test_stage_two_has_words_of_its_own(first, second):
     assert pieces[0] < pieces[1]
 
 
+@pytest.mark.slow
 def test_stage_three_keeps_all_of_stage_two(second, texts, tmp_path):
     folder, setup, before = second
     config = stage_config(3, texts)

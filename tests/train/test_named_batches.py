@@ -60,6 +60,7 @@ def alone() -> dict[str, Any]:
     return {name: gradient_of(named_config(), bucket=((name, size),)) for name, size in SIZES}
 
 
+@pytest.mark.slow
 def test_a_shared_pass_drops_the_same_whichever_batches_are_read() -> None:
     """Objectives of both batches share an image pass, each with noise of its own."""
     config = named_config(**{"model.image.dropout": 0.3})
@@ -105,6 +106,7 @@ def test_one_after_the_other_equals_all_at_once(sequential):
     assert losses.gradients == {}
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_cut_still_sees_a_contrast_whole(sequential):
     """Language losses are accumulated over micro-batches, the contrast is not; the sum is one."""
     config = named_config(**{"optim.accumulation": 2})
@@ -236,6 +238,7 @@ def test_the_batches_of_a_stage_alone_are_weighed_and_the_next_begins_anew():
     assert weight["text"] / weight["pairs"] == pytest.approx(2**2, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_moved_weights_are_those_of_the_gradient(alone):
     program = make_program(named_config(**MIXTURE))
     state = program.observe(program.init(), {"held/a": 4.0, "held/b": 2.0})
@@ -250,6 +253,7 @@ def test_moved_weights_are_those_of_the_gradient(alone):
     chex.assert_trees_all_close(jax.device_get(grads), expected, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_reads_every_batch_in_every_update(tmp_path):
     setup = prepare(run_config(), tmp_path)
     assert setup.budget.batch_size == 24
@@ -263,6 +267,7 @@ def test_a_run_reads_every_batch_in_every_update(tmp_path):
         assert -1.0 <= record["train/batch/pairs/cosine/text"] <= 1.0
 
 
+@pytest.mark.slow
 def test_batches_that_take_turns_see_what_simultaneous_ones_see(tmp_path):
     """Over as many examples: the same rows in the same order, one batch an update."""
     together = prepare(run_config(), tmp_path / "together")

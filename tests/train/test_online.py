@@ -91,6 +91,7 @@ def test_a_run_decides_as_it_goes_and_ends_with_its_budget(whole):
     assert rates[-1] < 0.1 * max(rates)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_decides_the_same(whole, tmp_path):
     """Bit for bit, from the last checkpoint before a decision that is not the first."""
     steps = sorted(int(p.name) for p in (whole / "checkpoints").iterdir())

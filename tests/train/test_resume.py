@@ -184,6 +184,7 @@ def test_resumed_parameters_equal_uninterrupted_bit_for_bit(whole, resumed):
             assert value.tobytes() == found[path].tobytes(), path
 
 
+@pytest.mark.slow
 def test_resume_on_fewer_devices_sees_the_same_batches(trainer, whole, killed):
     """8 devices, then 4: the batches are the same, and losses agree within 1e-3 relative."""
     workdir = trainer.folder / "fewer"

@@ -141,6 +141,7 @@ def test_what_is_compared_are_pruned_networks(whole, tmp_path):
         assert float(output.loss.sum / output.loss.weight) == pytest.approx(loss, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(whole, tmp_path):
     """Bit for bit, from a checkpoint between two comparisons."""
     done = whole[0]

@@ -101,6 +101,7 @@ def test_a_logger_that_is_not_installed_is_told_at_once(tmp_path, monkeypatch):
         prepare(changed(**{"log.wandb": "mine"}), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_ended_before_its_first_checkpoint_starts_from_its_origin(origin, tmp_path):
     """The folder of checkpoints is there from the start on; it says nothing of a checkpoint."""
     config = changed(**{"init_from": str(origin.workdir), "seed": 1})
@@ -381,6 +382,7 @@ def test_checkpoints_meet_evaluations(save_every, ranks_every, expected):
     assert steps == expected
 
 
+@pytest.mark.slow
 def test_what_is_evaluated_may_be_the_best_whenever_checkpoints_are_saved(tmp_path):
     """Evaluated at 3, 6, ... and saved at 2, 4, ...: without a save of its own, never at once."""
     changes = {"total_steps": 4, "evals.reconstruction.every_steps": 3}
@@ -392,6 +394,7 @@ def test_what_is_evaluated_may_be_the_best_whenever_checkpoints_are_saved(tmp_pa
     assert read_origin(tmp_path, "best").params() is not None
 
 
+@pytest.mark.slow
 def test_a_set_of_which_nothing_can_be_read_ends_the_run_by_its_own_code(tmp_path, monkeypatch):
     def fail(self):
         raise NothingReadable("data.sources.scenes: none could be read")
@@ -420,6 +423,7 @@ def test_a_share_of_damaged_examples_is_judged_of_enough(origin, step, replaced,
         look(origin.total_steps, 17)
 
 
+@pytest.mark.slow
 def test_without_a_best_checkpoint_its_evaluators_say_why(tmp_path, origin):
     shutil.copytree(origin.workdir, tmp_path / "run")
     config = changed(**{"total_steps": 1})

@@ -77,6 +77,7 @@ def test_a_run_reads_what_its_stage_reads(whole):
     assert [record["data/stage"] for record in records] == [0.0] * 4 + [1.0] * 4 + [2.0] * 4
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_its_stage(whole, tmp_path):
     """From the checkpoint in the middle of the second stage: as if it had not been stopped."""
     parts = tmp_path / "parts"

@@ -129,7 +129,7 @@ def test_update_moves_every_parameter(initial: Any, reference: Any) -> None:
     assert metrics["loss"] == metrics["flm/loss"] > 3  # log 50 = 3.9
 
 
-@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("parts", [2, 4])
 def test_accumulated_equals_whole_batch(initial: Any, reference: Any, parts: int) -> None:
     run = compile_run(step_config(**{"optim.accumulation": parts}))
     assert_same_update(run, initial, reference)
@@ -324,6 +324,7 @@ def apart(run: Run, state: TrainState) -> jax.stages.Compiled:
     return jax.jit(jax.value_and_grad(summed)).lower(state.params, state.rng, FIRST).compile()
 
 
+@pytest.mark.slow
 def test_objectives_of_one_batch_share_the_image_tower(three: Run) -> None:
     """Loss and gradient are those of the objectives apart, at two backward passes less."""
     initial = three.init()
@@ -350,6 +351,7 @@ def test_objectives_of_one_batch_share_the_image_tower(three: Run) -> None:
     assert_trees_close(gradient(on_host(state)), expected, atol=5e-6)
 
 
+@pytest.mark.slow
 def test_contrast_and_matching_share_their_embeddings() -> None:
     """Loss and gradient are those of both apart, without a second pass over each side alone."""
     config = shared_config(**{"optim.eps": 1e-3, "optim.clip_norm": 0.0})
