@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import pytest
+import rich
 
 from tools.tuning_costs import main
 from vlp_jax.infra.metrics import JsonlWriter
@@ -46,6 +47,7 @@ def test_a_row_for_each_run(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(rich, "_console", None)  # the one of earlier tests has its own width
     runs = [make_run(tmp_path / name, name) for name in ("lora", "adapter")]
     main([str(run) for run in runs])
     shown = capsys.readouterr().out
