@@ -4,13 +4,11 @@
     python -m tools.compare_stages docs.results.momo --archive=... --max_seconds=0  (tables alone)
 
 The argument names a module with ``study()``, see docs/results/momo.py and docs/results/pcetl.py (of
-another function: MODULE:FUNCTION). What --archive holds is not
-done again, so that a study can be given several times for a while (--max_seconds: nothing is begun
-that, by the longest of its kind so far, would not be over by then), on several machines; --cells
-and --seeds say which part. Runs lie in --out, of which nothing is needed later. Several processes
-share a GPU (--workers). Prints its tables (scores, how far they are from those of the cell that
-they are compared with, seed by seed, and losses on held-out records) and writes them to
-OUT/table.md.
+another function: MODULE:FUNCTION). What --archive holds is not done again, so that a study can be
+given several times for a while (--max_seconds: nothing is begun that, by the longest of its kind so
+far, would not be over by then), on several machines; --cells and --seeds say which part. Runs lie
+in --out, of which nothing is needed later. Several processes share a GPU (--workers), or are spread
+over several (--devices=0,1). Prints the study's tables and writes them to OUT/table.md.
 
 Exit codes are those of vlp_jax.infra.preemption: 1 where a job has failed, whose error is told.
 """
@@ -44,6 +42,7 @@ _OUT = flags.DEFINE_string("out", "runs/stages", "folder of runs")
 _ARCHIVE = flags.DEFINE_string("archive", None, "file of what was done", required=True)
 _TEXTS = flags.DEFINE_string("texts", "../shared/data/text", "folder of texts")
 _WORKERS = flags.DEFINE_integer("workers", 1, "processes", lower_bound=1)
+_DEVICES = flags.DEFINE_list("devices", [], "CUDA devices that processes are spread over: 0,1")
 _SECONDS = flags.DEFINE_float("max_seconds", None, "nothing is begun that may take longer")
 
 
@@ -57,6 +56,8 @@ def main(argv: Sequence[str]) -> None:
         study = named_study(argv[1])
         if not pathlib.Path(_TEXTS.value).is_dir():
             raise ValueError(f"--texts: {_TEXTS.value} does not exist; name a folder of texts")
+        if len(_DEVICES.value) > _WORKERS.value:
+            raise ValueError(f"--workers={_WORKERS.value}: fewer than --devices; give one for each")
         names = _CELLS.value or list(study.cells)
         if unknown := [name for name in names if name not in study.cells]:
             raise ValueError(f"--cells: {unknown[0]!r} is none of {', '.join(study.cells)}")
@@ -76,7 +77,9 @@ def main(argv: Sequence[str]) -> None:
             """Whether it would be over in time."""
             return time.monotonic() - began + longest.get(job.name, 0.0) < limit
 
-        for record in execute(jobs, places, _WORKERS.value, known, may_start):
+        for record in execute(
+            jobs, places, _WORKERS.value, known, may_start, devices=_DEVICES.value
+        ):
             if "error" in record:
                 failed += 1
             else:

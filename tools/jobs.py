@@ -29,6 +29,7 @@ from tools.columns import (
 )
 from tools.compare.configs import digest
 from tools.compare.measure import final_metrics
+from tools.compare.workers import VISIBLE_DEVICES
 from tools.evaluate_quantized import evaluate_quantized
 from tools.prune_weights import prune_weights
 from vlp_jax.infra.compilation import enable_compile_cache, set_gpu_flags
@@ -209,6 +210,7 @@ def execute(
     known: Mapping[str, Any],
     may_start: Callable[[Job], bool],
     work: Callable[[Job, Places], dict[str, Any]] = do,
+    devices: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """Do jobs, several at a time; yields what became of each as soon as it is done.
 
@@ -221,14 +223,19 @@ def execute(
         known: what an archive holds, by key; a run is trained all the same where a job needs it.
         may_start: whether there is time for a job; one for which there is none holds up no other.
         work: does one, in one of the processes.
+        devices: indices of CUDA devices, over which the processes are spread; none: all of them see
+            what this one sees.
     """
     waiting = _wanted(jobs, known)
     done: set[str] = set()
     if workers > 1:
-        os.environ.setdefault(_MEMORY, f"{_SHARE / workers:.3f}")
+        os.environ.setdefault(_MEMORY, f"{_SHARE * max(1, len(devices)) / workers:.3f}")
     context = multiprocessing.get_context("spawn")  # a process that has begun JAX cannot be forked
+    visible = context.SimpleQueue()  # of each process, in the order in which they begin
+    for number in range(workers):
+        visible.put(devices[number % len(devices)] if devices else "")
     with concurrent.futures.ProcessPoolExecutor(
-        workers, context, initializer=_begin, initargs=(places.out,)
+        workers, context, initializer=_begin, initargs=(places.out, visible)
     ) as pool:
         running: dict[concurrent.futures.Future[dict[str, Any]], Job] = {}
         while True:
@@ -246,8 +253,10 @@ def execute(
                 yield record
 
 
-def _begin(out: pathlib.Path) -> None:
-    """Of a process that does jobs."""
+def _begin(out: pathlib.Path, visible: "multiprocessing.SimpleQueue[str]") -> None:
+    """Of a process that does jobs, before it asks JAX for its devices."""
+    if device := visible.get():
+        os.environ[VISIBLE_DEVICES] = device
     set_gpu_flags()
     enable_compile_cache(out / "compile_cache")
 

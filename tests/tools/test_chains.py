@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tools import jobs as doing
 from tools.chains import Study, scores_of
 from tools.columns import Score, Settings, Task, train_to_end
 from tools.compare.configs import with_overrides
+from tools.compare.workers import VISIBLE_DEVICES
 from tools.jobs import Job, Places, Run, execute, read_archive
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.train.config import check_keys, default_config
@@ -89,7 +91,8 @@ def fake(job: Job, places: Places) -> dict[str, object]:
     if job.run.config.schedule.peak == 0.3:
         raise ConfigError("schedule.peak", "is too high", "Lower it")
     (places.out / job.key.replace("/", " ")).touch()
-    return {"job": job.key, "values": None if job.task is None else [0.5]}
+    device = os.environ.get(VISIBLE_DEVICES)
+    return {"job": job.key, "values": None if job.task is None else [0.5], "device": device}
 
 
 def test_jobs_are_done_in_order_and_what_needs_a_failed_one_is_left_out(
@@ -115,7 +118,11 @@ def test_jobs_are_done_in_order_and_what_needs_a_failed_one_is_left_out(
     ]
     assert not list(execute(jobs, places, 1, known, lambda job: False, work=fake))
     # One that may not be begun does not hold up the others.
-    some = execute(jobs, places, 1, {}, lambda job: job.name in ("stage 1", "words"), work=fake)
+    few = ("stage 1", "words")
+    some = list(
+        execute(jobs, places, 1, {}, lambda job: job.name in few, work=fake, devices=("3", "5"))
+    )
+    assert {record["device"] for record in some} == {"3"}  # one process, on the first
     done = [known[record["job"]] for record in some]
     assert [record["job"].partition("/")[2].split(" ")[0] for record in done] == ["", "words"]
     scores = scores_of(study, known, range(3))
@@ -221,6 +228,7 @@ def test_every_task_of_the_study_is_a_config(tmp_path: pathlib.Path) -> None:
         (["docs.results.nothing"], 64, "docs.results.nothing: No module named"),
         (["docs.results.momo", "--texts=NOWHERE"], 64, "--texts: NOWHERE does not exist"),
         (["docs.results.momo", "--cells=none"], 64, "--cells: 'none' is none of shared, "),
+        (["docs.results.momo", "--devices=0,1"], 64, "--workers=1: fewer than --devices"),
     ],
 )
 def test_the_command(tmp_path: pathlib.Path, arguments: list[str], code: int, told: str) -> None:
