@@ -3,9 +3,13 @@
 Compiles dominate the suite, so XLA's backend optimisations, its fusion emitters and its split
 code generation are off. What compares runs bit for bit does so once more with them, as users
 compile, among the slow tests. No program is compiled twice: until the session ends, its workers
-and the processes that tests start keep what they compile in one folder.
+and the processes that tests start keep what they compile in one folder. Tracing is half of what is
+left: it goes without names of scopes and source lines in programs, and without most of Python's
+collections, which would look through all that is cached again and again (together a fifth of the
+time of tests/models/test_three_towers.py and test_shared.py).
 """
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -18,6 +22,8 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("VLP_TEST_PLATFORM", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILES}"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("FLAX_PROFILE", "false")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder
     _CACHE = tempfile.TemporaryDirectory(prefix="compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
@@ -30,6 +36,7 @@ from absl import logging
 from vlp_jax.infra.compilation import enable_compile_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(200_000, 20, 100)
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 PACK = REPO.parent / "shared" / "data"

@@ -265,7 +265,8 @@ def _time_share(search: Mapping[str, Any], follows: Mapping[str, Any] | None) ->
     took, then = search.get("run"), follows and follows.get("run")
     if not took or not then:
         return None
-    return float((took["training_seconds"] + took["decisions_seconds"]) / then["training_seconds"])
+    spent = took["training_seconds"] + took["decisions_seconds"]
+    return float(spent / then["training_seconds"])
 
 
 def _percent(shares: Sequence[float]) -> str:
