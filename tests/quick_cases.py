@@ -99,11 +99,24 @@ QUICK_CASES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "objectives/test_invariance.py": {
         "test_an_update_trains_and_the_loss_falls": ("simclr",),
-        "test_eight_devices_equal_one": ("moco_v3",),
         "test_queries_and_keys_are_compressed_apart": ("simclr",),
     },
-    "objectives/test_resnet_tower.py": {
-        "test_eight_devices_equal_one_and_the_statistics_move": ("image_classification",),
+    "tools/test_command.py": {  # each starts a process; of every tool one, and those that are quick
+        "test_tools_refuse_bad_input": (
+            "tools.bench step --config=tests/tiny_config.py --config.noke-",
+            "tools.bench buckets --config=tests/tiny_config.py --config.c-",
+            "tools.bench_decode --root=DRAWINGS-",
+            "tools.bench_decode --root=DRAWINGS --split=val-",
+            "tools.bench_decode --root=DRAWINGS --split=test-",
+            "tools.bench_decode --root=nowhere-",
+            "tools.bench_generate --config=tests/tiny_config.py --max_len-",
+            "tools.bench_rank --workdir=nowhere-",
+            "tools.import_weights --config=tests/tiny_config.py --out=x-",
+            "tools.export_weights nowhere --out=x-",
+            "tools.profile_table nowhere-",
+            "tools.predict caption --nokey=1-",
+            "vlp_jax.main --config=tests/tiny_config.py --workdir=x --con-",
+        ),
     },
     "tools/test_skip_check.py": {
         "test_other_scenes_of_the_same_kind_pass": ("seeds0",),

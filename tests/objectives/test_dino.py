@@ -220,6 +220,7 @@ def test_small_crops_are_encoded_at_their_own_size():
     assert one == pytest.approx(objective._pass_flops(View.whole(8, 8), trained=True))
 
 
+@pytest.mark.slow
 def test_students_and_teachers_are_compressed_apart(batch):
     objective, params, extras = built()
 

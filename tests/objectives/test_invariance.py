@@ -224,6 +224,7 @@ def test_a_collapse_is_no_accuracy(kind, batch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_eight_devices_equal_one(kind):
     """Negatives, batch norms and draws are those of the global batch."""
     results = []

@@ -65,6 +65,7 @@ def batch():
 
 
 @pytest.mark.parametrize("kind", ["simclr", "moco_v3", "image_classification"])
+@pytest.mark.slow
 def test_eight_devices_equal_one_and_the_statistics_move(kind):
     """Norms read the global batch, so that everything that is renewed is the same."""
     results = []

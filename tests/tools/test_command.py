@@ -138,7 +138,9 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         (("tools.predict", "caption", "--nokey=1"), "Unknown command line flag 'nokey'"),
         (("vlp_jax.main", TINY, "--workdir=x", "--config.nokey=1"), "--config.nokey: no key"),
     ],
-    ids=lambda value: " ".join(value)[:60].replace(str(REPO), "") if type(value) is tuple else "",
+    ids=lambda value: (
+        " ".join(value).replace(f"{REPO}/", "")[:60].strip() if type(value) is tuple else ""
+    ),
 )
 def test_tools_refuse_bad_input(drawings, line, message):
     result = run(*(word.replace("DRAWINGS", str(drawings)) for word in line))

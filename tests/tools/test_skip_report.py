@@ -33,6 +33,7 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_the_page_and_its_numbers(search, tmp_path, capsys):
     assert main([str(search), f"--out={tmp_path / 'out'}", "--repeats=3"]) == ExitCode.OK
     shown = capsys.readouterr().out

@@ -142,6 +142,7 @@ def test_every_batch_has_its_weight_and_rows_by_flags(stage):
     assert config.data.batch_size == 64
 
 
+@pytest.mark.slow
 def test_language_of_a_stage_may_be_free_language_modeling(second, texts, tmp_path):
     folder, _, before = second
     config = stage_config(3, texts, "scenes,shared_tiny,flm30,language+itc")

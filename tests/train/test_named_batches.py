@@ -117,6 +117,7 @@ def test_a_batch_that_is_cut_still_sees_a_contrast_whole(sequential):
     chex.assert_trees_all_close(grads, sequential[0], atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_gradient_of_one(sequential):
     grads, losses = gradient_of(named_config(), make_mesh(data=2, fsdp=4))
     chex.assert_trees_all_close(grads, sequential[0], atol=2e-6, rtol=1e-5)

@@ -69,6 +69,7 @@ def test_parts_of_the_budget_begin_where_their_decisions_fall():
     assert last.spent[-1] == pytest.approx(100)
 
 
+@pytest.mark.slow
 def test_a_run_decides_as_it_goes_and_ends_with_its_budget(whole):
     made = decisions(whole)
     assert len(made) == DECISIONS

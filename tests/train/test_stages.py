@@ -67,6 +67,7 @@ def losses(workdir: Any) -> dict[int, float]:
     return {int(record["step"]): record["train/loss"] for record in logged(workdir)}
 
 
+@pytest.mark.slow
 def test_a_run_reads_what_its_stage_reads(whole):
     records = logged(whole)
     read = [
