@@ -150,6 +150,19 @@ QUICK_CASES: dict[str, dict[str, tuple[str, ...]]] = {
         "test_eight_devices_equal_one": ("two_stacks-3", "shared-1"),
         "test_wide_beams_find_every_caption": ("2-0.7", "4-0.0"),
     },
+    "transfer/test_quantize.py": {
+        "test_after_units_were_skipped": ("co_attention", "shared"),
+    },
+    "transfer/test_structured.py": {
+        "test_a_smaller_model_equals_one_whose_outputs_are_zero": (
+            "co_attention-bidirectional",
+            "shared-forward-reverse",
+            "three_towers-bidirectional",
+            "two_stacks-forward-reverse",
+        ),
+        "test_formulas_match_the_lowered_module": ("co_attention", "shared"),
+        "test_what_no_output_reads_can_go": ("co_attention", "shared"),
+    },
 }
 
 
