@@ -185,7 +185,7 @@ def default_config(size: str = "tiny") -> ConfigDict:
                 "skipped": 0,
                 "flops_saved": 0.0,
                 "cost": "none",
-                "percent": 12.5,
+                "percent": 8.0,
                 "warmup_percent": 25.0,
                 "every_steps": 4,
                 "candidates": 6,
@@ -193,7 +193,7 @@ def default_config(size: str = "tiny") -> ConfigDict:
                 "split": "val",
                 "rate": 1.0,
                 "forget": 0.98,
-                "final_batches": 8,
+                "final_batches": 4,
             },
             "mesh": {"data": -1, "fsdp": 1, "model": 1},
             "checkpoint": {
