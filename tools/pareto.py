@@ -14,6 +14,7 @@ import math
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -69,8 +70,11 @@ def draw(points: Sequence[Point], tasks: Sequence[str], path: pathlib.Path) -> N
             _panel(axes, mine, cost, ways)
             axes.set_xlabel(label, color=MUTED)
         axes_row[0].set_ylabel(f"{task}, score in %", color=INK)
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+    handles: dict[str, Any] = {}  # a way may lack some of the tasks
+    for axes in grid[:, 0]:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    of_ways = [handles[way] for way in ways]
+    figure.legend(of_ways, ways, loc="outside right upper", frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
 

@@ -37,7 +37,7 @@ def test_every_task_has_axes_of_every_cost(
     points = [
         point("full", "a", 0.7, 0.0, **{"1": 0.0, "64": 0.0}),
         point("DAS", "a", 0.6, -0.2, **{"1": -0.1, "64": -0.15}),
-        point("full", "b", 0.5, 0.0),  # whose latency is not measured yet
+        point("LoRA", "b", 0.5, 0.0),  # of one task alone, and not measured yet
     ]
     file = tmp_path / "plots" / "pareto.png"
     draw(points, ["a", "b", "never run"], file)
