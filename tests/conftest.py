@@ -5,7 +5,7 @@ code generation are off. What compares runs bit for bit does so once more with t
 compile, among the slow tests. No program is compiled twice: until the session ends, its workers
 and the processes that tests start keep what they compile in one folder. Tracing is half of what is
 left: it goes without names of scopes and source lines in programs, and without most of Python's
-collections, which would look through all that is cached again and again (together a fifth of the
+collections, which would look through all that is cached again and again (together a sixth of the
 time of tests/models/test_three_towers.py and test_shared.py).
 """
 
@@ -69,8 +69,8 @@ def pack() -> pathlib.Path:
 # Minutes of one worker each, mostly of processes they start: first, so that at the end no worker
 # waits for another.
 _LONGEST = (
-    *("test_resume.py", "test_step.py", "test_searching.py", "test_bucket_schedule.py"),
-    *("test_tuning.py", "test_skip_check.py", "test_bench.py"),
+    *("test_resume.py", "test_searching.py", "test_tuning.py", "test_step.py"),
+    *("test_skip_check.py", "test_named_batches.py"),
 )
 
 

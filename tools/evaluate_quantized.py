@@ -10,7 +10,6 @@ is in eight bits is told in ``vlp_jax.transfer.quantize``. A parameter file that
 workdir. The run is left as it is; --out writes the figures as JSON.
 """
 
-import argparse
 import json
 import pathlib
 import tempfile
@@ -23,7 +22,7 @@ from absl import logging
 from rich.table import Table
 
 from tools.finished import set_up_again
-from vlp_jax.infra.command import bad_input
+from vlp_jax.infra.command import argument_parser, bad_input
 from vlp_jax.infra.compilation import set_gpu_flags
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.files import write_text
@@ -131,11 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: the command line without the program; that of the process by default.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.evaluate_quantized",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("tools.evaluate_quantized", __doc__)
     parser.add_argument("workdir", help="of the run, a checkpoint of it, or a parameter file")
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
     parser.add_argument("--evals", default="", help="names of evaluators, with commas between them")

@@ -9,7 +9,6 @@ where the run keeps one: it is what its evaluators saw. The score on a test spli
 checkpoint and comes with ``--checkpoint=best``.
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -18,7 +17,7 @@ from typing import Any
 
 from vlp_jax.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from vlp_jax.data.tokenizer import Tokenizer
-from vlp_jax.infra.command import bad_input
+from vlp_jax.infra.command import argument_parser, bad_input
 from vlp_jax.infra.files import write_text
 from vlp_jax.infra.manifest import read_manifest
 from vlp_jax.infra.metrics import read_metrics
@@ -266,11 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: the command line without the program; that of the process by default.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.export_weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("tools.export_weights", __doc__)
     parser.add_argument("workdir", help="folder that was given to the trainer, or a checkpoint")
     parser.add_argument("--out", required=True, help="folder to write to")
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")

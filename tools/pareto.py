@@ -9,7 +9,6 @@ turns with it (latency, see ``tools.study_latency``; no axes where nothing is me
 joins the ways that nothing cheaper beats.
 """
 
-import argparse
 import math
 import pathlib
 import statistics
@@ -19,10 +18,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tools.compare.plot import INK, MUTED, PALETTE, RULE
+from tools.compare.plot import INK, MUTED, PALETTE, plain
 from tools.jobs import read_archive
 from tools.tuning_study import Point, named_tuning_study
-from vlp_jax.infra.command import bad_input
+from vlp_jax.infra.command import argument_parser, bad_input
 
 Cost = Callable[[Point], float | None]
 _MARKS = "os^Dv<>pP*Xhd"  # in turns, so that ways of one colour differ
@@ -110,13 +109,8 @@ def _panel(axes: Axes, points: Sequence[Point], cost: Cost, ways: Sequence[str])
             linestyle="none",
             label=point.way,
         )
-    axes.tick_params(colors=MUTED, labelsize=8)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g} %")
-    axes.grid(color=RULE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(RULE)
+    plain(axes)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -125,11 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: the command line without the program; that of the process by default.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.pareto",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("tools.pareto", __doc__)
     parser.add_argument("study", help="MODULE[:FUNCTION], as docs.results.pcetl")
     parser.add_argument("--archive", type=pathlib.Path, required=True, help="what was done")
     parser.add_argument("--seeds", type=int, default=3, help="of the runs")

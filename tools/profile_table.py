@@ -8,7 +8,6 @@ one of them runs; what is missing to the whole are gaps, in which the device wai
 for a launch. The host's table has the calls of the thread that trains, each without those in it.
 """
 
-import argparse
 import collections
 import dataclasses
 import math
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 
 import jax
 
-from vlp_jax.infra.command import fail
+from vlp_jax.infra.command import argument_parser, fail
 from vlp_jax.infra.preemption import ExitCode
 
 _STEP = "train"  # annotation of infra.profiling
@@ -238,11 +237,7 @@ def _newest(trace: Path) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> ExitCode:
     """Print the tables of the newest trace in a folder."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.profile_table",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("tools.profile_table", __doc__)
     parser.add_argument("trace", type=Path, help="an .xplane.pb, or a folder with one below it")
     parser.add_argument("--top", type=int, default=25, help="rows of a table")
     parser.add_argument("--steps", type=int, help="steps in the window; counted where not given")

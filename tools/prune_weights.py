@@ -17,7 +17,6 @@ set: whatever starts from it with ``adopt_model`` has the smaller geometry; ``to
 alone. A run that is cut already may be cut further; shares are those of the whole model.
 """
 
-import argparse
 import copy
 import functools
 import pathlib
@@ -32,7 +31,7 @@ from ml_collections import ConfigDict
 
 from tools.finished import set_up_again
 from vlp_jax.data.tokenizer import Tokenizer
-from vlp_jax.infra.command import bad_input
+from vlp_jax.infra.command import argument_parser, bad_input
 from vlp_jax.infra.compilation import set_gpu_flags
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.sharding import by_path
@@ -179,11 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: the command line without the program; that of the process by default.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.prune_weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("tools.prune_weights", __doc__)
     parser.add_argument("--checkpoint", required=True, help="workdir, checkpoint, parameter file")
     parser.add_argument("--out", required=True, help="file to write, .safetensors")
     parser.add_argument("--heads", type=float, default=0.0, help="share of heads that goes")

@@ -45,7 +45,7 @@ from tools.standing import (
     table_rows,
 )
 from vlp_jax.data.sources import build_source
-from vlp_jax.infra.command import bad_input, fail
+from vlp_jax.infra.command import argument_parser, bad_input, fail
 from vlp_jax.infra.compilation import set_gpu_flags
 from vlp_jax.infra.files import write_text
 from vlp_jax.infra.manifest import DamagedCheckpointError
@@ -232,11 +232,7 @@ def table(result: Mapping[str, Any]) -> rich.table.Table:
 
 
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.skip_check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("tools.skip_check", __doc__)
     add = parser.add_argument
     add("workdir", type=pathlib.Path, help="of a finished search")
     add("--data", required=True, help="a folder, or KEY=VALUE,... of the source's section")

@@ -36,7 +36,7 @@ from ml_collections import ConfigDict
 from tools.latency import forward_pass, forward_times
 from tools.searched import SearchRun, read_search, restored
 from tools.skip_page import NETWORKS, table, write
-from vlp_jax.infra.command import bad_input, fail
+from vlp_jax.infra.command import argument_parser, bad_input, fail
 from vlp_jax.infra.compilation import set_gpu_flags
 from vlp_jax.infra.manifest import DamagedCheckpointError
 from vlp_jax.infra.metrics import read_metrics
@@ -206,11 +206,7 @@ def main(arguments: list[str] | None = None) -> ExitCode:
     Returns:
         ``OK``, or ``DAMAGED_CHECKPOINTS`` where there is nothing to measure.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.skip_report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("tools.skip_report", __doc__)
     parser.add_argument("workdir", type=pathlib.Path, help="of a finished search")
     parser.add_argument("--out", type=pathlib.Path, help="folder to write to; by default WORKDIR")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="passes that are timed")

@@ -4,22 +4,21 @@
     python -m tools.study_latency docs.results.pcetl --archive=... --tasks=vqa --rows=1,64 --seeds=3
 
 The argument names a module with ``study()`` (of another function: MODULE:FUNCTION), a
-``tools.tuning_study.TuningStudy``. Of every way and
-task the network is built from its config and, where units are skipped, from what the search in
---archive has chosen (ways of which nothing is archived are left out). Weights, pictures and texts
-are random: no run is needed. A pass is the loss of the task on --rows examples without dropout, in
-the dtype of the study. All networks of a task take turns in one process, so that they compare, and
-ways whose networks are the same (all but the weights) are measured once.
+``tools.tuning_study.TuningStudy``. Of every way and task the network is built from its config and,
+where units are skipped, from what the search in --archive has chosen (ways whose search is not
+there are left out). Weights, pictures and texts are random: no run is needed. A pass is the loss of
+the task on --rows examples without dropout, in the dtype of the study. All networks of a task take
+turns in one process, so that they compare, and ways whose networks are the same (all but the
+weights) are measured once.
 
 What is found is added to --archive, as milliseconds beside those of the study's first way; what it
 holds already is not measured again.
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +31,7 @@ from tools.latency import forward_pass, forward_times
 from tools.random_data import program_without_data
 from tools.tuning_study import Known, TuningStudy, latency_key, named_tuning_study
 from vlp_jax.compress.buckets import Bucket
-from vlp_jax.infra.command import bad_input
+from vlp_jax.infra.command import argument_parser, bad_input
 from vlp_jax.infra.compilation import set_gpu_flags
 from vlp_jax.infra.hardware import device_facts
 from vlp_jax.train.adopted import adopt
@@ -115,9 +114,10 @@ def latencies(
     if first is None or not missing:
         return
     networks = {network.key: network for network in (first, *missing.values())}
+    passes_of = {key: _passes(network) for key, network in networks.items()}
     measured: dict[str, dict[str, float]] = {}
     for count in rows:
-        passes = {key: _pass(network, count) for key, network in networks.items()}
+        passes = {key: pass_of(count) for key, pass_of in passes_of.items()}
         for key, time in forward_times(passes, repeats).items():
             measured.setdefault(key, {})[str(count)] = round(time, 4)
     for key, network in missing.items():
@@ -131,23 +131,19 @@ def latencies(
         }
 
 
-def _pass(network: Network, rows: int) -> Any:
-    """A call of the network on random inputs, with random weights."""
+def _passes(network: Network) -> Callable[[int], Callable[[], jax.Array]]:
+    """From rows to a call of the network on random inputs, with random weights."""
     config = network.config.copy_and_resolve_references()
     program = program_without_data(config, TEXT_LENGTH)
     state = program.state_spec
     params, extras = _random((state.params, state.extras["objectives"]))
-    bucket = tuple(
-        (name, Bucket(TEXT_LENGTH, config.data.image_size)) for name in program.batch_names
-    )
-    return forward_pass(
-        program,
-        program.objectives,
-        quantized(params) if network.eight else params,
-        extras,
-        bucket,
-        rows,
-        jax.local_devices()[0],
+    if network.eight:
+        params = quantized(params)
+    sizes = Bucket(TEXT_LENGTH, config.data.image_size)
+    bucket = tuple((name, sizes) for name in program.batch_names)
+    device = jax.local_devices()[0]
+    return lambda rows: forward_pass(
+        program, program.objectives, params, extras, bucket, rows, device
     )
 
 
@@ -169,11 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: the command line without the program; that of the process by default.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.study_latency",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("tools.study_latency", __doc__)
     parser.add_argument("study", help="MODULE[:FUNCTION], as docs.results.pcetl")
     parser.add_argument("--archive", type=pathlib.Path, required=True, help="what was done")
     parser.add_argument("--tasks", default="", help="of the study, with commas; by default all")

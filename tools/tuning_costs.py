@@ -11,7 +11,6 @@ and the best value of ``config.checkpoint.best_metric``. All of it is what the r
 (``run.json``, ``config.json``, ``metrics.jsonl``): memory and time compare on one machine alone.
 """
 
-import argparse
 import json
 import math
 import pathlib
@@ -22,7 +21,7 @@ import rich
 import rich.table
 
 from vlp_jax.infra import units
-from vlp_jax.infra.command import bad_input
+from vlp_jax.infra.command import argument_parser, bad_input
 from vlp_jax.infra.metrics import read_metrics
 from vlp_jax.infra.report import CONFIG_FILE, RUN_FILE
 from vlp_jax.train.costs import COSTS
@@ -102,11 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: the command line without the program; that of the process by default.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.tuning_costs",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("tools.tuning_costs", __doc__)
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path, help="of finished runs")
     parser.add_argument("--json", action="store_true", help="all figures, as a list of objects")
     given = parser.parse_args(arguments)

@@ -27,6 +27,7 @@ from configs import scenes
 from tools.columns import Settings
 from tools.jobs import Run, read_archive
 from tools.tuning_study import TuningStudy
+from vlp_jax.models.sizes import build_model
 
 SIZE, IMAGES = "small", 100_000
 BASE_UPDATES, BASE_PEAK = 3_000, 1e-3
@@ -57,10 +58,6 @@ WORSE: dict[str, dict[str, float]] = {
     ", 30 % noise": {"label_noise": 0.3},
     ", imbalance 100": {"imbalance": 100.0},
 }
-UNITS = (  # of the base
-    *(f"image_tower/block_{layer:02d}" for layer in range(8)),
-    *(f"text_{part}_{layer}" for part in ("lower", "upper") for layer in range(4)),
-)
 PROMPTS = 32  # a third of what a block reads, as METER's 200 beside 617 tokens
 RATES_FILE = pathlib.Path(__file__).parent / "pcetl_rates.json"
 RATES = json.loads(RATES_FILE.read_text()) if RATES_FILE.exists() else {}
@@ -163,7 +160,6 @@ def searched(
         config.search.update(dict(of))
         with config.unlocked():  # a source has the keys that it is given
             config.update_from_flattened_dict(changes)
-        with config.unlocked():
             config.evals = {}
         config.checkpoint.best_metric = ""
         follows = task_config(task, method, seed)
@@ -171,6 +167,13 @@ def searched(
         return Run(follows, base(), Run(config, base()))
 
     return run
+
+
+def units() -> tuple[str, ...]:
+    """Of the base: its blocks."""
+    config = base().config
+    model = build_model(config.model, config.tokenizer.vocab_size, 0, config.data.image_size)
+    return tuple(block for stack in model.config.stacks.values() for block in stack)
 
 
 def study() -> TuningStudy:
@@ -195,7 +198,7 @@ def study() -> TuningStudy:
 def alone() -> TuningStudy:
     """The reference of a search for one unit: each that there is, left out in the same way."""
     ways = {"adapter": tuned("adapter")} | {
-        f"without {unit}": tuned("adapter", **{"model.tuning.skip": (unit,)}) for unit in UNITS
+        f"without {unit}": tuned("adapter", **{"model.tuning.skip": (unit,)}) for unit in units()
     }
     ways["DAS 1"] = searched({"skipped": 1})
     for kind in ("similarity", "greedy"):

@@ -81,6 +81,11 @@ def _style(axes: Axes, metric: str, x_label: str) -> None:
     if units.unit_of(metric) == "percent":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
     axes.set_xlabel(x_label, color=MUTED)
+    plain(axes)
+
+
+def plain(axes: Axes) -> None:
+    """The look that all plots share: a faint grid behind, and no frame."""
     axes.tick_params(colors=MUTED, labelsize=8, which="both")
     axes.grid(color=RULE, linewidth=0.7)
     axes.set_axisbelow(True)

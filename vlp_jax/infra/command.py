@@ -10,6 +10,7 @@
 Other outcomes have codes of their own: ``infra.preemption.ExitCode``, by ``fail``.
 """
 
+import argparse
 import contextlib
 import re
 import sys
@@ -22,6 +23,20 @@ from vlp_jax.infra.preemption import ExitCode
 
 # What ml_collections raises for a key that the config lacks or a value of the wrong type.
 _KEY_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
+
+
+def argument_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """A parser for a tool without a config, whose help is the docstring of its module.
+
+    Args:
+        module: as it is run, such as ``tools.pareto``.
+        doc: its ``__doc__``.
+    """
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def parse_flags(argv: list[str]) -> list[str]:
