@@ -24,6 +24,8 @@ from vlp_jax.train.setup import Setup, prepare
 from vlp_jax.transfer.methods import set_method
 from vlp_jax.transfer.units import pruned
 
+WITH_PRIOR = {"search.prior": 0.5}
+
 
 @pytest.fixture(scope="module")
 def program():
@@ -79,7 +81,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, Setup
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Searcher, "_compare", counted)
-        setup = prepare(search_config(), workdir)
+        setup = prepare(search_config(**WITH_PRIOR), workdir)
         assert train(setup) == ExitCode.OK
     return workdir, setup, traced
 
@@ -141,6 +143,22 @@ def test_what_is_compared_are_pruned_networks(whole, tmp_path):
         assert float(output.loss.sum / output.loss.weight) == pytest.approx(loss, abs=1e-5)
 
 
+def test_what_is_expected_is_measured_before_the_first_comparison_and_kept(whole):
+    """Of units that change the tokens more, more; whatever later updates make of them."""
+    _, setup, _ = whole
+    searcher, state = setup.decider, setup.program.init()
+    first, _ = searcher.decide(state, 10)
+    dissimilarity = searcher._dissimilarity(state, [searcher._number(10)])
+    searcher.close()
+    assert ((dissimilarity > 0) & (dissimilarity < 2)).all()
+    expected = np.asarray(first.extras["search"]["expected"])
+    np.testing.assert_allclose(expected, 0.5 * dissimilarity, rtol=1e-5)
+    moved = first.replace(params=jax.tree.map(lambda x: 1.1 * x, first.params))
+    later, _ = searcher.decide(moved, 14)
+    searcher.close()
+    np.testing.assert_array_equal(later.extras["search"]["expected"], expected)
+
+
 @pytest.mark.slow
 def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(whole, tmp_path):
     """Bit for bit, from a checkpoint between two comparisons."""
@@ -150,7 +168,7 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(whole, tmp_path
     shutil.copytree(done, workdir, ignore=shutil.ignore_patterns("metrics.jsonl", SEARCH_FILE))
     for step in (18, 24):
         shutil.rmtree(workdir / "checkpoints" / str(step))
-    assert train(prepare(search_config(), workdir)) == ExitCode.OK
+    assert train(prepare(search_config(**WITH_PRIOR), workdir)) == ExitCode.OK
     again = load_params(workdir / "checkpoints", "latest")
     assert again.step == expected.step
     jax.tree.map(np.testing.assert_array_equal, again.state, expected.state)
@@ -218,6 +236,11 @@ def test_a_run_skips_what_a_search_has_chosen(whole, tmp_path):
         ({"search.candidates": 7}, r"search\.candidates: 7, but there are only 6"),
         ({"search.warmup_percent": 90.0}, r"search\.every_steps: of 24 updates, 22 are warm-up"),
         ({"search.method": "das"}, r"search\.method: 'das'"),
+        ({"search.prior": -1.0}, r"search\.prior: -1\.0"),
+        (
+            {"search.prior": 1.0, "search.reward": "paper"},
+            r"search\.prior: 1\.0, but reward='paper' expects nothing",
+        ),
         ({"search.reward": "free"}, r"search\.reward: 'free'"),
         ({"model.tuning.gated": ()}, r"model\.tuning\.gated: it names no unit"),
         (

@@ -140,7 +140,38 @@ def test_under_a_budget_the_choice_does_least_harm():
         assert of.saved[best].sum() >= budget - 2e-4
         every = np.array(list(itertools.product([False, True], repeat=8)))
         allowed = every[every @ np.asarray(costs) >= budget + 1e-9]
-        assert harm[best].sum() <= (allowed @ harm).min() + 1e-9
+        more = harm - harm.min()
+        assert more[best].sum() <= (allowed @ more).min() + 1e-8
+
+
+@pytest.mark.parametrize("level", [-3.0, 0.0, 0.5])
+def test_what_an_absence_does_as_such_does_not_overspend_a_budget(level):
+    """Losses of choices of one size tell differences alone, so that half the harms are negative."""
+    of = choice(0, (0.1, 0.1, 0.1, 0.05, 0.05), flops_saved=0.18)
+    harm = level + np.array([0.02, 0.0, 0.3, 0.2, 0.1])
+    assert of.names(of.best(harm)) == ("unit_0", "unit_1")
+    nothing_known = of.best(np.full(5, level))
+    assert 0.18 <= of.saved[nothing_known].sum() < 0.2 + 1e-6
+
+
+def test_what_is_expected_decides_where_losses_tell_nothing():
+    of, expected = choice(1), np.array([0.3, 0.2, 0.0, 0.1])
+    regression = Regression()
+    state = regression.expecting(regression.init(4), expected)
+    single = np.eye(4, dtype=bool)
+    silent = regression.learn(state, single, np.full(4, 0.69))
+    np.testing.assert_allclose(regression.harm(silent), expected, atol=1e-7)
+    assert of.names(of.best(regression.harm(silent))) == ("unit_2",)
+    for _ in range(30):
+        state = regression.learn(state, single, np.array([1.0, 1.0, 1.9, 1.0]))
+    assert of.names(of.best(regression.harm(state))) == ("unit_3",)
+    # It is added to what losses tell, whenever it is given.
+    bare = regression.init(4)
+    for _ in range(30):
+        bare = regression.learn(bare, single, np.array([1.0, 1.0, 1.9, 1.0]))
+    np.testing.assert_allclose(
+        regression.harm(state), regression.harm(bare) + expected, rtol=0, atol=1e-6
+    )
 
 
 def test_per_flop_what_saves_most_for_its_harm_goes_first():

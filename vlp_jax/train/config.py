@@ -25,8 +25,9 @@ is not here is an error that names it, whether it comes from the file or from a 
                     (of the run's length, which the search has: total_* is that of the run that
                     follows), warmup_percent (of the search), every_steps and candidates (of a
                     comparison), reward (`held_out` or `paper`, see transfer.search), split (that
-                    choices are compared on), rate (of `paper`), forget (of `held_out`),
-                    final_batches
+                    choices are compared on), rate (of `paper`), forget (of `held_out`), prior (of
+                    `held_out`: loss that a unit's absence is expected to add for each unit of the
+                    dissimilarity, 0 to 2, of what enters and what leaves it), final_batches
     model           geometry, see models.sizes; its keys are those of its kind: of two stacks, of
                     type="shared", of type="three_towers", and of image.type="resnet"; beside them
                     tuning, what is added to its blocks and taken out, see models.tuning_config
@@ -189,6 +190,7 @@ def default_config(size: str = "tiny") -> ConfigDict:
                 "warmup_percent": 25.0,
                 "every_steps": 4,
                 "candidates": 6,
+                "prior": 0.0,
                 "reward": "held_out",
                 "split": "val",
                 "rate": 1.0,
@@ -232,6 +234,7 @@ _LEAST: dict[str, float] = {
     "search.skipped": 0,
     "search.flops_saved": 0,
     "search.rate": 0,
+    "search.prior": 0,
     "schedule.final_factor": 0,
     "checkpoint.keep_best": 0,
     "profile.start_step": 0,

@@ -44,6 +44,8 @@ class Search:
         split: whose batches choices are compared on.
         every: updates between two comparisons.
         warmup: updates before the first.
+        prior: loss that the absence of a unit is expected to add for each unit of dissimilarity (1
+            less the cosine of what enters and what leaves it), beside what comparisons tell.
         candidates: choices in a comparison.
         final_batches: on which ``greedy`` is compared, and the choices of every number of units.
     """
@@ -55,6 +57,7 @@ class Search:
     split: str
     every: int
     warmup: int
+    prior: float
     candidates: int
     final_batches: int
 
@@ -97,6 +100,12 @@ class Search:
                 f"the run trains on {section.split!r}, and what it knows by heart would count",
                 "Use a split that is neither trained on nor tested, such as 'val'",
             )
+        if paper and section.prior > 0:
+            raise ConfigError(
+                "search.prior",
+                f"{section.prior}, but reward='paper' expects nothing",
+                "Use 0, or search.reward='held_out'",
+            )
         for key, least in (("every_steps", 1), ("candidates", 2), ("final_batches", 1)):
             if section[key] < least:
                 raise ConfigError(f"search.{key}", f"{section[key]}", f"Use {least} or more")
@@ -119,6 +128,7 @@ class Search:
             section.split,
             section.every_steps,
             warmup,
+            section.prior,
             section.candidates,
             section.final_batches,
         )

@@ -81,14 +81,15 @@ class Searcher:
         self._loader: JointLoader | None = None
         self._held: tuple[int, Batches] | None = None  # the batches read last, and their number
         self._losses: Any = None
+        self._cosines: Any = None
         self.seconds = self.compile_seconds = 0.0
 
     def compile(self) -> None:
         """Compile what comparisons need, ahead of the first."""
         begun = time.perf_counter()
-        program = self._program
+        program, search = self._program, self._search
         everywhere = replicated(program.mesh)
-        shape = (self._search.candidates, len(self._search.choice.units))
+        shape = (search.candidates, len(search.choice.units))
         skipped = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=everywhere)
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
         jitted = jax.jit(self._compare, out_shardings=everywhere)
@@ -96,7 +97,10 @@ class Searcher:
         batches = program.batch_specs(self._bucket, rows)
         with jax.set_mesh(program.mesh):
             lowered = jitted.lower(program.state_spec, batches, skipped, number)
-        self._losses = lowered.compile()
+            self._losses = lowered.compile()
+            if search.method == "similarity" or search.prior:
+                cosines = jax.jit(self._compared_tokens, out_shardings=everywhere)
+                self._cosines = cosines.lower(program.state_spec, batches).compile()
         self.compile_seconds = time.perf_counter() - begun
 
     def over(self, plan: JointPlan) -> "Searcher":
@@ -142,6 +146,9 @@ class Searcher:
         search, learner = self._search, self._search.learner
         assert learner is not None
         learned = jax.device_get(state.extras["search"])
+        if search.prior and isinstance(learner, Regression) and not learned["compared"]:
+            expected = search.prior * self._dissimilarity(state, [self._number(step)])
+            learned = learner.expecting(learned, expected)
         key = jax.random.fold_in(jax.random.fold_in(state.rng, step), _CANDIDATES)
         weights = search.log_weights(learned)
         drawn = search.choice.draws(key, weights, search.candidates)
@@ -173,12 +180,13 @@ class Searcher:
         """
         begun = time.perf_counter()
         search, choice = self._search, self._search.choice
-        error: np.ndarray | None = None
+        told = {}
         if search.learner is not None:
             learned = jax.device_get(state.extras["search"])
             harm = search.learner.harm(learned)
             if isinstance(search.learner, Regression):
-                error = search.learner.error(learned)
+                told["error"] = search.learner.error(learned).tolist()
+                told["expected"] = learned["expected"].tolist()
         else:
             harm = self._harm(state)
         chosen = choice.best(harm)
@@ -196,7 +204,7 @@ class Searcher:
             "units": list(choice.units),
             "costs": list(choice.costs),
             "harm": harm.tolist(),
-            **({} if error is None else {"error": error.tolist()}),
+            **told,
             "skipped": list(skipped),
             "flops_saved": float(choice.saved[chosen].sum()),
             "loss": float(losses[0]),
@@ -258,7 +266,7 @@ class Searcher:
             seed = self._program.config.seed
             return np.random.default_rng((seed, len(units))).permutation(len(units)).astype(float)
         if search.method == "similarity":
-            return self._dissimilarity(state)
+            return self._dissimilarity(state, self._fresh(self._program.longest))
         return self._alone(state)
 
     def _alone(self, state: TrainState) -> np.ndarray:
@@ -268,15 +276,15 @@ class Searcher:
         losses = self.on(state, tried, self._fresh(self._program.longest)).losses.mean(axis=0)
         return losses[1:] - losses[0]
 
-    def _dissimilarity(self, state: TrainState) -> np.ndarray:
-        """1 less the mean cosine of what enters and what leaves each unit: float64 [n]."""
-        with jax.set_mesh(self._program.mesh):
-            measure = jax.jit(self._cosines, out_shardings=replicated(self._program.mesh))
-            found = [
-                np.asarray(measure(state, self._batches(index)), np.float64)
-                for index in self._fresh(self._program.longest)
-            ]
-        return 1.0 - np.mean(found, axis=0)
+    def _dissimilarity(self, state: TrainState, numbers: Sequence[int]) -> np.ndarray:
+        """1 less the mean cosine of what enters and what leaves each unit: float64 [n].
+
+        Args:
+            state: of the run.
+            numbers: of the batches, in the plan.
+        """
+        found = [self._cosines(state, self._batches(number)) for number in numbers]
+        return 1.0 - np.mean(np.asarray(jax.device_get(found), np.float64), axis=0)
 
     def _fresh(self, step: int) -> Sequence[int]:
         """Numbers of the batches that choices are compared on after the last update."""
@@ -309,7 +317,7 @@ class Searcher:
         extras, train = state.extras["objectives"], self._search.paper
         return self._program.loss(params, extras, batches, self._bucket, key, train)
 
-    def _cosines(self, state: TrainState, batches: Batches) -> jax.Array:
+    def _compared_tokens(self, state: TrainState, batches: Batches) -> jax.Array:
         """Mean cosines of the tokens before and after each unit, nothing skipped: float32 [n]."""
         units = self._search.choice.units
         params = with_kept(state.params, dict.fromkeys(units, 1.0))

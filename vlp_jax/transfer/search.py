@@ -23,8 +23,14 @@ that were compared on one batch, so that what they have in common, which is most
 cancels. Older comparisons count less, for the model trains on. A unit is drawn with weight
 exp((mean b - b_i) / error of b_i): what differs by less than is known of it is drawn alike.
 
+Losses of the first updates understate what an absence costs in the end, and where a task has not
+begun to be learned they say nothing of it. What is expected beforehand (``search.prior``) is added
+to b: a unit that leaves the tokens much as they enter it is expected to be missed less.
+
 What is chosen does least harm, as a sum over its units: the ``count`` units that do least, or least
-for each FLOP saved, or the set that does least of all those that save a share of the FLOPs.
+for each FLOP saved, or the set that does least of all those that save a share of the FLOPs. Harm is
+counted from that of the least harmful unit: choices of about one size are compared, so that what an
+absence does as such is not known, and taken to do good it would let a budget be overspent.
 """
 
 import dataclasses
@@ -43,6 +49,7 @@ Reward = Literal["held_out", "paper"]
 Cost = Literal["none", "per_flop"]
 _GRID = 100_000  # parts of the FLOPs, in which a set under a budget is told apart
 _TRIES = 40  # times that choices are drawn until they differ, the last ones all but alike
+_TIE = 1e-9  # part of the harm
 _RIDGE = 1.0  # as of one comparison that has seen no harm
 
 State = Mapping[str, Any]  # what has been learned; float32 arrays
@@ -148,15 +155,14 @@ class Choice:
         if self.count:
             chosen[self.order(harm)[: self.count]] = True
             return chosen
-        return ~_most_kept(np.asarray(harm, np.float64), self.saved, self.flops_saved)
+        return ~_most_kept(_from_least(harm), self.saved, self.flops_saved)
 
     def order(self, harm: np.ndarray) -> np.ndarray:
         """Units in the order in which they are skipped as more of them are: int64 [n]."""
-        harm = np.asarray(harm, np.float64)
+        harm = _from_least(harm)
         if self.cost == "none" and self.count:
             return np.argsort(harm, kind="stable")
-        # What does no harm comes first, and of that what saves most.
-        return np.lexsort((-self.saved, np.maximum(harm, 0.0) / self.saved))
+        return np.lexsort((-self.saved, harm / self.saved))  # of the same, what saves most
 
     def orders(self, harm: np.ndarray) -> Iterator[np.ndarray]:
         """The choices of 0, 1, ... n units in that order: bool [n] each."""
@@ -178,17 +184,29 @@ def _drawn(choice: Choice, keys: jax.Array, log_weights: jax.Array) -> jax.Array
     return drawn
 
 
+def _from_least(harm: np.ndarray) -> np.ndarray:
+    """By how much each unit does more harm than the one that does least: float64 [n]."""
+    harm = np.asarray(harm, np.float64)
+    return harm - harm.min()
+
+
 def _most_kept(harm: np.ndarray, saved: np.ndarray, budget: float) -> np.ndarray:
     """Which units are kept, so that least harm is done where ``budget`` is saved: bool [n].
 
     A knapsack: what is kept may cost what is not to be saved, and is worth the harm of its absence.
+
+    Args:
+        harm: float64 [n], 0 or more.
+        saved: share of the FLOPs, float32 [n].
+        budget: share of the FLOPs.
     """
     costs = np.round(saved * _GRID).astype(np.int64)
     room = int(costs.sum()) - math.ceil(budget * _GRID - len(saved))  # rounding aside
     worth = np.zeros(room + 1)
     kept = np.zeros((len(harm), room + 1), bool)
-    for unit, (cost, value) in enumerate(zip(costs, harm, strict=True)):
-        if value <= 0 or cost > room:
+    values = harm + _TIE * max(harm.max(), 1.0) * saved  # of the same harm, no more goes than must
+    for unit, (cost, value) in enumerate(zip(costs, values, strict=True)):
+        if cost > room:
             continue
         taken = np.full(room + 1, -np.inf)
         taken[cost:] = worth[: room + 1 - cost] + value
@@ -280,7 +298,17 @@ class Regression:
             "squares": np.zeros((), np.float32),
             "compared": np.zeros((), np.float32),
             "preference": np.zeros(units, np.float32),
+            "expected": np.zeros(units, np.float32),
         }
+
+    def expecting(self, state: State, harm: np.ndarray) -> dict[str, np.ndarray]:
+        """A state in which units are expected to do this harm beside what losses tell.
+
+        Args:
+            state: before.
+            harm: in the unit of the loss, float [n].
+        """
+        return {**state, "expected": np.asarray(harm, np.float32)}
 
     def log_weights(self, state: State) -> jax.Array:
         """Preferences, which are logarithms of weights."""
@@ -299,15 +327,16 @@ class Regression:
             "compared": keep * state["compared"] + len(y) - 1.0,
         }
         harm, error = self._fit(sums)
+        harm = harm + state["expected"]
         if self.costs is not None:
             harm, error = harm / self.costs, error / self.costs
         preference = (harm.mean() - harm) / np.maximum(error, np.finfo(np.float32).tiny)
-        found = {**sums, "preference": preference if error.any() else np.zeros(len(harm))}
+        found = {**state, **sums, "preference": preference if error.any() else np.zeros(len(harm))}
         return {name: np.asarray(value, np.float32) for name, value in found.items()}
 
     def harm(self, state: State) -> np.ndarray:
-        """In the unit of the loss."""
-        return self._fit(state)[0]
+        """In the unit of the loss: what losses tell, and what was expected."""
+        return self._fit(state)[0] + np.asarray(state["expected"], np.float64)
 
     def error(self, state: State) -> np.ndarray:
         """Standard errors of ``harm`` less its mean over all units: float64 [n].
