@@ -64,6 +64,7 @@ TRIED: dict[str, dict[str, tuple[float, ...]]] = {
 }
 LIKE = {"retrieval": "vqa"}  # task whose rates another takes
 SEEDS, DRAWS = 3, 6  # of what is compared; of random units
+TIMED = {"DAS 4": {"skipped": 4}, "DAS 12%": {"flops_saved": 0.12}}
 PAPER = {"reward": "paper", "prior": 0.0, "split": "train", "every_steps": 10, "candidates": 3}
 # The training labels of a search, see ``vlp_jax.data.worse_labels``.
 WORSE: dict[str, dict[str, float]] = {
@@ -92,11 +93,11 @@ SETTINGS = Settings(  # of tasks that runs are scored in, of which there are non
 )
 
 
-def base() -> Run:
+def base(updates: int = BASE_UPDATES) -> Run:
     """What all ways tune."""
     config = scenes.get_config(f"flm,{SIZE},{IMAGES}")
     config.name = "base"
-    config.total_steps = BASE_UPDATES
+    config.total_steps = updates
     config.schedule.peak = BASE_PEAK
     config.data.num_edges = 2
     config.data.threads, config.data.prefetch = 8, 16  # nothing else is trained meanwhile
@@ -191,7 +192,7 @@ def units() -> tuple[str, ...]:
 
 
 def study() -> TuningStudy:
-    """What ``tools.compare_stages`` does."""
+    """What ``tools.compare_stages --seeds=6`` does: more draws of random units than seeds."""
     ways: dict[str, Callable[[str, int], Run | None]] = {name: tuned(name) for name in TRIED["vqa"]}
     ways |= {f"DAS {k}": searched({"skipped": k}) for k in (2, 4, 6)}
     ways |= {f"DAS {share:.0%}": searched({"flops_saved": share}) for share in (0.12, 0.25)}
@@ -205,9 +206,29 @@ def study() -> TuningStudy:
     ways["DAS 4, pruned 17%"] = _cut(1 / 6, ways["DAS 4"])
     for way in ("full", "adapter", "DAS 4"):
         ways[f"{way}, int8"] = _eight(ways[way])
-    for draw in range(DRAWS):
-        ways[f"random 4, draw {draw}"] = _random(draw)
+    ways = {name: _below(SEEDS, way) for name, way in ways.items()}
+    ways["random 4"] = _below(DRAWS, _random)
     return TuningStudy(ways, FIGURES, SETTINGS, ("adapter", "scaled_parallel"))
+
+
+def timed() -> TuningStudy:
+    """What a search costs beside what follows it, where each has the device for itself.
+
+    On a base of one update: how long updates take does not depend on what they make of it, so that
+    scores say nothing here.
+    """
+
+    def of(way: Callable[[str, int], Run]) -> Callable[[str, int], Run]:
+        def run(task: str, seed: int) -> Run:
+            whole, parent = way(task, seed), base(1)
+            assert whole.search is not None
+            search = dataclasses.replace(whole.search, parent=parent)
+            return dataclasses.replace(whole, parent=parent, search=search)
+
+        return run
+
+    ways = {name: of(searched(keys)) for name, keys in TIMED.items()}
+    return TuningStudy(ways, FIGURES, SETTINGS, ())
 
 
 def alone() -> TuningStudy:
@@ -257,18 +278,17 @@ def _eight(way: Callable[[str, int], Run | None]) -> Callable[[str, int], Run | 
     return run
 
 
-def _random(draw: int) -> Callable[[str, int], Run | None]:
-    """Units drawn without a search, others in every draw; tuned with one seed each."""
+def _random(task: str, seed: int) -> Run:
+    """Units drawn without a search, others for every seed."""
+    found = searched({"skipped": 4, "method": "random", "percent": 0.1})(task, seed)
+    assert found.search is not None
+    found.search.config.seed = 100 + seed  # apart from what is drawn in the tuning
+    return Run(found.config, found.parent, Run(found.search.config, base()))
 
-    def run(task: str, seed: int) -> Run | None:
-        if seed != draw % SEEDS:
-            return None
-        found = searched({"skipped": 4, "method": "random", "percent": 0.1})(task, seed)
-        assert found.search is not None
-        found.search.config.seed = 100 * (1 + draw)
-        return Run(found.config, found.parent, Run(found.search.config, base()))
 
-    return run
+def _below(seeds: int, way: Callable[[str, int], Run | None]) -> Callable[[str, int], Run | None]:
+    """A way that is done with so many seeds."""
+    return lambda task, seed: way(task, seed) if seed < seeds else None
 
 
 def rates() -> TuningStudy:
