@@ -65,8 +65,9 @@ def numbers_of(
 
     Returns:
         - ``workdir``, ``method``, ``reward``, ``split``, ``step``, ``skipped`` and ``flops_saved``;
-        - ``units``: of each ``unit``, ``stack``, ``layer``, ``part``, ``kept``, ``harm``, ``error``
-          (None: not known) and ``flops_share``;
+        - ``units``: of each ``unit``, ``stack``, ``layer``, ``part``, ``kept``, ``harm``, of it
+          ``expected`` before losses were compared, ``error`` (None: not known) and
+          ``flops_share``;
         - ``parameters`` and ``forward_flops`` (of an example) of ``full`` and ``pruned``;
         - ``latency``;
         - ``by_count`` of ``search.json``;
@@ -74,7 +75,8 @@ def numbers_of(
     """
     found = run.found
     errors = found.get("error", [None] * len(found["units"]))
-    told = zip(found["units"], found["costs"], found["harm"], errors, strict=True)
+    expected = found.get("expected", [0.0] * len(found["units"]))
+    told = zip(found["units"], found["costs"], found["harm"], expected, errors, strict=True)
     networks = {name: _network(setup, state, run, name) for name in NETWORKS}
     lengths = setup.budget.text_lengths
     return {
@@ -87,10 +89,11 @@ def numbers_of(
                 **_place(unit),
                 "kept": unit not in found["skipped"],
                 "harm": harm,
+                "expected": before,
                 "error": error,
                 "flops_share": cost,
             }
-            for unit, cost, harm, error in told
+            for unit, cost, harm, before, error in told
         ],
         "parameters": {
             name: sum(leaf.size for leaf in jax.tree.leaves(params))

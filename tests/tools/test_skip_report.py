@@ -28,7 +28,8 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("search")
     short = {"total_steps": 12, "checkpoint.every_steps": 12, "search.every_steps": 3}
     assert train(prepare(search_config(**short), folder / "base")) == ExitCode.OK
-    config = search_config(**short, init_from=str(folder / "base"))
+    own = {"init_from": str(folder / "base"), "search.prior": 1.0}
+    config = search_config(**short, **own)
     assert train(prepare(config, folder / "run")) == ExitCode.OK
     return folder / "run"
 
@@ -44,6 +45,8 @@ def test_the_page_and_its_numbers(search, tmp_path, capsys):
     assert [one["unit"] for one in numbers["units"]] == list(UNITS)
     assert [one["unit"] for one in numbers["units"] if not one["kept"]] == found["skipped"]
     assert [one["harm"] for one in numbers["units"]] == found["harm"]
+    assert [one["expected"] for one in numbers["units"]] == found["expected"]
+    assert all(0 < one < 2 for one in found["expected"])
     assert numbers["units"][1] | {"stack": "fusion_tower/image", "layer": 1} == numbers["units"][1]
     of = numbers["forward_flops"]
     assert 1 - of["pruned"] / of["full"] == pytest.approx(found["flops_saved"], rel=1e-5)
@@ -59,6 +62,7 @@ def test_the_page_and_its_numbers(search, tmp_path, capsys):
     assert len(steps) == 2  # after 3 of warm-up, every 3
     assert numbers["by_count"] == found["by_count"]
     page = (tmp_path / "out" / "skip_report.html").read_text()
+    assert "Of it expected" in page
     for text in ("Pattern: stacks by layers", "Preference: fusion_tower/text", "units skipped"):
         assert text in page
     assert not re.search(r'(src|href)="(?!#|data:)', page)  # self-contained

@@ -25,7 +25,8 @@ exp((mean b - b_i) / error of b_i): what differs by less than is known of it is 
 
 Losses of the first updates understate what an absence costs in the end, and where a task has not
 begun to be learned they say nothing of it. What is expected beforehand (``search.prior``) is added
-to b: a unit that leaves the tokens much as they enter it is expected to be missed less.
+to b, and how it varies to its error: a unit that leaves the tokens much as they enter it is
+expected to be missed less.
 
 What is chosen does least harm, as a sum over its units: the ``count`` units that do least, or least
 for each FLOP saved, or the set that does least of all those that save a share of the FLOPs. Harm is
@@ -327,6 +328,8 @@ class Regression:
             "compared": keep * state["compared"] + len(y) - 1.0,
         }
         harm, error = self._fit(sums)
+        # What is expected is off by about what units differ by in it: it is not to stop the search.
+        error = np.hypot(error, np.std(state["expected"]))
         harm = harm + state["expected"]
         if self.costs is not None:
             harm, error = harm / self.costs, error / self.costs
