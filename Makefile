@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKDIR ?= runs/demo
+SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 SOURCES := vlp_jax configs tools tests setup.py
 
 .PHONY: demo momo-demo test test-slow lint types format clean
@@ -15,10 +16,10 @@ momo-demo: $(READY)
 	$(BIN)/python -m tools.momo_demo --workdir=runs/momo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest $(SPREAD)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest $(SPREAD) -m "slow and not gpu"
 
 lint: $(READY)
 	$(BIN)/ruff check $(SOURCES)
