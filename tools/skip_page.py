@@ -83,7 +83,7 @@ def _chosen_section(numbers: Mapping[str, Any]) -> Section:
         kept = "Harm: 1 less the cosine of what enters and what leaves a unit."
     elif numbers["method"] == "greedy":
         kept = "Harm: what a unit's absence alone adds to the loss."
-    elif _is_expected(numbers):
+    elif any(one["expected"] for one in numbers["units"]):
         kept += " Of it expected: by how much a unit changes what it reads (search.prior)."
     worst = [(one["unit"], one["harm"]) for one in numbers["units"]]
     return Section(
@@ -115,24 +115,18 @@ def _pattern(numbers: Mapping[str, Any]) -> TableView:
     )
 
 
-def _is_expected(numbers: Mapping[str, Any]) -> bool:
-    """Whether the search had a prior."""
-    return any(one["expected"] for one in numbers["units"])
-
-
 def _stack_tables(numbers: Mapping[str, Any]) -> list[TableView]:
     stacks = dict.fromkeys(one["stack"] for one in numbers["units"])
-    header = ("of it expected",) if _is_expected(numbers) else ()
     return [
         table_view(
             stack,
-            ("unit", "", "harm", *header, "standard error", "flops_share"),
+            ("unit", "", "harm", "of it expected", "standard error", "flops_share"),
             [
                 (
                     one["unit"].removeprefix(stack).lstrip("_/"),
                     "kept" if one["kept"] else "skipped",
                     f"{one['harm']:+.4f}".replace("-", "−"),
-                    *(f"{one['expected']:+.4f}" for _ in header),
+                    f"{one['expected']:+.4f}" if one["expected"] else "–",
                     "–" if one["error"] is None else f"{one['error']:.4f}",
                     float(one["flops_share"]),
                 )

@@ -1,7 +1,7 @@
 """The study of ways to tune: one base, three tasks, and what each way costs and scores.
 
-    python -m tools.compare_stages docs.results.pcetl --archive=docs/results/pcetl.jsonl --out=OUT
-    python -m tools.study_latency docs.results.pcetl --archive=docs/results/pcetl.jsonl
+    python -m tools.compare_stages docs.results.pcetl --archive=... --out=OUT --seeds=6
+    python -m tools.study_latency docs.results.pcetl --archive=...
     python -m tools.pareto docs.results.pcetl --archive=... --out=docs/results/pcetl_pareto.png
 
 Data: `scenes`, level hard, 64 px (synthetic): 200,000 captioned pictures for the base, 50,000 of
@@ -14,6 +14,7 @@ alone (``alone``) and searches by worse labels (``robustness``).
 
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import pathlib
@@ -38,33 +39,22 @@ FIGURES = {
     "nlvr2": ("test/accuracy",),
     "retrieval": ("test/reranked/i2t_r1", "test/reranked/t2i_r1"),
 }
-# Peak learning rates that are tried for every method, of which ``choose`` takes one. NLVR2 learns
-# at lower ones (docs/results/transfer.md), and takes the longest: it comes first.
+# Method -> task -> peak learning rates that are tried, of which ``choose`` takes one. NLVR2 learns
+# at lower ones than VQA (docs/results/transfer.md).
 TRIED: dict[str, dict[str, tuple[float, ...]]] = {
-    "nlvr2": {
-        "full": (3e-5, 1e-4),
-        "head": (3e-4, 1e-3),
-        "bitfit": (3e-4, 1e-3),
-        "lora": (3e-4, 1e-3),
-        "adapter": (1e-4, 3e-4, 1e-3),
-        "scaled_parallel": (1e-4, 3e-4, 1e-3),
-        "shallow_prompt": (3e-4, 1e-3),
-        "deep_prompt": (3e-4, 1e-3),
-    },
-    "vqa": {
-        "full": (1e-4, 3e-4),
-        "head": (3e-4, 1e-3),
-        "bitfit": (1e-3, 3e-3),
-        "lora": (1e-3, 3e-3),
-        "adapter": (3e-4, 1e-3, 3e-3),
-        "scaled_parallel": (3e-4, 1e-3, 3e-3),
-        "shallow_prompt": (3e-4, 1e-3, 1e-2),
-        "deep_prompt": (3e-4, 1e-3),
-    },
+    "full": {"nlvr2": (3e-5, 1e-4), "vqa": (1e-4, 3e-4)},
+    "head": {"nlvr2": (3e-4, 1e-3), "vqa": (3e-4, 1e-3)},
+    "bitfit": {"nlvr2": (3e-4, 1e-3), "vqa": (1e-3, 3e-3)},
+    "lora": {"nlvr2": (3e-4, 1e-3), "vqa": (1e-3, 3e-3)},
+    "adapter": {"nlvr2": (1e-4, 3e-4, 1e-3), "vqa": (3e-4, 1e-3, 3e-3)},
+    "scaled_parallel": {"nlvr2": (1e-4, 3e-4, 1e-3), "vqa": (3e-4, 1e-3, 3e-3)},
+    "shallow_prompt": {"nlvr2": (3e-4, 1e-3), "vqa": (3e-4, 1e-3, 1e-2)},
+    "deep_prompt": {"nlvr2": (3e-4, 1e-3), "vqa": (3e-4, 1e-3)},
 }
+TRIED_ON = ("nlvr2", "vqa")  # the longest first
 LIKE = {"retrieval": "vqa"}  # task whose rates another takes
 SEEDS, DRAWS = 3, 6  # of what is compared; of random units
-TIMED = {"DAS 4": {"skipped": 4}, "DAS 12%": {"flops_saved": 0.12}}
+TIMED = ("DAS 4", "DAS 12%")  # of the ways
 PAPER = {"reward": "paper", "prior": 0.0, "split": "train", "every_steps": 10, "candidates": 3}
 # The training labels of a search, see ``vlp_jax.data.worse_labels``.
 WORSE: dict[str, dict[str, float]] = {
@@ -125,7 +115,7 @@ def task_config(task: str, method: str, seed: int, rate: float | None = None) ->
     config.data.batch_size = BATCH
     config.data.num_edges = 1
     of, like = LIKE.get(task, task), "adapter" if method == "das" else method
-    config.schedule.peak = rate or RATES.get(of, {}).get(like, TRIED[of][like][1])
+    config.schedule.peak = rate or RATES.get(like, {}).get(of, TRIED[like][of][1])
     config.checkpoint.every_percent = 100.0
     config.log.tensorboard = False
     if method not in ("full", "head"):
@@ -193,7 +183,7 @@ def units() -> tuple[str, ...]:
 
 def study() -> TuningStudy:
     """What ``tools.compare_stages --seeds=6`` does: more draws of random units than seeds."""
-    ways: dict[str, Callable[[str, int], Run | None]] = {name: tuned(name) for name in TRIED["vqa"]}
+    ways: dict[str, Callable[[str, int], Run | None]] = {name: tuned(name) for name in TRIED}
     ways |= {f"DAS {k}": searched({"skipped": k}) for k in (2, 4, 6)}
     ways |= {f"DAS {share:.0%}": searched({"flops_saved": share}) for share in (0.12, 0.25)}
     ways["DAS 25%, scaled parallel"] = searched({"flops_saved": 0.25}, "scaled_parallel")
@@ -218,17 +208,10 @@ def timed() -> TuningStudy:
     scores say nothing here.
     """
 
-    def of(way: Callable[[str, int], Run]) -> Callable[[str, int], Run]:
-        def run(task: str, seed: int) -> Run:
-            whole, parent = way(task, seed), base(1)
-            assert whole.search is not None
-            search = dataclasses.replace(whole.search, parent=parent)
-            return dataclasses.replace(whole, parent=parent, search=search)
-
-        return run
-
-    ways = {name: of(searched(keys)) for name, keys in TIMED.items()}
-    return TuningStudy(ways, FIGURES, SETTINGS, ())
+    ways, parent = study().ways, base(1)
+    return TuningStudy(
+        {name: _from(parent, ways[name]) for name in TIMED}, FIGURES, SETTINGS, less=()
+    )
 
 
 def alone() -> TuningStudy:
@@ -286,6 +269,19 @@ def _random(task: str, seed: int) -> Run:
     return Run(found.config, found.parent, Run(found.search.config, base()))
 
 
+def _from(parent: Run, way: Callable[[str, int], Run | None]) -> Callable[[str, int], Run | None]:
+    """A way with a search, from another base."""
+
+    def run(task: str, seed: int) -> Run | None:
+        whole = way(task, seed)
+        if whole is None or whole.search is None:
+            return None
+        search = dataclasses.replace(whole.search, parent=parent)
+        return dataclasses.replace(whole, parent=parent, search=search)
+
+    return run
+
+
 def _below(seeds: int, way: Callable[[str, int], Run | None]) -> Callable[[str, int], Run | None]:
     """A way that is done with so many seeds."""
     return lambda task, seed: way(task, seed) if seed < seeds else None
@@ -295,11 +291,11 @@ def rates() -> TuningStudy:
     """How the rates were chosen: on the validation splits."""
     ways = {
         f"{task}, {method}, {rate:g}": _tried(task, method, rate)
-        for task, methods in TRIED.items()
-        for method, rates in methods.items()
-        for rate in rates
+        for task in TRIED_ON
+        for method, tried in TRIED.items()
+        for rate in tried[task]
     }
-    return TuningStudy(ways, dict.fromkeys(TRIED, ("val/accuracy",)), SETTINGS, ())
+    return TuningStudy(ways, dict.fromkeys(TRIED_ON, ("val/accuracy",)), SETTINGS, ())
 
 
 def _tried(task: str, method: str, rate: float) -> Callable[[str, int], Run | None]:
@@ -308,23 +304,23 @@ def _tried(task: str, method: str, rate: float) -> Callable[[str, int], Run | No
 
 
 def choose(archive: pathlib.Path) -> dict[str, dict[str, float]]:
-    """Of every task and method, where all rates that were tried are done, the lowest that is good.
+    """Of every method and task, where all rates that were tried are done, the lowest that is good.
 
     Good is what scores within a standard error of the best: rates at the upper end train most runs
     as well, and make of some nothing at all.
     """
     scores = rates().scores(read_archive(archive), [0])
     found: dict[str, dict[str, float]] = {}
-    for task, methods in TRIED.items():
-        examples = task_config(task, "full", 0).evals.val.num_examples
-        for method, tried in methods.items():
-            names = [f"{task}, {method}, {rate:g}" for rate in tried]
-            mine = [scores.get(name, {}).get(task, {}).get(0) for name in names]
-            if None not in mine:
-                best = max(mine)
-                least = best - math.sqrt(best * (1 - best) / examples)
-                good = [r for r, score in zip(tried, mine, strict=True) if score >= least]
-                found.setdefault(task, {})[method] = min(good)
+    for task, method in itertools.product(TRIED_ON, TRIED):
+        tried = TRIED[method][task]
+        names = [f"{task}, {method}, {rate:g}" for rate in tried]
+        mine = [scores.get(name, {}).get(task, {}).get(0) for name in names]
+        if None not in mine:
+            best = max(mine)
+            examples = task_config(task, method, 0).evals.val.num_examples
+            least = best - math.sqrt(best * (1 - best) / examples)
+            good = [rate for rate, score in zip(tried, mine, strict=True) if score >= least]
+            found.setdefault(method, {})[task] = min(good)
     return found
 
 

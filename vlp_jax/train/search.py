@@ -133,6 +133,11 @@ class Search:
             section.final_batches,
         )
 
+    @property
+    def measures_similarity(self) -> bool:
+        """Whether it asks how much units change the tokens."""
+        return self.method == "similarity" or (self.learner is not None and self.prior > 0)
+
     def init(self) -> dict[str, jax.Array]:
         """Of the state: nothing is learned yet."""
         if self.learner is None:

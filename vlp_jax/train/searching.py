@@ -98,7 +98,7 @@ class Searcher:
         with jax.set_mesh(program.mesh):
             lowered = jitted.lower(program.state_spec, batches, skipped, number)
             self._losses = lowered.compile()
-            if search.method == "similarity" or search.prior:
+            if search.measures_similarity:
                 cosines = jax.jit(self._compared_tokens, out_shardings=everywhere)
                 self._cosines = cosines.lower(program.state_spec, batches).compile()
         self.compile_seconds = time.perf_counter() - begun

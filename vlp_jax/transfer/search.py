@@ -50,7 +50,7 @@ Reward = Literal["held_out", "paper"]
 Cost = Literal["none", "per_flop"]
 _GRID = 100_000  # parts of the FLOPs, in which a set under a budget is told apart
 _TRIES = 40  # times that choices are drawn until they differ, the last ones all but alike
-_TIE = 1e-9  # part of the harm
+_TIE = 1e-9  # of the greatest harm: tells units apart that do the same
 _RIDGE = 1.0  # as of one comparison that has seen no harm
 
 State = Mapping[str, Any]  # what has been learned; float32 arrays
