@@ -5,6 +5,7 @@ import shutil
 import types
 from contextlib import nullcontext
 
+import chex
 import numpy as np
 import pytest
 from tiny import tiny_model
@@ -20,6 +21,7 @@ from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.preemption import ExitCode
 from vlp_jax.infra.sharding import by_path
+from vlp_jax.models.pretrained import merge
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives.classification import Classification
 from vlp_jax.train.checks import changed_keys, check_texts, without_foreign_heads
@@ -137,6 +139,28 @@ def test_a_moving_average_of_keys_starts_from_the_origin(origin, tmp_path):
     kernel = target["patch_embedding"]["kernel"]
     np.testing.assert_array_equal(kernel, state.params["image_tower"]["patch_embedding"]["kernel"])
     assert (kernel != fresh.params["image_tower"]["patch_embedding"]["kernel"]).any()
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_what_the_origin_gives_is_not_drawn_and_the_rest_is_drawn_as_ever(
+    ema_decay, origin, tmp_path
+):
+    config = changed(**{"init_from": str(origin.workdir), "optim.ema_decay": ema_decay})
+    with config.unlocked():  # with positions that are resized, and a part that is new
+        config.data.image_size *= 2
+        config.objectives.itc = {"embedding_dim": 8}
+    setup = prepare(config, tmp_path)
+    state, report = setup.first_state()
+    assert all(report.of(status) for status in ("used", "resized", "new"))
+
+    whole = setup.program.init()
+    merged, _ = merge(whole.params, setup.origin.arrays)
+    chex.assert_trees_all_equal(state, setup.program.started_from(merged, whole))
+
+    given = {row.parameter for row in report.of("used")}
+    drawn = by_path(whole.params)
+    for path, leaf in by_path(setup.program.init(given).params).items():
+        assert (leaf == (0 if path in given else drawn[path])).all(), path
 
 
 def test_a_tokenizer_is_kept_of_a_run_that_has_begun_alone(tmp_path):

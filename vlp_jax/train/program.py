@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from vlp_jax.data.build import batch_fields
 from vlp_jax.data.named import batch_section
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.mesh import batch_sharding, check_batch_size, global_batch, replicated
-from vlp_jax.infra.sharding import by_path, shardings
+from vlp_jax.infra.sharding import by_path, leaf_path, shardings
 from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives import build_objectives
@@ -245,12 +245,36 @@ class Program:
         """The sharding of every leaf of the state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.state_spec)
 
-    def init(self) -> TrainState:
-        """A fresh state, created where it belongs."""
+    def init(self, given: Collection[str] = ()) -> TrainState:
+        """A fresh state, created where it belongs.
+
+        Args:
+            given: paths of parameters whose values come from elsewhere. They are zeros here: of a
+                run that starts from another, most of what is compiled would draw what is then
+                thrown away.
+        """
+
+        def fresh(key: jax.Array) -> TrainState:
+            state = self._init(key)
+
+            def kept(path: Any, leaf: jax.Array) -> jax.Array:
+                return jnp.zeros_like(leaf) if leaf_path(path) in given else leaf
+
+            return self.started_from(jax.tree_util.tree_map_with_path(kept, state.params), state)
+
         # The key is an argument, so that runs with other seeds find this program compiled.
         with jax.set_mesh(self.mesh):
-            init = jax.jit(self._init, out_shardings=self.state_shardings)
+            init = jax.jit(fresh if given else self._init, out_shardings=self.state_shardings)
             return init(jax.random.key(self.config.seed))
+
+    def started_from(self, params: Any, state: TrainState) -> TrainState:
+        """A fresh state with other parameters, and all that is made of them made of these."""
+        own = state.extras["objectives"]
+        started = {o.name: o.started_from(params, own[o.name]) for o in self.objectives}
+        extras = {**state.extras, "objectives": started}
+        if extras["ema"]:
+            extras = {**extras, "ema": jax.tree.map(jnp.copy, params)}
+        return state.replace(params=params, extras=extras)
 
     @property
     def moment_spec(self) -> Moment:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -169,20 +168,19 @@ class Setup:
 
     def first_state(self) -> tuple[TrainState, Report | None]:
         """A fresh state, with the parameters of ``origin`` where they fit, and their report."""
-        state = self.program.init()
         if self.origin is None:
-            return state, None
+            return self.program.init(), None
+        arrays, shapes = self.origin.arrays, _shapes(self.program.state_spec.params)
+        given = {
+            path for path, shape in shapes.items() if path in arrays and arrays[path].shape == shape
+        }
+        state = self.program.init(given)
         skipped = skipped_units(self.config.model)
-        merged, report = merge(state.params, self.origin.arrays, self.origin.where, skipped)
+        merged, report = merge(state.params, arrays, self.origin.where, skipped)
         params = jax.tree.map(
             lambda new, old: jax.device_put(new, old.sharding), merged, state.params
         )
-        own = state.extras["objectives"]
-        started = {o.name: o.started_from(params, own[o.name]) for o in self.program.objectives}
-        extras = {**state.extras, "objectives": started}
-        if extras["ema"]:
-            extras = {**extras, "ema": jax.tree.map(jnp.copy, params)}
-        return state.replace(params=params, extras=extras), report
+        return self.program.started_from(params, state), report
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
