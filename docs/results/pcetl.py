@@ -33,7 +33,7 @@ from vlp_jax.models.sizes import build_model
 SIZE, IMAGES = "small", 200_000
 BASE_UPDATES, BASE_PEAK = 5_000, 1e-3
 BATCH = 128
-UPDATES = {"vqa": 1_500, "nlvr2": 2_500, "retrieval": 1_200}
+UPDATES = {"vqa": 1_500, "nlvr2": 2_500, "retrieval": 800}
 FIGURES = {
     "vqa": ("test/accuracy",),
     "nlvr2": ("test/accuracy",),
