@@ -136,27 +136,34 @@ def test_the_lowest_rate_within_noise_of_the_best_is_taken_once_all_were_tried(
     scores = {
         ("vqa", "lora"): (0.71, 0.74),  # of 2,000 questions: a standard error is 0.01
         ("vqa", "adapter"): (0.60, 0.735, 0.74),
+        ("retrieval", "full"): (0.69, 0.70),  # of 500 pictures: 0.02
+        ("retrieval", "head"): (0.6, 0.7),
         ("nlvr2", "head"): (0.5,),
     }
     lines = []
     for (task, method), found in scores.items():
         for rate, score in zip(pcetl.TRIED[method][task], found, strict=False):
             run = rates.run(f"{task}, {method}, {rate:g}", task, 0)
-            lines.append(json.dumps({**record(run, 0), "metrics": {"val/accuracy": score}}))
+            metrics = dict.fromkeys(pcetl.VALIDATED[task], score)
+            lines.append(json.dumps({**record(run, 0), "metrics": metrics}))
     archive = tmp_path / "archive.jsonl"
     archive.write_text("\n".join(lines) + "\n")
-    expected = {m: {"vqa": pcetl.TRIED[m]["vqa"][1]} for m in ("lora", "adapter")}
-    assert pcetl.choose(archive) == expected
+    taken = [("vqa", "lora", 1), ("vqa", "adapter", 1), ("retrieval", "full", 0)]
+    taken += [("retrieval", "head", 1)]
+    assert pcetl.choose(archive) == {
+        method: {task: pcetl.TRIED[method][task][index]} for task, method, index in taken
+    }
 
 
 def test_rates_are_tried_on_their_task_alone_and_taken_by_it(monkeypatch) -> None:
     rates = pcetl.rates()
     tried = [(way, task) for way in rates.ways for task in rates.figures if rates.run(way, task, 0)]
-    assert len(tried) == len(rates.ways) == 37
+    assert len(tried) == len(rates.ways) == 53
     assert all(way.startswith(f"{task}, ") for way, task in tried)
     monkeypatch.setattr(pcetl, "RATES", {"adapter": {"vqa": 0.5, "nlvr2": 0.25}})
     taken = {task: pcetl.task_config(task, "das", 0).schedule.peak for task in pcetl.UPDATES}
-    assert taken == {"vqa": 0.5, "nlvr2": 0.25, "retrieval": 0.5}
+    untold = pcetl.TRIED["adapter"]["retrieval"][1]
+    assert taken == {"vqa": 0.5, "nlvr2": 0.25, "retrieval": untold}
 
 
 def test_more_units_are_drawn_at_random_than_other_ways_have_seeds() -> None:
