@@ -101,6 +101,9 @@ class Searcher:
             if search.measures_similarity:
                 cosines = jax.jit(self._compared_tokens, out_shardings=everywhere)
                 self._cosines = cosines.lower(program.state_spec, batches).compile()
+        if search.learner is not None:  # small programs, that the first comparison would wait for
+            rng = jax.device_put(jax.random.key(0), program.state_spec.rng.sharding)
+            self._drawn(rng, 0, jax.device_get(search.init()))
         self.compile_seconds = time.perf_counter() - begun
 
     def over(self, plan: JointPlan) -> "Searcher":
@@ -149,9 +152,7 @@ class Searcher:
         if search.prior and isinstance(learner, Regression) and not learned["compared"]:
             expected = search.prior * self._dissimilarity(state, [self._number(step)])
             learned = learner.expecting(learned, expected)
-        key = jax.random.fold_in(jax.random.fold_in(state.rng, step), _CANDIDATES)
-        weights = search.log_weights(learned)
-        drawn = search.choice.draws(key, weights, search.candidates)
+        drawn = self._drawn(state.rng, step, learned)
         compared = self.on(state, drawn, [self._number(step)])
         learned = learner.learn(learned, drawn, compared.losses[0])
         specs = self._program.state_spec.extras["search"]
@@ -259,6 +260,12 @@ class Searcher:
             self._loader.close()
             self._loader = None
 
+    def _drawn(self, rng: jax.Array, step: int, learned: Mapping[str, Any]) -> np.ndarray:
+        """The choices that are compared before an update: bool [candidates, n]."""
+        key = jax.random.fold_in(jax.random.fold_in(rng, step), _CANDIDATES)
+        choice, weights = self._search.choice, self._search.log_weights(learned)
+        return choice.draws(key, weights, self._search.candidates)
+
     def _harm(self, state: TrainState) -> np.ndarray:
         """Of the methods that learn nothing as the run goes."""
         search, units = self._search, self._search.choice.units
@@ -343,13 +350,13 @@ class Searcher:
         """The state with the switches of its parameters as chosen."""
         units = self._search.choice.units
         kept = {unit: float(not gone) for unit, gone in zip(units, skipped, strict=True)}
-        params = with_kept(state.params, kept)
+        switched = with_kept(state.params, kept)
+
+        def placed(new: jax.Array, old: jax.Array, spec: jax.ShapeDtypeStruct) -> jax.Array:
+            return old if new is old else jax.device_put(new, spec.sharding)
+
         specs = self._program.state_spec.params
-        return state.replace(
-            params=jax.tree.map(
-                lambda leaf, spec: jax.device_put(leaf, spec.sharding), params, specs
-            )
-        )
+        return state.replace(params=jax.tree.map(placed, switched, state.params, specs))
 
 
 def build_searcher(
