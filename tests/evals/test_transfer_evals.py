@@ -141,6 +141,48 @@ def test_retrieval_counts_all_captions(transfer):
     assert evaluator._ranker.batch_size == 8
 
 
+@pytest.mark.parametrize(
+    ("section", "programs"),
+    [
+        (
+            {"type": "task", "source": "colours", "objective": "colour", "controls": False},
+            lambda evaluator: [evaluator._predict],
+        ),
+        (
+            {"type": "retrieval", "source": "scenes", "matching": "itm", "shortlist": 4},
+            lambda evaluator: [evaluator._ranker._images, evaluator._ranker._texts],
+        ),
+        (
+            {"type": "captioning", "source": "scenes", "objective": "flm", "controls": False},
+            lambda evaluator: [evaluator._captions],
+        ),
+    ],
+    ids=["task", "retrieval", "captioning"],
+)
+def test_evaluators_of_two_splits_compile_one_program_and_see_their_own_records(
+    transfer, section, programs
+):
+    whole, params = transfer
+    sections = {s: {**section, "split": s, "num_examples": 16} for s in ("val", "test")}
+
+    def evaluated(**wanted):
+        context = dataclasses.replace(whole)  # nothing is shared with other contexts
+        with context.config.unlocked():
+            context.config.evals = wanted
+        evaluators = build_evaluators(context)
+        return evaluators, {n: dict(e.run(params)) for n, e in evaluators.items()}
+
+    both, together = evaluated(**sections)
+    for one, other in zip(*map(programs, both.values()), strict=True):
+        assert one is other
+        assert one._cache_size() == 1
+    apart = {}
+    for name, alone in sections.items():
+        apart |= evaluated(**{name: alone})[1]
+    assert together == apart
+    assert apart["val"] != apart["test"]
+
+
 def test_cached_towers_match_as_pairs_encoded_anew(transfer):
     """Whatever the batch, and whichever pairs share a tower."""
     context, params = transfer

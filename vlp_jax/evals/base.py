@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -74,7 +74,7 @@ class EvalContext:
         sources: training sources of the run by name.
         edges: increasing text lengths that the training plan pads to.
         workdir: where artefacts go, below ``artifacts/``; None: nowhere.
-        shared: what several evaluators use, by its arguments (``features.LabelledSets.of``).
+        shared: what several evaluators use, see ``once``.
     """
 
     config: ConfigDict
@@ -85,6 +85,21 @@ class EvalContext:
     edges: tuple[int, ...]
     workdir: pathlib.Path | None
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, compare=False)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What evaluators of a run have in common, made for the first that asks for it.
+
+        A jitted function, above all: evaluators that differ by the records that they read, as those
+        of a validation and of a test split, trace and compile one program and not two.
+
+        Args:
+            key: all that it depends on, apart from the run.
+            make: makes it.
+        """
+        if key not in self.shared:
+            self.shared[key] = make()
+        found: T = self.shared[key]
+        return found
 
     def objective(self, evaluator: str, name: str, kind: type[T]) -> T:
         """The objective that ``evals.<evaluator>.objective`` names.

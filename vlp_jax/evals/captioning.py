@@ -85,7 +85,10 @@ class Captioning:
             )
         except ValueError as error:
             raise ConfigError(f"evals.{name}", str(error), "Mend the keys named") from error
-        self._captions = jax.jit(self._best_captions, out_shardings=replicated(context.mesh))
+        self._captions = context.once(
+            (Captioning, objective, self._search),
+            lambda: jax.jit(self._best_captions, out_shardings=replicated(context.mesh)),
+        )
 
     def run(self, params: Params, step: int = 0) -> Iterator[tuple[str, float]]:
         """Caption the set; see the class for the metrics."""

@@ -148,10 +148,7 @@ class LabelledSets:
     @classmethod
     def of(cls, context: EvalContext, name: str, *arguments: Any) -> Self:
         """One for all evaluators of a run that ask for the same sets; see the constructor."""
-        if arguments not in context.shared:
-            context.shared[arguments] = cls(context, name, *arguments)
-        sets: Self = context.shared[arguments]
-        return sets
+        return context.once((cls, *arguments), lambda: cls(context, name, *arguments))
 
     def embed(self, params: Params) -> tuple[Features, Features]:
         """Features of the training pictures and of those held out.

@@ -89,7 +89,9 @@ class FixedSet:
         batch_size = min(batch_size, -(-num_examples // shards) * shards)
         self.plan = fixed_plan(context, self.source, num_examples, batch_size)
         self.rows = host_rows(context.mesh, batch_size)
-        self.gather = jax.jit(lambda arrays: arrays, out_shardings=replicated(context.mesh))
+        self.gather = context.once(
+            "gather", lambda: jax.jit(lambda arrays: arrays, out_shardings=replicated(context.mesh))
+        )
         self._extra_fields = tuple(extra_fields)
         self._kept: list[HostBatch] | None = None
 

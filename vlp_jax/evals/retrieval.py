@@ -67,7 +67,10 @@ class Retrieval:
         self._set = FixedSet(context, name, source, split, num_examples, batch_size)
         itm = context.objective(name, matching, ITM) if matching else None
         itc = context.objective(name, objective, ITC)
-        self._ranker = Ranker(itc, itm, context.mesh, self._set.plan.batch_size)
+        rows = self._set.plan.batch_size
+        self._ranker = context.once(
+            (Ranker, objective, matching, rows), lambda: Ranker(itc, itm, context.mesh, rows)
+        )
         self._max_captions, self._shortlist = max_captions, shortlist
         self.figures: tuple[str, ...] = (*RETRIEVAL_SCORES, "chance_r1")
         if itm is not None:

@@ -82,7 +82,10 @@ class Task:
         self._set = FixedSet(context, name, source, split, num_examples, batch_size, fields)
         self._source = uncached(self._set.source)
         self._train = context.sources[source]
-        self._predict = jax.jit(self._best_class, out_shardings=replicated(context.mesh))
+        self._predict = context.once(
+            (Task, objective, len(self._source.classes)),
+            lambda: jax.jit(self._best_class, out_shardings=replicated(context.mesh)),
+        )
 
     def run(self, params: Params, step: int = 0) -> Iterator[tuple[str, float]]:
         """Score the set; see the class for the metrics."""

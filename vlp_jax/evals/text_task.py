@@ -78,7 +78,10 @@ class TextTask:
         self.figures: tuple[str, ...] = (*GLUE_SCORES.get(self._task, own), "score")
         if self._classes:
             self.figures += ("majority",)
-        self._answer = jax.jit(self._answers, out_shardings=replicated(context.mesh))
+        self._answer = context.once(
+            (TextTask, objective, len(self._classes)),
+            lambda: jax.jit(self._answers, out_shardings=replicated(context.mesh)),
+        )
         self._most: int | None = None
 
     def run(self, params: Params, step: int = 0) -> Iterator[tuple[str, float]]:
