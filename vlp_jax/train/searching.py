@@ -96,11 +96,12 @@ class Searcher:
         rows = {name: plan.batch_size for name, plan in self._plan.plans.items()}
         batches = program.batch_specs(self._bucket, rows)
         with jax.set_mesh(program.mesh):
-            lowered = jitted.lower(program.state_spec, batches, skipped, number)
+            seen = _seen(program.state_spec)
+            lowered = jitted.lower(seen, batches, skipped, number)
             self._losses = lowered.compile()
             if search.measures_similarity:
                 cosines = jax.jit(self._compared_tokens, out_shardings=everywhere)
-                self._cosines = cosines.lower(program.state_spec, batches).compile()
+                self._cosines = cosines.lower(seen, batches).compile()
         if search.learner is not None:  # small programs, that the first comparison would wait for
             rng = jax.device_put(jax.random.key(0), program.state_spec.rng.sharding)
             self._drawn(rng, 0, jax.device_get(search.init()))
@@ -239,11 +240,12 @@ class Searcher:
         size, everywhere = self._search.candidates, replicated(self._program.mesh)
         spare = -len(choices) % size  # so that there is one program
         filled = np.concatenate([choices, np.repeat(choices[-1:], spare, axis=0)])
+        seen = _seen(state)
         losses, metrics = [], []
         for number in numbers:
             batches = self._batches(number)
             found = [
-                self._losses(state, batches, *jax.device_put((part, np.int32(number)), everywhere))
+                self._losses(seen, batches, *jax.device_put((part, np.int32(number)), everywhere))
                 for part in np.split(filled, len(filled) // size)
             ]
             loss, told = jax.tree.map(
@@ -290,7 +292,8 @@ class Searcher:
             state: of the run.
             numbers: of the batches, in the plan.
         """
-        found = [self._cosines(state, self._batches(number)) for number in numbers]
+        seen = _seen(state)
+        found = [self._cosines(seen, self._batches(number)) for number in numbers]
         return 1.0 - np.mean(np.asarray(jax.device_get(found), np.float64), axis=0)
 
     def _fresh(self, step: int) -> Sequence[int]:
@@ -357,6 +360,11 @@ class Searcher:
 
         specs = self._program.state_spec.params
         return state.replace(params=jax.tree.map(placed, switched, state.params, specs))
+
+
+def _seen(state: TrainState) -> TrainState:
+    """What a comparison reads of a state: its time is the host's, who hands over every array."""
+    return state.replace(opt_state=())
 
 
 def build_searcher(
