@@ -39,7 +39,7 @@ FIGURES = {
     "nlvr2": ("test/accuracy",),
     "retrieval": ("test/reranked/i2t_r1", "test/reranked/t2i_r1"),
 }
-# Of the rates that are tried, see ``choose``.
+# Task -> of a run's metrics, by whose mean ``choose`` takes one of the rates that were tried.
 VALIDATED = {
     "vqa": ("val/accuracy",),
     "nlvr2": ("val/accuracy",),
