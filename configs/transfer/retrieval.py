@@ -21,7 +21,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config, which = base("retrieval", arg, ("scenes", "pack", "coco"))
     captions(config, which)
     with config.unlocked():
-        config.objectives.itc = {}
+        config.objectives.itc = {"pool": "auto"}
         config.objectives.itm = {"readout": "auto"}
     evaluate(
         config,

@@ -1,6 +1,6 @@
 """One stack for both modalities: what meets what, and what does not."""
 
-from typing import Any
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.sharding import by_path
 from vlp_jax.models.encoder import TextStates
 from vlp_jax.models.masks import bidirectional_mask, token_mask, two_stream_mask
+from vlp_jax.models.pooling import Pool
 from vlp_jax.models.shared import SharedModel
 from vlp_jax.models.sizes import build_model, model_config, parameter_table
 from vlp_jax.objectives.readout import Readout
@@ -101,11 +102,14 @@ def test_an_image_alone_leaves_what_texts_have_alone(model: SharedModel, params:
     untouched(jax.jit(jax.grad(total))(params), TEXT_SIDE)
 
 
-def test_the_feature_of_an_image_is_the_class_token_of_the_tower(
-    model: SharedModel, params: Any
+@pytest.mark.parametrize("pool", get_args(Pool))
+def test_the_feature_of_an_image_is_what_is_read_of_the_tower(
+    model: SharedModel, params: Any, pool: Pool
 ) -> None:
     def both(model: SharedModel) -> tuple[jax.Array, jax.Array]:
-        return model.image_feature(model.encode_image(PIXELS)), model.image_tower(PIXELS)[:, 0]
+        tower = model.image_tower(PIXELS)
+        expected = tower[:, 0] if pool == "class" else tower[:, 1:].mean(axis=1)
+        return model.image_feature(model.encode_image(PIXELS), pool=pool), expected
 
     np.testing.assert_array_equal(*run(model, params, both))
 

@@ -1,6 +1,6 @@
 """Three towers: what reads what, every objective over them, and how large they are."""
 
-from typing import Any
+from typing import Any, get_args
 
 import chex
 import flax.linen as nn
@@ -31,6 +31,7 @@ from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import make_mesh
 from vlp_jax.infra.sharding import by_path, describe
 from vlp_jax.models.masks import bidirectional_mask, two_stream_mask
+from vlp_jax.models.pooling import Pool
 from vlp_jax.models.sizes import build_model, model_config, parameter_table
 from vlp_jax.models.three_towers import ThreeTowers
 from vlp_jax.models.vision_language import two_stacks
@@ -120,14 +121,15 @@ def test_objectives_train_what_they_read_and_nothing_else(
     assert moved == touched
 
 
-def test_a_text_alone_reads_its_tower_alone(params: Any) -> None:
+@pytest.mark.parametrize("pool", get_args(Pool))
+def test_a_text_alone_reads_its_tower_alone(params: Any, pool: Pool) -> None:
     """Whatever the others hold; heads read the tower after its norm."""
 
     def forward(model: ThreeTowers) -> tuple[jax.Array, jax.Array]:
         mask = bidirectional_mask(N, TOKENS)[:, None]
         states = model.encode_text(IDS, mask, None, ("bidirectional",))
         assert not states.upper
-        return states.last, model.text_feature(IDS, N)
+        return states.last, model.text_feature(IDS, N, pool=pool)
 
     broken = {
         name: part if name in TEXT else jax.tree.map(lambda leaf: leaf * np.nan, part)
@@ -135,16 +137,21 @@ def test_a_text_alone_reads_its_tower_alone(params: Any) -> None:
     }
     last, feature = compiled(forward, broken)()
     assert np.isfinite(last).all()
-    np.testing.assert_allclose(last[:, 0, 0], feature, atol=1e-6)
+    for row, length in enumerate(np.asarray(N)):
+        tokens = last[row, 0, :1] if pool == "class" else last[row, 0, 1:length]
+        np.testing.assert_allclose(tokens.mean(axis=0), feature[row], atol=1e-6)
     scale, bias = params["text_tower"]["norm"]["scale"], params["text_tower"]["norm"]["bias"]
     plain = (np.asarray(last) - bias) / scale
     np.testing.assert_allclose(plain.std(axis=-1), 1, atol=1e-3)
 
 
-def test_an_image_is_read_at_the_class_token_of_its_tower(params: Any) -> None:
+@pytest.mark.parametrize("pool", get_args(Pool))
+def test_an_image_is_read_as_its_tower_has_made_it(params: Any, pool: Pool) -> None:
     def forward(model: ThreeTowers) -> tuple[jax.Array, jax.Array]:
         pixels = normalize(jnp.asarray(BATCH["image"]))
-        return model.image_feature(model.encode_image(pixels)), model.image_tower(pixels)[:, 0]
+        tower = model.image_tower(pixels)
+        expected = tower[:, 0] if pool == "class" else tower[:, 1:].mean(axis=1)
+        return model.image_feature(model.encode_image(pixels), pool=pool), expected
 
     feature, expected = compiled(forward, {name: params[name] for name in IMAGE})()
     np.testing.assert_array_equal(feature, expected)

@@ -1,5 +1,7 @@
 """ITC over the global batch and ITM with hard negatives."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,8 +20,10 @@ from tiny import (
 )
 
 from vlp_jax.compress.buckets import Bucket
+from vlp_jax.data.augment import normalize
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import make_mesh
+from vlp_jax.models.masks import bidirectional_mask
 from vlp_jax.objectives import build_objectives
 from vlp_jax.objectives.contrastive import CONTRASTIVE_HEAD, ITC, ITM
 
@@ -70,14 +74,38 @@ def test_itc_is_the_symmetric_cross_entropy_of_cosines(itc, params):
     np.testing.assert_allclose(output.loss.sum, expected, rtol=1e-4)
     assert float(output.loss.weight) == rows.sum()
     np.testing.assert_allclose(scale, 1 / 0.07, rtol=1e-5)
+    for side, units in (("image", image), ("text", text)):
+        found = output.metrics[f"{side}_embedding_std"]
+        np.testing.assert_allclose(found.sum, units[rows].std(axis=0).mean(), rtol=1e-4)
 
 
-def test_padding_tokens_do_not_matter(itc, params):
-    batch = arrays()
+@pytest.mark.parametrize("pool", ["class", "mean"])
+def test_padding_tokens_do_not_matter(itc, params, pool):
+    itc, batch = dataclasses.replace(itc, pool=pool), arrays()
     padding = np.arange(TOKENS)[None] >= np.asarray(batch["text_length"])[:, None]
     other = {**batch, "text_ids": jnp.where(jnp.asarray(padding), 9, batch["text_ids"])}
     loss = jax.jit(lambda b: itc.loss(params, {}, b, KEY, SIZES, train=False).loss.sum)
     assert float(loss(batch)) == float(loss(other))
+
+
+def test_the_mean_reads_every_token_but_the_first(itc, params):
+    """Of both sides: projected, and made unit vectors."""
+    batch = arrays()
+    length = np.asarray(batch["text_length"])
+
+    def states(model):
+        mask = bidirectional_mask(batch["text_length"], TOKENS)[:, None]
+        image = model.encode_image(normalize(batch["image"]))
+        return image, model.encode_text_lower(batch["text_ids"], mask)[-1][:, 0]
+
+    image, text = jax.jit(nn.apply(states, itc.model))({"params": params})
+    words = [row[1:count].mean(axis=0) for row, count in zip(np.asarray(text), length, strict=True)]
+    found = embedded(dataclasses.replace(itc, pool="mean"), params, batch)
+    sides = {"image": np.asarray(image)[:, 1:].mean(axis=1), "text": np.stack(words)}
+    for (side, feature), units in zip(sides.items(), found, strict=False):
+        expected = feature @ np.asarray(params[CONTRASTIVE_HEAD][f"{side}_projection"]["kernel"])
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+        np.testing.assert_allclose(units, expected, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -150,6 +178,11 @@ def test_without_a_wrong_one_only_the_pair_counts(itm, params, valid):
 def test_a_temperature_that_cannot_be_learned_is_refused(temperature):
     with pytest.raises(ConfigError, match=r"objectives.itc.temperature: .* is no temperature"):
         ITC(tiny_model(), temperature=temperature)
+
+
+def test_an_unknown_pool_is_refused():
+    with pytest.raises(ConfigError, match=r"objectives.itc.pool: 'max' .* Use one of class, mean"):
+        ITC(tiny_model(), pool="max")
 
 
 @pytest.mark.parametrize("readout", ["query", "bidirectional", "forward"])

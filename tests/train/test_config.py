@@ -240,6 +240,8 @@ def shrunk(config: ConfigDict) -> ConfigDict:
     for section in config.objectives.values():
         if "readout" in section:
             section.readout = "query"  # `auto` is settled by the run's origin
+        if "pool" in section:
+            section.pool = "mean"
     block = {"width": 32, "heads": 2, "mlp_width": 64}
     config.model.image.update(**block, depth=1, patch_size=8)
     if kind_of(config.model)[0] == SHARED:

@@ -18,9 +18,10 @@ from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch, replicated
 from vlp_jax.models.image_tower import ImageTowerConfig
+from vlp_jax.models.pooling import Pool
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives.base import Params
-from vlp_jax.objectives.tower import Pool, image_features
+from vlp_jax.objectives.tower import image_features
 
 
 class Rows(NamedTuple):

@@ -24,8 +24,8 @@ import optax
 from vlp_jax.evals.base import EvalContext
 from vlp_jax.evals.features import LabelledSets
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.pooling import Pool
 from vlp_jax.objectives.base import Params
-from vlp_jax.objectives.tower import Pool
 
 PENALTIES = ("squared", "norm")
 EXPONENTS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # of C, at first

@@ -14,8 +14,8 @@ import numpy as np
 from vlp_jax.evals.base import EvalContext
 from vlp_jax.evals.features import LabelledSets, unit
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.pooling import Pool
 from vlp_jax.objectives.base import Params
-from vlp_jax.objectives.tower import Pool
 
 TEMPERATURE = 0.07  # of the votes
 _PAIRS = 2_000  # features whose pairs measure uniformity

@@ -19,6 +19,7 @@ from vlp_jax.models.block import Block
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.image_tower import ImageTowerConfig, image_tower
 from vlp_jax.models.layers import ACTIVATIONS, BlockConfig, Memory, Noise, drop, norm
+from vlp_jax.models.pooling import Pool
 from vlp_jax.models.tuning import Prompt
 
 VOCABULARY_MULTIPLE = 128  # odd vocabularies compile for minutes and run slowly
@@ -227,19 +228,24 @@ class Encoder(nn.Module):
         """Image tokens as texts read them: [B, S, S, 3] -> [B, I, D]; see ``ViT``."""
         raise NotImplementedError
 
-    def image_feature(self, tokens: jax.Array, noise: Noise = None) -> jax.Array:
+    def image_feature(
+        self, tokens: jax.Array, noise: Noise = None, pool: Pool = "class"
+    ) -> jax.Array:
         """What is read of an image that meets no text.
 
         Args:
             tokens: [B, I, D] from ``encode_image``.
             noise: of the dropout, or None.
+            pool: of its tokens, see ``models.pooling``.
 
         Returns:
             [B, D].
         """
         raise NotImplementedError
 
-    def text_feature(self, ids: jax.Array, lengths: jax.Array, noise: Noise = None) -> jax.Array:
+    def text_feature(
+        self, ids: jax.Array, lengths: jax.Array, noise: Noise = None, pool: Pool = "class"
+    ) -> jax.Array:
         """What is read of a text that meets no image: int32 [B, N], int32 [B] -> [B, D]."""
         raise NotImplementedError
 

@@ -16,6 +16,7 @@ from vlp_jax.models.dropout import noise_of
 from vlp_jax.models.encoder import Encoder, TextStates, run_of_keys
 from vlp_jax.models.layers import KeyValue, Memory, Noise, norm
 from vlp_jax.models.masks import bidirectional_mask
+from vlp_jax.models.pooling import Pool, pooled
 
 JOINT = "bidirectional"  # the kind of stream that is one sequence with the image
 
@@ -52,10 +53,13 @@ class PairEncoder(Encoder):
         ]
         self.query_norm = norm(c.text)
 
-    def text_feature(self, ids: jax.Array, lengths: jax.Array, noise: Noise = None) -> jax.Array:
-        """<s> of the text alone: int32 [B, N], int32 [B] -> [B, D]."""
+    def text_feature(
+        self, ids: jax.Array, lengths: jax.Array, noise: Noise = None, pool: Pool = "class"
+    ) -> jax.Array:
+        """Of the text alone: int32 [B, N], int32 [B] -> [B, D]."""
         mask = bidirectional_mask(lengths, ids.shape[1])[:, None]
-        return self.encode_text(ids, mask, None, (JOINT,), noise).last[:, 0, 0]
+        states = self.encode_text(ids, mask, None, (JOINT,), noise).last[:, 0]
+        return pooled(states, pool, lengths)
 
     def encode_pair(
         self, lower: jax.Array, mask: jax.Array, image: jax.Array, noise: Noise = None

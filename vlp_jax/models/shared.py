@@ -40,6 +40,7 @@ from vlp_jax.models.pairs import (
     read_as_one,
     read_beside,
 )
+from vlp_jax.models.pooling import Pool, pooled
 from vlp_jax.models.vit import ViTConfig
 
 # Rows of the table that marks streams which see one side; what sees all is the plain text.
@@ -133,9 +134,11 @@ class SharedModel(PairEncoder):
         del noise  # there is no dropout before the first block
         return self.image_tower.embed(image, view, keys)
 
-    def image_feature(self, tokens: jax.Array, noise: Noise = None) -> jax.Array:
-        """The class token of the stack on the image alone: [B, I, D] -> [B, D]."""
-        return self.image_tower.encode(tokens, noise_of(noise, "image"))[:, 0]
+    def image_feature(
+        self, tokens: jax.Array, noise: Noise = None, pool: Pool = "class"
+    ) -> jax.Array:
+        """Of what the stack makes of the image alone: [B, I, D] -> [B, D]."""
+        return pooled(self.image_tower.encode(tokens, noise_of(noise, "image")), pool)
 
     def encode_text_lower(
         self,

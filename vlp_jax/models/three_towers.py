@@ -64,6 +64,7 @@ from vlp_jax.models.pairs import (
     read_as_one,
     read_beside,
 )
+from vlp_jax.models.pooling import Pool, pooled
 from vlp_jax.models.tuning import Prompt, stack_of
 from vlp_jax.models.vit import ViTConfig
 
@@ -274,10 +275,12 @@ class ThreeTowers(PairEncoder):
         """
         return self.image_tower(image, noise, view, keys)
 
-    def image_feature(self, tokens: jax.Array, noise: Noise = None) -> jax.Array:
-        """The class token, which the image tower has made: [B, I, D] -> [B, D]."""
+    def image_feature(
+        self, tokens: jax.Array, noise: Noise = None, pool: Pool = "class"
+    ) -> jax.Array:
+        """Of what the image tower has made: [B, I, D] -> [B, D]."""
         del noise
-        return tokens[:, 0]
+        return pooled(tokens, pool)
 
     def encode_text_lower(
         self,

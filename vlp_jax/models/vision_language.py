@@ -23,6 +23,7 @@ from vlp_jax.models.encoder import Encoder, TextStates, padded_vocabulary, run_o
 from vlp_jax.models.image_tower import ImageTowerConfig
 from vlp_jax.models.layers import BlockConfig, Memory, Noise, norm
 from vlp_jax.models.masks import bidirectional_mask
+from vlp_jax.models.pooling import Pool, pooled
 from vlp_jax.models.three_towers import ThreeTowers
 from vlp_jax.models.vit import ViTConfig
 
@@ -130,15 +131,19 @@ class VisionLanguageModel(Encoder):
         tokens = self.image_projection(self.image_tower(image, noise, view, keys))
         return tokens + self._type("image", tokens)
 
-    def image_feature(self, tokens: jax.Array, noise: Noise = None) -> jax.Array:
-        """The class token, which the tower has made: [B, I, D] -> [B, D]."""
+    def image_feature(
+        self, tokens: jax.Array, noise: Noise = None, pool: Pool = "class"
+    ) -> jax.Array:
+        """Of what the tower has made: [B, I, D] -> [B, D]."""
         del noise
-        return tokens[:, 0]
+        return pooled(tokens, pool)
 
-    def text_feature(self, ids: jax.Array, lengths: jax.Array, noise: Noise = None) -> jax.Array:
-        """<s> of the lower half, whose tokens all see one another: int32 [B, N] -> [B, D]."""
+    def text_feature(
+        self, ids: jax.Array, lengths: jax.Array, noise: Noise = None, pool: Pool = "class"
+    ) -> jax.Array:
+        """Of the lower half, whose tokens all see one another: int32 [B, N] -> [B, D]."""
         mask = bidirectional_mask(lengths, ids.shape[1])[:, None]
-        return self.encode_text_lower(ids, mask, noise)[-1][:, 0, 0]
+        return pooled(self.encode_text_lower(ids, mask, noise)[-1][:, 0], pool, lengths)
 
     def encode_text_lower(
         self,

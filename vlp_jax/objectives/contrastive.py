@@ -8,14 +8,15 @@ ITM: does this text belong to this image? Each pair is joined by two wrong ones,
 proportion to the contrastive softmax (ALBEF, arXiv 2107.07651, section 3.2): hard negatives. A row
 whose text is the same is none: it would be as similar as the pair itself, and drawn most of all.
 What both read of an image and of a text that have not met is ``image_feature`` and
-``text_feature`` of the model: of two stacks the class token, and <s> of the lower half of the text
-stack, so that only matching runs the upper half; of three towers the class token, and <s> of the
-text tower, so that only matching runs the fusion tower; of a shared stack one pass over each alone.
+``text_feature`` of the model: of two stacks the image tower and the lower half of the text stack,
+so that only matching runs the upper half; of three towers those of the image and of the text, so
+that only matching runs the fusion tower; of a shared stack one pass over each alone. Of what these
+make the first token is read, or the mean of the others (``ITC.pool``).
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import flax.linen as nn
 import jax
@@ -35,6 +36,7 @@ from vlp_jax.models.flops import (
 )
 from vlp_jax.models.heads import MAX_SCALE, ClassificationHead, ContrastiveHead, apply_head
 from vlp_jax.models.layers import Noise
+from vlp_jax.models.pooling import Pool
 from vlp_jax.objectives.base import (
     IMAGE_TOKENS,
     Defaults,
@@ -52,7 +54,7 @@ from vlp_jax.objectives.base import (
     zeros,
 )
 from vlp_jax.objectives.readout import EncodedText, Kind, Readout
-from vlp_jax.objectives.similarity import info_nce, valid_mean
+from vlp_jax.objectives.similarity import info_nce, spread, valid_mean
 
 CONTRASTIVE_HEAD = "contrastive_head"  # ITC trains it, ITM draws its negatives by it
 MATCHING_HEAD = "matching_head"
@@ -62,18 +64,19 @@ MATCHING_HEAD = "matching_head"
 class DualEncoder:
     """Image and text embeddings of the model, for ITC, ITM and retrieval; a ``Pass``.
 
-    The image is read at the class token, the text at <s>, whose tokens all see one another and no
-    image.
+    Tokens of the text all see one another and no image.
 
     Attributes:
         model: as of ``ITC``, like the others.
         embedding_dim: E.
         temperature: the first one.
+        pool: of the tokens of either.
     """
 
     model: Encoder
     embedding_dim: int
     temperature: float
+    pool: Pool
     key: ClassVar[str] = "embeddings"
 
     @property
@@ -113,7 +116,7 @@ class DualEncoder:
         """int32 [B, N], int32 [B] -> [B, D]."""
 
         def forward(model: Encoder) -> jax.Array:
-            return model.text_feature(ids, lengths, noise)
+            return model.text_feature(ids, lengths, noise, self.pool)
 
         return nn.apply(forward, self.model)({"params": params})
 
@@ -121,7 +124,7 @@ class DualEncoder:
         """Image tokens [B, I, D] -> [B, D]."""
 
         def forward(model: Encoder) -> jax.Array:
-            return model.image_feature(tokens, noise)
+            return model.image_feature(tokens, noise, self.pool)
 
         return nn.apply(forward, self.model)({"params": params})
 
@@ -175,6 +178,8 @@ class ITC(Defaults):
         batch_name: named batch it reads.
         embedding_dim: E, width of the shared space.
         temperature: the first one, 0.01 or more; it is learned.
+        pool: of the tokens of an image and of a text, see ``models.pooling``. ``auto``: what the
+            origin's contrast was trained with, else ``mean`` (``train.adopted``).
     """
 
     model: Encoder
@@ -182,6 +187,7 @@ class ITC(Defaults):
     batch_name: str = PAIRS
     embedding_dim: int = 256
     temperature: float = 0.07
+    pool: Pool = "class"
 
     splittable: ClassVar[bool] = False
 
@@ -192,6 +198,12 @@ class ITC(Defaults):
                 f"{self.temperature} is no temperature to begin with",
                 f"Use {1.0 / MAX_SCALE:g} or more; 0.07 is usual",
             )
+        if self.pool not in get_args(Pool):
+            raise ConfigError(
+                f"objectives.{self.name}.pool",
+                f"{self.pool!r} is nothing that tokens are pooled by",
+                f"Use one of {', '.join(get_args(Pool))}",
+            )
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -201,7 +213,7 @@ class ITC(Defaults):
     @property
     def dual_encoder(self) -> DualEncoder:
         """Embeddings of both sides."""
-        return DualEncoder(self.model, self.embedding_dim, self.temperature)
+        return DualEncoder(self.model, self.embedding_dim, self.temperature, self.pool)
 
     def init(
         self, rng: jax.Array, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
@@ -228,6 +240,8 @@ class ITC(Defaults):
             "image_to_text_accuracy": valid_mean(text_right, valid),
             "text_to_image_accuracy": valid_mean(image_right, valid),
             "scale": Mean(scale, jnp.ones(())),
+            "image_embedding_std": spread(image, valid),
+            "text_embedding_std": spread(text, valid),
         }
         return LossOutput(valid_mean((to_text + to_image) / 2, valid), extras, metrics)
 

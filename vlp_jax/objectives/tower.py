@@ -9,7 +9,7 @@ by every update (``LossOutput.statistics``) where those are trained.
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,9 +21,8 @@ from vlp_jax.infra.errors import ConfigError, unknown_key
 from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.image_tower import ImageTowerConfig, tower_alone
 from vlp_jax.models.layers import Noise
+from vlp_jax.models.pooling import Pool, pooled
 from vlp_jax.objectives.base import Params, Seen, example_keys, zeros
-
-Pool = Literal["class", "mean"]
 
 TOWER = "image_tower"
 STATISTICS = "image_tower_statistics"
@@ -119,12 +118,10 @@ def image_features(
         config: of the tower.
         params: of the run.
         image: whole images.
-        pool: ``class``, the class token, or ``mean``, that of the patches' tokens. Masked patches
-            alone ask nothing of a class token: what MAE's authors fine-tune is the mean
-            (arXiv 2111.06377, appendix A.1, and their code).
+        pool: see ``models.pooling``.
     """
     tokens = tower_tokens(config, params, normalize(image)).astype(jnp.float32)
-    return tokens[:, 1:].mean(axis=1) if pool == "mean" else tokens[:, 0]
+    return pooled(tokens, pool)
 
 
 def random_pixels(

@@ -1,9 +1,9 @@
 """What a config takes over from an origin or an earlier run, before anything is built from it.
 
 From the weights it starts from: their geometry (``config.adopt_model``), with what is cut out of
-their blocks, and the readout that they were trained with. From a search: the units that are skipped
-(``config.skip_from``). A run that has begun keeps what it took over then, which the ``config.json``
-of its workdir says.
+their blocks, and what of their tokens they were trained to be read at. From a search: the units
+that are skipped (``config.skip_from``). A run that has begun keeps what it took over then, which
+the ``config.json`` of its workdir says.
 """
 
 import json
@@ -24,11 +24,12 @@ from vlp_jax.train.searching import SEARCH_FILE
 
 
 def adopt(config: ConfigDict, begun: pathlib.Path | None, origin: Origin | None) -> None:
-    """Fill in what the config leaves to the origin: the geometry, and ``readout="auto"``.
+    """Fill in what the config leaves to the origin: the geometry, and what is ``auto``.
 
     A readout is what the pretraining objective has trained. A run that was itself fine-tuned hands
-    on the readout it was given. A run that has begun keeps what the config.json in its workdir
-    says.
+    on the readout it was given. The pool of a contrast is that of the contrast which has trained
+    the origin; without one the mean, for what predicts words asks nothing of the first tokens. A
+    run that has begun keeps what the config.json in its workdir says.
     """
     file = None if begun is None else begun / CONFIG_FILE
     kept = json.loads(file.read_text()) if file and file.exists() else {}
@@ -51,6 +52,12 @@ def adopt(config: ConfigDict, begun: pathlib.Path | None, origin: Origin | None)
                     origin.where,
                 )
             section.readout = settled or (trained[0] if trained else "query")
+    contrasts = [section for name, section in earlier.items() if section.get("type", name) == "itc"]
+    for name, section in config.objectives.items():
+        if section.get("pool", "") == "auto":
+            begun_with = kept.get("objectives", {}).get(name)
+            known = [begun_with] if begun_with is not None else contrasts
+            section.pool = known[0].get("pool", "class") if known else "mean"  # old runs have none
 
 
 def adopt_model(config: ConfigDict, model: Mapping[str, Any]) -> None:
