@@ -7,6 +7,7 @@ is there.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -214,7 +215,7 @@ def execute(
 ) -> Iterator[dict[str, Any]]:
     """Do jobs, several at a time; yields what became of each as soon as it is done.
 
-    A job that fails yields its ``error``, and what needs it is left out.
+    A job that fails, or whose process dies, yields its ``error``, and what needs it is left out.
 
     Args:
         jobs: in the order in which they are begun.
@@ -231,31 +232,46 @@ def execute(
     if workers > 1:
         os.environ.setdefault(_MEMORY, f"{_SHARE * max(1, len(devices)) / workers:.3f}")
     context = multiprocessing.get_context("spawn")  # a process that has begun JAX cannot be forked
-    visible = context.SimpleQueue()  # of each process, in the order in which they begin
-    for number in range(workers):
-        visible.put(devices[number % len(devices)] if devices else "")
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, context, initializer=_begin, initargs=(places.out, visible)
-    ) as pool:
-        running: dict[concurrent.futures.Future[dict[str, Any]], Job] = {}
+    running: dict[concurrent.futures.Future[dict[str, Any]], tuple[Job, int]] = {}
+    with contextlib.ExitStack() as stack:
+
+        def begin(number: int) -> concurrent.futures.ProcessPoolExecutor:
+            # A pool breaks as a whole, so that each process has one of its own.
+            device = devices[number % len(devices)] if devices else ""
+            return stack.enter_context(
+                concurrent.futures.ProcessPoolExecutor(
+                    1, context, initializer=_begin, initargs=(places.out, device)
+                )
+            )
+
+        pools = [begin(number) for number in range(workers)]
+        idle = set(range(workers))
         while True:
             for job in [job for job in waiting if not job.needs or job.needs in done]:
-                if len(running) < workers and may_start(job):
+                if idle and may_start(job):
                     waiting.remove(job)
-                    running[pool.submit(_attempt, work, job, places)] = job
+                    idle.remove(number := min(idle))
+                    running[pools[number].submit(_attempt, work, job, places)] = job, number
             if not running:
                 return
             ended, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
             for future in ended:
-                job, record = running.pop(future), future.result()
+                job, number = running.pop(future)
+                idle.add(number)
+                try:
+                    record = future.result()
+                except concurrent.futures.BrokenExecutor:
+                    pools[number] = begin(number)
+                    error = "its process died, as where memory is short; see what it has printed"
+                    record = {"job": job.key, "error": error}
                 if "error" not in record:
                     done.add(job.key)
                 yield record
 
 
-def _begin(out: pathlib.Path, visible: "multiprocessing.SimpleQueue[str]") -> None:
+def _begin(out: pathlib.Path, device: str) -> None:
     """Of a process that does jobs, before it asks JAX for its devices."""
-    if device := visible.get():
+    if device:
         os.environ[VISIBLE_DEVICES] = device
     set_gpu_flags()
     enable_compile_cache(out / "compile_cache")

@@ -132,6 +132,30 @@ def test_jobs_are_done_in_order_and_what_needs_a_failed_one_is_left_out(
     }
 
 
+def dying(job: Job, places: Places) -> dict[str, object]:
+    """As ``fake``, but the process of a stage ends while it is trained, as if it was killed."""
+    if job.run.config.schedule.peak == 0.3 and job.task is None:
+        os._exit(9)
+    return fake(job, places)
+
+
+def test_a_process_that_dies_loses_its_job_and_no_other(
+    study: Study, tmp_path: pathlib.Path
+) -> None:
+    """Another takes its place, on the same device."""
+    jobs = study.jobs(list(study.cells), [0], dataclasses.replace(study.settings, out=tmp_path))
+    places = Places(tmp_path, "")
+    records = list(
+        execute(jobs, places, 1, {}, lambda job: True, work=dying, devices=("3",)),
+    )
+    [failed] = [record for record in records if "error" in record]
+    assert failed["job"] == study.chain("other", 0)[1].key
+    assert "its process died" in failed["error"]
+    assert len(records) == len(jobs) - len(TASKS)
+    assert {record["device"] for record in records if "error" not in record} == {"3"}
+    assert records.index(failed) < len(records) - 1  # others came after it
+
+
 def test_losses_are_told_of_every_run_that_has_a_row(study: Study) -> None:
     losses = {0: {"heldout_text/loss": 1.5, "heldout_text/loss_train": 0.5}}
     losses[1] = {"heldout_text/loss": 2.5, "train/loss": 0.5}
