@@ -203,6 +203,7 @@ def study() -> TuningStudy:
     ways |= {f"DAS {k}": searched({"skipped": k}) for k in (2, 4, 6)}
     ways |= {f"DAS {share:.0%}": searched({"flops_saved": share}) for share in (0.12, 0.25)}
     ways["DAS 25%, scaled parallel"] = searched({"flops_saved": 0.25}, "scaled_parallel")
+    ways["DAS 4, scaled parallel"] = searched({"skipped": 4}, "scaled_parallel")
     ways["DAS 4, losses alone"] = searched({"skipped": 4, "prior": 0.0})
     ways["DAS 4, paper"] = searched({"skipped": 4, **PAPER})
     for kind in ("similarity", "greedy"):
