@@ -19,8 +19,8 @@ saved is what those cost.
 Batches are planned as in training (windows sorted by length, cut, permuted; edges fitted to the
 lengths) from caption lengths uniform in [min_length, max_length]; of packed texts rows are full, of
 documents of such lengths. Pixels, tokens and labels are
-random and lie on the device, so that the figure is that of the update alone. ``readout="auto"``
-stands for "query", as in a run that starts from nothing.
+random and lie on the device, so that the figure is that of the update alone. What is ``auto`` is
+settled as in a run that starts from nothing.
 """
 
 import dataclasses

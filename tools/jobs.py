@@ -251,7 +251,12 @@ def execute(
                 if idle and may_start(job):
                     waiting.remove(job)
                     idle.remove(number := min(idle))
-                    running[pools[number].submit(_attempt, work, job, places)] = job, number
+                    try:
+                        future = pools[number].submit(_attempt, work, job, places)
+                    except concurrent.futures.BrokenExecutor:  # it died with nothing to do
+                        pools[number] = begin(number)
+                        future = pools[number].submit(_attempt, work, job, places)
+                    running[future] = job, number
             if not running:
                 return
             ended, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")

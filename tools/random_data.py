@@ -10,6 +10,7 @@ from vlp_jax.data.batch import PAIRS
 from vlp_jax.data.vocabulary import Vocabulary
 from vlp_jax.infra.mesh import make_mesh
 from vlp_jax.objectives.base import Objective
+from vlp_jax.train.adopted import adopt
 from vlp_jax.train.program import Program
 from vlp_jax.train.schedule import Budget
 
@@ -19,7 +20,7 @@ MASK_ID = 4  # any id will do: the tokens are random
 def program_without_data(config: ConfigDict, text_length: float) -> Program:
     """What a config compiles to, with made-up words; the config is changed in place.
 
-    ``readout="auto"`` stands for "query", as in a run that starts from nothing.
+    What is ``auto`` is settled as in a run that starts from nothing.
 
     Args:
         config: of a run.
@@ -28,9 +29,7 @@ def program_without_data(config: ConfigDict, text_length: float) -> Program:
     Raises:
         ConfigError, ValueError: a key does not fit; the message names it.
     """
-    for section in config.objectives.values():
-        if section.get("readout", "") == "auto":
-            section.readout = "query"
+    adopt(config, None, None)
     names = {section.get("batch", PAIRS) for section in config.objectives.values()}
     return Program(
         config,

@@ -69,7 +69,12 @@ TRIED: dict[str, dict[str, tuple[float, ...]]] = {
     },
     "deep_prompt": {"vqa": (3e-4, 1e-3), "nlvr2": (3e-4, 1e-3), "retrieval": (1e-3, 3e-3)},
 }
-SEEDS, DRAWS = 3, 6  # of what is compared; of random units
+SEEDS, DRAWS = 3, 6  # of a way; of random units
+MORE = {"vqa": 5}  # seeds of the ways that are compared most closely
+CLOSE = (
+    *("adapter", "scaled_parallel", "DAS 2", "DAS 4", "DAS 12%", "DAS 25%", "similarity 4"),
+    *("DAS 4, scaled parallel", "DAS 25%, scaled parallel", "DAS 4, losses alone", "DAS 4, paper"),
+)
 TIMED = ("DAS 4",)  # of the ways
 PAPER = {"reward": "paper", "prior": 0.0, "split": "train", "every_steps": 10, "candidates": 3}
 # The training labels of a search, see ``vlp_jax.data.worse_labels``.
@@ -213,8 +218,8 @@ def study() -> TuningStudy:
     ways["DAS 4, pruned 17%"] = _cut(1 / 6, ways["DAS 4"])
     for way in ("full", "adapter", "DAS 4"):
         ways[f"{way}, int8"] = _eight(ways[way])
-    ways = {name: _below(SEEDS, way) for name, way in ways.items()}
-    ways["random 4"] = _below(DRAWS, _random)
+    ways = {name: _below(MORE if name in CLOSE else {}, way) for name, way in ways.items()}
+    ways["random 4"] = _below(dict.fromkeys(FIGURES, DRAWS), _random)
     return TuningStudy(ways, FIGURES, SETTINGS, ("adapter", "scaled_parallel"))
 
 
@@ -299,9 +304,11 @@ def _from(parent: Run, way: Callable[[str, int], Run | None]) -> Callable[[str, 
     return run
 
 
-def _below(seeds: int, way: Callable[[str, int], Run | None]) -> Callable[[str, int], Run | None]:
-    """A way that is done with so many seeds."""
-    return lambda task, seed: way(task, seed) if seed < seeds else None
+def _below(
+    seeds: Mapping[str, int], way: Callable[[str, int], Run | None]
+) -> Callable[[str, int], Run | None]:
+    """A way that is done with so many seeds of a task, ``SEEDS`` where none are given."""
+    return lambda task, seed: way(task, seed) if seed < seeds.get(task, SEEDS) else None
 
 
 def rates() -> TuningStudy:

@@ -28,9 +28,12 @@ def test_the_mean_of_a_text_is_that_of_its_real_tokens() -> None:
         np.testing.assert_allclose(gradient[row, :, 0], shares, rtol=1e-6)
 
 
-def test_half_precision_is_summed_in_full() -> None:
-    """In bfloat16 a sum of a thousand ones stops at 256."""
-    ones = jnp.ones((1, 1025, 1), jnp.bfloat16)
-    found = pooled(ones, "mean")
-    assert found.dtype == jnp.bfloat16
-    assert float(found[0, 0]) == 1.0
+def test_half_precision_is_rounded_once() -> None:
+    """And not a sum first, and then what is divided."""
+    tokens = np.random.default_rng(1).normal(size=(4, 8, 64)).astype(jnp.bfloat16)
+    for lengths in (None, (8, 7, 4, 2)):
+        found = pooled(jnp.asarray(tokens), "mean", None if lengths is None else jnp.array(lengths))
+        rows = zip(tokens.astype(np.float32), lengths or (8,) * 4, strict=True)
+        expected = np.stack([row[1:length].mean(axis=0) for row, length in rows])
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))

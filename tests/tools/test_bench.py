@@ -14,7 +14,11 @@ from tests.conftest import REPO
 from vlp_jax.compress.buckets import bucket_text
 from vlp_jax.infra.preemption import ExitCode
 
-TASKS = {"vqa": {"num_classes": 5, "readout": "auto"}, "nlvr2": {"readout": "auto"}}
+TASKS = {
+    "vqa": {"num_classes": 5, "readout": "auto"},
+    "nlvr2": {"readout": "auto"},
+    "itc": {"pool": "auto"},
+}
 CAPTIONS = {"ar": {}}  # updates of FLM are the slowest to compile
 
 

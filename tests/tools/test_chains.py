@@ -6,6 +6,8 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -133,27 +135,49 @@ def test_jobs_are_done_in_order_and_what_needs_a_failed_one_is_left_out(
 
 
 def dying(job: Job, places: Places) -> dict[str, object]:
-    """As ``fake``, but the process of a stage ends while it is trained, as if it was killed."""
-    if job.run.config.schedule.peak == 0.3 and job.task is None:
+    """As ``fake``, but two processes die as if they were killed.
+
+    That of the stage with a peak of 0.3 while it is trained, and that of the stage which needs none
+    other once it has nothing to do.
+    """
+    peak, last = job.run.config.schedule.peak, places.out / "died"
+    if job.task is None and peak == 0.3:
+        last.touch()
         os._exit(9)
+    if job.task is None and peak == 0.1:  # long enough for the other to be idle, and die
+        time.sleep(2.0)
+    if job.task is None and peak == 0.2 and job.run.parent is None:
+        threading.Timer(0.5, os._exit, (9,)).start()
+    if job.task is None and peak == 0.2 and job.run.parent is not None:
+        for _ in range(200):  # is trained beside the one that dies
+            time.sleep(0.05)
+            if last.exists():
+                break
+        time.sleep(0.5)
     return fake(job, places)
 
 
 def test_a_process_that_dies_loses_its_job_and_no_other(
     study: Study, tmp_path: pathlib.Path
 ) -> None:
-    """Another takes its place, on the same device."""
-    jobs = study.jobs(list(study.cells), [0], dataclasses.replace(study.settings, out=tmp_path))
-    places = Places(tmp_path, "")
+    """Neither one that is done beside it, nor one that comes after it on the same device."""
+    settings = dataclasses.replace(study.settings, out=tmp_path)
+    whole = study.jobs(list(study.cells), [0], settings)
+    jobs = [job for job in whole if job.task is None]
+    first, alone = (next(job for job in jobs if job.run.config.schedule.peak == 0.1), jobs[-1])
+    assert alone.run.parent is None
+    order = [first, alone, *(job for job in jobs if job not in (first, alone))]
     records = list(
-        execute(jobs, places, 1, {}, lambda job: True, work=dying, devices=("3",)),
+        execute(order, Places(tmp_path, ""), 2, {}, lambda job: True, dying, devices=("3", "5"))
     )
+    assert {record["job"] for record in records} == {job.key for job in jobs}
     [failed] = [record for record in records if "error" in record]
     assert failed["job"] == study.chain("other", 0)[1].key
     assert "its process died" in failed["error"]
-    assert len(records) == len(jobs) - len(TASKS)
-    assert {record["device"] for record in records if "error" not in record} == {"3"}
-    assert records.index(failed) < len(records) - 1  # others came after it
+    assert (tmp_path / "died").exists()
+    devices = {record["job"]: record["device"] for record in records if "error" not in record}
+    assert devices[first.key] == "3"
+    assert devices[alone.key] == "5"
 
 
 def test_losses_are_told_of_every_run_that_has_a_row(study: Study) -> None:

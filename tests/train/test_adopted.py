@@ -24,8 +24,12 @@ def contrast():
 @pytest.mark.parametrize(
     ("found", "pool"),
     [
-        (None, "mean"),
-        (origin(flm={}), "mean"),  # has read the first tokens for nothing in particular
+        (None, "class"),
+        (origin(flm={}), "mean"),  # which has read the first tokens for nothing in particular
+        (origin(mim={}), "mean"),
+        (origin(vqa={"readout": "query"}), "mean"),  # was itself tuned from what predicts words
+        (origin(moco={}), "class"),
+        (Origin("there", None, {}, {}, tokenizer="", classes=()), "class"),  # imported
         (origin(flm={}, itc={}), "class"),  # the default of a contrast
         (origin(pairs={"type": "itc", "pool": "mean"}), "mean"),
         (origin(pairs={"type": "itc", "pool": "class"}), "class"),

@@ -178,8 +178,8 @@ class ITC(Defaults):
         batch_name: named batch it reads.
         embedding_dim: E, width of the shared space.
         temperature: the first one, 0.01 or more; it is learned.
-        pool: of the tokens of an image and of a text, see ``models.pooling``. ``auto``: what the
-            origin's contrast was trained with, else ``mean`` (``train.adopted``).
+        pool: of the tokens of an image and of a text, see ``models.pooling``; a config may leave it
+            to the origin by ``auto``, see ``train.adopted``.
     """
 
     model: Encoder

@@ -28,8 +28,9 @@ def adopt(config: ConfigDict, begun: pathlib.Path | None, origin: Origin | None)
 
     A readout is what the pretraining objective has trained. A run that was itself fine-tuned hands
     on the readout it was given. The pool of a contrast is that of the contrast which has trained
-    the origin; without one the mean, for what predicts words asks nothing of the first tokens. A
-    run that has begun keeps what the config.json in its workdir says.
+    the origin; without one the mean, where the origin predicts words or patches, which asks nothing
+    of first tokens, else ``class`` (imported towers, views of images). A run that has begun keeps
+    what the config.json in its workdir says.
     """
     file = None if begun is None else begun / CONFIG_FILE
     kept = json.loads(file.read_text()) if file and file.exists() else {}
@@ -53,11 +54,15 @@ def adopt(config: ConfigDict, begun: pathlib.Path | None, origin: Origin | None)
                 )
             section.readout = settled or (trained[0] if trained else "query")
     contrasts = [section for name, section in earlier.items() if section.get("type", name) == "itc"]
+    unasked = bool(trained) or "mim" in kinds
     for name, section in config.objectives.items():
         if section.get("pool", "") == "auto":
             begun_with = kept.get("objectives", {}).get(name)
-            known = [begun_with] if begun_with is not None else contrasts
-            section.pool = known[0].get("pool", "class") if known else "mean"  # old runs have none
+            known = contrasts if begun_with is None else [begun_with]
+            if known:
+                section.pool = known[0].get("pool", "class")  # older ones do not say
+            else:
+                section.pool = "mean" if unasked else "class"
 
 
 def adopt_model(config: ConfigDict, model: Mapping[str, Any]) -> None:
