@@ -171,8 +171,11 @@ def test_more_units_are_drawn_at_random_than_other_ways_have_seeds() -> None:
     draws = made.pop("random 4")
     assert len({run.search.config.seed for run in draws}) == 6
     assert [run.config.seed for run in draws] == list(range(6))
-    for runs in made.values():
-        assert [run is None for run in runs] == [False] * 3 + [True] * 3
+    assert set(pcetl.CLOSE) < set(made)
+    for way, runs in made.items():
+        seeds = 5 if way in pcetl.CLOSE else 3
+        assert [run is None for run in runs] == [False] * seeds + [True] * (6 - seeds)
+    assert STUDY.run("adapter", "retrieval", 3) is None  # more of VQA alone
 
 
 def test_what_is_timed_differs_by_its_base_alone() -> None:
