@@ -244,6 +244,13 @@ def execute(
                 )
             )
 
+        def submit(number: int, job: Job) -> concurrent.futures.Future[dict[str, Any]]:
+            try:
+                return pools[number].submit(_attempt, work, job, places)
+            except concurrent.futures.BrokenExecutor:  # its process has died
+                pools[number] = begin(number)
+                return pools[number].submit(_attempt, work, job, places)
+
         pools = [begin(number) for number in range(workers)]
         idle = set(range(workers))
         while True:
@@ -251,12 +258,7 @@ def execute(
                 if idle and may_start(job):
                     waiting.remove(job)
                     idle.remove(number := min(idle))
-                    try:
-                        future = pools[number].submit(_attempt, work, job, places)
-                    except concurrent.futures.BrokenExecutor:  # it died with nothing to do
-                        pools[number] = begin(number)
-                        future = pools[number].submit(_attempt, work, job, places)
-                    running[future] = job, number
+                    running[submit(number, job)] = job, number
             if not running:
                 return
             ended, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
@@ -266,7 +268,6 @@ def execute(
                 try:
                     record = future.result()
                 except concurrent.futures.BrokenExecutor:
-                    pools[number] = begin(number)
                     error = "its process died, as where memory is short; see what it has printed"
                     record = {"job": job.key, "error": error}
                 if "error" not in record:

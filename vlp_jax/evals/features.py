@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Self, get_args
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from vlp_jax.evals.fixed_set import FixedSet
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.mesh import global_batch, replicated
 from vlp_jax.models.image_tower import ImageTowerConfig
-from vlp_jax.models.pooling import Pool
+from vlp_jax.models.pooling import Pool, check_pool
 from vlp_jax.models.sizes import build_model
 from vlp_jax.objectives.base import Params
 from vlp_jax.objectives.tower import image_features
@@ -123,10 +123,7 @@ class LabelledSets:
         Raises:
             ConfigError: an argument does not fit; the message names its key.
         """
-        if pool not in get_args(Pool):
-            raise ConfigError(
-                f"evals.{name}.pool", f"{pool!r}", f"Use one of {', '.join(get_args(Pool))}"
-            )
+        check_pool(f"evals.{name}.pool", pool)
         self._context = context
         self._set = FixedSet(context, name, source, split, num_examples, batch_size)
         if split == context.config.data.sources[source].get("split", "train"):

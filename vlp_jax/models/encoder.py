@@ -246,7 +246,10 @@ class Encoder(nn.Module):
     def text_feature(
         self, ids: jax.Array, lengths: jax.Array, noise: Noise = None, pool: Pool = "class"
     ) -> jax.Array:
-        """What is read of a text that meets no image: int32 [B, N], int32 [B] -> [B, D]."""
+        """What is read of a text that meets no image: int32 [B, N], int32 [B] -> [B, D].
+
+        ``pool`` is that of ``image_feature``, over the real tokens.
+        """
         raise NotImplementedError
 
     def encode_text(

@@ -1,13 +1,20 @@
 """One vector for the tokens of an image, or of a text that meets no image."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from vlp_jax.infra.errors import ConfigError
 from vlp_jax.models.masks import token_mask
 
 Pool = Literal["class", "mean"]
+
+
+def check_pool(key: str, pool: str) -> None:
+    """Raise a ConfigError that names the key unless this is a ``Pool``."""
+    if pool not in get_args(Pool):
+        raise ConfigError(key, f"{pool!r}", f"Use one of {', '.join(get_args(Pool))}")
 
 
 def pooled(tokens: jax.Array, pool: Pool, lengths: jax.Array | None = None) -> jax.Array:

@@ -16,7 +16,7 @@ make the first token is read, or the mean of the others (``ITC.pool``).
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -36,7 +36,7 @@ from vlp_jax.models.flops import (
 )
 from vlp_jax.models.heads import MAX_SCALE, ClassificationHead, ContrastiveHead, apply_head
 from vlp_jax.models.layers import Noise
-from vlp_jax.models.pooling import Pool
+from vlp_jax.models.pooling import Pool, check_pool
 from vlp_jax.objectives.base import (
     IMAGE_TOKENS,
     Defaults,
@@ -198,12 +198,7 @@ class ITC(Defaults):
                 f"{self.temperature} is no temperature to begin with",
                 f"Use {1.0 / MAX_SCALE:g} or more; 0.07 is usual",
             )
-        if self.pool not in get_args(Pool):
-            raise ConfigError(
-                f"objectives.{self.name}.pool",
-                f"{self.pool!r} is nothing that tokens are pooled by",
-                f"Use one of {', '.join(get_args(Pool))}",
-            )
+        check_pool(f"objectives.{self.name}.pool", self.pool)
 
     @property
     def passes(self) -> tuple[Pass, ...]:
