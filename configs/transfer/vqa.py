@@ -5,6 +5,13 @@
     python -m vlp_jax.main --config=configs/transfer/vqa.py:vqa_v2 --config.data.root=VQA \
         --config.init_from=WORKDIR
 
+A search for blocks that the task does without, and what follows it:
+
+    python -m vlp_jax.main --config=configs/transfer/vqa.py:scenes,small,das \
+        --config.init_from=WORKDIR --workdir=SEARCH
+    python -m vlp_jax.main --config=configs/transfer/vqa.py:scenes,small,adapter \
+        --config.init_from=WORKDIR --config.skip_from=SEARCH
+
 Data: `scenes`, level hard; `pack`, the photographs of ../shared/data (a smoke test of 1,231
 questions); `vqa_v2`, the official files with the images of COCO. Its test split is val2014, whose
 answers are public: pretrain on captions of COCO without `restval` (configs/flm_base.py). Answers

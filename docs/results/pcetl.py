@@ -74,6 +74,7 @@ MORE = {"vqa": 5}  # seeds of the ways that are compared most closely
 CLOSE = (
     *("adapter", "scaled_parallel", "DAS 2", "DAS 4", "DAS 12%", "DAS 25%", "similarity 4"),
     *("DAS 4, scaled parallel", "DAS 25%, scaled parallel", "DAS 4, losses alone", "DAS 4, paper"),
+    *("DAS 4, wide", "DAS 4, longer"),
 )
 TIMED = ("DAS 4",)  # of the ways
 PAPER = {"reward": "paper", "prior": 0.0, "split": "train", "every_steps": 10, "candidates": 3}
@@ -84,6 +85,8 @@ WORSE: dict[str, dict[str, float]] = {
     ", 30 % noise": {"label_noise": 0.3},
     ", imbalance 100": {"imbalance": 100.0},
 }
+WIDE = 144  # of an adapter in the place of a unit, for each branch of that: three times theirs
+LONGER = 1.2  # times the updates: with a search, as much training as without four blocks less
 PRIOR = 1.0  # of the search, in nats for each unit of dissimilarity
 PROMPTS = 32  # a third of what a block reads, as METER's 200 beside 617 tokens
 RATES_FILE = pathlib.Path(__file__).parent / "pcetl_rates.json"
@@ -167,13 +170,19 @@ def tuned(method: str, rate: float | None = None, **changes: Any) -> Callable[[s
 
 
 def searched(
-    of: Mapping[str, Any], method: str = "adapter", **changes: Any
+    of: Mapping[str, Any],
+    method: str = "adapter",
+    updates: float = 1.0,
+    then: Mapping[str, Any] | None = None,
+    **changes: Any,
 ) -> Callable[[str, int], Run]:
     """A way that tunes by a method without the units that a search has found.
 
     Args:
         of: keys of ``config.search``.
         method: with what is tuned, and searched.
+        updates: of what follows, as a multiple of the task's.
+        then: keys of the config of what follows.
         changes: keys of the config of the search.
     """
 
@@ -190,6 +199,8 @@ def searched(
         config.checkpoint.best_metric = ""
         follows = task_config(task, method, seed)
         follows.name = f"{task}, {method}, skipped"
+        follows.total_steps = round(updates * UPDATES[task])
+        follows.update_from_flattened_dict(then or {})
         return Run(follows, base(), Run(config, base()))
 
     return run
@@ -209,6 +220,8 @@ def study() -> TuningStudy:
     ways |= {f"DAS {share:.0%}": searched({"flops_saved": share}) for share in (0.12, 0.25)}
     ways["DAS 25%, scaled parallel"] = searched({"flops_saved": 0.25}, "scaled_parallel")
     ways["DAS 4, scaled parallel"] = searched({"skipped": 4}, "scaled_parallel")
+    ways["DAS 4, wide"] = searched({"skipped": 4}, then={"model.tuning.replacement": WIDE})
+    ways["DAS 4, longer"] = searched({"skipped": 4}, updates=LONGER)
     ways["DAS 4, losses alone"] = searched({"skipped": 4, "prior": 0.0})
     ways["DAS 4, paper"] = searched({"skipped": 4, **PAPER})
     for kind in ("similarity", "greedy"):

@@ -109,6 +109,19 @@ def test_choices_are_compared_with_those_of_the_first_search(small) -> None:
     assert "| other | vqa | 1 | – | 33 % | – |" in text
 
 
+def test_what_follows_a_search_may_differ_and_the_search_is_the_same() -> None:
+    plain, wide, longer = (
+        STUDY.run(f"DAS 4{how}", "nlvr2", 1) for how in ("", ", wide", ", longer")
+    )
+    assert plain.search.key == wide.search.key == longer.search.key
+    widths = [run.config.model.tuning.replacement for run in (plain, wide, longer)]
+    assert widths == [-1, 3 * 384 // 8, -1]
+    assert longer.config.total_steps == 3_000
+    assert plain.config.total_steps == wide.config.total_steps == 2_500
+    for run in (plain, wide, longer):
+        check_keys(run.config)
+
+
 def test_references_leave_out_every_unit_alone_and_labels_are_worse_in_the_search_alone() -> None:
     alone = pcetl.alone()
     skipped = [of("vqa", 0).config.model.tuning.skip for of in alone.ways.values()]

@@ -99,6 +99,8 @@ def test_a_config_takes_a_method():
     assert config.optim.groups.frozen.rate_factor == 0
     assert "tuning" not in vqa.get_config("scenes").model
     assert vqa.get_config("scenes,,head").model.image.width == 384
+    searches = [vqa.get_config(f"scenes,,{method}").search for method in ("das", "adapter")]
+    assert [(search.skipped, search.prior) for search in searches] == [(4, 1.0), (0, 0.0)]
     with pytest.raises(ValueError, match=r"scenes,,prefix: write .* METHOD one of full, head"):
         vqa.get_config("scenes,,prefix")
     with pytest.raises(ConfigError, match=r"method: 'prefix'\. Use one of full"):

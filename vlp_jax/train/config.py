@@ -27,7 +27,8 @@ is not here is an error that names it, whether it comes from the file or from a 
                     comparison), reward (`held_out` or `paper`, see transfer.search), split (that
                     choices are compared on), rate (of `paper`), forget (of `held_out`), prior (of
                     `held_out`: loss that a unit's absence is expected to add for each unit of the
-                    dissimilarity, 0 to 2, of what enters and what leaves it), final_batches
+                    dissimilarity, 0 to 2, of what enters and what leaves it; 1 by the method das of
+                    configs/transfer), final_batches
     model           geometry, see models.sizes; its keys are those of its kind: of two stacks, of
                     type="shared", of type="three_towers", and of image.type="resnet"; beside them
                     tuning, what is added to its blocks and taken out, see models.tuning_config
