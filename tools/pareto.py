@@ -6,7 +6,8 @@ The argument names a module with ``study()`` (of another function: MODULE:FUNCTI
 ``tools.tuning_study.TuningStudy``. Points are means over --seeds with their standard error; costs
 are relative to the base as it was pretrained (FLOPs), and to the study's first way, measured in
 turns with it (latency, see ``tools.study_latency``; no axes where nothing is measured). The line
-joins the ways that nothing cheaper beats.
+joins the ways that nothing cheaper beats. Scores far below those of most ways stand at the lower
+edge, as numbers. Ways whose names begin with the same word have the same colour.
 """
 
 import math
@@ -25,6 +26,8 @@ from vlp_jax.infra.command import argument_parser, bad_input
 
 Cost = Callable[[Point], float | None]
 _MARKS = "os^Dv<>pP*Xhd"  # in turns, so that ways of one colour differ
+_ALONE = PALETTE[5]  # grey: of ways that have no relatives
+_FAR = 3.0  # times as far below the median as the best is above it
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -39,6 +42,28 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
         if not found or points[index][1] > points[found[-1]][1]:
             found.append(index)
     return found
+
+
+def lowest_shown(scores: Sequence[float]) -> float:
+    """The score from which on axes begin, so that one that failed does not flatten all others.
+
+    Args:
+        scores: of all ways of a task.
+    """
+    middle, best = statistics.median(scores), max(scores)
+    return max(min(scores), middle - _FAR * (best - middle))
+
+
+def colours(ways: Sequence[str]) -> dict[str, str]:
+    """Way -> colour: one for all whose names begin with the same word, grey for those alone."""
+    words = [_first_word(way) for way in ways]
+    several = [word for word in dict.fromkeys(words) if words.count(word) > 1]
+    each = dict(zip(several, [c for c in PALETTE if c != _ALONE], strict=False))
+    return {way: each.get(word, _ALONE) for way, word in zip(ways, words, strict=True)}
+
+
+def _first_word(way: str) -> str:
+    return way.replace(",", " ").split()[0]
 
 
 def draw(points: Sequence[Point], tasks: Sequence[str], path: pathlib.Path) -> None:
@@ -65,6 +90,10 @@ def draw(points: Sequence[Point], tasks: Sequence[str], path: pathlib.Path) -> N
     grid = figure.subplots(len(shown), len(costs), squeeze=False, sharey="row")
     for axes_row, task in zip(grid, shown, strict=True):
         mine = [point for point in points if point.task == task]
+        lowest = 100 * lowest_shown([point.score for point in mine])
+        highest = 100 * max(point.score for point in mine)
+        room = 0.08 * max(highest - lowest, 1.0)
+        axes_row[0].set_ylim(lowest - 1.5 * room, highest + room)
         for axes, (label, cost) in zip(axes_row, costs.items(), strict=True):
             _panel(axes, mine, cost, ways)
             axes.set_xlabel(label, color=MUTED)
@@ -95,19 +124,26 @@ def _panel(axes: Axes, points: Sequence[Point], cost: Cost, ways: Sequence[str])
         drawstyle="steps-post",
         zorder=1,
     )
-    for point, (x, y) in zip(there, placed, strict=True):
-        number, values = ways.index(point.way), [100 * one for one in point.scores.values()]
+    colour_of, bottom = colours(ways), axes.get_ylim()[0]
+    for number, (point, (x, y)) in enumerate(zip(there, placed, strict=True)):
+        values = [100 * one for one in point.scores.values()]
         spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+        below = y < bottom
         axes.errorbar(
             x,
-            y,
-            yerr=spread,
-            color=PALETTE[number % len(PALETTE)],
-            marker=_MARKS[number % len(_MARKS)],
+            bottom if below else y,
+            yerr=0.0 if below else spread,
+            color=colour_of[point.way],
+            marker=_MARKS[ways.index(point.way) % len(_MARKS)],
             markersize=5,
             elinewidth=0.8,
             linestyle="none",
             label=point.way,
+            clip_on=not below,
+        )
+        told = f"{y:.0f}" if below else point.way if number in best else ""
+        axes.annotate(
+            told, (x, max(y, bottom)), (3, 4), textcoords="offset points", fontsize=6, color=INK
         )
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g} %")
     plain(axes)
@@ -122,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argument_parser("tools.pareto", __doc__)
     parser.add_argument("study", help="MODULE[:FUNCTION], as docs.results.pcetl")
     parser.add_argument("--archive", type=pathlib.Path, required=True, help="what was done")
-    parser.add_argument("--seeds", type=int, default=3, help="of the runs")
+    parser.add_argument("--seeds", type=int, default=6, help="of the runs, at most")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="the PNG to write")
     given = parser.parse_args(arguments)
     with bad_input():

@@ -7,8 +7,9 @@ import pytest
 
 from docs.results import pcetl
 from tools import pareto
+from tools.compare.plot import PALETTE
 from tools.jobs import Run
-from tools.pareto import draw, front
+from tools.pareto import colours, draw, front, lowest_shown
 from tools.tuning_study import Point, TuningStudy, latency_key
 
 
@@ -17,6 +18,20 @@ def test_the_front_is_what_nothing_cheaper_or_as_cheap_beats() -> None:
     points = [(3.0, 5.0), (1.0, 2.0), (2.0, 1.0), (1.0, 1.0), (2.0, 4.0), (4.0, 5.0)]
     assert front(points) == [1, 4, 0]
     assert front([]) == []
+
+
+def test_a_run_that_failed_does_not_flatten_the_others() -> None:
+    assert lowest_shown([0.80, 0.79, 0.78, 0.77, 0.2]) == pytest.approx(0.72)
+    assert lowest_shown([0.8, 0.7, 0.6]) == 0.6
+    assert lowest_shown([0.7]) == 0.7
+
+
+def test_relatives_have_one_colour() -> None:
+    found = colours(["full", "head", "DAS 2", "random 4", "DAS 4, int8", "full, int8"])
+    assert found["full"] == found["full, int8"] != found["DAS 2"] == found["DAS 4, int8"]
+    assert found["head"] == found["random 4"]
+    assert len(set(found.values())) == 3
+    assert set(found.values()) <= set(PALETTE)
 
 
 def point(way: str, task: str, score: float, share: float, **times: float) -> Point:
