@@ -10,6 +10,7 @@ joins the ways that nothing cheaper beats. Scores far below those of most ways s
 edge, as numbers. Ways whose names begin with the same word have the same colour.
 """
 
+import itertools
 import math
 import pathlib
 import statistics
@@ -25,9 +26,9 @@ from tools.tuning_study import Point, named_tuning_study
 from vlp_jax.infra.command import argument_parser, bad_input
 
 Cost = Callable[[Point], float | None]
-_MARKS = "os^Dv<>pP*Xhd"  # in turns, so that ways of one colour differ
+_MARKS = "os^Dv<>pP*Xhd"  # in turns among the ways of one colour
 _ALONE = PALETTE[5]  # grey: of ways that have no relatives
-_FAR = 3.0  # times as far below the median as the best is above it
+_FAR, _APART = 3.0, 0.02  # times as far below the median as the best is above it, or so far
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -51,15 +52,20 @@ def lowest_shown(scores: Sequence[float]) -> float:
         scores: of all ways of a task.
     """
     middle, best = statistics.median(scores), max(scores)
-    return max(min(scores), middle - _FAR * (best - middle))
+    return max(min(scores), middle - _FAR * max(best - middle, _APART))
 
 
-def colours(ways: Sequence[str]) -> dict[str, str]:
-    """Way -> colour: one for all whose names begin with the same word, grey for those alone."""
+def styles(ways: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Way -> colour and mark: one colour for all whose names begin alike, grey for those alone."""
     words = [_first_word(way) for way in ways]
     several = [word for word in dict.fromkeys(words) if words.count(word) > 1]
-    each = dict(zip(several, [c for c in PALETTE if c != _ALONE], strict=False))
-    return {way: each.get(word, _ALONE) for way, word in zip(ways, words, strict=True)}
+    each = dict(zip(several, itertools.cycle(c for c in PALETTE if c != _ALONE)))
+    marks = {colour: itertools.cycle(_MARKS) for colour in PALETTE}
+    found = {}
+    for way, word in zip(ways, words, strict=True):
+        colour = each.get(word, _ALONE)
+        found[way] = colour, next(marks[colour])
+    return found
 
 
 def _first_word(way: str) -> str:
@@ -124,17 +130,18 @@ def _panel(axes: Axes, points: Sequence[Point], cost: Cost, ways: Sequence[str])
         drawstyle="steps-post",
         zorder=1,
     )
-    colour_of, bottom = colours(ways), axes.get_ylim()[0]
+    style_of, bottom = styles(ways), axes.get_ylim()[0]
     for number, (point, (x, y)) in enumerate(zip(there, placed, strict=True)):
         values = [100 * one for one in point.scores.values()]
         spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+        colour, mark = style_of[point.way]
         below = y < bottom
         axes.errorbar(
             x,
             bottom if below else y,
             yerr=0.0 if below else spread,
-            color=colour_of[point.way],
-            marker=_MARKS[ways.index(point.way) % len(_MARKS)],
+            color=colour,
+            marker=mark,
             markersize=5,
             elinewidth=0.8,
             linestyle="none",

@@ -169,35 +169,50 @@ class TuningStudy:
         return each + [_error(means)] * len(self._mean_header)
 
     def _choices(self, known: Known, seeds: Sequence[int]) -> dict[str, dict[str, dict[int, Any]]]:
-        """Way -> task -> seed -> the record of its search and that of what followed, or None."""
+        """Way -> task -> seed -> the record of its search and that of what followed, or None.
+
+        A search that several ways follow is told of the first.
+        """
         found: dict[str, dict[str, dict[int, Any]]] = {}
+        told: set[str] = set()
         for way in self.ways:
             for task in self.figures:
                 for seed in seeds:
                     run = self.run(way, task, seed)
                     searched = run and run.search and known.get(run.search.key)
-                    if run and searched and "search" in searched:
+                    if not run or not searched or "search" not in searched:
+                        continue
+                    assert run.search is not None
+                    if run.search.key not in told:
+                        told.add(run.search.key)
                         mine = found.setdefault(way, {}).setdefault(task, {})
                         mine[seed] = searched, known.get(run.key)
         return found
 
     def _overlaps(self, known: Known, seeds: Sequence[int]) -> str:
-        """How alike the sets are that a search chooses, and what it takes of the time."""
+        """How alike the sets are that a search chooses, and what it takes of the time.
+
+        Sets are compared over seeds, and with those of the ways that scores are compared with, seed
+        by seed; where none of these searches, with those of the first way that does.
+        """
         choices, rows = self._choices(known, seeds), []
-        first: dict[str, dict[int, set[str]]] = {}  # task -> choices of the first way
-        for way, tasks in choices.items():
-            for task, of in tasks.items():
-                sets = {
-                    seed: {*searched["search"]["skipped"]} for seed, (searched, _) in of.items()
-                }
-                others = first.setdefault(task, sets)
-                among = [_overlap(a, b) for a, b in itertools.combinations(sets.values(), 2)]
-                with_first = [_overlap(sets[seed], others[seed]) for seed in sets if seed in others]
-                shares = [share for pair in of.values() if (share := _time_share(*pair))]
-                told = ["–" if sets is others else _percent(with_first), _percent(shares)]
-                rows.append([way, task, str(len(sets)), _percent(among), *told])
-        against = f"with {next(iter(choices), '')}"
-        header = ["search", "task", "seeds", "overlap", against, "of the tuning's time"]
+        sets = {
+            (way, task): {seed: {*found["search"]["skipped"]} for seed, (found, _) in of.items()}
+            for way, tasks in choices.items()
+            for task, of in tasks.items()
+        }
+        others = [way for way in self.less if way in choices] or list(choices)[:1]
+        for (way, task), mine in sets.items():
+            among = [_overlap(a, b) for a, b in itertools.combinations(mine.values(), 2)]
+            row = [way, task, str(len(mine)), _percent(among)]
+            for other in others:
+                theirs = sets.get((other, task), {}) if other != way else {}
+                row.append(_percent([_overlap(mine[s], theirs[s]) for s in mine if s in theirs]))
+            pairs = choices[way][task].values()
+            row.append(_percent([share for pair in pairs if (share := _time_share(*pair))]))
+            rows.append(row)
+        against = [f"with {other}" for other in others]
+        header = ["search", "task", "seeds", "overlap", *against, "of the tuning's time"]
         return markdown_table(header, rows) if rows else ""
 
     def _chosen(self, known: Known, seeds: Sequence[int]) -> str:

@@ -5,12 +5,14 @@
     python -m vlp_jax.main --config=configs/transfer/vqa.py:vqa_v2 --config.data.root=VQA \
         --config.init_from=WORKDIR
 
-A search for blocks that the task does without, and what follows it:
+A search for four blocks that the task does without, among those of the towers as well, and what
+follows it:
 
     python -m vlp_jax.main --config=configs/transfer/vqa.py:scenes,small,das \
-        --config.init_from=WORKDIR --workdir=SEARCH
+        --config.model.tuning.blocks=all --config.model.tuning.gated="('all',)" \
+        --config.search.skipped=4 --config.init_from=WORKDIR --workdir=SEARCH
     python -m vlp_jax.main --config=configs/transfer/vqa.py:scenes,small,adapter \
-        --config.init_from=WORKDIR --config.skip_from=SEARCH
+        --config.model.tuning.blocks=all --config.skip_from=SEARCH --config.init_from=WORKDIR
 
 Data: `scenes`, level hard; `pack`, the photographs of ../shared/data (a smoke test of 1,231
 questions); `vqa_v2`, the official files with the images of COCO. Its test split is val2014, whose

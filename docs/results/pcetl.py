@@ -86,7 +86,7 @@ WORSE: dict[str, dict[str, float]] = {
     ", imbalance 100": {"imbalance": 100.0},
 }
 WIDE = 144  # of an adapter in the place of a unit, for each branch of that: three times theirs
-LONGER = 1.2  # times the updates: with a search, as much training as without four blocks less
+LONGER = 1.2  # times the updates: with the search, the training FLOPs of all blocks with adapters
 PRIOR = 1.0  # of the search, in nats for each unit of dissimilarity
 PROMPTS = 32  # a third of what a block reads, as METER's 200 beside 617 tokens
 RATES_FILE = pathlib.Path(__file__).parent / "pcetl_rates.json"

@@ -4,12 +4,13 @@ import json
 import pathlib
 
 import pytest
+from matplotlib.axes import Axes
 
 from docs.results import pcetl
 from tools import pareto
 from tools.compare.plot import PALETTE
 from tools.jobs import Run
-from tools.pareto import colours, draw, front, lowest_shown
+from tools.pareto import draw, front, lowest_shown, styles
 from tools.tuning_study import Point, TuningStudy, latency_key
 
 
@@ -21,17 +22,21 @@ def test_the_front_is_what_nothing_cheaper_or_as_cheap_beats() -> None:
 
 
 def test_a_run_that_failed_does_not_flatten_the_others() -> None:
-    assert lowest_shown([0.80, 0.79, 0.78, 0.77, 0.2]) == pytest.approx(0.72)
+    assert lowest_shown([0.80, 0.79, 0.78, 0.75, 0.2]) == pytest.approx(0.72)
+    assert lowest_shown([0.80, 0.80, 0.80, 0.79, 0.2]) == pytest.approx(0.74)
     assert lowest_shown([0.8, 0.7, 0.6]) == 0.6
     assert lowest_shown([0.7]) == 0.7
 
 
-def test_relatives_have_one_colour() -> None:
-    found = colours(["full", "head", "DAS 2", "random 4", "DAS 4, int8", "full, int8"])
-    assert found["full"] == found["full, int8"] != found["DAS 2"] == found["DAS 4, int8"]
-    assert found["head"] == found["random 4"]
-    assert len(set(found.values())) == 3
-    assert set(found.values()) <= set(PALETTE)
+def test_relatives_have_one_colour_and_no_two_ways_look_alike() -> None:
+    found = styles(["full", "head", "DAS 2", "random 4", "DAS 4, int8", "full, int8"])
+    colour = {way: of for way, (of, _) in found.items()}
+    assert colour["full"] == colour["full, int8"] != colour["DAS 2"] == colour["DAS 4, int8"]
+    assert colour["head"] == colour["random 4"]
+    assert len(set(colour.values())) == 3
+    assert set(colour.values()) <= set(PALETTE)
+    ways = list(pcetl.study().ways)
+    assert len(set(styles(ways).values())) == len(ways)
 
 
 def point(way: str, task: str, score: float, share: float, **times: float) -> Point:
@@ -65,6 +70,33 @@ def test_every_task_has_axes_of_every_cost(
         (1, [None]),
         (1, [None]),
     ]
+
+
+def test_what_is_far_below_stands_at_the_edge_as_a_number(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panels: list[Axes] = []
+    plain = pareto._panel
+
+    def panel(axes, *rest):
+        panels.append(axes)
+        plain(axes, *rest)
+
+    monkeypatch.setattr(pareto, "_panel", panel)
+    scores = {"full": 0.80, "DAS 2": 0.79, "DAS 4": 0.78, "DAS 6": 0.75, "head": 0.2}
+    costs = {"DAS 2": -0.1, "DAS 4": -0.2, "DAS 6": -0.3}
+    points = [point(way, "a", score, costs.get(way, 0.0)) for way, score in scores.items()]
+    draw(points, ["a"], tmp_path / "pareto.png")
+    [axes] = panels
+    low, high = axes.get_ylim()
+    assert 70 < low < 74
+    assert 81 < high < 84
+    told = {text.get_text(): text.xy for text in axes.texts if text.get_text()}
+    assert told["21"] == (0.0, low)
+    assert set(told) == {"21", "full", "DAS 2", "DAS 4", "DAS 6"}  # the front, by name
+    drawn = {line.get_label(): line[0].get_ydata()[0] for line in axes.containers}
+    assert drawn["head"] == low
+    assert drawn["full"] == pytest.approx(81.0)
 
 
 def test_a_study_is_drawn_from_its_archive(

@@ -17,9 +17,12 @@ from tiny import (
 from configs.transfer import vqa
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.sharding import by_path
+from vlp_jax.models.sizes import build_model
 from vlp_jax.models.tuning import is_added
+from vlp_jax.models.tuning_config import units_among
 from vlp_jax.train.config import check_keys
 from vlp_jax.train.optim import rate_factors
+from vlp_jax.train.search import Search
 from vlp_jax.train.setup import plain
 from vlp_jax.transfer.methods import METHODS, method_of, set_method
 
@@ -100,7 +103,16 @@ def test_a_config_takes_a_method():
     assert "tuning" not in vqa.get_config("scenes").model
     assert vqa.get_config("scenes,,head").model.image.width == 384
     searches = [vqa.get_config(f"scenes,,{method}").search for method in ("das", "adapter")]
-    assert [(search.skipped, search.prior) for search in searches] == [(4, 1.0), (0, 0.0)]
+    assert [(search.skipped, search.prior) for search in searches] == [(2, 1.0), (0, 0.0)]
+
+
+@pytest.mark.parametrize("size", ["small", "co_attention_mini"])
+def test_a_search_has_units_to_choose_among(size):
+    config = vqa.get_config(f"scenes,{size},das")
+    model = build_model(config.model, 100, 0, config.data.image_size)
+    units = units_among(model.config, config.model.tuning.gated, "model.tuning.gated")
+    search = Search.of(config.search, dict.fromkeys(units, 0.1), {"train"}, 240)
+    assert search.choice.count < len(units)
     with pytest.raises(ValueError, match=r"scenes,,prefix: write .* METHOD one of full, head"):
         vqa.get_config("scenes,,prefix")
     with pytest.raises(ConfigError, match=r"method: 'prefix'\. Use one of full"):
