@@ -26,7 +26,7 @@ from tools.tuning_study import Point, named_tuning_study
 from vlp_jax.infra.command import argument_parser, bad_input
 
 Cost = Callable[[Point], float | None]
-_MARKS = "os^Dv<>pP*Xhd"  # in turns among the ways of one colour
+_MARKS = "os^Dv<>pP*Xhd+x1234"  # in turns among the ways of one colour
 _ALONE = PALETTE[5]  # grey: of ways that have no relatives
 _FAR, _APART = 3.0, 0.02  # times as far below the median as the best is above it, or so far
 
