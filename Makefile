@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKDIR ?= runs/demo
 SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
-SOURCES := vlp_jax configs tools tests setup.py
+SOURCES := vlp_jax configs docs tools tests setup.py
 
 .PHONY: demo momo-demo test test-slow lint types format clean
 

@@ -241,6 +241,9 @@ def _towards_the_aim() -> dict[str, Callable[[str, int], Run | None]]:
     ways: dict[str, Callable[[str, int], Run | None]] = {
         "DAS 4, wide": searched({"skipped": 4}, then={"model.tuning.replacement": WIDE}),
         "DAS 4, longer": searched({"skipped": 4}, updates=LONGER),
+        "DAS 4, fitted": _fitted(searched({"skipped": 4})),
+        "DAS 6, fitted": _fitted(searched({"skipped": 6})),
+        "DAS 25%, fitted": _fitted(searched({"flops_saved": 0.25})),
     }
     for name in ("adapter", "scaled_parallel"):
         ways[f"{name}, at {HIGHER:g}"] = tuned(name, HIGHER)
@@ -301,6 +304,11 @@ def _cut(
         return dataclasses.replace(whole, cut=(share, share))
 
     return run
+
+
+def _fitted(way: Callable[[str, int], Run]) -> Callable[[str, int], Run]:
+    """A way with a search, which starts with adapters that do what the skipped units did."""
+    return lambda task, seed: dataclasses.replace(way(task, seed), fitted=True)
 
 
 def _eight(way: Callable[[str, int], Run | None]) -> Callable[[str, int], Run | None]:

@@ -129,6 +129,18 @@ def test_what_follows_a_search_may_differ_and_the_search_is_the_same() -> None:
         check_keys(run.config)
 
 
+def test_what_is_fitted_before_is_another_run_of_the_same_search() -> None:
+    plain, fitted = (STUDY.run(f"DAS 6{how}", "vqa", 0) for how in ("", ", fitted"))
+    assert plain.search.key == fitted.search.key
+    assert plain.config.to_json_best_effort() == fitted.config.to_json_best_effort()
+    assert plain.key != fitted.key
+    whole = STUDY.run("adapter", "vqa", 0)
+    cut = STUDY.run("DAS 4, pruned 17%", "vqa", 0)
+    for run in (whole, cut):
+        with pytest.raises(ValueError, match="units of a whole base, searched for"):
+            dataclasses.replace(run, fitted=True)
+
+
 def test_references_leave_out_every_unit_alone_and_labels_are_worse_in_the_search_alone() -> None:
     alone = pcetl.alone()
     skipped = [of("vqa", 0).config.model.tuning.skip for of in alone.ways.values()]

@@ -69,7 +69,7 @@ def pruned(params: Any, skipped: Sequence[str]) -> dict[str, Any]:
     leaves = by_path(with_kept(params, dict.fromkeys(skipped, 0.0)))
     gated = gated_units(params)
     switches = {_switch(unit) for unit in gated}
-    idle = tuple(_replacement(unit) for unit in gated if unit not in skipped)
+    idle = tuple(replacement_path(unit) for unit in gated if unit not in skipped)
     return nested(
         {
             path: leaf
@@ -93,7 +93,7 @@ def moving(params: Any, kept: Mapping[str, jax.Array]) -> Any:
 
     def moves(path: str) -> jax.Array | bool:
         inside = [on for unit, on in kept.items() if is_skipped(path, (unit,))]
-        instead = [~on for unit, on in kept.items() if path.startswith(_replacement(unit))]
+        instead = [~on for unit, on in kept.items() if path.startswith(replacement_path(unit))]
         return functools.reduce(operator.and_, inside + instead, True)
 
     return jax.tree_util.tree_map_with_path(lambda path, _: moves(leaf_path(path)), params)
@@ -105,7 +105,7 @@ def _switch(unit: str) -> str:
     return f"{block}/{kept_name(part)}"
 
 
-def _replacement(unit: str) -> str:
-    """What the paths of a unit's replacement begin with."""
+def replacement_path(unit: str) -> str:
+    """What the paths of the adapter in a unit's place begin with."""
     block, part = split_unit(unit)
     return f"{block}/{replacement_name(part)}/"
