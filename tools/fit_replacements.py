@@ -9,7 +9,11 @@ WORKDIR is a finished search for units (the method das) that started from a base
 after the other, the base is run on --batches of the search's training data, whole and without what
 was chosen, and the adapter that stands in the unit's place is fitted to what is missing after it
 (``transfer.replacements``). The file holds the base and these adapters; what starts from it must
-skip these units. Printed is which share of what is missing each adapter adds.
+skip these units, with replacements as wide as the search's. Printed is which share of what is
+missing each adapter adds.
+
+Searches with the objective ``itm`` are refused: it draws its negatives by the parameters, so that
+the network without units would read other pairs than the whole one.
 """
 
 import dataclasses
@@ -26,10 +30,12 @@ from tools.searched import SearchRun, read_search
 from vlp_jax.compress.buckets import StepBucket
 from vlp_jax.infra.command import argument_parser, bad_input
 from vlp_jax.infra.compilation import set_gpu_flags
+from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.sharding import by_path, nested
 from vlp_jax.models.pretrained import Metadata, save_parameters
+from vlp_jax.objectives.contrastive import ITM
 from vlp_jax.train.gradient_error import probe_batches
-from vlp_jax.train.initial import Origin, read_origin
+from vlp_jax.train.initial import CHECKPOINT_FOLDER, Origin, read_origin
 from vlp_jax.train.setup import Setup
 from vlp_jax.train.step import Batches
 from vlp_jax.transfer.replacements import Fit, Moments, fitted, moments, order_of
@@ -55,7 +61,7 @@ def fit_replacements(
         base: where the base of the search lies, if no longer where it was.
 
     Returns:
-        Unit -> what stands in for it.
+        Unit -> what stands in for it; without those that the search's objectives do not run.
 
     Raises:
         FileExistsError: the file is there already; nothing was written.
@@ -66,14 +72,21 @@ def fit_replacements(
         raise FileExistsError(f"{out} is there already; give another file, or --overwrite")
     if batches < 1:
         raise ValueError(f"--batches={batches} must be 1 or more")
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out={out}: name a file .safetensors")
     run = read_search(pathlib.Path(search))
-    if not run.config["init_from"]:
+    start, base_of_start = run.config["init_from"], base or run.config["init_base"]
+    if not start:
         raise ValueError(
             f"{search} started from nothing (config.init_from is empty), so that its units do "
             "nothing yet; search from a pretrained run"
         )
-    where, checkpoint = base or run.config["init_from"], str(run.config["init_checkpoint"])
-    origin = read_origin(where, checkpoint, run.config["init_base"])
+    read_origin(search, base=base_of_start)  # refuses another base than the search had
+    if base and not pathlib.Path(start).exists():  # the base is what has moved
+        start, base_of_start = base, ""
+    holds_several = (pathlib.Path(start) / CHECKPOINT_FOLDER).is_dir()
+    checkpoint = str(run.config["init_checkpoint"]) if holds_several else "latest"
+    origin = read_origin(start, checkpoint, base_of_start)
     units = tuple(run.found["skipped"])
     with tempfile.TemporaryDirectory() as scratch:
         setup = set_up_again(_switched(run, origin), checkpoint, pathlib.Path(scratch))
@@ -85,7 +98,7 @@ def fit_replacements(
         config={**origin.config, "classes": list(origin.classes)},
         tokenizer=origin.tokenizer,
         step=origin.step,
-        sources={"base": where, "replacements": f"fitted on {batches} batches of {search}"},
+        sources={"base": start, "replacements": f"fitted on {batches} batches of {search}"},
     )
     save_parameters(out, arrays, metadata)
     return fits
@@ -111,16 +124,28 @@ def fit(setup: Setup, units: tuple[str, ...], batches: int) -> dict[str, Fit]:
         Unit -> its fit, in the order in which the model runs them.
 
     Raises:
-        ValueError: nothing stands in the place of a unit.
+        ConfigError: an objective reads other pairs as the parameters change.
+        ValueError: nothing stands in the place of a unit, or it is too narrow.
     """
     program = setup.program
+    for objective in program.objectives:
+        if isinstance(objective, ITM):
+            raise ConfigError(
+                f"objectives.{objective.name}",
+                "its negatives are drawn by the parameters, so that a network without units reads "
+                "other pairs than the whole one",
+                "Fit by a search of another task, or tune without the fit",
+            )
     state, _ = setup.first_state()
     params = by_path(state.params)
+    widths = {}
     for unit in units:
-        if f"{replacement_path(unit)}down/kernel" not in params:
+        kernel = params.get(f"{replacement_path(unit)}down/kernel")
+        widths[unit] = 0 if kernel is None else kernel.shape[1]
+        if widths[unit] < 2:
             raise ValueError(
-                f"nothing stands in the place of {unit} (model.tuning has neither adapters nor a "
-                "replacement), so that there is nothing to fit"
+                f"in the place of {unit} stand {widths[unit]} hidden features, and 2 are the least "
+                "that can be fitted; search with adapters, or model.tuning.replacement above 1"
             )
 
     def loss(kept: float, bucket: StepBucket, params: Any, extras: Any, batches: Batches) -> Any:
@@ -149,8 +174,10 @@ def fit(setup: Setup, units: tuple[str, ...], batches: int) -> dict[str, Fit]:
             seen = jax.tree.map(lambda x: np.asarray(x, np.float64), seen)
             sums = seen if sums is None else jax.tree.map(np.add, sums, seen)
         assert sums is not None
-        width = params[f"{replacement_path(unit)}down/kernel"].shape[1]
-        fits[unit] = fitted(sums, width)
+        try:
+            fits[unit] = fitted(sums, widths[unit])
+        except ValueError as error:
+            raise ValueError(f"{unit}: {error}") from error
         for path, array in arrays_of(unit, fits[unit]).items():
             params[path] = jax.device_put(array, params[path].sharding)
     return fits
@@ -180,13 +207,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     parser.add_argument("--base", default="", help="where the base of the search lies now")
     given = parser.parse_args(arguments)
-    flag_of = {"init_from": "--base", "init_base": "--base"}
+    flag_of = {"init_base": "--base", "init_from": "--base (config.init_from of the search)"}
     with bad_input(flag_of, (ValueError, OSError, RuntimeError)):
         fits = fit_replacements(
             given.workdir, given.out, given.batches, given.overwrite, given.base
         )
     for unit, found in fits.items():
         print(f"{unit}: {100 * found.explained:.1f} % by {found.down.shape[1]} hidden features")
+    chosen = read_search(pathlib.Path(given.workdir)).found["skipped"]
+    if idle := [unit for unit in chosen if unit not in fits]:
+        print(f"not run by the search's objectives, and not fitted: {', '.join(idle)}")
     print(f"wrote {given.out}")
 
 

@@ -75,6 +75,11 @@ class Run:
         """
         if self.fitted and (self.search is None or self.cut is not None):
             raise ValueError("only what stands for units of a whole base, searched for, is fitted")
+        if self.fitted and self.search is not None:
+            tunings = [run.config.model.tuning for run in (self, self.search)]
+            widths = [(one.replacement, one.adapter.width) for one in tunings]
+            if widths[0] != widths[1]:
+                raise ValueError(f"fitted are replacements of {widths[1]}, not of {widths[0]}")
 
     @functools.cached_property
     def key(self) -> str:

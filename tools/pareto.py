@@ -28,7 +28,8 @@ from vlp_jax.infra.command import argument_parser, bad_input
 Cost = Callable[[Point], float | None]
 _MARKS = "os^Dv<>pP*Xhd+x1234"  # in turns among the ways of one colour
 _ALONE = PALETTE[5]  # grey: of ways that have no relatives
-_FAR, _APART = 3.0, 0.02  # times as far below the median as the best is above it, or so far
+_FAR = 3.0  # times as far below the median as the best is above it
+_APART = 0.02  # what that is at least
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -65,6 +66,8 @@ def styles(ways: Sequence[str]) -> dict[str, tuple[str, str]]:
     for way, word in zip(ways, words, strict=True):
         colour = each.get(word, _ALONE)
         found[way] = colour, next(marks[colour])
+    if len({*found.values()}) < len(found):
+        raise ValueError(f"more than {len(_MARKS)} ways are relatives; draw fewer")
     return found
 
 

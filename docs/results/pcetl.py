@@ -45,8 +45,8 @@ VALIDATED = {
     "nlvr2": ("val/accuracy",),
     "retrieval": ("val/reranked/i2t_r1", "val/reranked/t2i_r1"),
 }
-# Method -> task -> peak learning rates that are tried, of which ``choose`` takes one. NLVR2 learns
-# at lower ones than VQA (docs/results/transfer.md).
+# Method -> task -> peak learning rates that are tried, of which ``choose`` takes one. Full
+# tuning of NLVR2 learns at lower ones than VQA (docs/results/transfer.md).
 TRIED: dict[str, dict[str, tuple[float, ...]]] = {
     "full": {"vqa": (1e-4, 3e-4), "nlvr2": (3e-5, 1e-4), "retrieval": (1e-4, 3e-4)},
     "head": {"vqa": (3e-4, 1e-3), "nlvr2": (3e-4, 1e-3), "retrieval": (1e-3, 1e-2)},
@@ -72,7 +72,8 @@ TRIED: dict[str, dict[str, tuple[float, ...]]] = {
 SEEDS, DRAWS = 3, 6  # of a way; of random units
 MORE = {"vqa": 5}  # seeds of the ways that are compared most closely
 CLOSE = (
-    *("adapter", "scaled_parallel", "DAS 2", "DAS 4", "DAS 12%", "DAS 25%", "similarity 4"),
+    *("adapter", "scaled_parallel", "DAS 2", "DAS 4", "DAS 6", "DAS 12%", "DAS 25%"),
+    "similarity 4",
     *("DAS 4, scaled parallel", "DAS 25%, scaled parallel", "DAS 4, losses alone", "DAS 4, paper"),
 )
 ONE_TASK = {"vqa": 5, "nlvr2": 0, "retrieval": 0}  # seeds of what may still reach the aim
@@ -307,7 +308,7 @@ def _cut(
 
 
 def _fitted(way: Callable[[str, int], Run]) -> Callable[[str, int], Run]:
-    """A way with a search, which starts with adapters that do what the skipped units did."""
+    """A way with a search, which starts with adapters that are fitted to the skipped units."""
     return lambda task, seed: dataclasses.replace(way(task, seed), fitted=True)
 
 

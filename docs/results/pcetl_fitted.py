@@ -7,7 +7,6 @@ BASE is that of docs/results/pcetl.py: its workdir, or a parameter file. Free La
 """
 
 import pathlib
-import sys
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from absl import logging
 from docs.results import pcetl
 from tools.compare.table import markdown_table
 from tools.fit_replacements import arrays_of, fit
+from vlp_jax.infra.command import argument_parser, bad_input
 from vlp_jax.infra.sharding import by_path, nested
 from vlp_jax.train.gradient_error import probe_batches
 from vlp_jax.train.setup import Setup, prepare
@@ -37,7 +37,7 @@ CHOICES = {
 }
 
 
-def gated(base: str, units: Sequence[str]) -> Setup:
+def gated(base: str, units: Sequence[str], workdir: pathlib.Path) -> Setup:
     """A run of the base's objective in which these units can be switched."""
     config = pcetl.base().config
     config.init_from = base
@@ -47,7 +47,7 @@ def gated(base: str, units: Sequence[str]) -> Setup:
         section.num_records = 2_000
     set_method(config, "adapter")
     config.model.tuning.blocks, config.model.tuning.gated = "all", tuple(units)
-    return prepare(config, pathlib.Path(tempfile.mkdtemp()))
+    return prepare(config, workdir)
 
 
 def loss(setup: Setup, params: Any, extras: Any) -> float:
@@ -63,11 +63,11 @@ def loss(setup: Setup, params: Any, extras: Any) -> float:
     return float(np.mean(found))
 
 
-def main(base: str) -> None:
-    """Print a table."""
-    rows = []
+def table(base: str, scratch: str) -> str:
+    """A row for each choice."""
+    rows: list[list[str]] = []
     for name, units in CHOICES.items():
-        setup = gated(base, units)
+        setup = gated(base, units, pathlib.Path(scratch) / str(len(rows)))
         state, _ = setup.first_state()
         extras = state.extras["objectives"]
         whole, without = (with_kept(state.params, dict.fromkeys(units, on)) for on in (1.0, 0.0))
@@ -77,10 +77,12 @@ def main(base: str) -> None:
                 leaves[path] = jax.device_put(array, leaves[path].sharding)
         told = (loss(setup, params, extras) for params in (whole, without, nested(leaves)))
         rows.append([name, *(f"{value:.3f}" for value in told)])
-        print(rows[-1], flush=True)
-    print(markdown_table(["left out", "whole", "without", "fitted"], rows))
+    return markdown_table(["left out", "whole", "without", "fitted"], rows)
 
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.ERROR)
-    main(sys.argv[1])
+    parser = argument_parser("docs.results.pcetl_fitted", __doc__)
+    parser.add_argument("base", help="workdir or parameter file")
+    with tempfile.TemporaryDirectory() as folder, bad_input():
+        print(table(parser.parse_args().base, folder))

@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from docs.results import pcetl
+from tools import jobs
 from tools.jobs import Run
 from tools.tuning_study import TuningStudy, latency_key
 from vlp_jax.train.config import check_keys
@@ -139,6 +140,25 @@ def test_what_is_fitted_before_is_another_run_of_the_same_search() -> None:
     for run in (whole, cut):
         with pytest.raises(ValueError, match="units of a whole base, searched for"):
             dataclasses.replace(run, fitted=True)
+
+
+def test_what_is_fitted_is_made_once(tmp_path, monkeypatch) -> None:
+    made = []
+
+    def fake(search, out, overwrite):
+        made.append(search)
+        out.write_text("weights")
+
+    monkeypatch.setattr(jobs, "fit_replacements", fake)
+    places = jobs.Places(tmp_path, "")
+    run = STUDY.run("DAS 4, fitted", "vqa", 0)
+    files = [jobs._origin(run, places) for _ in range(2)]
+    assert files == [tmp_path / "fitted" / f"{run.search.key}.safetensors"] * 2
+    assert files[0].read_text() == "weights"
+    assert made == [places.workdir(run.search)]
+    assert jobs._origin(STUDY.run("DAS 4", "vqa", 0), places) == places.workdir(run.parent)
+    with pytest.raises(ValueError, match=r"fitted are replacements of \(-1, 0\)"):
+        dataclasses.replace(STUDY.run("DAS 4, wide", "vqa", 0), fitted=True)
 
 
 def test_references_leave_out_every_unit_alone_and_labels_are_worse_in_the_search_alone() -> None:

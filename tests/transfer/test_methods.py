@@ -104,6 +104,10 @@ def test_a_config_takes_a_method():
     assert vqa.get_config("scenes,,head").model.image.width == 384
     searches = [vqa.get_config(f"scenes,,{method}").search for method in ("das", "adapter")]
     assert [(search.skipped, search.prior) for search in searches] == [(2, 1.0), (0, 0.0)]
+    with pytest.raises(ValueError, match=r"scenes,,prefix: write .* METHOD one of full, head"):
+        vqa.get_config("scenes,,prefix")
+    with pytest.raises(ConfigError, match=r"method: 'prefix'\. Use one of full"):
+        set_method(config, "prefix")
 
 
 @pytest.mark.parametrize("size", ["small", "co_attention_mini"])
@@ -113,10 +117,6 @@ def test_a_search_has_units_to_choose_among(size):
     units = units_among(model.config, config.model.tuning.gated, "model.tuning.gated")
     search = Search.of(config.search, dict.fromkeys(units, 0.1), {"train"}, 240)
     assert search.choice.count < len(units)
-    with pytest.raises(ValueError, match=r"scenes,,prefix: write .* METHOD one of full, head"):
-        vqa.get_config("scenes,,prefix")
-    with pytest.raises(ConfigError, match=r"method: 'prefix'\. Use one of full"):
-        set_method(config, "prefix")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -105,27 +105,47 @@ def test_blocks_are_watched_and_their_adapters_explain_what_is_told() -> None:
     units = ["block_01", "block_00/mlp", "block_00/attention"]
     in_order = order_of(units, lambda: tower.apply(params, x))
     assert in_order == ["block_00/attention", "block_00/mlp", "block_01"]
-    with pytest.raises(ValueError, match="reads no output of block_07"):
-        order_of(["block_07"], lambda: tower.apply(params, x))
+    assert order_of(["block_07", "block_01"], lambda: tower.apply(params, x)) == ["block_01"]
 
 
-def test_what_is_missing_is_told_by_the_network_without() -> None:
-    """Each fit makes good what is left by those before it."""
-    tower = Tower(BlockConfig(width=WIDTH, heads=2, mlp_width=32, norm_eps=EPS))
+class Twice(nn.Module):
+    """A block that is met twice, of other tokens each time."""
+
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, x):
+        block = Block(self.config, name="block_00")
+        return block(block(x))
+
+
+def test_what_is_missing_is_told_by_the_network_without_whenever_a_unit_is_met() -> None:
+    module = Twice(BlockConfig(width=WIDTH, heads=2, mlp_width=32, norm_eps=EPS))
     x = jax.random.normal(jax.random.key(1), (4, 40, WIDTH))
-    shifted = x + 0.5
-    params = tower.init(jax.random.key(0), x)
-    runs = [lambda tokens=tokens: tower.apply(params, tokens) for tokens in (x, shifted)]
+    other = x * jax.random.uniform(jax.random.key(2), x.shape)
+    params = module.init(jax.random.key(0), x)
+    runs = [lambda tokens=tokens: module.apply(params, tokens) for tokens in (x, other)]
     seen = moments(["block_00"], *runs)["block_00"]
-    after = Block(tower.config, name="block_00").apply({"params": params["params"]["block_00"]}, x)
-    y = np.asarray(after - shifted, np.float64).reshape(-1, WIDTH)
-    np.testing.assert_allclose(seen.y, y.sum(axis=0), rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(seen.yy, (y * y).sum(), rtol=1e-5)
+
+    def passed(tokens):  # what enters the block and what leaves it, both times
+        block = Block(module.config, name="block_00")
+        first = block.apply({"params": params["params"]["block_00"]}, tokens)
+        return [tokens, first, block.apply({"params": params["params"]["block_00"]}, first)]
+
+    whole, without = passed(x), passed(other)
+    pairs = [(without[0], whole[1]), (without[1], whole[2])]
+    entering = np.concatenate([np.asarray(a, np.float64).reshape(-1, WIDTH) for a, _ in pairs])
+    missing = [np.asarray(b - a, np.float64).reshape(-1, WIDTH) for a, b in pairs]
+    told = of_tokens(entering, np.concatenate(missing))
+    for name in Moments._fields:
+        np.testing.assert_allclose(
+            getattr(seen, name), getattr(told, name), rtol=1e-3, atol=2e-2, err_msg=name
+        )
 
 
 def test_what_cannot_be_fitted_is_said() -> None:
     seen = of_tokens(*planted(rank=2))
-    with pytest.raises(ValueError, match="1 hidden features holds no direction"):
+    with pytest.raises(ValueError, match="1 hidden features hold no direction"):
         fitted(seen, 1)
     with pytest.raises(ValueError, match="not finite"):
         fitted(seen._replace(yy=np.nan), 4)

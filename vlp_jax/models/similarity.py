@@ -22,16 +22,35 @@ def cosines(units: Collection[str], run: Callable[[], Any]) -> dict[str, jax.Arr
     """
     found: dict[str, list[jax.Array]] = {unit: [] for unit in units}
 
+    def see(unit: str, before: jax.Array, after: jax.Array, _: Block) -> None:
+        pair = (x.astype(jnp.float32) for x in (before, after))
+        found[unit].append(optax.losses.cosine_similarity(*pair, epsilon=1e-6).mean())
+
+    watched(units, run, see)
+    return {unit: jnp.stack(seen).mean() for unit, seen in found.items()}
+
+
+def watched(
+    units: Collection[str],
+    run: Callable[[], Any],
+    see: Callable[[str, jax.Array, jax.Array, Block], None],
+) -> None:
+    """Run a model and look at its units.
+
+    Args:
+        units: that the model has, gated or not.
+        run: applies the model to a batch.
+        see: is given a unit, what enters it and what leaves it, and its block, whenever one is met.
+    """
+
     def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         after = call(*args, **kwargs)
         if isinstance(context.module, Block) and context.method_name == Block._part.__name__:
             part, before = args[:2]
             unit = unit_name("/".join(context.module.path), part)
-            if unit in found:
-                pair = (x.astype(jnp.float32) for x in (before, after))
-                found[unit].append(optax.losses.cosine_similarity(*pair, epsilon=1e-6).mean())
+            if unit in units:
+                see(unit, before, after, context.module)
         return after
 
     with nn.intercept_methods(watch):
         run()
-    return {unit: jnp.stack(seen).mean() for unit, seen in found.items()}

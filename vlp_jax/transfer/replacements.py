@@ -22,13 +22,12 @@ import dataclasses
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vlp_jax.models.block import Block
-from vlp_jax.models.tuning import unit_name
+from vlp_jax.models.similarity import watched
 
 _RIDGE = 1e-4  # of the mean variance of a normed feature, which is 1 or less
 _SCALE = 0.02  # standard deviation of the weights on the way in, as of a fresh adapter
@@ -72,17 +71,14 @@ class Fit:
 
 
 def order_of(units: Collection[str], whole: Callable[[], Any]) -> list[str]:
-    """Units in the order in which a model runs them.
+    """Units in the order in which a model runs them, without those that it does not run.
 
     Args:
         units: that the model has.
         whole: applies the model to a batch; it is traced, and nothing is computed.
-
-    Raises:
-        ValueError: a unit was not met.
     """
     met: list[str] = []
-    jax.eval_shape(lambda: _watched(units, whole, lambda unit, *_: met.append(unit)))
+    jax.eval_shape(lambda: watched(units, whole, lambda unit, *_: met.append(unit)))
     return list(dict.fromkeys(met))
 
 
@@ -94,54 +90,27 @@ def moments(
     Padding counts as any token does. What is met several times is added up.
 
     Args:
-        units: that the model has.
+        units: that the model runs.
         whole: applies the model to a batch, without dropout, with the units there.
-        without: the same, with what stands in their place.
+        without: the same, with what stands in their place; both meet the same tokens in the same
+            order.
 
     Returns:
         Unit -> float32 sums.
-
-    Raises:
-        ValueError: a unit was not met.
     """
     after: dict[str, list[jax.Array]] = {unit: [] for unit in units}
     found: dict[str, Moments] = {}
 
-    def leaving(unit: str, _: jax.Array, tokens: jax.Array, eps: float) -> None:
+    def leaving(unit: str, _: jax.Array, tokens: jax.Array, block: Block) -> None:
         after[unit].append(tokens)
 
-    def entering(unit: str, tokens: jax.Array, _: jax.Array, eps: float) -> None:
-        here = _moments(tokens, after[unit].pop(0), eps)
+    def entering(unit: str, tokens: jax.Array, _: jax.Array, block: Block) -> None:
+        here = _moments(tokens, after[unit].pop(0), block.config.norm_eps)
         found[unit] = jax.tree.map(jnp.add, found[unit], here) if unit in found else here
 
-    _watched(units, whole, leaving)
-    _watched(units, without, entering)
+    watched(units, whole, leaving)
+    watched(units, without, entering)
     return found
-
-
-def _watched(
-    units: Collection[str],
-    run: Callable[[], Any],
-    see: Callable[[str, jax.Array, jax.Array, float], None],
-) -> None:
-    """Run a model; ``see`` is given what enters and what leaves each unit, and its norm's eps."""
-    met = set()
-
-    def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        after = call(*args, **kwargs)
-        block = context.module
-        if isinstance(block, Block) and context.method_name == Block._part.__name__:
-            part, before = args[:2]
-            unit = unit_name("/".join(block.path), part)
-            if unit in units:
-                met.add(unit)
-                see(unit, before, after, block.config.norm_eps)
-        return after
-
-    with nn.intercept_methods(watch):
-        run()
-    if missing := sorted({*units} - met):
-        raise ValueError(f"the loss reads no output of {', '.join(missing)}")
 
 
 def _moments(before: jax.Array, after: jax.Array, eps: float) -> Moments:
@@ -159,17 +128,17 @@ def fitted(seen: Moments, width: int) -> Fit:
 
     Args:
         seen: of the unit, over more tokens than features.
-        width: W, hidden features, 2 or more; of an odd one the last has nothing to do, and is
-            trained from weights in and out of which the latter are zeros.
+        width: W, hidden features, 2 or more. Those that hold no direction (the last of an odd
+            number, and all beyond 2 D) start as a fresh adapter's, with zeros on the way out.
 
     Raises:
         ValueError: it cannot hold a direction, or what was seen is not finite.
     """
     if width < 2:
-        raise ValueError(f"a replacement of {width} hidden features holds no direction; use 2")
+        raise ValueError(f"{width} hidden features hold no direction; use 2 or more")
     count, x, y, xx, xy, yy = (np.asarray(sums, np.float64) for sums in seen)
     if not all(np.isfinite(sums).all() for sums in (xx, xy, yy)):
-        raise ValueError("what units add is not finite; the base is broken, or its data are")
+        raise ValueError("what is missing after it is not finite; look at the base and its data")
     mean_x, mean_y = x / count, y / count
     spread = xx / count - np.outer(mean_x, mean_x)
     both = xy / count - np.outer(mean_x, mean_y)

@@ -161,10 +161,13 @@ def fit(
         if _part(path) in parts and path not in shapes and not is_skipped(path, skipped)
     ]
     if surplus and not drop_blocks:
+        remedy = "Set config.adopt_model=True, or check config.model (depths, norm, pre_norm, stem)"
+        if all(is_added(path) for path in surplus):
+            remedy = "Skip the units that these stand for, by config.skip_from"
         raise WeightsError(
             origin,
             f"{len(surplus)} parameters have no place in the model: {_listed(surplus)}",
-            "Set config.adopt_model=True, or check config.model (depths, norm, pre_norm, stem)",
+            remedy,
         )
     fitted, rows, wrong = {}, [], []
     for path, shape in shapes.items():
