@@ -157,19 +157,21 @@ def fit(setup: Setup, units: tuple[str, ...], batches: int) -> dict[str, Fit]:
         return moments(units, *runs)
 
     extras = state.extras["objectives"]
-    [first] = probe_batches(program, setup.plan, 0, 1)
-    bucket = program.with_views(first.planned, ())
-    order = order_of(units, lambda: loss(1.0, bucket, state.params, extras, first.batches))
+    # Every unit meets the same batches: they are read once, and stay on the devices.
+    held = [
+        (program.with_views(probed.planned, ()), probed.batches)
+        for probed in probe_batches(program, setup.plan, 0, batches)
+    ]
+    order = order_of(units, lambda: loss(1.0, held[0][0], state.params, extras, held[0][1]))
     compiled: dict[StepBucket, Any] = {}
     fits: dict[str, Fit] = {}
     for unit in order:
         sums: Moments | None = None
-        for probed in probe_batches(program, setup.plan, 0, batches):
-            bucket = program.with_views(probed.planned, ())
+        for bucket, batch in held:
             if bucket not in compiled:
                 compiled[bucket] = jax.jit(functools.partial(of_batch, bucket))
             with jax.set_mesh(program.mesh):
-                found = compiled[bucket](nested(params), extras, probed.batches)
+                found = compiled[bucket](nested(params), extras, batch)
                 seen = jax.device_get(found[unit])
             seen = jax.tree.map(lambda x: np.asarray(x, np.float64), seen)
             sums = seen if sums is None else jax.tree.map(np.add, sums, seen)
