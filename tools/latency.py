@@ -4,9 +4,9 @@ forward_times({"full": run, "pruned": other}, repeats=20)     # milliseconds by 
 """
 
 import concurrent.futures
-import functools
+import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,24 +23,48 @@ WARM_UP = 3  # calls before any that counts, the first of which compiles
 _SPECIAL = 5  # ids below may be special tokens
 
 
+@dataclasses.dataclass(frozen=True)
+class ForwardPass:
+    """A call of a jitted function with its arguments.
+
+    Attributes:
+        function: from ``jax.jit``.
+        arguments: on the device.
+    """
+
+    function: Any
+    arguments: tuple[Any, ...]
+
+    def compile(self) -> None:
+        """Compile without running; the first call finds the program."""
+        self.function.lower(*self.arguments).compile()
+
+    def __call__(self) -> Any:
+        """What the function gives."""
+        return self.function(*self.arguments)
+
+
 def forward_times(
-    functions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = WARM_UP
+    passes: Mapping[str, ForwardPass], repeats: int, warm_up: int = WARM_UP
 ) -> dict[str, float]:
-    """Milliseconds of a call of each function, its result waited for.
+    """Milliseconds of each pass, its result waited for.
 
     They take turns, so that whatever else the machine does meets all of them; the median is told.
-    Their first calls are made side by side, for these compile.
+    They compile side by side before, but never run so: on a GPU that fails while one of them is
+    recorded as a CUDA graph.
 
     Args:
-        functions: name -> a call, such as of a jitted function with its arguments.
+        passes: by name, on one device.
         repeats: calls of each that count, 1 or more.
         warm_up: calls of each before.
     """
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(lambda run: timings(run, warm_up), functions.values()))
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+        list(pool.map(lambda run: run.compile(), passes.values()))
+    for run in passes.values():
+        timings(run, warm_up)
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
     for _ in range(repeats):
-        for name, run in functions.items():
+        for name, run in passes.items():
             seconds[name] += timings(run, 1)
     return {name: 1e3 * statistics.median(each) for name, each in seconds.items()}
 
@@ -53,7 +77,7 @@ def forward_pass(
     bucket: StepBucket,
     rows: int,
     device: jax.Device,
-) -> Callable[[], jax.Array]:
+) -> ForwardPass:
     """A call of the loss of objectives on random inputs, without dropout and without gradient.
 
     Args:
@@ -66,7 +90,7 @@ def forward_pass(
         device: where it is computed.
 
     Returns:
-        A function that gives float32 [].
+        What gives float32 [] when it is called.
     """
 
     @jax.jit
@@ -76,7 +100,7 @@ def forward_pass(
 
     batches = {name: random_batch(program, name, bucket, rows) for name, _ in bucket}
     given = jax.device_put((params, dict(extras), batches), device)
-    return functools.partial(loss, *given)
+    return ForwardPass(loss, given)
 
 
 def random_batch(program: Program, name: str, bucket: StepBucket, rows: int) -> HostBatch:

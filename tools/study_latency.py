@@ -27,7 +27,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from tools.jobs import Run, read_archive
-from tools.latency import forward_pass, forward_times
+from tools.latency import ForwardPass, forward_pass, forward_times
 from tools.random_data import program_without_data
 from tools.tuning_study import Known, TuningStudy, latency_key, named_tuning_study
 from vlp_jax.compress.buckets import Bucket
@@ -131,7 +131,7 @@ def latencies(
         }
 
 
-def _passes(network: Network) -> Callable[[int], Callable[[], jax.Array]]:
+def _passes(network: Network) -> Callable[[int], ForwardPass]:
     """From rows to a call of the network on random inputs, with random weights."""
     config = network.config.copy_and_resolve_references()
     program = program_without_data(config, TEXT_LENGTH)

@@ -11,7 +11,6 @@ import pytest
 from tiny_search import UNITS, search_config
 
 from tools import skip_report
-from tools.latency import forward_times
 from tools.skip_report import main
 from vlp_jax.infra.checkpoint_reader import load_params
 from vlp_jax.infra.preemption import ExitCode
@@ -107,14 +106,6 @@ def test_where_there_is_an_accelerator_both_are_measured(search, tmp_path, capsy
         "accelerator": ["1", "64"],
         "cpu": ["1"],
     }
-
-
-def test_networks_take_turns():
-    calls = []
-    runs = {name: (lambda name=name: calls.append(name)) for name in ("full", "pruned")}
-    times = forward_times(runs, repeats=3, warm_up=1)
-    assert calls == ["full", "pruned", *["full", "pruned"] * 3]
-    assert set(times) == {"full", "pruned"}
 
 
 def test_no_repeats_are_refused(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -10,6 +11,7 @@ from docs.results import pcetl
 from tests.tiny_search import UNITS, search_config
 from tools import study_latency
 from tools.jobs import Run, read_archive
+from tools.latency import ForwardPass
 from tools.study_latency import latencies, network_of
 from tools.tuning_study import TuningStudy, latency_key
 from vlp_jax.data.scenes.tasks import ScenesVQA
@@ -92,7 +94,8 @@ def test_lines_are_added_to_the_archive(
     study: TuningStudy, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pcetl, "study", lambda: study)
-    monkeypatch.setattr(study_latency, "_passes", lambda network: lambda rows: lambda: rows)
+    nothing = ForwardPass(jax.jit(lambda: 0.0), ())
+    monkeypatch.setattr(study_latency, "_passes", lambda network: lambda rows: nothing)
     archive = tmp_path / "archive.jsonl"
     archive.write_text(json.dumps({"job": "another", "seconds": 1}) + "\n")
     arguments = ["docs.results.pcetl", f"--archive={archive}", "--rows=3", "--repeats=1"]
