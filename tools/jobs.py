@@ -32,7 +32,6 @@ from tools.compare.configs import digest
 from tools.compare.measure import final_metrics
 from tools.compare.workers import VISIBLE_DEVICES
 from tools.evaluate_quantized import evaluate_quantized
-from tools.fit_replacements import fit_replacements
 from tools.prune_weights import prune_weights
 from vlp_jax.infra.compilation import enable_compile_cache, set_gpu_flags
 from vlp_jax.infra.hardware import device_facts
@@ -56,7 +55,6 @@ class Run:
         parent: the run before; None: it starts from scratch.
         search: the run, from the same parent, that has chosen what is skipped; None: nothing is.
         cut: shares of heads and of channels that the parent has lost before; None: none.
-        fitted: what stands in the place of skipped units is fitted to them before.
         eight: nothing is trained: the tests of the parent are made again, with eight bits a weight.
     """
 
@@ -64,29 +62,13 @@ class Run:
     parent: "Run | None" = None
     search: "Run | None" = None
     cut: tuple[float, float] | None = None
-    fitted: bool = False
     eight: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse what nothing makes.
-
-        Raises:
-            ValueError: there are no units whose place is fitted, or the base is cut besides.
-        """
-        if self.fitted and (self.search is None or self.cut is not None):
-            raise ValueError("only what stands for units of a whole base, searched for, is fitted")
-        if self.fitted and self.search is not None:
-            tunings = [run.config.model.tuning for run in (self, self.search)]
-            widths = [(one.replacement, one.adapter.width) for one in tunings]
-            if widths[0] != widths[1]:
-                raise ValueError(f"fitted are replacements of {widths[1]}, not of {widths[0]}")
 
     @functools.cached_property
     def key(self) -> str:
         """What the run computes, in 16 hexadecimal digits."""
         before = [run.key for run in (self.parent, self.search) if run is not None]
         before += [f"cut {self.cut}"] if self.cut else []
-        before += ["fitted"] if self.fitted else []
         before += ["eight bits"] if self.eight else []
         return digest(self.config, " ".join(before))[:16]
 
@@ -198,28 +180,15 @@ def do(job: Job, places: Places) -> dict[str, Any]:
 
 
 def _origin(run: Run, places: Places) -> pathlib.Path | None:
-    """What a run starts from: its parent, or what is made of that before; None: nothing."""
-    if run.parent is None:
-        return None
-    whole = places.workdir(run.parent)
-    if run.cut is not None:
-        heads, mlp = run.cut
-        file = places.out / "cut" / f"{run.parent.key}-{heads:g}-{mlp:g}.safetensors"
-        cut = functools.partial(prune_weights, whole, heads=heads, mlp=mlp, blocks="all")
-        return _made(file, cut)
-    if run.fitted:
-        assert run.search is not None
-        file = places.out / "fitted" / f"{run.search.key}.safetensors"
-        return _made(file, functools.partial(fit_replacements, places.workdir(run.search)))
-    return whole
-
-
-def _made(file: pathlib.Path, make: Callable[..., Any]) -> pathlib.Path:
-    """A file that several runs start from, made by the first."""
+    """What a run starts from: its parent, or what is left of that once it is cut; None: nothing."""
+    if run.parent is None or run.cut is None:
+        return None if run.parent is None else places.workdir(run.parent)
+    whole, (heads, mlp) = places.workdir(run.parent), run.cut
+    file = places.out / "cut" / f"{run.parent.key}-{heads:g}-{mlp:g}.safetensors"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         made = file.with_name(f"{os.getpid()}-{file.name}")  # others may be making it as well
-        make(out=made, overwrite=True)
+        prune_weights(whole, made, heads, mlp, blocks="all", overwrite=True)
         made.replace(file)
     return file
 

@@ -7,7 +7,6 @@ import pathlib
 import pytest
 
 from docs.results import pcetl
-from tools import jobs
 from tools.jobs import Run
 from tools.tuning_study import TuningStudy, latency_key
 from vlp_jax.train.config import check_keys
@@ -130,37 +129,6 @@ def test_what_follows_a_search_may_differ_and_the_search_is_the_same() -> None:
         check_keys(run.config)
 
 
-def test_what_is_fitted_before_is_another_run_of_the_same_search() -> None:
-    plain, fitted = (STUDY.run(f"DAS 6{how}", "vqa", 0) for how in ("", ", fitted"))
-    assert plain.search.key == fitted.search.key
-    assert plain.config.to_json_best_effort() == fitted.config.to_json_best_effort()
-    assert plain.key != fitted.key
-    whole = STUDY.run("adapter", "vqa", 0)
-    cut = STUDY.run("DAS 4, pruned 17%", "vqa", 0)
-    for run in (whole, cut):
-        with pytest.raises(ValueError, match="units of a whole base, searched for"):
-            dataclasses.replace(run, fitted=True)
-
-
-def test_what_is_fitted_is_made_once(tmp_path, monkeypatch) -> None:
-    made = []
-
-    def fake(search, out, overwrite):
-        made.append(search)
-        out.write_text("weights")
-
-    monkeypatch.setattr(jobs, "fit_replacements", fake)
-    places = jobs.Places(tmp_path, "")
-    run = STUDY.run("DAS 4, fitted", "vqa", 0)
-    files = [jobs._origin(run, places) for _ in range(2)]
-    assert files == [tmp_path / "fitted" / f"{run.search.key}.safetensors"] * 2
-    assert files[0].read_text() == "weights"
-    assert made == [places.workdir(run.search)]
-    assert jobs._origin(STUDY.run("DAS 4", "vqa", 0), places) == places.workdir(run.parent)
-    with pytest.raises(ValueError, match=r"fitted are replacements of \(-1, 0\)"):
-        dataclasses.replace(STUDY.run("DAS 4, wide", "vqa", 0), fitted=True)
-
-
 def test_references_leave_out_every_unit_alone_and_labels_are_worse_in_the_search_alone() -> None:
     alone = pcetl.alone()
     skipped = [of("vqa", 0).config.model.tuning.skip for of in alone.ways.values()]
@@ -191,31 +159,46 @@ def test_the_lowest_rate_within_noise_of_the_best_is_taken_once_all_were_tried(
         ("retrieval", "full"): (0.69, 0.70),  # of 500 pictures: 0.02
         ("retrieval", "head"): (0.6, 0.7),
         ("nlvr2", "head"): (0.5,),
+        ("nlvr2", "adapter"): ((0.69, 0.68), (0.72, 0.71), (0.74, 0.70)),  # two seeds: 0.007
+        ("nlvr2", "scaled_parallel"): ((0.69, 0.68), (0.71, 0.71), (0.74,)),
+        ("nlvr2", "das"): (0.58, 0.70, 0.52),
     }
     lines = []
     for (task, method), found in scores.items():
-        for rate, score in zip(pcetl.TRIED[method][task], found, strict=False):
-            run = rates.run(f"{task}, {method}, {rate:g}", task, 0)
-            metrics = dict.fromkeys(pcetl.VALIDATED[task], score)
-            lines.append(json.dumps({**record(run, 0), "metrics": metrics}))
+        for rate, seeds in zip(pcetl.TRIED[method][task], found, strict=False):
+            for seed, score in enumerate(seeds if isinstance(seeds, tuple) else (seeds,)):
+                run = rates.run(f"{task}, {method}, {rate:g}", task, seed)
+                metrics = dict.fromkeys(pcetl.VALIDATED[task], score)
+                lines.append(json.dumps({**record(run, 0), "metrics": metrics}))
     archive = tmp_path / "archive.jsonl"
     archive.write_text("\n".join(lines) + "\n")
     taken = [("vqa", "lora", 1), ("vqa", "adapter", 1), ("retrieval", "full", 0)]
-    taken += [("retrieval", "head", 1)]
-    assert pcetl.choose(archive) == {
-        method: {task: pcetl.TRIED[method][task][index]} for task, method, index in taken
-    }
+    taken += [("retrieval", "head", 1), ("nlvr2", "adapter", 1), ("nlvr2", "das", 1)]
+    expected: dict[str, dict[str, float]] = {}
+    for task, method, index in taken:
+        expected.setdefault(method, {})[task] = pcetl.TRIED[method][task][index]
+    assert pcetl.choose(archive) == expected
 
 
 def test_rates_are_tried_on_their_task_alone_and_taken_by_it(monkeypatch) -> None:
     rates = pcetl.rates()
     tried = [(way, task) for way in rates.ways for task in rates.figures if rates.run(way, task, 0)]
-    assert len(tried) == len(rates.ways) == 53
+    assert len(tried) == len(rates.ways) == 56
     assert all(way.startswith(f"{task}, ") for way, task in tried)
-    monkeypatch.setattr(pcetl, "RATES", {"adapter": {"vqa": 0.5, "nlvr2": 0.25}})
-    taken = {task: pcetl.task_config(task, "das", 0).schedule.peak for task in pcetl.UPDATES}
+    twice = [way for way in rates.ways if rates.run(way, "nlvr2", 1)]
+    assert twice == [
+        f"nlvr2, {method}, {rate:g}"
+        for method in pcetl.TRIED_SEEDS
+        for rate in pcetl.TRIED[method]["nlvr2"]
+    ]
+    chosen = {"adapter": {"vqa": 0.5, "nlvr2": 0.25}, "das": {"nlvr2": 0.125}}
+    monkeypatch.setattr(pcetl, "RATES", chosen)
     untold = pcetl.TRIED["adapter"]["retrieval"][1]
-    assert taken == {"vqa": 0.5, "nlvr2": 0.25, "retrieval": untold}
+    runs = {task: pcetl.searched({"skipped": 4})(task, 0) for task in pcetl.UPDATES}
+    peaks = {task: run.config.schedule.peak for task, run in runs.items()}
+    assert peaks == {"vqa": 0.5, "nlvr2": 0.125, "retrieval": untold}
+    assert peaks == {task: run.search.config.schedule.peak for task, run in runs.items()}
+    assert pcetl.tuned("adapter")("nlvr2", 0).config.schedule.peak == 0.25
 
 
 def test_more_units_are_drawn_at_random_than_other_ways_have_seeds() -> None:
