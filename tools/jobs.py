@@ -275,6 +275,20 @@ def execute(
                 yield record
 
 
+def expected_seconds(job: Job, jobs: Sequence[Job], longest: Mapping[str, float]) -> float:
+    """How long it takes until a job is of use: with the quickest of what needs it, if anything.
+
+    Where the time runs out in between, the job is done again on the next machine.
+
+    Args:
+        job: of ``jobs``.
+        jobs: all that is to be done.
+        longest: seconds by name, of jobs that are done; of others nothing is expected.
+    """
+    after = [longest.get(other.name, 0.0) for other in jobs if other.needs == job.key]
+    return longest.get(job.name, 0.0) + min(after, default=0.0)
+
+
 def _begin(out: pathlib.Path, device: str) -> None:
     """Of a process that does jobs, before it asks JAX for its devices."""
     if device:

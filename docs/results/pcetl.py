@@ -50,30 +50,30 @@ VALIDATED = {
 TRIED: dict[str, dict[str, tuple[float, ...]]] = {
     "full": {"vqa": (1e-4, 3e-4), "nlvr2": (3e-5, 1e-4), "retrieval": (1e-4, 3e-4)},
     "head": {"vqa": (3e-4, 1e-3), "nlvr2": (3e-4, 1e-3), "retrieval": (1e-3, 1e-2)},
-    "bitfit": {"vqa": (1e-3, 3e-3), "nlvr2": (3e-4, 1e-3), "retrieval": (3e-3, 1e-2)},
-    "lora": {"vqa": (1e-3, 3e-3), "nlvr2": (3e-4, 1e-3), "retrieval": (1e-3, 3e-3)},
+    "bitfit": {"vqa": (1e-3, 3e-3), "nlvr2": (1e-3, 3e-3), "retrieval": (3e-3, 1e-2)},
+    "lora": {"vqa": (1e-3, 3e-3), "nlvr2": (1e-3, 3e-3), "retrieval": (1e-3, 3e-3)},
     "adapter": {
         "vqa": (3e-4, 1e-3, 3e-3),
-        "nlvr2": (1e-4, 3e-4, 1e-3),
+        "nlvr2": (3e-4, 1e-3),
         "retrieval": (1e-3, 3e-3),
     },
     "scaled_parallel": {
         "vqa": (3e-4, 1e-3, 3e-3),
-        "nlvr2": (1e-4, 3e-4, 1e-3),
+        "nlvr2": (3e-4, 1e-3),
         "retrieval": (1e-3, 3e-3),
     },
     "shallow_prompt": {
         "vqa": (3e-4, 1e-3, 1e-2),
-        "nlvr2": (3e-4, 1e-3),
+        "nlvr2": (1e-3, 3e-3),
         "retrieval": (1e-3, 1e-2),
     },
-    "deep_prompt": {"vqa": (3e-4, 1e-3), "nlvr2": (3e-4, 1e-3), "retrieval": (1e-3, 3e-3)},
+    "deep_prompt": {"vqa": (3e-4, 1e-3), "nlvr2": (1e-3, 3e-3), "retrieval": (1e-3, 3e-3)},
     # Of all that skips units, by ``DAS 4``; where none are tried, what skips has the rate of what
-    # is tuned. NLVR2's adapters learn at a rate at which nothing without units leaves chance.
-    "das": {"nlvr2": (1e-4, 3e-4, 1e-3)},
+    # is tuned. On NLVR2 adapters once learned at a rate at which no network without units did.
+    "das": {"nlvr2": (3e-4, 1e-3, 3e-3)},
 }
-# Method -> task -> seeds that its rates are tried with, one by default. With one alone NLVR2's
-# came out at a rate at which another seed of scaled parallel adapters stays near chance.
+# Method -> task -> seeds that its rates are tried with, one by default. By one alone NLVR2 once had
+# a rate at which another seed of scaled parallel adapters failed.
 TRIED_SEEDS: dict[str, dict[str, int]] = {"adapter": {"nlvr2": 2}, "scaled_parallel": {"nlvr2": 2}}
 SEEDS, DRAWS = 3, 6  # of a way; of random units
 MORE = {"vqa": 5}  # seeds of the ways that are compared most closely

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from docs.results import pcetl
-from tools.jobs import Run
+from tools.jobs import Run, expected_seconds
 from tools.tuning_study import TuningStudy, latency_key
 from vlp_jax.train.config import check_keys
 
@@ -69,6 +69,23 @@ def test_jobs_come_after_what_they_need(small) -> None:
     other = pcetl.searched({"skipped": 2})("vqa", 0)
     assert other.config.to_json_best_effort() == das.config.to_json_best_effort()
     assert other.key != das.key
+
+
+def test_a_search_waits_for_the_quickest_of_what_needs_it(small) -> None:
+    study, runs = small
+    wide = pcetl.searched({"skipped": 4}, updates=2.0)("vqa", 0)
+    wide.config.name = "wide"
+    study = dataclasses.replace(study, ways={**study.ways, "wide": lambda task, seed: wide})
+    listed = study.jobs(list(study.cells), [0], study.settings)
+    found = {job.key: job for job in listed}
+    das = runs["DAS 4"]
+    assert das.search.key == wide.search.key
+    last, search, base = (found[run.key] for run in (das, das.search, das.parent))
+    longest = {search.name: 10.0, last.name: 70.0, "wide": 50.0, base.name: 5.0}
+    assert expected_seconds(search, listed, longest) == 60.0
+    assert expected_seconds(last, listed, longest) == 70.0
+    assert expected_seconds(search, listed, {search.name: 10.0}) == 10.0  # nothing is known
+    assert expected_seconds(base, listed, longest) == 5.0  # of the adapter nothing is known
 
 
 def test_tables_tell_scores_costs_differences_and_choices(small) -> None:
@@ -159,8 +176,8 @@ def test_the_lowest_rate_within_noise_of_the_best_is_taken_once_all_were_tried(
         ("retrieval", "full"): (0.69, 0.70),  # of 500 pictures: 0.02
         ("retrieval", "head"): (0.6, 0.7),
         ("nlvr2", "head"): (0.5,),
-        ("nlvr2", "adapter"): ((0.69, 0.68), (0.72, 0.71), (0.74, 0.70)),  # two seeds: 0.007
-        ("nlvr2", "scaled_parallel"): ((0.69, 0.68), (0.71, 0.71), (0.74,)),
+        ("nlvr2", "adapter"): ((0.72, 0.71), (0.74, 0.70)),  # with two seeds: 0.007
+        ("nlvr2", "scaled_parallel"): ((0.71, 0.71), (0.74,)),
         ("nlvr2", "das"): (0.58, 0.70, 0.52),
     }
     lines = []
@@ -173,7 +190,7 @@ def test_the_lowest_rate_within_noise_of_the_best_is_taken_once_all_were_tried(
     archive = tmp_path / "archive.jsonl"
     archive.write_text("\n".join(lines) + "\n")
     taken = [("vqa", "lora", 1), ("vqa", "adapter", 1), ("retrieval", "full", 0)]
-    taken += [("retrieval", "head", 1), ("nlvr2", "adapter", 1), ("nlvr2", "das", 1)]
+    taken += [("retrieval", "head", 1), ("nlvr2", "adapter", 0), ("nlvr2", "das", 1)]
     expected: dict[str, dict[str, float]] = {}
     for task, method, index in taken:
         expected.setdefault(method, {})[task] = pcetl.TRIED[method][task][index]
@@ -183,7 +200,7 @@ def test_the_lowest_rate_within_noise_of_the_best_is_taken_once_all_were_tried(
 def test_rates_are_tried_on_their_task_alone_and_taken_by_it(monkeypatch) -> None:
     rates = pcetl.rates()
     tried = [(way, task) for way in rates.ways for task in rates.figures if rates.run(way, task, 0)]
-    assert len(tried) == len(rates.ways) == 56
+    assert len(tried) == len(rates.ways) == 54
     assert all(way.startswith(f"{task}, ") for way, task in tried)
     twice = [way for way in rates.ways if rates.run(way, "nlvr2", 1)]
     assert twice == [

@@ -1,0 +1,96 @@
+"""How far the pooler of NLVR2's head saturates in the first updates, by the rate of heads.
+
+    python -m docs.results.pcetl_pooler BASE
+
+BASE is that of docs/results/pcetl.py: its workdir, or a parameter file. Adapters and heads are
+tuned for 50 updates of 16 of 4,000 pairs, the upper half of the image tower skipped; of the batch
+after these, what enters the pooler's tanh is told.
+"""
+
+import contextlib
+import io
+import pathlib
+import tempfile
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from docs.results import pcetl
+from tools.compare.table import markdown_table
+from vlp_jax.infra.command import argument_parser, bad_input
+from vlp_jax.train.gradient_error import probe_batches
+from vlp_jax.train.initial import read_origin
+from vlp_jax.train.loop import train
+from vlp_jax.train.setup import Setup, prepare
+
+UPDATES, ROWS, PAIRS = 50, 16, 4_000
+SKIPPED = tuple(f"image_tower/block_{layer:02d}" for layer in (4, 5, 6, 7))
+RATES = ((1e-3, 5.0), (3e-4, 5.0), (1e-3, 1.0))  # of adapters; of heads, as multiples of that
+SATURATED = 3.0  # where the slope of tanh is 1 %
+
+
+def run(base: str, rate: float, factor: float, workdir: pathlib.Path) -> Setup:
+    """A run of NLVR2 without the skipped units, as far as it is set up."""
+    config = pcetl.task_config("nlvr2", "adapter", 0, rate)
+    config.init_from = base
+    config.model.tuning.skip = SKIPPED
+    config.optim.groups.heads.rate_factor = factor
+    config.total_steps, config.data.batch_size = UPDATES, ROWS
+    config.data.sources.pairs.update(num_records=PAIRS, cache=False)
+    config.checkpoint.best_metric = ""
+    with config.unlocked():
+        config.evals = {}
+    return prepare(config, workdir)
+
+
+def pooled(setup: Setup, params: Any) -> np.ndarray:
+    """What enters the tanh: float32 [rows, width], of the batch after the updates."""
+    [objective] = setup.program.objectives
+    [probe] = probe_batches(setup.program, setup.plan, UPDATES, 1)
+
+    @jax.jit
+    def seen(params: Any, batch: Any) -> jax.Array:
+        found: list[jax.Array] = []
+
+        def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            made = call(*args, **kwargs)
+            if context.module.name == "pooler":
+                found.append(made)
+            return made
+
+        with nn.intercept_methods(watch):
+            objective.logits(params, batch)  # type: ignore[attr-defined]
+        return jnp.asarray(found[0], jnp.float32)
+
+    with jax.set_mesh(setup.program.mesh):
+        return np.asarray(seen(params, probe.batches[objective.batch_name]))
+
+
+def table(base: str, scratch: str) -> str:
+    """A row for each pair of rates."""
+    rows = []
+    for rate, factor in RATES:
+        workdir = pathlib.Path(scratch) / f"{rate:g}-{factor:g}"
+        setup = run(base, rate, factor, workdir)
+        state, _ = setup.first_state()
+        fresh = pooled(setup, state.params)
+        with contextlib.redirect_stdout(io.StringIO()):
+            train(setup)
+        after = pooled(setup, read_origin(workdir).params())
+        told = [f"{np.sqrt(np.mean(x**2)):.1f}" for x in (fresh, after)]
+        told += [f"{np.mean(np.abs(x) > SATURATED):.0%}" for x in (fresh, after)]
+        rows.append([f"{rate:g}", f"{factor:g}", *told])
+    header = ["rate", "heads", "RMS, fresh", "RMS", "saturated, fresh", "saturated"]
+    return markdown_table(header, rows)
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)
+    parser = argument_parser("docs.results.pcetl_pooler", __doc__)
+    parser.add_argument("base", help="workdir or parameter file")
+    with tempfile.TemporaryDirectory() as folder, bad_input():
+        print(table(parser.parse_args().base, folder))
