@@ -10,7 +10,8 @@ after the other, the base is run on --batches of the search's training data, who
 was chosen, and the adapter that stands in the unit's place is fitted to what is missing after it
 (``transfer.replacements``). The file holds the base and these adapters; what starts from it must
 skip these units, with replacements as wide as the search's. Printed is which share of what is
-missing each adapter adds.
+missing each adapter adds. What is tuned afterwards gains nothing by the fit (docs/results/pcetl.md,
+"In closed form"): it is for what is used as it is.
 
 Searches with the objective ``itm`` are refused: it draws its negatives by the parameters, so that
 the network without units would read other pairs than the whole one.
