@@ -5,11 +5,11 @@
 
 The argument names a module with ``study()``, see docs/results/momo.py and docs/results/pcetl.py (of
 another function: MODULE:FUNCTION). What --archive holds is not done again, so that a study can be
-given several times for a while (--max_seconds: nothing is begun that, by the longest of its kind so
-far and with the quickest of what needs it, would not be over by then), on several machines; --cells
-and --seeds say which part. Runs lie in --out, of which nothing is needed later. Several processes
-share a GPU (--workers), or are spread over several (--devices=0,1). Prints the study's tables and
-writes them to OUT/table.md.
+given several times for a while, on several machines; --cells and --seeds say which part. With
+--max_seconds nothing is begun that, by the longest of its kind so far, would not be over by then,
+together with the quickest of what needs it where it has no score of its own. Runs lie in --out, of
+which nothing is needed later. Several processes share a GPU (--workers), or are spread over several
+(--devices=0,1). Prints the study's tables and writes them to OUT/table.md.
 
 Exit codes are those of vlp_jax.infra.preemption: 1 where a job has failed, whose error is told.
 """
@@ -76,8 +76,8 @@ def main(argv: Sequence[str]) -> None:
         longest: dict[str, float] = {}
 
         def may_start(job: Job) -> bool:
-            """Whether it, and something that needs it, would be over in time."""
-            return time.monotonic() - began + expected_seconds(job, jobs, longest) < limit
+            """Whether something would be had of it in time."""
+            return time.monotonic() - began + expected_seconds(job, jobs, known, longest) < limit
 
         for record in execute(
             jobs, places, _WORKERS.value, known, may_start, devices=_DEVICES.value

@@ -1,4 +1,4 @@
-"""Fit what stands in the place of skipped units to what they did, before anything is trained.
+"""Fit what stands in the place of skipped units to what they did, without training.
 
     python -m tools.fit_replacements runs/search --out=fitted.safetensors
     python -m vlp_jax.main --config=configs/transfer/vqa.py:scenes,small,adapter \\

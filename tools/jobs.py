@@ -95,7 +95,9 @@ class Job:
     @property
     def name(self) -> str:
         """Of the task or the stage: what jobs that take about as long have in common."""
-        return str(self.run.config.name) if self.task is None else self.task.name
+        if self.task is not None:
+            return self.task.name
+        return f"{self.run.config.name}{', int8' if self.run.eight else ''}"
 
     @property
     def needs(self) -> str:
@@ -181,8 +183,10 @@ def do(job: Job, places: Places) -> dict[str, Any]:
 
 def _origin(run: Run, places: Places) -> pathlib.Path | None:
     """What a run starts from: its parent, or what is left of that once it is cut; None: nothing."""
-    if run.parent is None or run.cut is None:
-        return None if run.parent is None else places.workdir(run.parent)
+    if run.parent is None:
+        return None
+    if run.cut is None:
+        return places.workdir(run.parent)
     whole, (heads, mlp) = places.workdir(run.parent), run.cut
     file = places.out / "cut" / f"{run.parent.key}-{heads:g}-{mlp:g}.safetensors"
     if not file.exists():
@@ -275,18 +279,25 @@ def execute(
                 yield record
 
 
-def expected_seconds(job: Job, jobs: Sequence[Job], longest: Mapping[str, float]) -> float:
-    """How long it takes until a job is of use: with the quickest of what needs it, if anything.
+def expected_seconds(
+    job: Job, jobs: Sequence[Job], known: Mapping[str, Any], longest: Mapping[str, float]
+) -> float:
+    """How long it takes until something is had of a job.
 
-    Where the time runs out in between, the job is done again on the next machine.
+    What is not scored, or has been done before, is done for others: with the quickest of these. If
+    the time ran out in between, it would have to be done again on the next machine.
 
     Args:
         job: of ``jobs``.
-        jobs: all that is to be done.
+        jobs: all that is asked for.
+        known: what an archive holds, by key.
         longest: seconds by name, of jobs that are done; of others nothing is expected.
     """
-    after = [longest.get(other.name, 0.0) for other in jobs if other.needs == job.key]
-    return longest.get(job.name, 0.0) + min(after, default=0.0)
+    alone = longest.get(job.name, 0.0)
+    if job.key not in known and (job.task is not None or job.run.config.evals):
+        return alone
+    others = [other for other in jobs if other.needs == job.key and other.key not in known]
+    return alone + min((longest.get(other.name, 0.0) for other in others), default=0.0)
 
 
 def _begin(out: pathlib.Path, device: str) -> None:

@@ -1,12 +1,13 @@
 """How long forward passes take on the machine at hand, several networks in turns.
 
-forward_times({"full": run, "pruned": other}, repeats=20)     # milliseconds by name
+forward_times({"full": forward_pass(...), "pruned": ...}, repeats=20)     # milliseconds by name
 """
 
 import concurrent.futures
 import dataclasses
+import functools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,13 +20,13 @@ from vlp_jax.infra.hardware import timings
 from vlp_jax.objectives.base import Objective
 from vlp_jax.train.program import Program
 
-WARM_UP = 3  # calls before any that counts, the first of which compiles
+WARM_UP = 3  # calls before any that counts
 _SPECIAL = 5  # ids below may be special tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardPass:
-    """A call of a jitted function with its arguments.
+    """A jitted function and its arguments.
 
     Attributes:
         function: from ``jax.jit``.
@@ -35,13 +36,9 @@ class ForwardPass:
     function: Any
     arguments: tuple[Any, ...]
 
-    def compile(self) -> None:
-        """Compile without running; the first call finds the program."""
-        self.function.lower(*self.arguments).compile()
-
-    def __call__(self) -> Any:
-        """What the function gives."""
-        return self.function(*self.arguments)
+    def compiled(self) -> Callable[[], Any]:
+        """A call of the compiled function with the arguments."""
+        return functools.partial(self.function.lower(*self.arguments).compile(), *self.arguments)
 
 
 def forward_times(
@@ -59,12 +56,13 @@ def forward_times(
         warm_up: calls of each before.
     """
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(lambda run: run.compile(), passes.values()))
-    for run in passes.values():
+        compiled = pool.map(lambda one: one.compiled(), passes.values())
+        runs = dict(zip(passes, compiled, strict=True))
+    for run in runs.values():
         timings(run, warm_up)
-    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
-        for name, run in passes.items():
+        for name, run in runs.items():
             seconds[name] += timings(run, 1)
     return {name: 1e3 * statistics.median(each) for name, each in seconds.items()}
 
@@ -78,7 +76,7 @@ def forward_pass(
     rows: int,
     device: jax.Device,
 ) -> ForwardPass:
-    """A call of the loss of objectives on random inputs, without dropout and without gradient.
+    """The loss of objectives on random inputs, without dropout and without gradient.
 
     Args:
         program: of a run, for its vocabulary, fields of batches and weights of losses.
@@ -90,7 +88,7 @@ def forward_pass(
         device: where it is computed.
 
     Returns:
-        What gives float32 [] when it is called.
+        What gives float32 [].
     """
 
     @jax.jit

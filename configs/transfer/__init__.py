@@ -18,11 +18,7 @@ NUM_EXAMPLES = 2000  # of the validation split; of the test split, where that is
 
 
 def base(
-    name: str,
-    arg: str | None,
-    data: Collection[str],
-    size: str = "small",
-    heads_beside_few: float | None = None,
+    name: str, arg: str | None, data: Collection[str], size: str = "small"
 ) -> tuple[ConfigDict, str]:
     """A config without source, objective and evaluators.
 
@@ -33,8 +29,6 @@ def base(
             ``transfer.methods.METHODS``; by default, all.
         data: what the task can be trained on; the first is the default.
         size: of the model, where the argument names none.
-        heads_beside_few: rate factor of heads where few parameters beside them are tuned, at rates
-            that suit fresh ones; None: that of full tuning.
 
     Returns:
         The config, and which data.
@@ -87,8 +81,6 @@ def base(
         config.total_epochs = 10.0
         config.schedule.peak = 1e-5
         config.optim.groups.heads.rate_factor = 10.0
-    if heads_beside_few is not None and method not in ("", "full", "head"):
-        config.optim.groups.heads.rate_factor = heads_beside_few
     return config, which
 
 

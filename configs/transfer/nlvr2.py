@@ -9,9 +9,6 @@ Data: `scenes`, level hard; `pack`, the 400 training pairs of ../shared/data (a 
 `nlvr2`, the official files. Hardware: one GPU; `pack` runs on a CPU in minutes. Scores to expect:
 docs/results/transfer.md. Scores are told by label, of `nlvr2` also by synset: 124 of them with some
 56 test pairs each, so that even of equal ones the best and the worst are some 30 points apart.
-
-Where few parameters are tuned, heads learn at their rate: at five times that the pooler saturates
-before anything is learned (docs/results/pcetl.md, "NLVR2").
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +18,7 @@ from configs.transfer import base, evaluate, scenes
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of the run; ``arg`` is DATA[,SIZE[,METHOD]]."""
-    config, which = base("nlvr2", arg, ("scenes", "pack", "nlvr2"), heads_beside_few=1.0)
+    config, which = base("nlvr2", arg, ("scenes", "pack", "nlvr2"))
     with config.unlocked():
         if which == "scenes":
             config.data.sources.pairs = scenes("scenes_nlvr2")

@@ -8,8 +8,8 @@ Data: `scenes`, level hard, 64 px (synthetic): 200,000 captioned pictures for th
 each task, rendered once. The base is FLM's encoder of size `small`, whose 16 blocks (8 of the image
 tower, 4 + 4 of texts) can all be skipped, and all have what a way adds. Every way tunes the same
 base, with the updates, the batch and the data of the others, and its own rate, which was chosen on
-the validation split of each task with seed 0 (``rates``). Beside it stand every unit left out
-alone (``alone``) and searches by worse labels (``robustness``).
+the validation split of each task (``rates``). Beside it stand every unit left out alone (``alone``)
+and searches by worse labels (``robustness``).
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from tools.columns import Settings
 from tools.jobs import Run, read_archive
 from tools.tuning_study import TuningStudy
 from vlp_jax.models.sizes import build_model
+from vlp_jax.transfer.methods import SEARCH
 
 SIZE, IMAGES = "small", 200_000
 BASE_UPDATES, BASE_PEAK = 5_000, 1e-3
@@ -69,12 +70,17 @@ TRIED: dict[str, dict[str, tuple[float, ...]]] = {
     },
     "deep_prompt": {"vqa": (3e-4, 1e-3), "nlvr2": (1e-3, 3e-3), "retrieval": (1e-3, 3e-3)},
     # Of all that skips units, by ``DAS 4``; where none are tried, what skips has the rate of what
-    # is tuned. On NLVR2 adapters once learned at a rate at which no network without units did.
-    "das": {"nlvr2": (3e-4, 1e-3, 3e-3)},
+    # is tuned. On NLVR2 adapters once learned at a rate at which one of 26 networks without units
+    # did.
+    SEARCH: {"nlvr2": (3e-4, 1e-3)},
 }
 # Method -> task -> seeds that its rates are tried with, one by default. By one alone NLVR2 once had
 # a rate at which another seed of scaled parallel adapters failed.
-TRIED_SEEDS: dict[str, dict[str, int]] = {"adapter": {"nlvr2": 2}, "scaled_parallel": {"nlvr2": 2}}
+TRIED_SEEDS: dict[str, dict[str, int]] = {
+    method: {"nlvr2": 2} for method in ("adapter", "scaled_parallel", SEARCH)
+}
+# Task -> rate factor of heads where few parameters are tuned beside them; else the config's.
+HEADS = {"nlvr2": 1.0}
 SEEDS, DRAWS = 3, 6  # of a way; of random units
 MORE = {"vqa": 5}  # seeds of the ways that are compared most closely
 CLOSE = (
@@ -151,6 +157,8 @@ def task_config(task: str, method: str, seed: int, rate: float | None = None) ->
     config.log.tensorboard = False
     if method not in ("full", "head"):
         config.model.tuning.blocks = "all"
+        heads = config.optim.groups.heads
+        heads.rate_factor = HEADS.get(task, heads.rate_factor)
     if method.endswith("prompt"):
         config.model.tuning.prompt.length = PROMPTS
     with config.unlocked():
@@ -197,13 +205,13 @@ def searched(
         method: with what is tuned, and searched.
         updates: of what follows, as a multiple of the task's.
         then: keys of the config of what follows.
-        rate: of learning, in the place of that in ``RATES``.
+        rate: of learning, of the search and of what follows, in the place of that in ``RATES``.
         changes: keys of the config of the search.
     """
 
     def run(task: str, seed: int) -> Run:
-        own = rate or (_rate(task, "das") if task in TRIED["das"] else None)
-        config = task_config(task, "das", seed, own)
+        own = rate or (_rate(task, SEARCH) if task in TRIED[SEARCH] else None)
+        config = task_config(task, SEARCH, seed, own)
         if method != "adapter":
             config.model.tuning.adapter.update(task_config(task, method, seed).model.tuning.adapter)
         config.name = f"{task}, search"
@@ -231,7 +239,7 @@ def units() -> tuple[str, ...]:
 
 def study() -> TuningStudy:
     """What ``tools.compare_stages --seeds=6`` does: more draws of random units than seeds."""
-    methods = [name for name in TRIED if name != "das"]
+    methods = [name for name in TRIED if name != SEARCH]
     ways: dict[str, Callable[[str, int], Run | None]] = {name: tuned(name) for name in methods}
     ways |= {f"DAS {k}": searched({"skipped": k}) for k in (2, 4, 6)}
     ways |= {f"DAS {share:.0%}": searched({"flops_saved": share}) for share in (0.12, 0.25)}
@@ -369,7 +377,7 @@ def rates() -> TuningStudy:
 
 
 def _tried(task: str, method: str, rate: float) -> Callable[[str, int], Run | None]:
-    way = searched({"skipped": 4}, rate=rate) if method == "das" else tuned(method, rate)
+    way = searched({"skipped": 4}, rate=rate) if method == SEARCH else tuned(method, rate)
     seeds = _tried_seeds(task, method)
     return lambda of, seed: way(of, seed) if of == task and seed < seeds else None
 
@@ -384,17 +392,17 @@ def choose(archive: pathlib.Path) -> dict[str, dict[str, float]]:
     Good is what scores within a standard error of the best: rates at the upper end train most runs
     as well, and make of some nothing at all. Scores are means over the seeds of ``TRIED_SEEDS``.
     """
-    known = read_archive(archive)
+    known, study = read_archive(archive), rates()
     found: dict[str, dict[str, float]] = {}
     for method, task in ((method, task) for method, of in TRIED.items() for task in of):
         tried, seeds = TRIED[method][task], range(_tried_seeds(task, method))
-        scores = rates().scores(known, seeds)
+        scores = study.scores(known, seeds)
         names = [f"{task}, {method}, {rate:g}" for rate in tried]
         runs = [scores.get(name, {}).get(task, {}) for name in names]
         if all(len(run) == len(seeds) for run in runs):
             mine = [statistics.mean(run.values()) for run in runs]
             best = max(mine)
-            examples = len(seeds) * int(task_config(task, method, 0).evals.val.num_examples)
+            examples = int(task_config(task, method, 0).evals.val.num_examples)  # of all seeds
             least = best - math.sqrt(best * (1 - best) / examples)
             good = [rate for rate, score in zip(tried, mine, strict=True) if score >= least]
             found.setdefault(method, {})[task] = min(good)

@@ -3,8 +3,8 @@
     python -m docs.results.pcetl_pooler BASE
 
 BASE is that of docs/results/pcetl.py: its workdir, or a parameter file. Adapters and heads are
-tuned for 50 updates of 16 of 4,000 pairs, the upper half of the image tower skipped; of the batch
-after these, what enters the pooler's tanh is told.
+tuned for 50 updates of 16 of 4,000 pairs, the first five of which are warm-up, with the upper half
+of the image tower skipped; of the batch after these, what enters the pooler's tanh is told.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from vlp_jax.train.setup import Setup, prepare
 
 UPDATES, ROWS, PAIRS = 50, 16, 4_000
 SKIPPED = tuple(f"image_tower/block_{layer:02d}" for layer in (4, 5, 6, 7))
-RATES = ((1e-3, 5.0), (3e-4, 5.0), (1e-3, 1.0))  # of adapters; of heads, as multiples of that
+HEADS = ((1e-3, 5.0), (3e-4, 5.0), (1e-3, 1.0))  # rate of adapters; of heads, as a multiple
 SATURATED = 3.0  # where the slope of tanh is 1 %
 
 
@@ -73,7 +73,7 @@ def pooled(setup: Setup, params: Any) -> np.ndarray:
 def table(base: str, scratch: str) -> str:
     """A row for each pair of rates."""
     rows = []
-    for rate, factor in RATES:
+    for rate, factor in HEADS:
         workdir = pathlib.Path(scratch) / f"{rate:g}-{factor:g}"
         setup = run(base, rate, factor, workdir)
         state, _ = setup.first_state()

@@ -1,4 +1,4 @@
-"""What stands in the place of a skipped unit, fitted to what the unit did before it is trained.
+"""What stands in the place of a skipped unit, fitted to what the unit did, without training.
 
     for unit in order_of(units, whole):
         seen = moments([unit], whole, without)[unit]   # of one batch; add up those of several
