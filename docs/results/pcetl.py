@@ -19,15 +19,18 @@ import math
 import pathlib
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from absl import logging
 from ml_collections import ConfigDict
 
 from configs import scenes
 from tools.columns import Settings
 from tools.jobs import Run, read_archive
 from tools.tuning_study import TuningStudy
+from vlp_jax.infra.command import argument_parser, bad_input
 from vlp_jax.models.sizes import build_model
 from vlp_jax.transfer.methods import SEARCH
 
@@ -407,6 +410,21 @@ def choose(archive: pathlib.Path) -> dict[str, dict[str, float]]:
             good = [rate for rate, score in zip(tried, mine, strict=True) if score >= least]
             found.setdefault(method, {})[task] = min(good)
     return found
+
+
+def tell_of_base(program: str, description: str, table: Callable[[str, str], str]) -> None:
+    """The command of a figure beside the study: prints a table of the base that it is given.
+
+    Args:
+        program: as ``python -m`` has it.
+        description: its help.
+        table: from the base, a workdir or a parameter file, and a folder for what is made.
+    """
+    logging.set_verbosity(logging.ERROR)
+    parser = argument_parser(program, description)
+    parser.add_argument("base", help="workdir or parameter file")
+    with tempfile.TemporaryDirectory() as folder, bad_input():
+        print(table(parser.parse_args().base, folder))
 
 
 if __name__ == "__main__":

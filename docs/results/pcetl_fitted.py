@@ -7,18 +7,15 @@ BASE is that of docs/results/pcetl.py: its workdir, or a parameter file. Free La
 """
 
 import pathlib
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 from docs.results import pcetl
 from tools.compare.table import markdown_table
 from tools.fit_replacements import arrays_of, fit
-from vlp_jax.infra.command import argument_parser, bad_input
 from vlp_jax.infra.sharding import by_path, nested
 from vlp_jax.train.gradient_error import probe_batches
 from vlp_jax.train.setup import Setup, prepare
@@ -81,8 +78,4 @@ def table(base: str, scratch: str) -> str:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)
-    parser = argument_parser("docs.results.pcetl_fitted", __doc__)
-    parser.add_argument("base", help="workdir or parameter file")
-    with tempfile.TemporaryDirectory() as folder, bad_input():
-        print(table(parser.parse_args().base, folder))
+    pcetl.tell_of_base("docs.results.pcetl_fitted", __doc__, table)

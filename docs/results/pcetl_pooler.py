@@ -10,18 +10,17 @@ of the image tower skipped; of the batch after these, what enters the pooler's t
 import contextlib
 import io
 import pathlib
-import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from docs.results import pcetl
 from tools.compare.table import markdown_table
-from vlp_jax.infra.command import argument_parser, bad_input
+from vlp_jax.objectives.classification import NLVR2
 from vlp_jax.train.gradient_error import probe_batches
 from vlp_jax.train.initial import read_origin
 from vlp_jax.train.loop import train
@@ -29,7 +28,7 @@ from vlp_jax.train.setup import Setup, prepare
 
 UPDATES, ROWS, PAIRS = 50, 16, 4_000
 SKIPPED = tuple(f"image_tower/block_{layer:02d}" for layer in (4, 5, 6, 7))
-HEADS = ((1e-3, 5.0), (3e-4, 5.0), (1e-3, 1.0))  # rate of adapters; of heads, as a multiple
+CASES = ((1e-3, 5.0), (3e-4, 5.0), (1e-3, 1.0))  # rate of adapters; of heads, as a multiple
 SATURATED = 3.0  # where the slope of tanh is 1 %
 
 
@@ -47,9 +46,10 @@ def run(base: str, rate: float, factor: float, workdir: pathlib.Path) -> Setup:
     return prepare(config, workdir)
 
 
-def pooled(setup: Setup, params: Any) -> np.ndarray:
-    """What enters the tanh: float32 [rows, width], of the batch after the updates."""
+def pooled(setup: Setup) -> Callable[[Any], np.ndarray]:
+    """From parameters to what enters the tanh on the batch after the updates: float32 [rows, D]."""
     [objective] = setup.program.objectives
+    assert isinstance(objective, NLVR2)
     [probe] = probe_batches(setup.program, setup.plan, UPDATES, 1)
 
     @jax.jit
@@ -63,34 +63,36 @@ def pooled(setup: Setup, params: Any) -> np.ndarray:
             return made
 
         with nn.intercept_methods(watch):
-            objective.logits(params, batch)  # type: ignore[attr-defined]
+            objective.logits(params, batch)
         return jnp.asarray(found[0], jnp.float32)
 
-    with jax.set_mesh(setup.program.mesh):
-        return np.asarray(seen(params, probe.batches[objective.batch_name]))
+    def of(params: Any) -> np.ndarray:
+        with jax.set_mesh(setup.program.mesh):
+            return np.asarray(seen(params, probe.batches[objective.batch_name]))
+
+    return of
 
 
 def table(base: str, scratch: str) -> str:
-    """A row for each pair of rates."""
-    rows = []
-    for rate, factor in HEADS:
+    """A row for the fresh head, which is the same in all cases, and for each case."""
+    rows: list[list[str]] = []
+    for rate, factor in CASES:
         workdir = pathlib.Path(scratch) / f"{rate:g}-{factor:g}"
         setup = run(base, rate, factor, workdir)
-        state, _ = setup.first_state()
-        fresh = pooled(setup, state.params)
+        entering = pooled(setup)
+        if not rows:
+            rows.append(["fresh", "fresh", *_told(entering(setup.first_state()[0].params))])
         with contextlib.redirect_stdout(io.StringIO()):
             train(setup)
-        after = pooled(setup, read_origin(workdir).params())
-        told = [f"{np.sqrt(np.mean(x**2)):.1f}" for x in (fresh, after)]
-        told += [f"{np.mean(np.abs(x) > SATURATED):.0%}" for x in (fresh, after)]
+        told = _told(entering(read_origin(workdir).params()))
         rows.append([f"{rate:g}", f"{factor:g}", *told])
-    header = ["rate", "heads", "RMS, fresh", "RMS", "saturated, fresh", "saturated"]
-    return markdown_table(header, rows)
+    return markdown_table(["rate", "heads", "root mean square", "saturated"], rows)
+
+
+def _told(entering: np.ndarray) -> list[str]:
+    saturated = np.mean(np.abs(entering) > SATURATED)
+    return [f"{np.sqrt(np.mean(entering**2)):.1f}", f"{saturated:.0%}"]
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)
-    parser = argument_parser("docs.results.pcetl_pooler", __doc__)
-    parser.add_argument("base", help="workdir or parameter file")
-    with tempfile.TemporaryDirectory() as folder, bad_input():
-        print(table(parser.parse_args().base, folder))
+    pcetl.tell_of_base("docs.results.pcetl_pooler", __doc__, table)
