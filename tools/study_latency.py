@@ -7,9 +7,9 @@ The argument names a module with ``study()`` (of another function: MODULE:FUNCTI
 ``tools.tuning_study.TuningStudy``. Of every way and task the network is built from its config and,
 where units are skipped, from what the search in --archive has chosen (ways whose search is not
 there are left out). Weights, pictures and texts are random: no run is needed. A pass is the loss of
-the task on --rows examples without dropout, in the dtype of the study. All networks of a task take
-turns in one process, so that they compare, and ways whose networks are the same (all but the
-weights) are measured once.
+the task on --rows examples without dropout, in the dtype of the study, with low-rank updates merged
+into the weights, as they would be used. All networks of a task take turns in one process, so that
+they compare, and ways whose networks are the same (all but the weights) are measured once.
 
 What is found is added to --archive, as milliseconds beside those of the study's first way; what it
 holds already is not measured again.
@@ -38,7 +38,8 @@ from vlp_jax.train.adopted import adopt
 from vlp_jax.train.initial import Origin
 from vlp_jax.transfer.quantize import quantized
 
-REPEATS, ROWS = 50, (1, 64)
+REPEATS = 50
+ROWS = (1, 64, 1024)  # a small model on small pictures: 64 rows of it do not fill a large GPU
 TEXT_LENGTH = 16  # tokens; questions of scenes have 6 to 15
 
 
@@ -78,6 +79,7 @@ def network_of(run: Run, known: Known) -> Network | None:
     made = base.config.to_dict()  # by which the run would find its geometry and its readout
     adopt(config, None, Origin(base.key, None, {}, made, tokenizer="", classes=()))
     tuning = config.model.tuning
+    tuning.lora.rank = 0
     if run.search is not None:
         if "search" not in known.get(run.search.key, {}):
             return None
@@ -170,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--archive", type=pathlib.Path, required=True, help="what was done")
     parser.add_argument("--tasks", default="", help="of the study, with commas; by default all")
     parser.add_argument("--seeds", type=int, default=1, help="of the runs")
-    parser.add_argument("--rows", default="", help="examples of a pass, with commas; 1,64")
+    parser.add_argument("--rows", default="", help="examples of a pass, with commas; 1,64,1024")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="passes that are timed")
     given = parser.parse_args(arguments)
     logging.set_verbosity(logging.ERROR)

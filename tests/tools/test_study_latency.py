@@ -53,6 +53,8 @@ def test_networks_are_what_runs_tune(study: TuningStudy) -> None:
     found = {way: network_of(of("vqa", 0), SEARCHED) for way, of in study.ways.items()}
     assert found["full"].key == found["head"].key != found["eight"].key
     assert found["DAS"].config.model.tuning.skip == UNITS[:2]
+    merged = network_of(Run(small("lora"), BASE), {})
+    assert merged.key == found["full"].key
     prune = found["cut"].config.model.tuning.prune
     assert (prune.heads, prune.mlp, prune.blocks) == (0.5, 0.5, "all")
     assert network_of(study.ways["DAS"]("vqa", 0), {}) is None  # not searched for yet
