@@ -7,9 +7,11 @@ The argument names a module with ``study()``, see docs/results/momo.py and docs/
 another function: MODULE:FUNCTION). What --archive holds is not done again, so that a study can be
 given several times for a while, on several machines; --cells and --seeds say which part. With
 --max_seconds nothing is begun that, by the longest of its kind so far, would not be over by then,
-together with the quickest of what needs it where it has no score of its own. Runs lie in --out, of
-which nothing is needed later. Several processes share a GPU (--workers), or are spread over several
-(--devices=0,1). Prints the study's tables and writes them to OUT/table.md.
+together with the quickest of what needs it where it has no score of its own. With --base that is
+tuned in the place of what runs would start from (give it an archive of its own, for keys do not
+tell it). Runs lie in --out, of which nothing is needed later. Several processes share a GPU
+(--workers), or are spread over several (--devices=0,1). Prints the study's tables and writes them
+to OUT/table.md.
 
 Exit codes are those of vlp_jax.infra.preemption: 1 where a job has failed, whose error is told.
 """
@@ -40,6 +42,9 @@ _CELLS = flags.DEFINE_list(
     "cells", None, "names of cells, in quotes where they have commas; by default all"
 )
 _SEEDS = flags.DEFINE_integer("seeds", 3, "chains of each cell", lower_bound=1)
+_BASE = flags.DEFINE_string(
+    "base", "", "workdir or parameter file in the place of runs that start from scratch"
+)
 _OUT = flags.DEFINE_string("out", "runs/stages", "folder of runs")
 _ARCHIVE = flags.DEFINE_string("archive", None, "file of what was done", required=True)
 _TEXTS = flags.DEFINE_string("texts", "../shared/data/text", "folder of texts")
@@ -60,6 +65,9 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"--texts: {_TEXTS.value} does not exist; name a folder of texts")
         if len(_DEVICES.value) > _WORKERS.value:
             raise ValueError(f"--workers={_WORKERS.value}: fewer than --devices; give one for each")
+        base = pathlib.Path(_BASE.value).absolute() if _BASE.value else None
+        if base is not None and not base.exists():
+            raise ValueError(f"--base: {base} does not exist; name a workdir or a parameter file")
         names = _CELLS.value or list(study.cells)
         if unknown := [name for name in names if name not in study.cells]:
             raise ValueError(f"--cells: {unknown[0]!r} is none of {', '.join(study.cells)}")
@@ -72,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
     if limit:
         settings = dataclasses.replace(study.settings, helpers=(os.cpu_count() or 1) // 4)
         jobs = study.jobs(names, seeds, dataclasses.replace(settings, out=out))
-        places = Places(out, str(pathlib.Path(_TEXTS.value).absolute()))
+        places = Places(out, str(pathlib.Path(_TEXTS.value).absolute()), base)
         longest: dict[str, float] = {}
 
         def may_start(job: Job) -> bool:

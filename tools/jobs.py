@@ -126,13 +126,18 @@ class Places:
     Attributes:
         out: folder of runs and of what they share.
         texts: folder of free texts, and of tasks of texts.
+        base: workdir or parameter file in the place of every run that starts from scratch; None:
+            these are trained.
     """
 
     out: pathlib.Path
     texts: str
+    base: pathlib.Path | None = None
 
     def workdir(self, run: Run) -> pathlib.Path:
-        """Of a run."""
+        """Of a run, or what is in its place."""
+        if self.base is not None and run.parent is None:
+            return self.base
         return self.out / "runs" / run.key
 
 
@@ -233,6 +238,9 @@ def execute(
     """
     waiting = _wanted(jobs, known)
     done: set[str] = set()
+    if places.base is not None:
+        done = {job.key for job in waiting if job.task is None and job.run.parent is None}
+        waiting = [job for job in waiting if job.key not in done]
     if workers > 1:
         os.environ.setdefault(_MEMORY, f"{_SHARE * max(1, len(devices)) / workers:.3f}")
     context = multiprocessing.get_context("spawn")  # a process that has begun JAX cannot be forked

@@ -34,6 +34,7 @@ from vlp_jax.compress.buckets import Bucket
 from vlp_jax.infra.command import argument_parser, bad_input
 from vlp_jax.infra.compilation import set_gpu_flags
 from vlp_jax.infra.hardware import device_facts
+from vlp_jax.models.tuning_config import tuning_config
 from vlp_jax.train.adopted import adopt
 from vlp_jax.train.initial import Origin
 from vlp_jax.transfer.quantize import quantized
@@ -63,7 +64,9 @@ class Network:
 
 
 def network_of(run: Run, known: Known) -> Network | None:
-    """The network of a run; None: what it skips has not been searched for yet.
+    """The network of a run, as it would be used; None: what it skips is not searched for yet.
+
+    Low-rank updates are merged into the weights.
 
     Args:
         run: of a study, with a parent.
@@ -80,6 +83,8 @@ def network_of(run: Run, known: Known) -> Network | None:
     adopt(config, None, Origin(base.key, None, {}, made, tokenizer="", classes=()))
     tuning = config.model.tuning
     tuning.lora.rank = 0
+    if not tuning.adapter.kind and not tuning.prompt.kind:
+        tuning.blocks = tuning_config().blocks  # of additions, of which there are none
     if run.search is not None:
         if "search" not in known.get(run.search.key, {}):
             return None
@@ -184,7 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             rows = [int(count) for count in given.rows.split(",") if count] or list(ROWS)
         except ValueError as error:
-            raise ValueError(f"--rows={given.rows}: {error}; write 1,64") from error
+            raise ValueError(f"--rows={given.rows}: {error}; write 1,64,1024") from error
         if min(given.repeats, given.seeds, *rows) < 1:
             raise ValueError("--repeats, --seeds and --rows: use 1 or more")
         known = read_archive(given.archive)

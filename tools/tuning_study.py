@@ -1,8 +1,8 @@
-"""A study of ways to tune one base for tasks: what each costs and scores, beside one another.
+"""A study of ways to tune a base for tasks: what each costs and scores, beside one another.
 
-A study names its ways (docs/results/pcetl.py); each is a run for every task and seed, from one base
-and, where units are skipped, with the units that another run has chosen. Jobs are those of
-``tools.jobs``; how long passes take is measured by ``tools.study_latency``.
+A study names its ways (docs/results/pcetl.py); each is a run for every task and seed, from the
+base of the task and, where units are skipped, with the units that another run has chosen. Jobs are
+those of ``tools.jobs``; how long passes take is measured by ``tools.study_latency``.
 """
 
 import dataclasses

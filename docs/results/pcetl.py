@@ -1,4 +1,4 @@
-"""The study of ways to tune: one base, three tasks, and what each way costs and scores.
+"""The study of ways to tune: a base, three tasks, and what each way costs and scores.
 
     python -m tools.compare_stages docs.results.pcetl --archive=... --out=OUT --seeds=6
     python -m tools.study_latency docs.results.pcetl --archive=...
@@ -6,11 +6,11 @@
 
 Data: `scenes`, level hard, 64 px (synthetic): 200,000 captioned pictures for the base, 50,000 of
 each task, rendered once. The base is FLM's encoder of size `small`, whose 16 blocks (8 of the image
-tower, 4 + 4 of texts) can all be skipped, and all have what a way adds. Every way tunes the same
-base, with the updates, the batch and the data of the others, and its own rate, which was chosen on
-the validation split of each task (``rates``). Beside it stand every unit left out alone
-(``alone``), searches by worse labels (``robustness``), a second base (``second_base``), and what
-heads do at a higher rate (``faster_heads``).
+tower, 4 + 4 of texts) can all be skipped, and all have what a way adds. Every way of a task tunes
+the same base (``BASE_SEEDS``), with the updates, the batch and the data of the others, and its own
+rate, which was chosen on the validation split of each task (``rates``). Beside it stand every unit
+left out alone (``alone``), searches by worse labels (``robustness``), a second base
+(``second_base``), and what heads do at a higher rate (``faster_heads``).
 """
 
 import dataclasses
@@ -127,7 +127,7 @@ SETTINGS = Settings(  # of tasks that runs are scored in, of which there are non
 
 
 def base(updates: int = BASE_UPDATES, seed: int = 0) -> Run:
-    """What all ways of a task tune."""
+    """One training of what is tuned."""
     config = scenes.get_config(f"flm,{SIZE},{IMAGES}")
     config.name = "base"
     config.seed = seed
@@ -377,6 +377,7 @@ def _from(parent: Run, way: Callable[[str, int], Run | None]) -> Callable[[str, 
         whole = way(task, seed)
         if whole is None:
             return None
+        assert not whole.eight, "its parent is no base"
         search = whole.search and dataclasses.replace(whole.search, parent=parent)
         return dataclasses.replace(whole, parent=parent, search=search)
 

@@ -2,7 +2,7 @@
 
     python -m docs.results.pcetl_fitted BASE
 
-BASE is that of docs/results/pcetl.py: its workdir, or a parameter file. Free Language Modeling on
+BASE is one of docs/results/pcetl.py: its workdir, or a parameter file. Free Language Modeling on
 2,000 of its pictures, 32 a batch: fitted on six batches, told of the four that follow.
 """
 

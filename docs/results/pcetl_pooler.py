@@ -2,7 +2,7 @@
 
     python -m docs.results.pcetl_pooler BASE
 
-BASE is that of docs/results/pcetl.py: its workdir, or a parameter file. Adapters and heads are
+BASE is one of docs/results/pcetl.py: its workdir, or a parameter file. Adapters and heads are
 tuned for 50 updates of 16 of 4,000 pairs, the first five of which are warm-up, with the upper half
 of the image tower skipped; of the batch after these, what enters the pooler's tanh is told.
 """

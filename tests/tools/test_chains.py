@@ -134,6 +134,24 @@ def test_jobs_are_done_in_order_and_what_needs_a_failed_one_is_left_out(
     }
 
 
+def whence(job: Job, places: Places) -> dict[str, object]:
+    """In place of ``do``: tells where a run would start from."""
+    return {"job": job.key, "from": str(doing._origin(job.run, places))}
+
+
+def test_a_base_that_is_given_is_tuned_and_not_trained(
+    study: Study, tmp_path: pathlib.Path
+) -> None:
+    jobs = study.jobs(list(study.cells), [0], dataclasses.replace(study.settings, out=tmp_path))
+    trained = [job for job in jobs if job.task is None]
+    places = Places(tmp_path, "", base=tmp_path / "base.safetensors")
+    found = {r["job"]: r["from"] for r in execute(trained, places, 1, {}, lambda _: True, whence)}
+    first, second = study.chain("other", 0)
+    assert found[second.key] == str(places.base)
+    assert first.key not in found
+    assert {*found} == {job.key for job in trained if job.run.parent is not None}
+
+
 def dying(job: Job, places: Places) -> dict[str, object]:
     """As ``fake``, but two processes die as if they were killed.
 
@@ -276,6 +294,7 @@ def test_every_task_of_the_study_is_a_config(tmp_path: pathlib.Path) -> None:
         (["docs.results.nothing"], 64, "docs.results.nothing: No module named"),
         (["docs.results.momo", "--texts=NOWHERE"], 64, "--texts: NOWHERE does not exist"),
         (["docs.results.momo", "--cells=none"], 64, "--cells: 'none' is none of shared, "),
+        (["docs.results.momo", "--base=NOWHERE"], 64, "NOWHERE does not exist; name a workdir"),
         (["docs.results.momo", "--devices=0,1"], 64, "--workers=1: fewer than --devices"),
     ],
 )

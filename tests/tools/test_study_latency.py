@@ -53,8 +53,6 @@ def test_networks_are_what_runs_tune(study: TuningStudy) -> None:
     found = {way: network_of(of("vqa", 0), SEARCHED) for way, of in study.ways.items()}
     assert found["full"].key == found["head"].key != found["eight"].key
     assert found["DAS"].config.model.tuning.skip == UNITS[:2]
-    merged = network_of(Run(small("lora"), BASE), {})
-    assert merged.key == found["full"].key
     prune = found["cut"].config.model.tuning.prune
     assert (prune.heads, prune.mlp, prune.blocks) == (0.5, 0.5, "all")
     assert network_of(study.ways["DAS"]("vqa", 0), {}) is None  # not searched for yet
@@ -64,6 +62,11 @@ def test_networks_are_what_runs_tune(study: TuningStudy) -> None:
     geometry = network_of(run, known).config.model
     assert geometry.image == pcetl.base().config.model.image
     assert geometry.tuning.skip == pcetl.units()[:2]
+    full, merged, biases, adapters = (
+        network_of(pcetl.study().run(way, "vqa", 0), {}).key
+        for way in ("full", "lora", "bitfit", "adapter")
+    )
+    assert full == merged == biases != adapters
 
 
 def test_what_is_missing_is_measured_once_beside_the_first(

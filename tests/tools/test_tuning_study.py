@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 import pytest
 
+from configs.transfer import nlvr2
 from docs.results import pcetl
 from tools.jobs import Job, Places, Run, _origin, expected_seconds
 from tools.tuning_study import TuningStudy, latency_key
@@ -163,6 +164,7 @@ def test_what_follows_a_search_may_differ_and_the_search_is_the_same() -> None:
     )
     assert {run.search.key for run in (plain, wide, longer, higher)} == {plain.search.key}
     assert higher.config.schedule.peak == 1e-3 != plain.config.schedule.peak
+    assert second.run("adapter, at 0.001", "vqa", 0).config.schedule.peak == 1e-3
     assert second.run("DAS 4, wide", "vqa", 3) is None
     widths = [run.config.model.tuning.replacement for run in (plain, wide, longer)]
     assert widths == [-1, 3 * 384 // 8, -1]
@@ -284,6 +286,13 @@ def test_heads_of_nlvr2_are_as_fast_as_what_is_tuned_but_where_that_is_measured(
         assert faster.config.to_json_best_effort() == plain.config.to_json_best_effort()
         assert plain.search is None or plain.search.key == faster.search.key
     assert STUDY.run("full", "nlvr2", 0).config.optim.groups.heads.rate_factor == 5.0
+
+
+@pytest.mark.parametrize(("method", "rate"), [("full", 1e-4), ("head", 1e-4), ("lora", 3e-4)])
+def test_rates_of_nlvr2_are_those_of_what_is_tuned(method: str, rate: float) -> None:
+    config = nlvr2.get_config(f"scenes,small,{method}")
+    assert config.schedule.peak == rate
+    assert config.optim.groups.heads.rate_factor == (1.0 if method == "lora" else 5.0)
 
 
 def runs_of(study: TuningStudy) -> list[Run]:
