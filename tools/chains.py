@@ -84,6 +84,10 @@ class Study:
                     jobs.setdefault(job.key, job)
         return list(jobs.values())
 
+    def bases(self, known: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, str]:
+        """None: a chain has a beginning of its own, which may be trained again."""
+        return {}
+
     def tables(self, known: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> str:
         """Scores, how far they are from those they are compared with, and losses, in Markdown."""
         scores = scores_of(self, known, seeds)

@@ -8,10 +8,11 @@ another function: MODULE:FUNCTION). What --archive holds is not done again, so t
 given several times for a while, on several machines; --cells and --seeds say which part. With
 --max_seconds nothing is begun that, by the longest of its kind so far, would not be over by then,
 together with the quickest of what needs it where it has no score of its own. With --base that is
-tuned in the place of what runs would start from (give it an archive of its own, for keys do not
-tell it). Runs lie in --out, of which nothing is needed later. Several processes share a GPU
-(--workers), or are spread over several (--devices=0,1). Prints the study's tables and writes them
-to OUT/table.md.
+tuned in the place of what runs would start from. What a study compares around one base is not
+continued around another: a base is trained again to the same parameters where the machine is of the
+same kind and, on a GPU, XLA_FLAGS=--xla_gpu_deterministic_ops=true is set. Runs lie in --out, of
+which nothing is needed later. Several processes share a GPU (--workers), or are spread over several
+(--devices=0,1). Prints the study's tables and writes them to OUT/table.md.
 
 Exit codes are those of vlp_jax.infra.preemption: 1 where a job has failed, whose error is told.
 """
@@ -73,14 +74,18 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"--cells: {unknown[0]!r} is none of {', '.join(study.cells)}")
         archive, out = pathlib.Path(_ARCHIVE.value), pathlib.Path(_OUT.value).absolute()
         known, seeds = read_archive(archive), range(_SEEDS.value)
+        settings = dataclasses.replace(study.settings, helpers=(os.cpu_count() or 1) // 4, out=out)
+        jobs = study.jobs(names, seeds, settings)
+        texts = str(pathlib.Path(_TEXTS.value).absolute())
+        places = Places(out, texts, base, study.bases(known, seeds))
+        if base is not None:
+            for root in {job.run.root.key: job.run.root for job in jobs}.values():
+                places.checked_base(root)
     limit = float("inf") if _SECONDS.value is None else _SECONDS.value
     failed = 0
     for folder in (out, archive.parent):
         folder.mkdir(parents=True, exist_ok=True)
     if limit:
-        settings = dataclasses.replace(study.settings, helpers=(os.cpu_count() or 1) // 4)
-        jobs = study.jobs(names, seeds, dataclasses.replace(settings, out=out))
-        places = Places(out, str(pathlib.Path(_TEXTS.value).absolute()), base)
         longest: dict[str, float] = {}
 
         def may_start(job: Job) -> bool:

@@ -37,13 +37,16 @@ from vlp_jax.infra.compilation import enable_compile_cache, set_gpu_flags
 from vlp_jax.infra.hardware import device_facts
 from vlp_jax.infra.metrics import read_metrics
 from vlp_jax.infra.report import RUN_FILE
+from vlp_jax.train.base import fingerprint
 from vlp_jax.train.costs import COSTS
 from vlp_jax.train.facts import DECISIONS_SECONDS, TRAINING_SECONDS
+from vlp_jax.train.initial import read_origin
 from vlp_jax.train.searching import SEARCH_FILE
 
 _MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _ROOT = ".root"  # keys of folders end in it
 _SHARE = 0.9  # of a GPU's memory, that all processes have together
+_SHOWN = 12  # digits of a SHA-256 that an error shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,11 @@ class Run:
         before += [f"cut {self.cut}"] if self.cut else []
         before += ["eight bits"] if self.eight else []
         return digest(self.config, " ".join(before))[:16]
+
+    @property
+    def root(self) -> "Run":
+        """The first of its chain, which starts from scratch."""
+        return self if self.parent is None else self.parent.root
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,17 +136,45 @@ class Places:
         texts: folder of free texts, and of tasks of texts.
         base: workdir or parameter file in the place of every run that starts from scratch; None:
             these are trained.
+        bases: key of a run that starts from scratch -> SHA-256 of the parameters that it must end
+            with, for others have started from these; of those that are absent any will do.
     """
 
     out: pathlib.Path
     texts: str
     base: pathlib.Path | None = None
+    bases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def workdir(self, run: Run) -> pathlib.Path:
         """Of a run, or what is in its place."""
         if self.base is not None and run.parent is None:
             return self.base
         return self.out / "runs" / run.key
+
+    def checked_base(self, run: Run) -> str:
+        """SHA-256 of the parameters that the chain of a run begins with.
+
+        Args:
+            run: whose root is trained, or given.
+
+        Raises:
+            ValueError: these are not those that other runs have started from.
+        """
+        workdir = self.workdir(run.root)
+        found, asked = _fingerprint(workdir), self.bases.get(run.root.key)
+        if asked not in (None, found):
+            raise ValueError(
+                f"{workdir} has parameters with SHA-256 {found[:_SHOWN]}, and what the archive "
+                f"holds was made from {asked[:_SHOWN]}: train the base as that one was (XLA_FLAGS, "
+                "kind of machine), or give an archive of its own"
+            )
+        return found
+
+
+@functools.cache
+def _fingerprint(workdir: pathlib.Path) -> str:
+    """Of the parameters of a run that is over, or of a file."""
+    return fingerprint(read_origin(workdir).arrays)
 
 
 def do(job: Job, places: Places) -> dict[str, Any]:
@@ -149,7 +185,8 @@ def do(job: Job, places: Places) -> dict[str, Any]:
         places: of this machine.
 
     Raises:
-        ConfigError, ValueError, OSError: the run does not work, or data are missing.
+        ConfigError, ValueError, OSError: the run does not work, data are missing, or what its chain
+            begins with is not what it was.
     """
     workdir = places.workdir(job.run)
     began = time.perf_counter()
@@ -181,6 +218,8 @@ def do(job: Job, places: Places) -> dict[str, Any]:
         found["run"] = {key: facts.get(key) for key in (TRAINING_SECONDS, DECISIONS_SECONDS)}
         if (workdir / SEARCH_FILE).exists():
             found["search"] = json.loads((workdir / SEARCH_FILE).read_text())
+    if job.task is None:
+        found["base"] = places.checked_base(job.run)
     seconds = round(time.perf_counter() - began, 1)
     machine = device_facts()
     return {"job": job.key, "name": job.name, **found, "seconds": seconds, "machine": machine}

@@ -76,9 +76,7 @@ def network_of(run: Run, known: Known) -> Network | None:
         assert run.parent is not None
         whole = network_of(run.parent, known)
         return whole and dataclasses.replace(whole, eight=True)
-    config, base = run.config.copy_and_resolve_references(), run
-    while base.parent is not None:
-        base = base.parent
+    config, base = run.config.copy_and_resolve_references(), run.root
     made = base.config.to_dict()  # by which the run would find its geometry and its readout
     adopt(config, None, Origin(base.key, None, {}, made, tokenizer="", classes=()))
     tuning = config.model.tuning

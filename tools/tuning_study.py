@@ -101,6 +101,26 @@ class TuningStudy:
                     jobs.setdefault(one.key, Job(one, None, own))
         return list(jobs.values())
 
+    def bases(self, known: Known, seeds: Sequence[int]) -> dict[str, str]:
+        """Key of each base -> SHA-256 of what the runs that are done have started from.
+
+        A base of which none of them tells is left out.
+
+        Raises:
+            ValueError: they have started from several, and do not compare.
+        """
+        found: dict[str, str] = {}
+        for way, task, seed in itertools.product(self.ways, self.figures, seeds):
+            for run in _in_order(self.run(way, task, seed)):
+                told = known.get(run.key, {}).get("base")
+                if told and found.setdefault(run.root.key, told) != told:
+                    raise ValueError(
+                        f"runs of {task} from the same config have started from other parameters "
+                        f"(SHA-256 {told} in {run.key}, and {found[run.root.key]}): they do not "
+                        "compare; keep those of one of them"
+                    )
+        return found
+
     def points(self, known: Known, seeds: Sequence[int]) -> list[Point]:
         """Of every way and task of which something is done."""
         found = []

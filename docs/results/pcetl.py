@@ -37,9 +37,14 @@ from vlp_jax.transfer.methods import SEARCH
 
 SIZE, IMAGES = "small", 200_000
 BASE_UPDATES, BASE_PEAK = 5_000, 1e-3
-# Task -> seed of the base that it tunes. The one of seed 0 is no more: it was lost with the machine
-# that held it, before NLVR2 was done.
-BASE_SEEDS = {"nlvr2": 1}
+# Task -> seed of the base that it tunes, 0 by default. Those of seeds 0 and 1 are no more: they
+# were lost with the machines that held them before NLVR2 was done, and a GPU that adds up in any
+# order does not make them again. That of seed 2 is to be trained by deterministic kernels, see
+# docs/results/pcetl.md.
+BASE_SEEDS = {"nlvr2": 2}
+SECOND_BASE = 1  # seed of the base of ``second_base``
+# Task -> seed of the base that its rates were tried around, where it is not the one that it tunes.
+TRIED_AROUND = {"nlvr2": SECOND_BASE}
 BATCH = 128
 UPDATES = {"vqa": 1_500, "nlvr2": 2_500, "retrieval": 800}
 FIGURES = {
@@ -283,12 +288,12 @@ def timed() -> TuningStudy:
 
 
 def second_base() -> TuningStudy:
-    """VQA around the base of NLVR2: what is told of ways, and not of one base.
+    """VQA around another training of the base: what is told of ways, and not of one base.
 
     With what may lift searches, by themselves or beside adapters, where they lose: adapters that
     are wider in the place of what is skipped, more updates, and the next rate.
     """
-    whole, parent = study().ways, base_of("nlvr2")
+    whole, parent = study().ways, base(seed=SECOND_BASE)
     ways: dict[str, Callable[[str, int], Run | None]] = {name: whole[name] for name in AGAIN}
     ways["DAS 4, wide"] = searched({"skipped": 4}, then={"model.tuning.replacement": WIDE})
     ways["DAS 4, longer"] = searched({"skipped": 4}, updates=LONGER)
@@ -404,6 +409,8 @@ def rates() -> TuningStudy:
 
 def _tried(task: str, method: str, rate: float) -> Callable[[str, int], Run | None]:
     way = searched({"skipped": 4}, rate=rate) if method == SEARCH else tuned(method, rate)
+    if task in TRIED_AROUND:
+        way = _from(base(seed=TRIED_AROUND[task]), way)
     seeds = _tried_seeds(task, method)
     return lambda of, seed: way(of, seed) if of == task and seed < seeds else None
 

@@ -10,10 +10,11 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from docs.results import momo
+from docs.results import momo, pcetl
 from tests.tools.small_stages import small_stage
 from tools import chains, columns
 from tools import jobs as doing
@@ -23,6 +24,7 @@ from tools.compare.configs import with_overrides
 from tools.compare.workers import VISIBLE_DEVICES
 from tools.jobs import Job, Places, Run, execute, read_archive
 from vlp_jax.infra.errors import ConfigError
+from vlp_jax.models.pretrained import Metadata, save_parameters
 from vlp_jax.train.config import check_keys, default_config
 
 SETTINGS = Settings((), 2, 8, 8, 8, "easy", None, 1, 1, pathlib.Path())
@@ -233,6 +235,17 @@ def test_differences_are_those_of_equal_seeds(study: Study) -> None:
     assert chains.joined(scores["better"])["shapes"] == Score((0.6, 0.9))
 
 
+def command(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """The command, ended."""
+    return subprocess.run(
+        [sys.executable, "-m", "tools.compare_stages", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=pathlib.Path(__file__).parents[2],
+    )
+
+
 @pytest.mark.slow
 def test_a_chain_of_two_stages_is_trained_and_scored(tmp_path: pathlib.Path) -> None:
     """The study of docs/results, with runs of a few updates of a tiny model on a few pictures."""
@@ -252,6 +265,11 @@ def test_a_chain_of_two_stages_is_trained_and_scored(tmp_path: pathlib.Path) -> 
     assert 0.0 < score < 1.0
     begun = json.loads((places.workdir(jobs[1].run) / "config.json").read_text())
     assert begun["init_from"] == str(places.workdir(jobs[0].run))
+    # All that is trained is known by what its chain begins with.
+    assert {record["base"] for record in records[:2]} == {places.checked_base(jobs[0].run)}
+    another = dataclasses.replace(places, bases={jobs[0].run.key: "0" * 64})
+    with pytest.raises(ValueError, match="the archive holds was made from 000000000000:"):
+        doing.do(jobs[0], another)
     # A run that is finished is not trained again.
     log = places.workdir(jobs[1].run) / "log.txt"
     written = log.stat().st_mtime_ns
@@ -287,6 +305,23 @@ def test_every_task_of_the_study_is_a_config(tmp_path: pathlib.Path) -> None:
         check_keys(columns._config(task, tmp_path, study.settings, 0))
 
 
+def test_the_command_refuses_another_base_before_anything_is_trained(
+    tmp_path: pathlib.Path,
+) -> None:
+    run, base = pcetl.study().run("adapter", "nlvr2", 0), tmp_path / "base.safetensors"
+    save_parameters(base, {"scale": np.zeros(3, np.float32)}, Metadata({}, ""))
+    archive = tmp_path / "archive.jsonl"
+    archive.write_text(json.dumps({"job": run.key, "base": 64 * "f"}) + "\n")
+    places = [f"--texts={tmp_path}", f"--out={tmp_path / 'out'}", f"--archive={archive}"]
+    done = command([*places, "docs.results.pcetl", f"--base={base}", "--cells=nlvr2: LoRA"])
+    assert done.returncode == 64, done.stderr
+    assert "--cells: 'nlvr2: LoRA' is none of" in done.stderr
+    done = command([*places, "docs.results.pcetl", f"--base={base}", "--cells=nlvr2: lora"])
+    assert done.returncode == 64, done.stderr
+    assert "was made from ffffffffffff" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
@@ -302,10 +337,7 @@ def test_the_command(tmp_path: pathlib.Path, arguments: list[str], code: int, to
     texts = tmp_path / "texts"
     texts.mkdir()
     places = [f"--texts={texts}", f"--out={tmp_path / 'out'}", f"--archive={tmp_path / 'a.jsonl'}"]
-    command = [sys.executable, "-m", "tools.compare_stages", *places, *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2]
-    )
+    done = command([*places, *arguments])
     assert done.returncode == code, done.stderr
     assert told in done.stdout + done.stderr
     assert (tmp_path / "out" / "table.md").exists() == (code == 0)

@@ -5,12 +5,14 @@ import json
 import pathlib
 from collections.abc import Collection
 
+import numpy as np
 import pytest
 
 from configs.transfer import nlvr2
 from docs.results import pcetl
 from tools.jobs import Job, Places, Run, _origin, expected_seconds
 from tools.tuning_study import TuningStudy, latency_key
+from vlp_jax.models.pretrained import Metadata, save_parameters
 from vlp_jax.train.config import check_keys
 
 STUDY = pcetl.study()
@@ -96,6 +98,29 @@ def test_what_has_no_score_of_its_own_waits_for_the_quickest_of_what_needs_it(sm
     assert expected(last) == 70.0  # a score by itself
     assert expected(last, [last.key]) == 73.0  # done again for the eight bits
     assert expected(found[eight.key]) == 3.0
+
+
+def test_what_was_made_from_one_base_is_not_continued_from_another(
+    small, tmp_path: pathlib.Path
+) -> None:
+    study, runs = small
+    das, base = runs["DAS 4"], runs["DAS 4"].root
+    files = [tmp_path / f"{value}.safetensors" for value in (0, 1)]
+    for value, file in enumerate(files):
+        save_parameters(file, {"scale": np.full(3, value, np.float32)}, Metadata({}, ""))
+    here, there = (Places(tmp_path, "", base=file) for file in files)
+    made = here.checked_base(das)
+    assert made == here.checked_base(base) != there.checked_base(das)
+    assert study.bases({das.key: record(das, 0.5)}, [0]) == {}  # an archive that does not tell
+    known = {run.key: {"job": run.key, "base": made} for run in (base, das.search)}
+    assert study.bases(known, range(2)) == {base.key: made}
+    asked = dataclasses.replace(there, bases=study.bases(known, [0]))
+    with pytest.raises(ValueError, match=f"1.safetensors has .* was made from {made[:12]}"):
+        asked.checked_base(das)
+    assert dataclasses.replace(here, bases=asked.bases).checked_base(das) == made
+    known[das.key] = {"job": das.key, "base": there.checked_base(das)}
+    with pytest.raises(ValueError, match="runs of vqa from the same config"):
+        study.bases(known, range(2))
 
 
 def test_what_is_cut_is_made_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,8 +286,11 @@ def test_more_units_are_drawn_at_random_than_other_ways_have_seeds() -> None:
 def test_what_is_timed_and_done_around_a_second_base_differs_by_its_base_alone() -> None:
     timed, second = pcetl.timed(), pcetl.second_base()
     assert {run.parent.config.total_steps for run in runs_of(timed)} == {1}
-    assert {run.parent.key for run in runs_of(second)} == {pcetl.base_of("nlvr2").key}
-    assert pcetl.base_of("nlvr2").config.seed != pcetl.base_of("vqa").config.seed
+    assert {run.root.key for run in runs_of(second)} == {pcetl.base(seed=1).key}
+    seeds = {task: pcetl.base_of(task).config.seed for task in pcetl.UPDATES}
+    assert seeds == {"vqa": 0, "retrieval": 0, "nlvr2": 2}
+    tried = pcetl.rates().run("nlvr2, das, 0.001", "nlvr2", 0)
+    assert tried.parent.key == tried.search.parent.key == pcetl.base(seed=1).key
     for study in (timed, second):
         for way, run in zip(study.ways, runs_of(study), strict=True):
             if way not in STUDY.ways:
