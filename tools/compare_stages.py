@@ -5,14 +5,15 @@
 
 The argument names a module with ``study()``, see docs/results/momo.py and docs/results/pcetl.py (of
 another function: MODULE:FUNCTION). What --archive holds is not done again, so that a study can be
-given several times for a while, on several machines; --cells and --seeds say which part. With
---max_seconds nothing is begun that, by the longest of its kind so far, would not be over by then,
-together with the quickest of what needs it where it has no score of its own. With --base that is
-tuned in the place of what runs would start from. What a study compares around one base is not
-continued around another: a base is trained again to the same parameters where the machine is of the
-same kind and, on a GPU, XLA_FLAGS=--xla_gpu_deterministic_ops=true is set. Runs lie in --out, of
-which nothing is needed later. Several processes share a GPU (--workers), or are spread over several
-(--devices=0,1). Prints the study's tables and writes them to OUT/table.md.
+given several times for a while, on several machines; --cells and --seeds say which part, --first
+which cells of it come before the others, with all seeds. With --max_seconds nothing is begun that,
+by the longest of its kind so far, would not be over by then, together with the quickest of what
+needs it where it has no score of its own. --train_bases trains what chains begin with, also where
+the archive holds it, and nothing else; with --base that is tuned in its place. What a study
+compares around one base is not continued around another (a GPU that adds up in any order does not
+train the same one twice; XLA_FLAGS=--xla_gpu_deterministic_ops=true is to keep it from that). Runs
+lie in --out, of which nothing is needed later. Several processes share a GPU (--workers), or are
+spread over several (--devices=0,1). Prints the study's tables and writes them to OUT/table.md.
 
 Exit codes are those of vlp_jax.infra.preemption: 1 where a job has failed, whose error is told.
 """
@@ -32,6 +33,7 @@ from tools.jobs import (
     Places,
     execute,
     expected_seconds,
+    listed_jobs,
     named_study,
     read_archive,
 )
@@ -42,9 +44,13 @@ from vlp_jax.infra.preemption import ExitCode
 _CELLS = flags.DEFINE_list(
     "cells", None, "names of cells, in quotes where they have commas; by default all"
 )
+_FIRST = flags.DEFINE_list("first", [], "names of those cells whose every chain comes first")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "chains of each cell", lower_bound=1)
 _BASE = flags.DEFINE_string(
     "base", "", "workdir or parameter file in the place of runs that start from scratch"
+)
+_TRAIN_BASES = flags.DEFINE_bool(
+    "train_bases", False, "train what chains begin with, known or not, and nothing else"
 )
 _OUT = flags.DEFINE_string("out", "runs/stages", "folder of runs")
 _ARCHIVE = flags.DEFINE_string("archive", None, "file of what was done", required=True)
@@ -69,13 +75,13 @@ def main(argv: Sequence[str]) -> None:
         base = pathlib.Path(_BASE.value).absolute() if _BASE.value else None
         if base is not None and not base.exists():
             raise ValueError(f"--base: {base} does not exist; name a workdir or a parameter file")
-        names = _CELLS.value or list(study.cells)
-        if unknown := [name for name in names if name not in study.cells]:
-            raise ValueError(f"--cells: {unknown[0]!r} is none of {', '.join(study.cells)}")
         archive, out = pathlib.Path(_ARCHIVE.value), pathlib.Path(_OUT.value).absolute()
         known, seeds = read_archive(archive), range(_SEEDS.value)
         settings = dataclasses.replace(study.settings, helpers=(os.cpu_count() or 1) // 4, out=out)
-        jobs = study.jobs(names, seeds, settings)
+        jobs = listed_jobs(study, _CELLS.value or list(study.cells), _FIRST.value, seeds, settings)
+        done = known
+        if _TRAIN_BASES.value:
+            jobs, done = [job for job in jobs if not job.needs], {}
         texts = str(pathlib.Path(_TEXTS.value).absolute())
         places = Places(out, texts, base, study.bases(known, seeds))
         if base is not None:
@@ -90,10 +96,10 @@ def main(argv: Sequence[str]) -> None:
 
         def may_start(job: Job) -> bool:
             """Whether something would be had of it in time."""
-            return time.monotonic() - began + expected_seconds(job, jobs, known, longest) < limit
+            return time.monotonic() - began + expected_seconds(job, jobs, done, longest) < limit
 
         for record in execute(
-            jobs, places, _WORKERS.value, known, may_start, devices=_DEVICES.value
+            jobs, places, _WORKERS.value, done, may_start, devices=_DEVICES.value
         ):
             if "error" in record:
                 failed += 1

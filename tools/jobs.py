@@ -252,6 +252,32 @@ def _in_eight_bits(run: Run, places: Places) -> dict[str, Any]:
     return {"metrics": metrics, "costs": costs, "bytes": bytes_of}
 
 
+def listed_jobs(
+    study: Any,
+    cells: Sequence[str],
+    first: Sequence[str],
+    seeds: Sequence[int],
+    settings: Settings,
+) -> list[Job]:
+    """What is to be done for cells of a study, each once, in the order in which it is begun.
+
+    Args:
+        study: with ``cells``, and ``jobs`` of some of them.
+        cells: names.
+        first: those of them that come before the others, with all seeds.
+        seeds: of the runs.
+        settings: of the jobs.
+
+    Raises:
+        ValueError: there are no such cells.
+    """
+    for flag, names, among in (("cells", cells, study.cells), ("first", first, cells)):
+        if unknown := [name for name in names if name not in among]:
+            raise ValueError(f"--{flag}: {unknown[0]!r} is none of {', '.join(among)}")
+    ordered = [*study.jobs(first, seeds, settings), *study.jobs(cells, seeds, settings)]
+    return list({job.key: job for job in ordered}.values())
+
+
 def execute(
     jobs: Sequence[Job],
     places: Places,

@@ -322,6 +322,18 @@ def test_the_command_refuses_another_base_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
 
 
+def test_cells_that_are_asked_for_first_come_first_with_all_seeds(study: Study) -> None:
+    def keys(*first: str) -> list[str]:
+        jobs = doing.listed_jobs(study, list(study.cells), first, range(2), study.settings)
+        return [job.key for job in jobs]
+
+    every, ahead = keys(), keys("second")
+    mine = [job.key for job in study.jobs(["second"], range(2), study.settings)]
+    assert len(mine) == 2 * (1 + len(TASKS))
+    assert every[: len(mine)] != mine == ahead[: len(mine)]
+    assert sorted(every) == sorted(ahead) == sorted(set(every))
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
@@ -329,6 +341,7 @@ def test_the_command_refuses_another_base_before_anything_is_trained(
         (["docs.results.nothing"], 64, "docs.results.nothing: No module named"),
         (["docs.results.momo", "--texts=NOWHERE"], 64, "--texts: NOWHERE does not exist"),
         (["docs.results.momo", "--cells=none"], 64, "--cells: 'none' is none of shared, "),
+        (["docs.results.momo", "--cells=shared", "--first=text 3"], 64, "--first: 'text 3' is "),
         (["docs.results.momo", "--base=NOWHERE"], 64, "NOWHERE does not exist; name a workdir"),
         (["docs.results.momo", "--devices=0,1"], 64, "--workers=1: fewer than --devices"),
     ],
