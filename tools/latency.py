@@ -4,10 +4,13 @@ forward_times({"full": forward_pass(...), "pruned": ...}, repeats=20)     # mill
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import functools
+import pathlib
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,8 +44,42 @@ class ForwardPass:
         return functools.partial(self.function.lower(*self.arguments).compile(), *self.arguments)
 
 
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """Several processes on one machine, of which only one times anything while no other compiles.
+
+    Attributes:
+        lock: a file that all of them name, made on first use; None: this process is alone.
+    """
+
+    lock: pathlib.Path | None = None
+
+    def beside(self) -> contextlib.AbstractContextManager[None]:
+        """While others may compile, and none times anything."""
+        return self._held(fcntl.LOCK_SH)
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """While the others do neither."""
+        return self._held(fcntl.LOCK_EX)
+
+    @contextlib.contextmanager
+    def _held(self, how: int) -> Iterator[None]:
+        if self.lock is None:
+            yield
+            return
+        with self.lock.open("a") as file:  # given up as it is closed
+            fcntl.flock(file, how)
+            yield
+
+
+ALONE = Turns()
+
+
 def forward_times(
-    passes: Mapping[str, ForwardPass], repeats: int, warm_up: int = WARM_UP
+    passes: Mapping[str, ForwardPass],
+    repeats: int,
+    warm_up: int = WARM_UP,
+    turns: Turns = ALONE,
 ) -> dict[str, float]:
     """Milliseconds of each pass, its result waited for.
 
@@ -54,16 +91,18 @@ def forward_times(
         passes: by name, on one device.
         repeats: calls of each that count, 1 or more.
         warm_up: calls of each before.
+        turns: with other processes that do the same at the same time.
     """
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    with turns.beside(), concurrent.futures.ThreadPoolExecutor() as pool:
         compiled = pool.map(lambda one: one.compiled(), passes.values())
         runs = dict(zip(passes, compiled, strict=True))
-    for run in runs.values():
-        timings(run, warm_up)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            seconds[name] += timings(run, 1)
+    with turns.alone():
+        for run in runs.values():
+            timings(run, warm_up)
+        for _ in range(repeats):
+            for name, run in runs.items():
+                seconds[name] += timings(run, 1)
     return {name: 1e3 * statistics.median(each) for name, each in seconds.items()}
 
 

@@ -12,7 +12,9 @@ into the weights, as they would be used. All networks of a task take turns in on
 they compare, and ways whose networks are the same (all but the weights) are measured once.
 
 What is found is added to --archive, as milliseconds beside those of the study's first way; what it
-holds already is not measured again.
+holds already is not measured again. Most of the time goes into compiling: several of these commands
+at a time, each of other --tasks, compile side by side and time one after the other where they have
+the same --lock (and share the memory of a GPU: XLA_PYTHON_CLIENT_MEM_FRACTION).
 """
 
 import dataclasses
@@ -27,7 +29,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from tools.jobs import Run, read_archive
-from tools.latency import ForwardPass, forward_pass, forward_times
+from tools.latency import ALONE, ForwardPass, Turns, forward_pass, forward_times
 from tools.random_data import program_without_data
 from tools.tuning_study import Known, TuningStudy, latency_key, named_tuning_study
 from vlp_jax.compress.buckets import Bucket
@@ -100,6 +102,7 @@ def latencies(
     seeds: Sequence[int],
     rows: Sequence[int],
     repeats: int,
+    turns: Turns = ALONE,
 ) -> Iterator[dict[str, Any]]:
     """Measure what an archive lacks of a task; yields what it keeps of every run.
 
@@ -110,6 +113,7 @@ def latencies(
         seeds: of the runs.
         rows: examples of a pass.
         repeats: passes that count.
+        turns: with other processes that do this for other tasks.
     """
     made = (study.run(way, task, seed) for way in study.ways for seed in seeds)
     runs = {run.key: run for run in made if run is not None}
@@ -123,7 +127,7 @@ def latencies(
     measured: dict[str, dict[str, float]] = {}
     for count in rows:
         passes = {key: pass_of(count) for key, pass_of in passes_of.items()}
-        for key, time in forward_times(passes, repeats).items():
+        for key, time in forward_times(passes, repeats, turns=turns).items():
             measured.setdefault(key, {})[str(count)] = round(time, 4)
     for key, network in missing.items():
         yield {
@@ -177,6 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=1, help="of the runs")
     parser.add_argument("--rows", default="", help="examples of a pass, with commas; 1,64,1024")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="passes that are timed")
+    parser.add_argument("--lock", type=pathlib.Path, help="file that commands at a time share")
     given = parser.parse_args(arguments)
     logging.set_verbosity(logging.ERROR)
     with bad_input():
@@ -191,8 +196,11 @@ def main(arguments: list[str] | None = None) -> None:
         if min(given.repeats, given.seeds, *rows) < 1:
             raise ValueError("--repeats, --seeds and --rows: use 1 or more")
         known = read_archive(given.archive)
+        turns = Turns(given.lock)
+        with turns.beside():  # whether it can be made
+            pass
     for task in tasks:
-        for record in latencies(study, known, task, range(given.seeds), rows, given.repeats):
+        for record in latencies(study, known, task, range(given.seeds), rows, given.repeats, turns):
             line = json.dumps(record)
             print(line[:200], flush=True)
             with given.archive.open("a") as file:

@@ -9,7 +9,8 @@
 # `base` trains what NLVR2 tunes by deterministic kernels, alone on its GPU; `nlvr2`, after it, does
 # the cells that pcetl.jsonl lacks, those that are compared most closely first, and `faster_heads`
 # those of heads at a higher rate. If the base has not come to the parameters of the records, both
-# refuse to go on. `latency` times the networks of all tasks, alone on its GPU. With --workers,
+# refuse to go on. `latency` times the networks of all tasks (or TASKS), a process for each, with nothing
+# else on the GPU. With --workers,
 # processes share a GPU well only where NVIDIA's multi-process service runs
 # (nvidia-cuda-mps-control -d).
 set -euo pipefail
@@ -38,7 +39,15 @@ case $what in
         exec "${compare[@]}" docs.results.pcetl:faster_heads --base="$base" --seeds=2 "$@"
         ;;
     latency)
-        exec "$python" -m tools.study_latency docs.results.pcetl --archive="$archive" "$@"
+        mkdir -p "$out"
+        export XLA_PYTHON_CLIENT_MEM_FRACTION=0.3
+        processes=()
+        for task in ${TASKS:-vqa nlvr2 retrieval}; do
+            "$python" -m tools.study_latency docs.results.pcetl --archive="$archive" --tasks=$task \
+                --lock="$out/latency.lock" "$@" &
+            processes+=($!)
+        done
+        for process in "${processes[@]}"; do wait "$process"; done
         ;;
     *)
         echo "write base, nlvr2, faster_heads or latency, not '$what'" >&2

@@ -1,12 +1,14 @@
 """Forward passes compile side by side, and are timed one after the other."""
 
+import fcntl
 import functools
+import pathlib
 import threading
 
 import jax
 import jax.numpy as jnp
 
-from tools.latency import ForwardPass, forward_times
+from tools.latency import ForwardPass, Turns, forward_times
 
 
 class Told:
@@ -35,6 +37,37 @@ def test_networks_compile_together_and_take_turns() -> None:
     times = forward_times(passes, repeats=3, warm_up=1)
     assert told == ["compiled", "compiled", "full", "pruned", *["full", "pruned"] * 3]
     assert set(times) == {"full", "pruned"}
+
+
+def test_of_several_processes_only_one_times_while_none_compiles(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "lock"
+
+    def may(how: int) -> bool:
+        """Whether another process would go on at once: a lock is of who has opened the file."""
+        with file.open("a") as other:
+            try:
+                fcntl.flock(other, how | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+    held: list[tuple[bool, bool]] = []
+
+    class Watched(Told):
+        def run(self) -> None:
+            held.append((may(fcntl.LOCK_SH), may(fcntl.LOCK_EX)))
+
+        def compile(self) -> functools.partial[None]:
+            self.run()
+            return functools.partial(self.run)
+
+    passes = {"full": ForwardPass(Watched("full", threading.Barrier(1), []), ())}
+    forward_times(passes, repeats=1, warm_up=1, turns=Turns(file))
+    assert held == [(True, False), (False, False), (False, False)]
+    assert may(fcntl.LOCK_EX)
+    held.clear()
+    forward_times(passes, repeats=1, warm_up=0)
+    assert held == [(True, True)] * 2  # a process that is alone
 
 
 def test_a_compiled_pass_has_its_arguments() -> None:
