@@ -7,12 +7,11 @@
 #   docs/results/pcetl.sh latency OUT [FLAG of tools.study_latency ...]
 #
 # `base` trains what NLVR2 tunes by deterministic kernels, alone on its GPU; `nlvr2`, after it, does
-# the cells that pcetl.jsonl lacks, those that are compared most closely first, and `faster_heads`
-# those of heads at a higher rate. If the base has not come to the parameters of the records, both
-# refuse to go on. `latency` times the networks of all tasks (or TASKS), a process for each, with nothing
-# else on the GPU. With --workers,
-# processes share a GPU well only where NVIDIA's multi-process service runs
-# (nvidia-cuda-mps-control -d).
+# the cells that ARCHIVE (pcetl.jsonl) lacks, those that are compared most closely first, and
+# `faster_heads` those of heads at a higher rate. If the base has not come to the parameters of the
+# records, both refuse to go on. `latency` times the networks of all tasks (or TASKS), a process for
+# each, with nothing else on the GPU. With --workers, processes share a GPU well only where NVIDIA's
+# multi-process service runs (nvidia-cuda-mps-control -d).
 set -euo pipefail
 what=$1 out=$(realpath -m "$2")
 shift 2
@@ -20,7 +19,7 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-python}
 known() { "$python" -c "from docs.results import pcetl; print($1)"; }
 base=$out/runs/$(known "pcetl.base_of('nlvr2').key")
-archive=docs/results/pcetl.jsonl
+archive=${ARCHIVE:-docs/results/pcetl.jsonl}
 compare=("$python" -m tools.compare_stages --archive="$archive" --out="$out")
 
 case $what in
