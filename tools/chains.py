@@ -7,7 +7,7 @@ begin alike share their beginning (``tools.jobs``).
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
 
@@ -45,6 +45,7 @@ class Study:
     settings: Settings
     early: Sequence[str] = COLUMNS
     against: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    one_base: ClassVar[bool] = False  # each chain has a beginning of its own
 
     def chain(self, cell: str, seed: int) -> list[Run]:
         """The runs of a cell, in their order."""
@@ -83,10 +84,6 @@ class Study:
                 for job in (*trained, *scored):
                     jobs.setdefault(job.key, job)
         return list(jobs.values())
-
-    def bases(self, known: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, str]:
-        """None: a chain has a beginning of its own, which may be trained again."""
-        return {}
 
     def tables(self, known: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> str:
         """Scores, how far they are from those they are compared with, and losses, in Markdown."""

@@ -26,13 +26,16 @@ import sys
 import time
 from collections.abc import Sequence
 
+import jax
 from absl import app, flags, logging
 
 from tools.jobs import (
     Job,
     Places,
+    check_bases,
     execute,
     expected_seconds,
+    known_bases,
     listed_jobs,
     named_study,
     read_archive,
@@ -73,21 +76,21 @@ def main(argv: Sequence[str]) -> None:
         if len(_DEVICES.value) > _WORKERS.value:
             raise ValueError(f"--workers={_WORKERS.value}: fewer than --devices; give one for each")
         base = pathlib.Path(_BASE.value).absolute() if _BASE.value else None
+        if base is not None and _TRAIN_BASES.value:
+            raise ValueError("--base and --train_bases: give one of them")
         if base is not None and not base.exists():
             raise ValueError(f"--base: {base} does not exist; name a workdir or a parameter file")
         archive, out = pathlib.Path(_ARCHIVE.value), pathlib.Path(_OUT.value).absolute()
         known, seeds = read_archive(archive), range(_SEEDS.value)
         settings = dataclasses.replace(study.settings, helpers=(os.cpu_count() or 1) // 4, out=out)
-        jobs = listed_jobs(study, _CELLS.value or list(study.cells), _FIRST.value, seeds, settings)
-        done = known
-        if _TRAIN_BASES.value:
-            jobs, done = [job for job in jobs if not job.needs], {}
-        texts = str(pathlib.Path(_TEXTS.value).absolute())
-        places = Places(out, texts, base, study.bases(known, seeds))
-        if base is not None:
-            for root in {job.run.root.key: job.run.root for job in jobs}.values():
-                places.checked_base(root)
-    limit = float("inf") if _SECONDS.value is None else _SECONDS.value
+        cells = _CELLS.value or list(study.cells)
+        jobs = listed_jobs(study, cells, _FIRST.value, seeds, settings, _TRAIN_BASES.value)
+        done = {} if _TRAIN_BASES.value else known
+        limit = float("inf") if _SECONDS.value is None else _SECONDS.value
+        places = Places(out, str(pathlib.Path(_TEXTS.value).absolute()), base)
+        if limit and study.one_base:
+            places = dataclasses.replace(places, bases=known_bases(jobs, known))
+            check_bases(jobs, done, places)
     failed = 0
     for folder in (out, archive.parent):
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,4 +120,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    # What this process reads is no work for an accelerator, which those that it starts take whole.
+    jax.config.update("jax_platforms", "cpu")
     app.run(main, flags_parser=parse_flags)

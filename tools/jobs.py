@@ -34,6 +34,7 @@ from tools.compare.workers import VISIBLE_DEVICES
 from tools.evaluate_quantized import evaluate_quantized
 from tools.prune_weights import prune_weights
 from vlp_jax.infra.compilation import enable_compile_cache, set_gpu_flags
+from vlp_jax.infra.files import write_text
 from vlp_jax.infra.hardware import device_facts
 from vlp_jax.infra.metrics import read_metrics
 from vlp_jax.infra.report import RUN_FILE
@@ -45,6 +46,7 @@ from vlp_jax.train.searching import SEARCH_FILE
 
 _MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _ROOT = ".root"  # keys of folders end in it
+_BASE_FILE = "base.sha256"  # of a workdir: of the parameters that its chain begins with
 _SHARE = 0.9  # of a GPU's memory, that all processes have together
 _SHOWN = 12  # digits of a SHA-256 that an error shows
 
@@ -158,7 +160,8 @@ class Places:
             run: whose root is trained, or given.
 
         Raises:
-            ValueError: these are not those that other runs have started from.
+            ConfigError, ValueError, OSError: these are not those that others have started from, or
+                there are none.
         """
         workdir = self.workdir(run.root)
         found, asked = _fingerprint(workdir), self.bases.get(run.root.key)
@@ -166,7 +169,7 @@ class Places:
             raise ValueError(
                 f"{workdir} has parameters with SHA-256 {found[:_SHOWN]}, and what the archive "
                 f"holds was made from {asked[:_SHOWN]}: train the base as that one was (XLA_FLAGS, "
-                "kind of machine), or give an archive of its own"
+                "kind and number of devices) in another --out, or give another archive and --out"
             )
         return found
 
@@ -174,7 +177,64 @@ class Places:
 @functools.cache
 def _fingerprint(workdir: pathlib.Path) -> str:
     """Of the parameters of a run that is over, or of a file."""
+    facts = workdir / RUN_FILE
+    if facts.exists() and (status := json.loads(facts.read_text())["status"]) != "finished":
+        raise ValueError(f"the run in {workdir} is {status}; finish it before it is tuned")
     return fingerprint(read_origin(workdir).arrays)
+
+
+def known_bases(jobs: Sequence[Job], known: Mapping[str, Any]) -> dict[str, str]:
+    """Key of a run that starts from scratch -> SHA-256 of what others have started from.
+
+    It is empty where some have, and no record tells from what.
+
+    Args:
+        jobs: of a study.
+        known: what an archive holds, by key.
+
+    Raises:
+        ValueError: they have started from several.
+    """
+    found: dict[str, str] = {}
+    for key, record in known.items():
+        if told := record.get("base"):
+            first = found.setdefault(record["root"], told)
+            if told != first:
+                raise ValueError(
+                    f"runs of the archive from {record['root']} have begun with other parameters "
+                    f"(SHA-256 {told[:_SHOWN]} in {key}, else {first[:_SHOWN]}); keep one kind"
+                )
+    for job in jobs:
+        if job.task is None and job.key in known and "base" not in known[job.key]:
+            found.setdefault(job.run.root.key, "")
+    return found
+
+
+def check_bases(jobs: Sequence[Job], known: Mapping[str, Any], places: Places) -> None:
+    """See that what is to be done begins with what others have started from, as far as it is there.
+
+    Args:
+        jobs: of a study whose ways are compared around one base.
+        known: what an archive holds, by key.
+        places: of this machine, with the bases of the archive.
+
+    Raises:
+        ConfigError, ValueError, OSError: it does not, or cannot be told.
+    """
+    roots = {job.run.root.key: job.run.root for job in _wanted(jobs, known)}
+    if places.base is not None and len(roots) > 1:
+        raise ValueError(
+            f"--base would be in the place of {len(roots)} bases ({', '.join(roots)}); ask for "
+            "cells that start from the same one (--cells)"
+        )
+    for key, root in roots.items():
+        if places.bases.get(key) == "":
+            raise ValueError(
+                f"the archive does not tell from which parameters its runs from {key} have "
+                "started, so that none can be added; give another archive and --out"
+            )
+        if places.base is not None:
+            places.checked_base(root)
 
 
 def do(job: Job, places: Places) -> dict[str, Any]:
@@ -185,8 +245,8 @@ def do(job: Job, places: Places) -> dict[str, Any]:
         places: of this machine.
 
     Raises:
-        ConfigError, ValueError, OSError: the run does not work, data are missing, or what its chain
-            begins with is not what it was.
+        ConfigError, ValueError, OSError: the run does not work, data are missing, or its chain
+            begins with other parameters than those of the archive or of its workdir.
     """
     workdir = places.workdir(job.run)
     began = time.perf_counter()
@@ -201,6 +261,8 @@ def do(job: Job, places: Places) -> dict[str, Any]:
     elif job.run.eight:
         found = _in_eight_bits(job.run, places)
     else:
+        if job.run.parent is not None:  # before any time is spent
+            _claim(workdir, places.checked_base(job.run))
         config = job.run.config.copy_and_resolve_references()
         config.init_from = str(_origin(job.run, places) or "")
         if job.run.search is not None:
@@ -219,10 +281,23 @@ def do(job: Job, places: Places) -> dict[str, Any]:
         if (workdir / SEARCH_FILE).exists():
             found["search"] = json.loads((workdir / SEARCH_FILE).read_text())
     if job.task is None:
-        found["base"] = places.checked_base(job.run)
+        found |= {"root": job.run.root.key, "base": places.checked_base(job.run)}
     seconds = round(time.perf_counter() - began, 1)
-    machine = device_facts()
+    machine = {**device_facts(), "xla_flags": os.environ.get("XLA_FLAGS", "")}
     return {"job": job.key, "name": job.name, **found, "seconds": seconds, "machine": machine}
+
+
+def _claim(workdir: pathlib.Path, base: str) -> None:
+    """Note what a run begins with, for what is there is gone on with, whatever that is."""
+    file = workdir / _BASE_FILE
+    if not file.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_text(file, base + "\n")
+    elif (before := file.read_text().strip()) != base:
+        raise ValueError(
+            f"{workdir} was begun from parameters with SHA-256 {before[:_SHOWN]}, and the base is "
+            f"now {base[:_SHOWN]}; give another --out"
+        )
 
 
 def _origin(run: Run, places: Places) -> pathlib.Path | None:
@@ -232,7 +307,8 @@ def _origin(run: Run, places: Places) -> pathlib.Path | None:
     if run.cut is None:
         return places.workdir(run.parent)
     whole, (heads, mlp) = places.workdir(run.parent), run.cut
-    file = places.out / "cut" / f"{run.parent.key}-{heads:g}-{mlp:g}.safetensors"
+    name = f"{run.parent.key}-{places.checked_base(run)[:_SHOWN]}-{heads:g}-{mlp:g}.safetensors"
+    file = places.out / "cut" / name
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         made = file.with_name(f"{os.getpid()}-{file.name}")  # others may be making it as well
@@ -258,6 +334,7 @@ def listed_jobs(
     first: Sequence[str],
     seeds: Sequence[int],
     settings: Settings,
+    only_bases: bool = False,
 ) -> list[Job]:
     """What is to be done for cells of a study, each once, in the order in which it is begun.
 
@@ -267,6 +344,7 @@ def listed_jobs(
         first: those of them that come before the others, with all seeds.
         seeds: of the runs.
         settings: of the jobs.
+        only_bases: whether all are left out but the runs that start from scratch.
 
     Raises:
         ValueError: there are no such cells.
@@ -275,7 +353,8 @@ def listed_jobs(
         if unknown := [name for name in names if name not in among]:
             raise ValueError(f"--{flag}: {unknown[0]!r} is none of {', '.join(among)}")
     ordered = [*study.jobs(first, seeds, settings), *study.jobs(cells, seeds, settings)]
-    return list({job.key: job for job in ordered}.values())
+    jobs = {job.key: job for job in ordered}.values()
+    return [job for job in jobs if not (only_bases and job.needs)]
 
 
 def execute(

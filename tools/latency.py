@@ -72,14 +72,14 @@ class Turns:
             yield
 
 
-ALONE = Turns()
+NO_OTHERS = Turns()
 
 
 def forward_times(
     passes: Mapping[str, ForwardPass],
     repeats: int,
     warm_up: int = WARM_UP,
-    turns: Turns = ALONE,
+    turns: Turns = NO_OTHERS,
 ) -> dict[str, float]:
     """Milliseconds of each pass, its result waited for.
 

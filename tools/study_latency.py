@@ -29,7 +29,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from tools.jobs import Run, read_archive
-from tools.latency import ALONE, ForwardPass, Turns, forward_pass, forward_times
+from tools.latency import NO_OTHERS, ForwardPass, Turns, forward_pass, forward_times
 from tools.random_data import program_without_data
 from tools.tuning_study import Known, TuningStudy, latency_key, named_tuning_study
 from vlp_jax.compress.buckets import Bucket
@@ -102,7 +102,7 @@ def latencies(
     seeds: Sequence[int],
     rows: Sequence[int],
     repeats: int,
-    turns: Turns = ALONE,
+    turns: Turns = NO_OTHERS,
 ) -> Iterator[dict[str, Any]]:
     """Measure what an archive lacks of a task; yields what it keeps of every run.
 
@@ -123,10 +123,12 @@ def latencies(
     if first is None or not missing:
         return
     networks = {network.key: network for network in (first, *missing.values())}
-    passes_of = {key: _passes(network) for key, network in networks.items()}
+    with turns.beside():  # here too the devices have something to do
+        passes_of = {key: _passes(network) for key, network in networks.items()}
     measured: dict[str, dict[str, float]] = {}
     for count in rows:
-        passes = {key: pass_of(count) for key, pass_of in passes_of.items()}
+        with turns.beside():
+            passes = {key: pass_of(count) for key, pass_of in passes_of.items()}
         for key, time in forward_times(passes, repeats, turns=turns).items():
             measured.setdefault(key, {})[str(count)] = round(time, 4)
     for key, network in missing.items():

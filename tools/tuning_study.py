@@ -66,12 +66,14 @@ class TuningStudy:
         figures: task -> of the run's metrics, whose mean is the score.
         settings: of the jobs.
         less: names of ways whose scores every other's are compared with.
+        one_base: whether a base that is trained again must come to the same parameters.
     """
 
     ways: Mapping[str, Callable[[str, int], Run | None]]
     figures: Mapping[str, Sequence[str]]
     settings: Settings
     less: Sequence[str]
+    one_base: bool = True
     _made: dict[tuple[str, str, int], Run | None] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -100,26 +102,6 @@ class TuningStudy:
                     own = dataclasses.replace(settings, helpers=helpers)
                     jobs.setdefault(one.key, Job(one, None, own))
         return list(jobs.values())
-
-    def bases(self, known: Known, seeds: Sequence[int]) -> dict[str, str]:
-        """Key of each base -> SHA-256 of what the runs that are done have started from.
-
-        A base of which none of them tells is left out.
-
-        Raises:
-            ValueError: they have started from several, and do not compare.
-        """
-        found: dict[str, str] = {}
-        for way, task, seed in itertools.product(self.ways, self.figures, seeds):
-            for run in _in_order(self.run(way, task, seed)):
-                told = known.get(run.key, {}).get("base")
-                if told and found.setdefault(run.root.key, told) != told:
-                    raise ValueError(
-                        f"runs of {task} from the same config have started from other parameters "
-                        f"(SHA-256 {told} in {run.key}, and {found[run.root.key]}): they do not "
-                        "compare; keep those of one of them"
-                    )
-        return found
 
     def points(self, known: Known, seeds: Sequence[int]) -> list[Point]:
         """Of every way and task of which something is done."""

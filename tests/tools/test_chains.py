@@ -311,7 +311,8 @@ def test_the_command_refuses_another_base_before_anything_is_trained(
     run, base = pcetl.study().run("adapter", "nlvr2", 0), tmp_path / "base.safetensors"
     save_parameters(base, {"scale": np.zeros(3, np.float32)}, Metadata({}, ""))
     archive = tmp_path / "archive.jsonl"
-    archive.write_text(json.dumps({"job": run.key, "base": 64 * "f"}) + "\n")
+    told = {"job": run.key, "root": run.root.key, "base": 64 * "f"}
+    archive.write_text(json.dumps(told) + "\n")
     places = [f"--texts={tmp_path}", f"--out={tmp_path / 'out'}", f"--archive={archive}"]
     done = command([*places, "docs.results.pcetl", f"--base={base}", "--cells=nlvr2: LoRA"])
     assert done.returncode == 64, done.stderr
@@ -332,6 +333,11 @@ def test_cells_that_are_asked_for_first_come_first_with_all_seeds(study: Study) 
     assert len(mine) == 2 * (1 + len(TASKS))
     assert every[: len(mine)] != mine == ahead[: len(mine)]
     assert sorted(every) == sorted(ahead) == sorted(set(every))
+    # Or what chains begin with, alone.
+    cells = list(study.cells)
+    roots = doing.listed_jobs(study, cells, [], range(2), study.settings, only_bases=True)
+    begun = [study.chain(cell, seed)[0].key for seed in (0, 1) for cell in ("both", "second")]
+    assert [job.key for job in roots] == begun
 
 
 @pytest.mark.parametrize(
@@ -342,6 +348,7 @@ def test_cells_that_are_asked_for_first_come_first_with_all_seeds(study: Study) 
         (["docs.results.momo", "--texts=NOWHERE"], 64, "--texts: NOWHERE does not exist"),
         (["docs.results.momo", "--cells=none"], 64, "--cells: 'none' is none of shared, "),
         (["docs.results.momo", "--cells=shared", "--first=text 3"], 64, "--first: 'text 3' is "),
+        (["docs.results.momo", "--base=x", "--train_bases"], 64, "give one of them"),
         (["docs.results.momo", "--base=NOWHERE"], 64, "NOWHERE does not exist; name a workdir"),
         (["docs.results.momo", "--devices=0,1"], 64, "--workers=1: fewer than --devices"),
     ],

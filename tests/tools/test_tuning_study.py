@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Collection
 
@@ -10,7 +11,16 @@ import pytest
 
 from configs.transfer import nlvr2
 from docs.results import pcetl
-from tools.jobs import Job, Places, Run, _origin, expected_seconds
+from tools.jobs import (
+    Job,
+    Places,
+    Run,
+    _origin,
+    check_bases,
+    do,
+    expected_seconds,
+    known_bases,
+)
 from tools.tuning_study import TuningStudy, latency_key
 from vlp_jax.models.pretrained import Metadata, save_parameters
 from vlp_jax.train.config import check_keys
@@ -100,27 +110,94 @@ def test_what_has_no_score_of_its_own_waits_for_the_quickest_of_what_needs_it(sm
     assert expected(found[eight.key]) == 3.0
 
 
+def parameters(folder: pathlib.Path, value: int) -> pathlib.Path:
+    file = folder / f"{value}.safetensors"
+    save_parameters(file, {"scale": np.full(3, value, np.float32)}, Metadata({}, ""))
+    return file
+
+
 def test_what_was_made_from_one_base_is_not_continued_from_another(
     small, tmp_path: pathlib.Path
 ) -> None:
     study, runs = small
     das, base = runs["DAS 4"], runs["DAS 4"].root
-    files = [tmp_path / f"{value}.safetensors" for value in (0, 1)]
-    for value, file in enumerate(files):
-        save_parameters(file, {"scale": np.full(3, value, np.float32)}, Metadata({}, ""))
-    here, there = (Places(tmp_path, "", base=file) for file in files)
+    jobs = study.jobs(list(study.cells), range(2), study.settings)
+    here, there = (Places(tmp_path, "", base=parameters(tmp_path, value)) for value in (0, 1))
     made = here.checked_base(das)
     assert made == here.checked_base(base) != there.checked_base(das)
-    assert study.bases({das.key: record(das, 0.5)}, [0]) == {}  # an archive that does not tell
-    known = {run.key: {"job": run.key, "base": made} for run in (base, das.search)}
-    assert study.bases(known, range(2)) == {base.key: made}
-    asked = dataclasses.replace(there, bases=study.bases(known, [0]))
+    assert known_bases(jobs, {}) == {}
+    check_bases(jobs, {}, there)  # the first of the archive
+
+    told = {"root": base.key, "base": made}
+    known = {key: {"job": key, **told} for key in (base.key, das.search.key, "of another study")}
+    assert known_bases([], known) == known_bases(jobs, known) == {base.key: made}
+    here, there = (dataclasses.replace(one, bases={base.key: made}) for one in (here, there))
+    check_bases(jobs, known, here)
     with pytest.raises(ValueError, match=f"1.safetensors has .* was made from {made[:12]}"):
-        asked.checked_base(das)
-    assert dataclasses.replace(here, bases=asked.bases).checked_base(das) == made
-    known[das.key] = {"job": das.key, "base": there.checked_base(das)}
-    with pytest.raises(ValueError, match="runs of vqa from the same config"):
-        study.bases(known, range(2))
+        check_bases(jobs, known, there)
+    check_bases(jobs, {job.key: {} for job in jobs}, there)  # nothing is to be done
+
+    known[das.key] = {"job": das.key, "root": base.key, "base": "f" * 64}
+    with pytest.raises(ValueError, match=f"SHA-256 ffffffffffff in {das.key}, else {made[:12]}"):
+        known_bases(jobs, known)
+
+
+def test_nothing_is_added_to_runs_that_do_not_tell_what_they_began_with(
+    small, tmp_path: pathlib.Path
+) -> None:
+    study, runs = small
+    das = runs["DAS 4"]
+    jobs = study.jobs(list(study.cells), range(2), study.settings)
+    known = {das.key: {"job": das.key}}
+    assert known_bases(jobs, known) == {das.root.key: ""}
+    places = Places(tmp_path, "", bases=known_bases(jobs, known))
+    with pytest.raises(ValueError, match="does not tell from which parameters"):
+        check_bases(jobs, known, places)
+
+
+def test_one_base_is_not_put_in_the_place_of_several(tmp_path: pathlib.Path) -> None:
+    cells = ["vqa: adapter", "nlvr2: adapter"]
+    jobs = STUDY.jobs(cells, [0], STUDY.settings)
+    places = Places(tmp_path, "", base=parameters(tmp_path, 0))
+    with pytest.raises(ValueError, match="in the place of 2 bases"):
+        check_bases(jobs, {}, places)
+    check_bases(jobs, {}, Places(tmp_path, ""))  # each is trained
+    assert STUDY.one_base
+    assert not pcetl.timed().one_base  # which is timed on whatever one update makes
+
+
+def test_a_workdir_is_gone_on_with_from_the_base_that_it_began_with(
+    small, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, runs = small
+    [adapter] = [job for job in study.jobs(["vqa: adapter"], [0], study.settings) if job.needs]
+    trained = []
+
+    def train(config, workdir: pathlib.Path) -> None:
+        trained.append(config.init_from)
+        (workdir / "run.json").write_text(json.dumps({"status": "finished"}))
+
+    monkeypatch.setattr("tools.jobs.train_to_end", train)
+    monkeypatch.setattr("tools.jobs.read_metrics", lambda workdir: [])
+    monkeypatch.setattr("tools.jobs.final_metrics", lambda metrics: {})
+    here, there = (Places(tmp_path, "", base=parameters(tmp_path, value)) for value in (0, 1))
+    first, again = (do(adapter, here) for _ in range(2))
+    assert first["root"] == runs["adapter"].root.key
+    assert first["base"] == again["base"] == here.checked_base(runs["adapter"])
+    assert first["machine"]["xla_flags"] == os.environ["XLA_FLAGS"]
+    with pytest.raises(ValueError, match=r"was begun from .*; give another --out"):
+        do(adapter, there)
+    assert trained == [str(here.base)] * 2
+
+
+def test_a_base_is_over_before_it_is_tuned(small, tmp_path: pathlib.Path) -> None:
+    _, runs = small
+    places = Places(tmp_path, "")
+    workdir = places.workdir(runs["adapter"].root)
+    workdir.mkdir(parents=True)
+    (workdir / "run.json").write_text(json.dumps({"status": "preempted"}))
+    with pytest.raises(ValueError, match="is preempted; finish it before it is tuned"):
+        places.checked_base(runs["adapter"])
 
 
 def test_what_is_cut_is_made_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,14 +208,15 @@ def test_what_is_cut_is_made_once(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
         out.write_text("weights")
 
     monkeypatch.setattr("tools.jobs.prune_weights", fake)
-    places = Places(tmp_path, "")
     run = STUDY.run("pruned 17%", "vqa", 0)
+    places, other = (Places(tmp_path, "", base=parameters(tmp_path, value)) for value in (0, 1))
     first, again = (_origin(run, places) for _ in range(2))
     assert first == again
     assert first.read_text() == "weights"
     assert made == [(places.workdir(run.parent), 1 / 6, 1 / 6)]
     assert _origin(STUDY.run("DAS 4", "vqa", 0), places) == places.workdir(run.parent)
     assert _origin(run.parent, places) is None
+    assert _origin(run, other) != first  # cut out of another base
 
 
 def test_tables_tell_scores_costs_differences_and_choices(small) -> None:

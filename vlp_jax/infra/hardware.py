@@ -8,7 +8,6 @@ one under-read it by a fifth (630 against 801 TFLOP/s on one H200).
 import functools
 import importlib.metadata
 import math
-import os
 import platform
 import resource
 import time
@@ -62,11 +61,11 @@ class MemoryUse(NamedTuple):
 
 
 def device_facts() -> dict[str, Any]:
-    """Kind, count and platform of the devices, and what computes on them in which way.
+    """Kind, count and platform of the devices, and the versions of what computes on them.
 
     Returns:
-        ``device_kind``, ``device_count``, ``process_count``, ``platform``, ``versions`` by package
-        and ``xla_flags`` (of the environment), for logs and benchmark lines.
+        ``device_kind``, ``device_count``, ``process_count``, ``platform``, and ``versions`` by
+        package, for logs and benchmark lines.
     """
     versions = {"python": platform.python_version()}
     versions |= {package: importlib.metadata.version(package) for package in _PACKAGES}
@@ -76,7 +75,6 @@ def device_facts() -> dict[str, Any]:
         "process_count": jax.process_count(),
         "platform": jax.default_backend(),
         "versions": versions,
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 
