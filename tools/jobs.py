@@ -471,10 +471,12 @@ def _attempt(
 
 
 def _wanted(jobs: Sequence[Job], known: Mapping[str, Any]) -> list[Job]:
-    """Those that are not known, and what they need."""
+    """Those that are not known, and what they need; of what chains begin with, only that."""
     wanted: set[str] = set()
+    needed = {job.needs for job in jobs}
     for job in reversed(jobs):
-        if job.key not in known or job.key in wanted:
+        missing = job.key not in known and (job.needs or job.key not in needed)
+        if missing or job.key in wanted:
             wanted |= {job.key, job.needs}
     return [job for job in jobs if job.key in wanted]
 

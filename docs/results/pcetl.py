@@ -1,7 +1,7 @@
 """The study of ways to tune: a base, three tasks, and what each way costs and scores.
 
-    python -m tools.compare_stages docs.results.pcetl --archive=... --out=OUT --seeds=6
-    python -m tools.study_latency docs.results.pcetl --archive=...
+    docs/results/pcetl.sh base OUT, and what else it does (the base by deterministic kernels)
+    python -m tools.compare_stages docs.results.pcetl --archive=... --seeds=6 --max_seconds=0
     python -m tools.pareto docs.results.pcetl --archive=... --out=docs/results/pcetl_pareto.png
 
 Data: `scenes`, level hard, 64 px (synthetic): 200,000 captioned pictures for the base, 50,000 of

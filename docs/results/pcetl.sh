@@ -33,9 +33,9 @@ case $what in
         ;;
     nlvr2)
         cells=$(known "','.join('\"%s\"' % cell for cell in pcetl.study().cells if 'nlv' in cell)")
-        first='nlvr2: adapter,nlvr2: scaled_parallel,nlvr2: DAS 4,nlvr2: DAS 12%,nlvr2: DAS 25%'
         # What is only tested again needs runs that no later session has.
-        first+=',"nlvr2: adapter, int8","nlvr2: DAS 4, int8",nlvr2: full,"nlvr2: full, int8"'
+        first='nlvr2: adapter,"nlvr2: adapter, int8",nlvr2: full,"nlvr2: full, int8",nlvr2: DAS 4'
+        first+=',"nlvr2: DAS 4, int8",nlvr2: scaled_parallel,nlvr2: DAS 12%,nlvr2: DAS 25%'
         first+=',nlvr2: random 4,nlvr2: similarity 4,nlvr2: DAS 2'
         exec "${compare[@]}" docs.results.pcetl --base="$base" --cells="$cells" --first="$first" \
             --seeds=6 "$@"

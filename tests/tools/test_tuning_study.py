@@ -16,10 +16,12 @@ from tools.jobs import (
     Places,
     Run,
     _origin,
+    _wanted,
     check_bases,
     do,
     expected_seconds,
     known_bases,
+    read_archive,
 )
 from tools.tuning_study import TuningStudy, latency_key
 from vlp_jax.models.pretrained import Metadata, save_parameters
@@ -153,6 +155,19 @@ def test_nothing_is_added_to_runs_that_do_not_tell_what_they_began_with(
     places = Places(tmp_path, "", bases=known_bases(jobs, known))
     with pytest.raises(ValueError, match="does not tell from which parameters"):
         check_bases(jobs, known, places)
+
+
+def test_commands_whose_cells_are_all_done_train_nothing() -> None:
+    known = read_archive(pathlib.Path(pcetl.__file__).with_name("pcetl.jsonl"))
+    for study, seeds in (
+        (pcetl.rates(), 2),
+        (pcetl.second_base(), 3),
+        (pcetl.alone(), 1),
+        (pcetl.robustness(), 5),
+    ):
+        jobs = study.jobs(list(study.cells), range(seeds), study.settings)
+        assert not _wanted(jobs, known)
+        check_bases(jobs, known, Places(pathlib.Path(), "", bases=known_bases(jobs, known)))
 
 
 def test_one_base_is_not_put_in_the_place_of_several(tmp_path: pathlib.Path) -> None:
