@@ -196,8 +196,9 @@ def known_bases(jobs: Sequence[Job], known: Mapping[str, Any]) -> dict[str, str]
         ValueError: they have started from several.
     """
     found: dict[str, str] = {}
+    roots = {job.run.root.key for job in jobs}
     for key, record in known.items():
-        if told := record.get("base"):
+        if (told := record.get("base")) and record["root"] in roots:
             first = found.setdefault(record["root"], told)
             if told != first:
                 raise ValueError(

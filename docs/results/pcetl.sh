@@ -14,7 +14,7 @@
 # --workers, processes share a GPU well only where NVIDIA's multi-process service runs
 # (nvidia-cuda-mps-control -d).
 set -euo pipefail
-what=$1 out=$(realpath -m "$2")
+what=${1:?base, nlvr2, faster_heads or latency} out=$(realpath -m "${2:?a folder}")
 archive=$(realpath -m "${ARCHIVE:-$(dirname "$0")/pcetl.jsonl}")
 shift 2
 cd "$(dirname "$0")/../.."

@@ -132,7 +132,8 @@ def test_what_was_made_from_one_base_is_not_continued_from_another(
 
     told = {"root": base.key, "base": made}
     known = {key: {"job": key, **told} for key in (base.key, das.search.key, "of another study")}
-    assert known_bases([], known) == known_bases(jobs, known) == {base.key: made}
+    assert known_bases(jobs, known) == {base.key: made}
+    assert known_bases([], known) == {}  # of what nobody asks for
     here, there = (dataclasses.replace(one, bases={base.key: made}) for one in (here, there))
     check_bases(jobs, known, here)
     with pytest.raises(ValueError, match=f"1.safetensors has .* was made from {made[:12]}"):
@@ -199,7 +200,7 @@ def test_a_workdir_is_gone_on_with_from_the_base_that_it_began_with(
     first, again = (do(adapter, here) for _ in range(2))
     assert first["root"] == runs["adapter"].root.key
     assert first["base"] == again["base"] == here.checked_base(runs["adapter"])
-    assert first["machine"]["xla_flags"] == os.environ["XLA_FLAGS"]
+    assert first["machine"]["xla_flags"] == os.environ.get("XLA_FLAGS", "")
     with pytest.raises(ValueError, match=r"was begun from .*; give another --out"):
         do(adapter, there)
     assert trained == [str(here.base)] * 2
