@@ -7,9 +7,9 @@ The argument names a module with ``study()``, see docs/results/momo.py and docs/
 another function: MODULE:FUNCTION). What --archive holds is not done again, so that a study can be
 given several times for a while, on several machines; --cells and --seeds say which part, --first
 which cells of it come before the others, with all seeds. With --max_seconds nothing is begun that,
-by the longest of its kind so far, would not be over by then, together with the quickest of what
-needs it where it has no score of its own. --train_bases trains what chains begin with, also where
-the archive holds it, and nothing else; with --base that is tuned in its place. What a study
+by the longest of its kind in --archive, would not be over by then, together with the quickest of
+what needs it where it has no score of its own. --train_bases trains what chains begin with, also
+where the archive holds it, and nothing else; with --base that is tuned in its place. What a study
 compares around one base is not continued around another (a GPU that adds up in any order does not
 train the same one twice; XLA_FLAGS=--xla_gpu_deterministic_ops=true is to keep it from that). Runs
 lie in --out, of which nothing is needed later. Several processes share a GPU (--workers), or are
@@ -24,21 +24,22 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from absl import app, flags, logging
 
+from tools.bases import bases_to_keep, check_given
+from tools.execution import execute
 from tools.jobs import (
     Job,
     Places,
-    check_bases,
-    execute,
     expected_seconds,
-    known_bases,
     listed_jobs,
     named_study,
     read_archive,
+    wanted_jobs,
 )
 from vlp_jax.infra.command import bad_input, parse_flags
 from vlp_jax.infra.files import write_text
@@ -81,33 +82,36 @@ def main(argv: Sequence[str]) -> None:
         if base is not None and not base.exists():
             raise ValueError(f"--base: {base} does not exist; name a workdir or a parameter file")
         archive, out = pathlib.Path(_ARCHIVE.value), pathlib.Path(_OUT.value).absolute()
-        known, seeds = read_archive(archive), range(_SEEDS.value)
+        archived, seeds = read_archive(archive), range(_SEEDS.value)
         settings = dataclasses.replace(study.settings, helpers=(os.cpu_count() or 1) // 4, out=out)
         cells = _CELLS.value or list(study.cells)
         jobs = listed_jobs(study, cells, _FIRST.value, seeds, settings, _TRAIN_BASES.value)
-        done = {} if _TRAIN_BASES.value else known
+        known = {} if _TRAIN_BASES.value else archived
         limit = float("inf") if _SECONDS.value is None else _SECONDS.value
-        places = Places(out, str(pathlib.Path(_TEXTS.value).absolute()), base)
-        if limit and study.one_base:
-            places = dataclasses.replace(places, bases=known_bases(jobs, known))
-            check_bases(jobs, done, places)
+        wanted = wanted_jobs(jobs, known) if limit and study.one_base else []
+        texts = str(pathlib.Path(_TEXTS.value).absolute())
+        places = Places(out, texts, base, bases_to_keep(wanted, archived))
+        if base is not None:
+            check_given(wanted, places)
     failed = 0
     for folder in (out, archive.parent):
         folder.mkdir(parents=True, exist_ok=True)
     if limit:
         longest: dict[str, float] = {}
+        for record in archived.values():
+            _note(longest, record)
 
         def may_start(job: Job) -> bool:
             """Whether something would be had of it in time."""
-            return time.monotonic() - began + expected_seconds(job, jobs, done, longest) < limit
+            return time.monotonic() - began + expected_seconds(job, jobs, known, longest) < limit
 
         for record in execute(
-            jobs, places, _WORKERS.value, done, may_start, devices=_DEVICES.value
+            jobs, places, _WORKERS.value, known, may_start, devices=_DEVICES.value
         ):
             if "error" in record:
                 failed += 1
             else:
-                longest[record["name"]] = max(record["seconds"], longest.get(record["name"], 0.0))
+                _note(longest, record)
             line = json.dumps(record)
             print(f"{time.monotonic() - began:.0f} s {line[:200]}", flush=True)
             with archive.open("a") as file:
@@ -117,6 +121,13 @@ def main(argv: Sequence[str]) -> None:
     print(tables)
     if failed:
         sys.exit(ExitCode.FAILED)
+
+
+def _note(longest: dict[str, float], record: Mapping[str, Any]) -> None:
+    """Of what takes about as long, by its name, the most seconds; of latencies none are told."""
+    if "seconds" in record:
+        name = record["name"]
+        longest[name] = max(record["seconds"], longest.get(name, 0.0))
 
 
 if __name__ == "__main__":

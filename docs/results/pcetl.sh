@@ -32,7 +32,8 @@ case $what in
             --devices=0 "$@"
         ;;
     nlvr2)
-        cells=$(known "','.join('\"%s\"' % cell for cell in pcetl.study().cells if 'nlv' in cell)")
+        all="','.join('\"%s\"' % cell for cell in pcetl.study().cells if cell.startswith('nlvr2'))"
+        cells=$(known "$all")
         # What is only tested again needs runs that no later session has.
         first='nlvr2: adapter,"nlvr2: adapter, int8",nlvr2: full,"nlvr2: full, int8",nlvr2: DAS 4'
         first+=',"nlvr2: DAS 4, int8",nlvr2: scaled_parallel,nlvr2: DAS 12%,nlvr2: DAS 25%'

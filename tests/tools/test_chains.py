@@ -10,22 +10,23 @@ import threading
 import time
 from typing import Any
 
-import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from docs.results import momo, pcetl
+from tests.tools.bases import parameters
 from tests.tools.small_stages import small_stage
 from tools import chains, columns
-from tools import jobs as doing
+from tools.bases import checked_base
 from tools.chains import Study, scores_of
 from tools.columns import Score, Settings, Task, train_to_end
 from tools.compare.configs import with_overrides
 from tools.compare.workers import VISIBLE_DEVICES
-from tools.jobs import Job, Places, Run, execute, read_archive
+from tools.execution import _origin, do, execute
+from tools.jobs import Job, Places, Run, listed_jobs, read_archive, wanted_jobs
 from vlp_jax.infra.errors import ConfigError
-from vlp_jax.models.pretrained import Metadata, save_parameters
 from vlp_jax.train.config import check_keys, default_config
+from vlp_jax.train.searching import SEARCH_FILE
 
 SETTINGS = Settings((), 2, 8, 8, 8, "easy", None, 1, 1, pathlib.Path())
 TASKS = [Task("image", "shapes", "A", ()), Task("text", "words", "B", ())]
@@ -115,7 +116,7 @@ def test_jobs_are_done_in_order_and_what_needs_a_failed_one_is_left_out(
     known = read_archive(archive)
     assert failed["job"] not in known
     # What is known is not done again, but for runs that a missing job needs.
-    again = [job.key for job in doing._wanted(jobs, known)]
+    again = [job.key for job in wanted_jobs(jobs, known)]
     assert again == [
         *(study.chain("other", 0)[i].key for i in (0, 1)),
         *(job.key for job in jobs if job.needs == failed["job"]),
@@ -138,7 +139,7 @@ def test_jobs_are_done_in_order_and_what_needs_a_failed_one_is_left_out(
 
 def whence(job: Job, places: Places) -> dict[str, object]:
     """In place of ``do``: tells where a run would start from."""
-    return {"job": job.key, "from": str(doing._origin(job.run, places))}
+    return {"job": job.key, "from": str(_origin(job.run, places))}
 
 
 def test_a_base_that_is_given_is_tuned_and_not_trained(
@@ -152,6 +153,17 @@ def test_a_base_that_is_given_is_tuned_and_not_trained(
     assert found[second.key] == str(places.base)
     assert first.key not in found
     assert {*found} == {job.key for job in trained if job.run.parent is not None}
+
+
+def test_what_a_search_has_chosen_is_taken_from_its_record(tmp_path: pathlib.Path) -> None:
+    run = pcetl.study().run("DAS 4", "nlvr2", 0)
+    jobs = pcetl.study().jobs(["nlvr2: DAS 4"], [0], SETTINGS)
+    places = Places(tmp_path, "", base=tmp_path / "base.safetensors")
+    found = {"skipped": ["text_lower_0"], "flops_saved": 0.1}
+    known = {run.search.key: {"job": run.search.key, "search": found}}
+    [only] = execute(jobs, places, 1, known, lambda _: True, whence)
+    assert only["job"] == run.key
+    assert json.loads((places.workdir(run.search) / SEARCH_FILE).read_text()) == found
 
 
 def dying(job: Job, places: Places) -> dict[str, object]:
@@ -259,21 +271,21 @@ def test_a_chain_of_two_stages_is_trained_and_scored(tmp_path: pathlib.Path) -> 
     study = dataclasses.replace(study, settings=settings)
     jobs = study.jobs(["cell"], [0], dataclasses.replace(study.settings, out=tmp_path / "out"))
     places = Places(tmp_path / "out", str(texts))
-    records = [doing.do(job, places) for job in jobs]
+    records = [do(job, places) for job in jobs]
     assert [record.get("name") for record in records] == ["stage 1", "stage 2", "linear probe"]
     [score] = records[-1]["values"]
     assert 0.0 < score < 1.0
     begun = json.loads((places.workdir(jobs[1].run) / "config.json").read_text())
     assert begun["init_from"] == str(places.workdir(jobs[0].run))
     # All that is trained is known by what its chain begins with.
-    assert {record["base"] for record in records[:2]} == {places.checked_base(jobs[0].run)}
+    assert {record["base"] for record in records[:2]} == {checked_base(jobs[0].run, places)}
     another = dataclasses.replace(places, bases={jobs[0].run.key: "0" * 64})
     with pytest.raises(ValueError, match="the archive holds was made from 000000000000:"):
-        doing.do(jobs[0], another)
+        do(jobs[0], another)
     # A run that is finished is not trained again.
     log = places.workdir(jobs[1].run) / "log.txt"
     written = log.stat().st_mtime_ns
-    doing.do(jobs[1], places)
+    do(jobs[1], places)
     train_to_end(jobs[1].run.config, places.workdir(jobs[1].run))
     assert log.stat().st_mtime_ns == written
 
@@ -308,8 +320,7 @@ def test_every_task_of_the_study_is_a_config(tmp_path: pathlib.Path) -> None:
 def test_the_command_refuses_another_base_before_anything_is_trained(
     tmp_path: pathlib.Path,
 ) -> None:
-    run, base = pcetl.study().run("adapter", "nlvr2", 0), tmp_path / "base.safetensors"
-    save_parameters(base, {"scale": np.zeros(3, np.float32)}, Metadata({}, ""))
+    run, base = pcetl.study().run("adapter", "nlvr2", 0), parameters(tmp_path, 0)
     archive = tmp_path / "archive.jsonl"
     told = {"job": run.key, "root": run.root.key, "base": 64 * "f"}
     archive.write_text(json.dumps(told) + "\n")
@@ -325,7 +336,7 @@ def test_the_command_refuses_another_base_before_anything_is_trained(
 
 def test_cells_that_are_asked_for_first_come_first_with_all_seeds(study: Study) -> None:
     def keys(*first: str) -> list[str]:
-        jobs = doing.listed_jobs(study, list(study.cells), first, range(2), study.settings)
+        jobs = listed_jobs(study, list(study.cells), first, range(2), study.settings)
         return [job.key for job in jobs]
 
     every, ahead = keys(), keys("second")
@@ -335,7 +346,7 @@ def test_cells_that_are_asked_for_first_come_first_with_all_seeds(study: Study) 
     assert sorted(every) == sorted(ahead) == sorted(set(every))
     # Or what chains begin with, alone.
     cells = list(study.cells)
-    roots = doing.listed_jobs(study, cells, [], range(2), study.settings, only_bases=True)
+    roots = listed_jobs(study, cells, [], range(2), study.settings, only_bases=True)
     begun = [study.chain(cell, seed)[0].key for seed in (0, 1) for cell in ("both", "second")]
     assert [job.key for job in roots] == begun
 

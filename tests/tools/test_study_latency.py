@@ -11,7 +11,7 @@ from docs.results import pcetl
 from tests.tiny_search import UNITS, search_config
 from tools import study_latency
 from tools.jobs import Run, read_archive
-from tools.latency import ForwardPass
+from tools.latency import ForwardPass, Turns
 from tools.study_latency import latencies, network_of
 from tools.tuning_study import TuningStudy, latency_key
 from vlp_jax.data.scenes.tasks import ScenesVQA
@@ -101,12 +101,21 @@ def test_lines_are_added_to_the_archive(
     monkeypatch.setattr(pcetl, "study", lambda: study)
     nothing = ForwardPass(jax.jit(lambda: 0.0), ())
     monkeypatch.setattr(study_latency, "_passes", lambda network: lambda rows: nothing)
+    turns = []
+    plain = study_latency.forward_times
+    monkeypatch.setattr(
+        study_latency,
+        "forward_times",
+        lambda *given, **more: turns.append(more["turns"]) or plain(*given, **more),
+    )
     archive = tmp_path / "archive.jsonl"
     archive.write_text(json.dumps({"job": "another", "seconds": 1}) + "\n")
     arguments = ["docs.results.pcetl", f"--archive={archive}", "--rows=3", "--repeats=1"]
+    arguments.append(f"--lock={tmp_path / 'lock'}")
     study_latency.main(arguments)
     found = read_archive(archive)
     assert len(found) == 1 + 4  # nothing was searched for
+    assert turns == [Turns(tmp_path / "lock")]
     study_latency.main(arguments)
     assert len(archive.read_text().splitlines()) == 5
 

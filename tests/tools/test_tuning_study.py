@@ -2,29 +2,17 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Collection
 
-import numpy as np
 import pytest
 
 from configs.transfer import nlvr2
 from docs.results import pcetl
-from tools.jobs import (
-    Job,
-    Places,
-    Run,
-    _origin,
-    _wanted,
-    check_bases,
-    do,
-    expected_seconds,
-    known_bases,
-    read_archive,
-)
+from tests.tools.bases import parameters
+from tools.execution import _origin
+from tools.jobs import Job, Places, Run, expected_seconds
 from tools.tuning_study import TuningStudy, latency_key
-from vlp_jax.models.pretrained import Metadata, save_parameters
 from vlp_jax.train.config import check_keys
 
 STUDY = pcetl.study()
@@ -112,110 +100,6 @@ def test_what_has_no_score_of_its_own_waits_for_the_quickest_of_what_needs_it(sm
     assert expected(found[eight.key]) == 3.0
 
 
-def parameters(folder: pathlib.Path, value: int) -> pathlib.Path:
-    file = folder / f"{value}.safetensors"
-    save_parameters(file, {"scale": np.full(3, value, np.float32)}, Metadata({}, ""))
-    return file
-
-
-def test_what_was_made_from_one_base_is_not_continued_from_another(
-    small, tmp_path: pathlib.Path
-) -> None:
-    study, runs = small
-    das, base = runs["DAS 4"], runs["DAS 4"].root
-    jobs = study.jobs(list(study.cells), range(2), study.settings)
-    here, there = (Places(tmp_path, "", base=parameters(tmp_path, value)) for value in (0, 1))
-    made = here.checked_base(das)
-    assert made == here.checked_base(base) != there.checked_base(das)
-    assert known_bases(jobs, {}) == {}
-    check_bases(jobs, {}, there)  # the first of the archive
-
-    told = {"root": base.key, "base": made}
-    known = {key: {"job": key, **told} for key in (base.key, das.search.key, "of another study")}
-    assert known_bases(jobs, known) == {base.key: made}
-    assert known_bases([], known) == {}  # of what nobody asks for
-    here, there = (dataclasses.replace(one, bases={base.key: made}) for one in (here, there))
-    check_bases(jobs, known, here)
-    with pytest.raises(ValueError, match=f"1.safetensors has .* was made from {made[:12]}"):
-        check_bases(jobs, known, there)
-    check_bases(jobs, {job.key: {} for job in jobs}, there)  # nothing is to be done
-
-    known[das.key] = {"job": das.key, "root": base.key, "base": "f" * 64}
-    with pytest.raises(ValueError, match=f"SHA-256 ffffffffffff in {das.key}, else {made[:12]}"):
-        known_bases(jobs, known)
-
-
-def test_nothing_is_added_to_runs_that_do_not_tell_what_they_began_with(
-    small, tmp_path: pathlib.Path
-) -> None:
-    study, runs = small
-    das = runs["DAS 4"]
-    jobs = study.jobs(list(study.cells), range(2), study.settings)
-    known = {das.key: {"job": das.key}}
-    assert known_bases(jobs, known) == {das.root.key: ""}
-    places = Places(tmp_path, "", bases=known_bases(jobs, known))
-    with pytest.raises(ValueError, match="does not tell from which parameters"):
-        check_bases(jobs, known, places)
-
-
-def test_commands_whose_cells_are_all_done_train_nothing() -> None:
-    known = read_archive(pathlib.Path(pcetl.__file__).with_name("pcetl.jsonl"))
-    for study, seeds in (
-        (pcetl.rates(), 2),
-        (pcetl.second_base(), 3),
-        (pcetl.alone(), 1),
-        (pcetl.robustness(), 5),
-    ):
-        jobs = study.jobs(list(study.cells), range(seeds), study.settings)
-        assert not _wanted(jobs, known)
-        check_bases(jobs, known, Places(pathlib.Path(), "", bases=known_bases(jobs, known)))
-
-
-def test_one_base_is_not_put_in_the_place_of_several(tmp_path: pathlib.Path) -> None:
-    cells = ["vqa: adapter", "nlvr2: adapter"]
-    jobs = STUDY.jobs(cells, [0], STUDY.settings)
-    places = Places(tmp_path, "", base=parameters(tmp_path, 0))
-    with pytest.raises(ValueError, match="in the place of 2 bases"):
-        check_bases(jobs, {}, places)
-    check_bases(jobs, {}, Places(tmp_path, ""))  # each is trained
-    assert STUDY.one_base
-    assert not pcetl.timed().one_base  # which is timed on whatever one update makes
-
-
-def test_a_workdir_is_gone_on_with_from_the_base_that_it_began_with(
-    small, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    study, runs = small
-    [adapter] = [job for job in study.jobs(["vqa: adapter"], [0], study.settings) if job.needs]
-    trained = []
-
-    def train(config, workdir: pathlib.Path) -> None:
-        trained.append(config.init_from)
-        (workdir / "run.json").write_text(json.dumps({"status": "finished"}))
-
-    monkeypatch.setattr("tools.jobs.train_to_end", train)
-    monkeypatch.setattr("tools.jobs.read_metrics", lambda workdir: [])
-    monkeypatch.setattr("tools.jobs.final_metrics", lambda metrics: {})
-    here, there = (Places(tmp_path, "", base=parameters(tmp_path, value)) for value in (0, 1))
-    first, again = (do(adapter, here) for _ in range(2))
-    assert first["root"] == runs["adapter"].root.key
-    assert first["base"] == again["base"] == here.checked_base(runs["adapter"])
-    assert first["machine"]["xla_flags"] == os.environ.get("XLA_FLAGS", "")
-    with pytest.raises(ValueError, match=r"was begun from .*; give another --out"):
-        do(adapter, there)
-    assert trained == [str(here.base)] * 2
-
-
-def test_a_base_is_over_before_it_is_tuned(small, tmp_path: pathlib.Path) -> None:
-    _, runs = small
-    places = Places(tmp_path, "")
-    workdir = places.workdir(runs["adapter"].root)
-    workdir.mkdir(parents=True)
-    (workdir / "run.json").write_text(json.dumps({"status": "preempted"}))
-    with pytest.raises(ValueError, match="is preempted; finish it before it is tuned"):
-        places.checked_base(runs["adapter"])
-
-
 def test_what_is_cut_is_made_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
@@ -223,7 +107,7 @@ def test_what_is_cut_is_made_once(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
         made.append((checkpoint, heads, mlp))
         out.write_text("weights")
 
-    monkeypatch.setattr("tools.jobs.prune_weights", fake)
+    monkeypatch.setattr("tools.execution.prune_weights", fake)
     run = STUDY.run("pruned 17%", "vqa", 0)
     places, other = (Places(tmp_path, "", base=parameters(tmp_path, value)) for value in (0, 1))
     first, again = (_origin(run, places) for _ in range(2))

@@ -17,7 +17,7 @@ from vlp_jax.infra.errors import ConfigError
 
 KEY = "init_base"  # of the config: where a base lies now
 _NAMED = 3  # parameters that an error names
-_SHOWN = 12  # digits of a fingerprint that an error shows
+SHOWN_DIGITS = 12  # digits of a fingerprint that an error shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Base:
         if sha256 != self.sha256:
             raise self._another(
                 holder,
-                f"{where} has other values: SHA-256 {sha256[:_SHOWN]} of the same parameters",
+                f"{where} has other values: SHA-256 {sha256[:SHOWN_DIGITS]} of the same parameters",
             )
         return arrays
 
@@ -113,7 +113,8 @@ class Base:
         )
 
     def _made(self, holder: str) -> str:
-        return f"{holder} holds tunables alone, made on {self} with SHA-256 {self.sha256[:_SHOWN]}"
+        sha256 = self.sha256[:SHOWN_DIGITS]
+        return f"{holder} holds tunables alone, made on {self} with SHA-256 {sha256}"
 
 
 def fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
