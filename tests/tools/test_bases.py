@@ -185,6 +185,15 @@ def test_the_command_hands_over_what_bases_must_be(tmp_path: pathlib.Path) -> No
         assert (more["known"], more["may_start"]) == (2, [enough] * 3)
 
 
+def test_the_command_refuses_another_base_before_anything_is_done(tmp_path: pathlib.Path) -> None:
+    archive, base = tmp_path / "archive.jsonl", parameters(tmp_path, 0)
+    told = record(STUDY.run("adapter", "nlvr2", 0), base="f" * 64)
+    archive.write_text(json.dumps(told) + "\n")
+    study = ("docs.results.pcetl", f"--base={base}")
+    assert "made from ffffffffffff" in handed(tmp_path, archive, *study, "--cells=nlvr2: lora")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_does_not_tell_its_base_has_its_tables_and_nothing_is_added(
     tmp_path: pathlib.Path,
 ) -> None:

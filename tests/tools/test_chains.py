@@ -14,7 +14,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from docs.results import momo, pcetl
-from tests.tools.bases import parameters
 from tests.tools.small_stages import small_stage
 from tools import chains, columns
 from tools.bases import checked_base
@@ -247,17 +246,6 @@ def test_differences_are_those_of_equal_seeds(study: Study) -> None:
     assert chains.joined(scores["better"])["shapes"] == Score((0.6, 0.9))
 
 
-def command(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """The command, ended."""
-    return subprocess.run(
-        [sys.executable, "-m", "tools.compare_stages", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=pathlib.Path(__file__).parents[2],
-    )
-
-
 @pytest.mark.slow
 def test_a_chain_of_two_stages_is_trained_and_scored(tmp_path: pathlib.Path) -> None:
     """The study of docs/results, with runs of a few updates of a tiny model on a few pictures."""
@@ -317,23 +305,6 @@ def test_every_task_of_the_study_is_a_config(tmp_path: pathlib.Path) -> None:
         check_keys(columns._config(task, tmp_path, study.settings, 0))
 
 
-def test_the_command_refuses_another_base_before_anything_is_trained(
-    tmp_path: pathlib.Path,
-) -> None:
-    run, base = pcetl.study().run("adapter", "nlvr2", 0), parameters(tmp_path, 0)
-    archive = tmp_path / "archive.jsonl"
-    told = {"job": run.key, "root": run.root.key, "base": 64 * "f"}
-    archive.write_text(json.dumps(told) + "\n")
-    places = [f"--texts={tmp_path}", f"--out={tmp_path / 'out'}", f"--archive={archive}"]
-    done = command([*places, "docs.results.pcetl", f"--base={base}", "--cells=nlvr2: LoRA"])
-    assert done.returncode == 64, done.stderr
-    assert "--cells: 'nlvr2: LoRA' is none of" in done.stderr
-    done = command([*places, "docs.results.pcetl", f"--base={base}", "--cells=nlvr2: lora"])
-    assert done.returncode == 64, done.stderr
-    assert "was made from ffffffffffff" in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
 def test_cells_that_are_asked_for_first_come_first_with_all_seeds(study: Study) -> None:
     def keys(*first: str) -> list[str]:
         jobs = listed_jobs(study, list(study.cells), first, range(2), study.settings)
@@ -368,7 +339,10 @@ def test_the_command(tmp_path: pathlib.Path, arguments: list[str], code: int, to
     texts = tmp_path / "texts"
     texts.mkdir()
     places = [f"--texts={texts}", f"--out={tmp_path / 'out'}", f"--archive={tmp_path / 'a.jsonl'}"]
-    done = command([*places, *arguments])
+    command = [sys.executable, "-m", "tools.compare_stages", *places, *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2]
+    )
     assert done.returncode == code, done.stderr
     assert told in done.stdout + done.stderr
     assert (tmp_path / "out" / "table.md").exists() == (code == 0)
