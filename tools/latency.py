@@ -10,8 +10,8 @@ import fcntl
 import functools
 import pathlib
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -24,24 +24,41 @@ from vlp_jax.objectives.base import Objective
 from vlp_jax.train.program import Program
 
 WARM_UP = 3  # calls before any that counts
+_Name = TypeVar("_Name", bound=Hashable)
 _SPECIAL = 5  # ids below may be special tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardPass:
-    """A jitted function and its arguments.
+    """A jitted function, what it is called with, and where.
 
     Attributes:
         function: from ``jax.jit``.
-        arguments: on the device.
+        arguments: trees of arrays, anywhere.
+        device: that computes it.
     """
 
     function: Any
     arguments: tuple[Any, ...]
+    device: jax.Device
 
-    def compiled(self) -> Callable[[], Any]:
-        """A call of the compiled function with the arguments."""
-        return functools.partial(self.function.lower(*self.arguments).compile(), *self.arguments)
+    def lowered(self) -> jax.stages.Lowered:
+        """The function for arguments like these: traced, which leaves the device alone."""
+        place = jax.sharding.SingleDeviceSharding(self.device)
+        specs = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            self.arguments,
+        )
+        lowered: jax.stages.Lowered = self.function.lower(*specs)
+        return lowered
+
+    def compiled(self, lowered: jax.stages.Lowered) -> Callable[[], Any]:
+        """A call with the arguments, which are brought to the device.
+
+        Args:
+            lowered: of ``lowered``.
+        """
+        return functools.partial(lowered.compile(), *jax.device_put(self.arguments, self.device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +93,16 @@ NO_OTHERS = Turns()
 
 
 def forward_times(
-    passes: Mapping[str, ForwardPass],
+    passes: Mapping[_Name, ForwardPass],
     repeats: int,
     warm_up: int = WARM_UP,
     turns: Turns = NO_OTHERS,
-) -> dict[str, float]:
+) -> dict[_Name, float]:
     """Milliseconds of each pass, its result waited for.
 
     They take turns, so that whatever else the machine does meets all of them; the median is told.
     They compile side by side before, but never run so: on a GPU that fails while one of them is
-    recorded as a CUDA graph.
+    recorded as a CUDA graph. Tracing, which comes first, waits for no other process.
 
     Args:
         passes: by name, on one device.
@@ -93,10 +110,12 @@ def forward_times(
         warm_up: calls of each before.
         turns: with other processes that do the same at the same time.
     """
-    with turns.beside(), concurrent.futures.ThreadPoolExecutor() as pool:
-        compiled = pool.map(lambda one: one.compiled(), passes.values())
-        runs = dict(zip(passes, compiled, strict=True))
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        lowered = list(pool.map(lambda one: one.lowered(), passes.values()))
+        with turns.beside():
+            compiled = pool.map(lambda one, of: one.compiled(of), passes.values(), lowered)
+            runs = dict(zip(passes, compiled, strict=True))
+    seconds: dict[_Name, list[float]] = {name: [] for name in runs}
     with turns.alone():
         for run in runs.values():
             timings(run, warm_up)
@@ -136,8 +155,7 @@ def forward_pass(
         return program.loss(params, extras, batches, bucket, key, objectives=objectives)[0]
 
     batches = {name: random_batch(program, name, bucket, rows) for name, _ in bucket}
-    given = jax.device_put((params, dict(extras), batches), device)
-    return ForwardPass(loss, given)
+    return ForwardPass(loss, (params, dict(extras), batches), device)
 
 
 def random_batch(program: Program, name: str, bucket: StepBucket, rows: int) -> HostBatch:

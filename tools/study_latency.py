@@ -12,9 +12,11 @@ into the weights, as they would be used. All networks of a task take turns in on
 they compare, and ways whose networks are the same (all but the weights) are measured once.
 
 What is found is added to --archive, as milliseconds beside those of the study's first way; what it
-holds already is not measured again. Most of the time goes into compiling: several of these commands
-at a time, each of other --tasks, compile side by side and time one after the other where they have
-the same --lock (and share the memory of a GPU: XLA_PYTHON_CLIENT_MEM_FRACTION).
+holds already is not measured again. Most of the time goes into tracing and compiling: several of
+these commands at a time, each of other --tasks, compile side by side and time one after the other
+where they have the same --lock (and share the memory of a GPU: XLA_PYTHON_CLIENT_MEM_FRACTION).
+What else needs the device for a while can hold the lock meanwhile (``flock LOCK COMMAND``); tracing
+goes on beside it.
 """
 
 import dataclasses
@@ -123,14 +125,13 @@ def latencies(
     if first is None or not missing:
         return
     networks = {network.key: network for network in (first, *missing.values())}
-    with turns.beside():  # here too the devices have something to do
-        passes_of = {key: _passes(network) for key, network in networks.items()}
+    passes: dict[tuple[str, int], ForwardPass] = {}
+    for key, network in networks.items():
+        pass_of = _passes(network)
+        passes |= {(key, count): pass_of(count) for count in rows}
     measured: dict[str, dict[str, float]] = {}
-    for count in rows:
-        with turns.beside():
-            passes = {key: pass_of(count) for key, pass_of in passes_of.items()}
-        for key, time in forward_times(passes, repeats, turns=turns).items():
-            measured.setdefault(key, {})[str(count)] = round(time, 4)
+    for (key, count), time in forward_times(passes, repeats, turns=turns).items():
+        measured.setdefault(key, {})[str(count)] = round(time, 4)
     for key, network in missing.items():
         yield {
             "job": latency_key(key),
@@ -147,9 +148,8 @@ def _passes(network: Network) -> Callable[[int], ForwardPass]:
     config = network.config.copy_and_resolve_references()
     program = program_without_data(config, TEXT_LENGTH)
     state = program.state_spec
-    params, extras = _random((state.params, state.extras["objectives"]))
-    if network.eight:
-        params = quantized(params)
+    specs = jax.eval_shape(quantized, state.params) if network.eight else state.params
+    params, extras = _random((specs, state.extras["objectives"]))
     sizes = Bucket(TEXT_LENGTH, config.data.image_size)
     bucket = tuple((name, sizes) for name in program.batch_names)
     device = jax.local_devices()[0]
@@ -159,10 +159,12 @@ def _passes(network: Network) -> Callable[[int], ForwardPass]:
 
 
 def _random(specs: Any) -> Any:
-    """Arrays of these shapes, none of whose values slows a product down; int ones are 0."""
+    """Arrays of these shapes, none of whose values slows a product down; counts are 0."""
     draw = np.random.default_rng(0)
 
     def one(spec: jax.ShapeDtypeStruct) -> np.ndarray:
+        if spec.dtype == np.int8:  # weights
+            return draw.integers(-127, 128, spec.shape, np.int8)
         if not np.issubdtype(spec.dtype, np.floating):
             return np.zeros(spec.shape, spec.dtype)
         return (0.02 * draw.standard_normal(spec.shape)).astype(spec.dtype)

@@ -7,8 +7,11 @@ import threading
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tools.latency import ForwardPass, Turns, forward_times
+
+DEVICE = jax.devices()[0]
 
 
 class Told:
@@ -33,7 +36,9 @@ class Told:
 def test_networks_compile_together_and_take_turns() -> None:
     told: list[str] = []
     together = threading.Barrier(2)
-    passes = {name: ForwardPass(Told(name, together, told), ()) for name in ("full", "pruned")}
+    passes = {
+        name: ForwardPass(Told(name, together, told), (), DEVICE) for name in ("full", "pruned")
+    }
     times = forward_times(passes, repeats=3, warm_up=1)
     assert told == ["compiled", "compiled", "full", "pruned", *["full", "pruned"] * 3]
     assert set(times) == {"full", "pruned"}
@@ -54,6 +59,10 @@ def test_of_several_processes_only_one_times_while_none_compiles(tmp_path: pathl
     held: list[tuple[bool, bool]] = []
 
     class Watched(Told):
+        def lower(self) -> "Watched":
+            held.append((may(fcntl.LOCK_SH), may(fcntl.LOCK_EX)))
+            return self
+
         def run(self) -> None:
             held.append((may(fcntl.LOCK_SH), may(fcntl.LOCK_EX)))
 
@@ -61,15 +70,19 @@ def test_of_several_processes_only_one_times_while_none_compiles(tmp_path: pathl
             self.run()
             return functools.partial(self.run)
 
-    passes = {"full": ForwardPass(Watched("full", threading.Barrier(1), []), ())}
+    passes = {"full": ForwardPass(Watched("full", threading.Barrier(1), []), (), DEVICE)}
     forward_times(passes, repeats=1, warm_up=1, turns=Turns(file))
-    assert held == [(True, False), (False, False), (False, False)]
+    # Traced whatever others do, compiled beside them, and timed alone.
+    assert held == [(True, True), (True, False), (False, False), (False, False)]
     assert may(fcntl.LOCK_EX)
     held.clear()
     forward_times(passes, repeats=1, warm_up=0)
-    assert held == [(True, True)] * 2  # a process that is alone
+    assert held == [(True, True)] * 3  # a process that is alone
 
 
 def test_a_compiled_pass_has_its_arguments() -> None:
     product = jax.jit(lambda x, y: (x @ y).sum())
-    assert float(ForwardPass(product, (jnp.ones((2, 3)), jnp.ones((3, 4)))).compiled()()) == 24
+    one = ForwardPass(product, (np.ones((2, 3)), jnp.ones((3, 4))), jax.devices()[1])
+    result = one.compiled(one.lowered())()
+    assert float(result) == 24
+    assert result.devices() == {jax.devices()[1]}

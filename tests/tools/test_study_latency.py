@@ -99,7 +99,7 @@ def test_lines_are_added_to_the_archive(
     study: TuningStudy, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pcetl, "study", lambda: study)
-    nothing = ForwardPass(jax.jit(lambda: 0.0), ())
+    nothing = ForwardPass(jax.jit(lambda: 0.0), (), jax.devices()[0])
     monkeypatch.setattr(study_latency, "_passes", lambda network: lambda rows: nothing)
     turns = []
     plain = study_latency.forward_times
