@@ -201,8 +201,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError("--repeats, --seeds and --rows: use 1 or more")
         known = read_archive(given.archive)
         turns = Turns(given.lock)
-        with turns.beside():  # whether it can be made
-            pass
+        if given.lock is not None:
+            given.lock.touch()  # whether it can be made; others may hold it
     for task in tasks:
         for record in latencies(study, known, task, range(given.seeds), rows, given.repeats, turns):
             line = json.dumps(record)
