@@ -10,10 +10,10 @@ which cells of it come before the others, with all seeds. With --max_seconds not
 by the longest of its kind in --archive, would not be over by then, together with the quickest of
 what needs it where it has no score of its own. --train_bases trains what chains begin with, also
 where the archive holds it, and nothing else; with --base that is tuned in its place. What a study
-compares around one base is not continued around another (a GPU that adds up in any order does not
-train the same one twice; XLA_FLAGS=--xla_gpu_deterministic_ops=true is to keep it from that). Runs
-lie in --out, of which nothing is needed later. Several processes share a GPU (--workers), or are
-spread over several (--devices=0,1). Prints the study's tables and writes them to OUT/table.md.
+compares around one base is not continued around another, so keep it (tools.export_weights): a GPU
+that adds up in any order does not train the same one twice. Nothing else that lies in --out is
+needed later. Several processes share a GPU (--workers), or are spread over several (--devices=0,1).
+Prints the study's tables and writes them to OUT/table.md.
 
 Exit codes are those of vlp_jax.infra.preemption: 1 where a job has failed, whose error is told.
 """

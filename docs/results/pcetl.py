@@ -1,6 +1,6 @@
 """The study of ways to tune: a base, three tasks, and what each way costs and scores.
 
-    docs/results/pcetl.sh base OUT, and what else it does (the base by deterministic kernels)
+    docs/results/pcetl.sh base OUT, and what else it does
     python -m tools.compare_stages docs.results.pcetl --archive=... --seeds=6 --max_seconds=0
     python -m tools.pareto docs.results.pcetl --archive=... --out=docs/results/pcetl_pareto.png
 
@@ -39,12 +39,9 @@ SIZE, IMAGES = "small", 200_000
 BASE_UPDATES, BASE_PEAK = 5_000, 1e-3
 # Task -> seed of the base that it tunes, 0 by default. Those of seeds 0 and 1 are no more: they
 # were lost with the machines that held them before NLVR2 was done, and a GPU that adds up in any
-# order does not make them again. That of seed 2 is to be trained by deterministic kernels, see
-# docs/results/pcetl.md.
+# order does not make them again.
 BASE_SEEDS = {"nlvr2": 2}
 SECOND_BASE = 1  # seed of the base of ``second_base``
-# Task -> seed of the base that its rates were tried around, where it is not the one that it tunes.
-TRIED_AROUND = {"nlvr2": SECOND_BASE}
 BATCH = 128
 UPDATES = {"vqa": 1_500, "nlvr2": 2_500, "retrieval": 800}
 FIGURES = {
@@ -59,7 +56,8 @@ VALIDATED = {
     "retrieval": ("val/reranked/i2t_r1", "val/reranked/t2i_r1"),
 }
 # Method -> task -> peak learning rates that are tried, of which ``choose`` takes one. Full
-# tuning of NLVR2 learns at lower ones than VQA (docs/results/transfer.md).
+# tuning of NLVR2 learns at lower ones than VQA (docs/results/transfer.md). What skips units has the
+# rate of what it tunes, and the search that of adapters.
 TRIED: dict[str, dict[str, tuple[float, ...]]] = {
     "full": {"vqa": (1e-4, 3e-4), "nlvr2": (3e-5, 1e-4), "retrieval": (1e-4, 3e-4)},
     "head": {"vqa": (3e-4, 1e-3), "nlvr2": (3e-4, 1e-3), "retrieval": (1e-3, 1e-2)},
@@ -81,15 +79,11 @@ TRIED: dict[str, dict[str, tuple[float, ...]]] = {
         "retrieval": (1e-3, 1e-2),
     },
     "deep_prompt": {"vqa": (3e-4, 1e-3), "nlvr2": (1e-3, 3e-3), "retrieval": (1e-3, 3e-3)},
-    # Of all that skips units, by ``DAS 4``; where none are tried, what skips has the rate of what
-    # is tuned. On NLVR2 adapters once learned at a rate at which one of 26 networks without units
-    # did.
-    SEARCH: {"nlvr2": (1e-4, 3e-4, 1e-3)},
 }
 # Method -> task -> seeds that its rates are tried with, one by default. By one alone NLVR2 once had
 # a rate at which another seed of scaled parallel adapters failed.
 TRIED_SEEDS: dict[str, dict[str, int]] = {
-    method: {"nlvr2": 2} for method in ("adapter", "scaled_parallel", SEARCH)
+    method: {"nlvr2": 2} for method in ("adapter", "scaled_parallel")
 }
 SEEDS, DRAWS = 3, 6  # of a way; of random units
 MORE = {"vqa": 5}  # seeds of the ways that are compared most closely
@@ -189,7 +183,7 @@ def task_config(task: str, method: str, seed: int, rate: float | None = None) ->
 
 def _rate(task: str, method: str) -> float:
     """The one that was chosen; until then, the second of those that are tried."""
-    like = method if task in TRIED[method] else "adapter"
+    like = method if method in TRIED else "adapter"
     return RATES.get(like, {}).get(task, TRIED[like][task][1])
 
 
@@ -209,7 +203,6 @@ def searched(
     method: str = "adapter",
     updates: float = 1.0,
     then: Mapping[str, Any] | None = None,
-    rate: float | None = None,
     **changes: Any,
 ) -> Callable[[str, int], Run]:
     """A way that tunes by a method without the units that a search has found.
@@ -219,13 +212,11 @@ def searched(
         method: with what is tuned, and searched.
         updates: of what follows, as a multiple of the task's.
         then: keys of the config of what follows.
-        rate: of learning, of the search and of what follows, in the place of that in ``RATES``.
         changes: keys of the config of the search.
     """
 
     def run(task: str, seed: int) -> Run:
-        own = rate or (_rate(task, SEARCH) if task in TRIED[SEARCH] else None)
-        config = task_config(task, SEARCH, seed, own)
+        config = task_config(task, SEARCH, seed)
         if method != "adapter":
             config.model.tuning.adapter.update(task_config(task, method, seed).model.tuning.adapter)
         config.name = f"{task}, search"
@@ -235,7 +226,7 @@ def searched(
             config.update_from_flattened_dict(changes)
             config.evals = {}
         config.checkpoint.best_metric = ""
-        follows = task_config(task, method, seed, own)
+        follows = task_config(task, method, seed)
         follows.name = f"{task}, {method}, skipped"
         follows.total_steps = round(updates * UPDATES[task])
         follows.update_from_flattened_dict(then or {})
@@ -254,8 +245,7 @@ def units() -> tuple[str, ...]:
 
 def study() -> TuningStudy:
     """What ``tools.compare_stages --seeds=6`` does: more draws of random units than seeds."""
-    methods = [name for name in TRIED if name != SEARCH]
-    ways: dict[str, Callable[[str, int], Run | None]] = {name: tuned(name) for name in methods}
+    ways: dict[str, Callable[[str, int], Run | None]] = {name: tuned(name) for name in TRIED}
     ways |= {f"DAS {k}": searched({"skipped": k}) for k in (2, 4, 6)}
     ways |= {f"DAS {share:.0%}": searched({"flops_saved": share}) for share in (0.12, 0.25)}
     ways["DAS 25%, scaled parallel"] = searched({"flops_saved": 0.25}, "scaled_parallel")
@@ -412,9 +402,7 @@ def rates() -> TuningStudy:
 
 
 def _tried(task: str, method: str, rate: float) -> Callable[[str, int], Run | None]:
-    way = searched({"skipped": 4}, rate=rate) if method == SEARCH else tuned(method, rate)
-    if task in TRIED_AROUND:
-        way = _from(base(seed=TRIED_AROUND[task]), way)
+    way = tuned(method, rate)
     seeds = _tried_seeds(task, method)
     return lambda of, seed: way(of, seed) if of == task and seed < seeds else None
 
