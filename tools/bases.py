@@ -37,9 +37,8 @@ def checked_base(run: Run, places: Places) -> str:
     if asked not in (None, found):
         raise ValueError(
             f"{workdir} has parameters with SHA-256 {found[:SHOWN_DIGITS]}, and what the archive "
-            f"holds was made from {asked[:SHOWN_DIGITS]}: train the base as that one was "
-            "(XLA_FLAGS, kind and number of devices) in another --out, or give another archive and "
-            "--out"
+            f"holds was made from {asked[:SHOWN_DIGITS]}: give that base by --base, or another "
+            "archive and --out"
         )
     return found
 

@@ -10,7 +10,7 @@ import fcntl
 import functools
 import pathlib
 import statistics
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -52,13 +52,22 @@ class ForwardPass:
         lowered: jax.stages.Lowered = self.function.lower(*specs)
         return lowered
 
-    def compiled(self, lowered: jax.stages.Lowered) -> Callable[[], Any]:
-        """A call with the arguments, which are brought to the device.
+    def placed(self, known: dict[tuple[int, jax.Device], jax.Array]) -> tuple[Any, ...]:
+        """The arguments on the device.
 
         Args:
-            lowered: of ``lowered``.
+            known: arrays that are there, by the one they are a copy of; those of this call are
+                added. Networks that are timed with several batches have their parameters once.
         """
-        return functools.partial(lowered.compile(), *jax.device_put(self.arguments, self.device))
+
+        def place(leaf: Any) -> jax.Array:
+            key = id(leaf), self.device
+            if key not in known:
+                known[key] = jax.device_put(leaf, self.device)
+            return known[key]
+
+        placed: tuple[Any, ...] = jax.tree.map(place, self.arguments)
+        return placed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +122,13 @@ def forward_times(
     with concurrent.futures.ThreadPoolExecutor() as pool:
         lowered = list(pool.map(lambda one: one.lowered(), passes.values()))
         with turns.beside():
-            compiled = pool.map(lambda one, of: one.compiled(of), passes.values(), lowered)
-            runs = dict(zip(passes, compiled, strict=True))
+            compiled = pool.map(lambda one: one.compile(), lowered)
+            known: dict[tuple[int, jax.Device], jax.Array] = {}
+            placed = [one.placed(known) for one in passes.values()]
+            runs = {
+                name: functools.partial(call, *arguments)
+                for name, call, arguments in zip(passes, compiled, placed, strict=True)
+            }
     seconds: dict[_Name, list[float]] = {name: [] for name in runs}
     with turns.alone():
         for run in runs.values():

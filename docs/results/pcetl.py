@@ -449,7 +449,13 @@ def tell_of_base(program: str, description: str, table: Callable[[str, str], str
         print(table(parser.parse_args().base, folder))
 
 
+def chosen_anew(archive: pathlib.Path) -> dict[str, dict[str, float]]:
+    """``RATES`` with what ``choose`` finds; where not all were tried, a rate stays as it was."""
+    found = choose(archive)
+    return {method: RATES.get(method, {}) | found.get(method, {}) for method in TRIED}
+
+
 if __name__ == "__main__":
-    chosen = choose(pathlib.Path(sys.argv[1]))
+    chosen = chosen_anew(pathlib.Path(sys.argv[1]))
     RATES_FILE.write_text(json.dumps(chosen, indent=1) + "\n")
     print(chosen)

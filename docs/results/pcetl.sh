@@ -12,8 +12,8 @@
 # `faster_heads` those of heads at a higher rate. They tune what `base` has trained in OUT, or
 # --base=BASE, a workdir or a parameter file. No second training comes to the same parameters, and
 # an archive is not continued around others: keep the first (tools.export_weights).
-# `latency` times the networks of all tasks (or TASKS), a process for each, with nothing else on the
-# GPU. With --workers, processes share a GPU well only where NVIDIA's multi-process service runs
+# `latency` times the networks of all tasks (or TASKS), a process for each; what else uses the GPU
+# is to hold OUT/latency.lock meanwhile (flock OUT/latency.lock COMMAND). With --workers, processes share a GPU well only where NVIDIA's multi-process service runs
 # (nvidia-cuda-mps-control -d).
 set -euo pipefail
 what=${1:?base, rates, nlvr2, faster_heads or latency} out=$(realpath -m "${2:?a folder}")
@@ -34,22 +34,23 @@ case $what in
             --devices=0 "$@"
         ;;
     rates)
-        exec "${compare[@]}" docs.results.pcetl:rates --base="$base" \
-            --cells="$(of_nlvr2 pcetl.rates)" --seeds=2 "$@"
+        cells=$(of_nlvr2 pcetl.rates)
+        exec "${compare[@]}" docs.results.pcetl:rates --base="$base" --cells="$cells" --seeds=2 "$@"
         ;;
     nlvr2)
         # What is only tested again needs runs that no later session has.
         first='nlvr2: adapter,"nlvr2: adapter, int8",nlvr2: full,"nlvr2: full, int8",nlvr2: DAS 4'
         first+=',"nlvr2: DAS 4, int8",nlvr2: scaled_parallel,nlvr2: DAS 12%,nlvr2: DAS 25%'
         first+=',nlvr2: random 4,nlvr2: similarity 4,nlvr2: DAS 2'
-        exec "${compare[@]}" docs.results.pcetl --base="$base" --cells="$(of_nlvr2 pcetl.study)" \
-            --first="$first" --seeds=6 "$@"
+        cells=$(of_nlvr2 pcetl.study)
+        exec "${compare[@]}" docs.results.pcetl --base="$base" --cells="$cells" --first="$first" \
+            --seeds=6 "$@"
         ;;
     faster_heads)
         exec "${compare[@]}" docs.results.pcetl:faster_heads --base="$base" --seeds=2 "$@"
         ;;
     latency)
-        export XLA_PYTHON_CLIENT_MEM_FRACTION=0.3
+        export XLA_PYTHON_CLIENT_MEM_FRACTION=0.3 XLA_PYTHON_CLIENT_PREALLOCATE=false
         processes=() failed=0
         trap 'kill "${processes[@]}"' INT TERM
         for task in ${TASKS:-vqa nlvr2 retrieval}; do

@@ -80,9 +80,16 @@ def test_of_several_processes_only_one_times_while_none_compiles(tmp_path: pathl
     assert held == [(True, True)] * 3  # a process that is alone
 
 
-def test_a_compiled_pass_has_its_arguments() -> None:
+def test_a_pass_has_its_arguments_on_its_device_once() -> None:
     product = jax.jit(lambda x, y: (x @ y).sum())
-    one = ForwardPass(product, (np.ones((2, 3)), jnp.ones((3, 4))), jax.devices()[1])
-    result = one.compiled(one.lowered())()
-    assert float(result) == 24
-    assert result.devices() == {jax.devices()[1]}
+    shared, device = np.ones((2, 3), np.float32), jax.devices()[1]
+    wide, narrow = (
+        ForwardPass(product, (shared, jnp.ones((3, columns))), device) for columns in (4, 1)
+    )
+    placed: dict[tuple[int, jax.Device], jax.Array] = {}
+    for one, expected in ((wide, 24), (narrow, 6)):
+        result = one.lowered().compile()(*one.placed(placed))
+        assert float(result) == expected
+        assert result.devices() == {device}
+    assert wide.placed(placed)[0] is narrow.placed(placed)[0]
+    assert len(placed) == 3

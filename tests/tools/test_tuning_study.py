@@ -198,7 +198,7 @@ def test_references_leave_out_every_unit_alone_and_labels_are_worse_in_the_searc
 
 
 def test_the_lowest_rate_within_noise_of_the_best_is_taken_once_all_were_tried(
-    tmp_path: pathlib.Path,
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates = pcetl.rates()
     scores = {
@@ -225,6 +225,14 @@ def test_the_lowest_rate_within_noise_of_the_best_is_taken_once_all_were_tried(
     for task, method, index in taken:
         expected.setdefault(method, {})[task] = pcetl.TRIED[method][task][index]
     assert pcetl.choose(archive) == expected
+    # What was not tried whole stays as it was.
+    before = {"adapter": {"vqa": 0.5, "retrieval": 0.25}, "head": {"nlvr2": 0.125}}
+    monkeypatch.setattr(pcetl, "RATES", before)
+    after = pcetl.chosen_anew(archive)
+    assert after["adapter"] == expected["adapter"] | {"retrieval": 0.25}
+    assert after["head"] == expected["head"] | {"nlvr2": 0.125}
+    assert after["lora"] == expected["lora"]
+    assert after["bitfit"] == {}
 
 
 def test_rates_are_tried_on_their_task_alone_and_taken_by_it(monkeypatch) -> None:
@@ -238,13 +246,16 @@ def test_rates_are_tried_on_their_task_alone_and_taken_by_it(monkeypatch) -> Non
         for method in pcetl.TRIED_SEEDS
         for rate in pcetl.TRIED[method]["nlvr2"]
     ]
-    chosen = {"adapter": {"vqa": 0.5, "nlvr2": 0.25}}
+    chosen = {"adapter": {"vqa": 0.5, "nlvr2": 0.25}, "scaled_parallel": {"vqa": 0.125}}
     monkeypatch.setattr(pcetl, "RATES", chosen)
     untold = pcetl.TRIED["adapter"]["retrieval"][1]
     runs = {task: pcetl.searched({"skipped": 4})(task, 0) for task in pcetl.UPDATES}
     peaks = {task: run.config.schedule.peak for task, run in runs.items()}
     assert peaks == {"vqa": 0.5, "nlvr2": 0.25, "retrieval": untold}
     assert peaks == {task: run.search.config.schedule.peak for task, run in runs.items()}
+    parallel = pcetl.searched({"skipped": 4}, "scaled_parallel")("vqa", 0)
+    assert parallel.config.schedule.peak == 0.125
+    assert parallel.search.config.schedule.peak == 0.5  # a search has that of adapters
 
 
 def test_more_units_are_drawn_at_random_than_other_ways_have_seeds() -> None:
