@@ -16,7 +16,7 @@ holds already is not measured again. Most of the time goes into tracing and comp
 these commands at a time, each of other --tasks, compile side by side and time one after the other
 where they have the same --lock (and share the memory of a GPU: XLA_PYTHON_CLIENT_MEM_FRACTION).
 What else needs the device for a while can hold the lock meanwhile (``flock LOCK COMMAND``); tracing
-goes on beside it.
+goes on beside it, and takes little memory of a GPU by XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 
 import dataclasses

@@ -11,10 +11,10 @@
 # does the cells that ARCHIVE (pcetl.jsonl) lacks, those that are compared most closely first, and
 # `faster_heads` those of heads at a higher rate. They tune what `base` has trained in OUT, or
 # --base=BASE, a workdir or a parameter file. No second training comes to the same parameters, and
-# an archive is not continued around others: keep the first (tools.export_weights).
-# `latency` times the networks of all tasks (or TASKS), a process for each; what else uses the GPU
-# is to hold OUT/latency.lock meanwhile (flock OUT/latency.lock COMMAND). With --workers, processes share a GPU well only where NVIDIA's multi-process service runs
-# (nvidia-cuda-mps-control -d).
+# an archive is not continued around others: keep the first (tools.export_weights). `latency` times
+# the networks of all tasks (or TASKS), a process for each; what else uses the GPU is to hold
+# OUT/latency.lock meanwhile (flock OUT/latency.lock COMMAND). With --workers, processes share a GPU
+# well only where NVIDIA's multi-process service runs (nvidia-cuda-mps-control -d).
 set -euo pipefail
 what=${1:?base, rates, nlvr2, faster_heads or latency} out=$(realpath -m "${2:?a folder}")
 archive=$(realpath -m "${ARCHIVE:-$(dirname "$0")/pcetl.jsonl}")

@@ -28,12 +28,8 @@ from vlp_jax.train.setup import Setup, prepare
 
 UPDATES, ROWS, PAIRS = 50, 16, 4_000
 SKIPPED = tuple(f"image_tower/block_{layer:02d}" for layer in (4, 5, 6, 7))
-CASES = (
-    (1e-3, 5.0),
-    (3e-4, 5.0),
-    (1e-3, 1.0),
-    (3e-4, 1.0),
-)  # rate of adapters; of heads, as a multiple
+# Rate of adapters; of heads, as a multiple.
+CASES = ((1e-3, 5.0), (3e-4, 5.0), (1e-3, 1.0), (3e-4, 1.0))
 SATURATED = 3.0  # where the slope of tanh is 1 %
 
 
