@@ -120,7 +120,7 @@ def test_commands_whose_cells_are_all_done_train_nothing() -> None:
     known = read_archive(ARCHIVE)
     for study, tasks, seeds in (
         (STUDY, ("vqa", "retrieval"), 6),
-        (pcetl.rates(), ("vqa", "retrieval"), 2),
+        (pcetl.rates(), ("vqa", "nlvr2", "retrieval"), 2),
         (pcetl.second_base(), ("vqa",), 3),
         (pcetl.alone(), ("vqa",), 1),
         (pcetl.robustness(), ("vqa",), 5),
