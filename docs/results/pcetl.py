@@ -107,7 +107,7 @@ LONGER = 1.2  # times the updates: with the search, the training FLOPs of all bl
 HIGHER = 1e-3  # the next of the rates that were tried
 PRIOR = 1.0  # of the search, in nats for each unit of dissimilarity
 PROMPTS = 32  # a third of what a block reads, as METER's 200 beside 617 tokens
-# Tried around the base that a task tunes; where not all were, ``chosen_anew`` keeps what is there.
+# Chosen around the base that a task tunes.
 RATES_FILE = pathlib.Path(__file__).parent / "pcetl_rates.json"
 RATES: dict[str, dict[str, float]] = (
     json.loads(RATES_FILE.read_text()) if RATES_FILE.exists() else {}
