@@ -127,7 +127,9 @@ def execute(
 ) -> Iterator[dict[str, Any]]:
     """Do jobs, several at a time; yields what became of each as soon as it is done.
 
-    A job that fails, or whose process dies, yields its ``error``, and what needs it is left out.
+    A job that fails, or whose process dies, yields its ``error``, and what needs it is left out. Of
+    runs that skip the same units, whichever searches have chosen them, and differ in nothing else,
+    one is trained: the record of another is that of the first, and names it as ``same_as``.
 
     Args:
         jobs: in the order in which they are begun.
@@ -143,6 +145,15 @@ def execute(
     waiting = wanted_jobs(jobs, known)
     done = {job.key for job in waiting if _is_there(job, places, known)}
     waiting = [job for job in waiting if job.key not in done]
+    records, choices = dict(known), dict[str, str]()
+
+    def choice_of(job: Job) -> str:
+        """See ``_choice``; what was found once is kept, for it takes a while."""
+        if job.key not in choices and (choice := _choice(job, records)):
+            choices[job.key] = choice
+        return choices.get(job.key, "")
+
+    trained = {choice_of(job): job.key for job in reversed(jobs) if job.key in known}
     if workers > 1:
         os.environ.setdefault(_MEMORY, f"{_SHARE * max(1, len(devices)) / workers:.3f}")
     context = multiprocessing.get_context("spawn")  # a process that has begun JAX cannot be forked
@@ -169,7 +180,18 @@ def execute(
         idle = set(range(workers))
         while True:
             for job in [job for job in waiting if not job.needs or job.needs in done]:
-                if idle and may_start(job):
+                choice = choice_of(job)
+                if choice and choice in (choice_of(other) for other, _ in running.values()):
+                    continue  # what becomes of that one is waited for
+                if (
+                    choice
+                    and choice in trained
+                    and not any(other.needs == job.key for other in waiting)
+                ):
+                    waiting.remove(job)
+                    first = trained[choice]
+                    yield {**records[first], "job": job.key, "same_as": first}
+                elif idle and may_start(job):
                     waiting.remove(job)
                     idle.remove(number := min(idle))
                     running[submit(number, job)] = job, number
@@ -186,7 +208,18 @@ def execute(
                     record = {"job": job.key, "error": error}
                 if "error" not in record:
                     done.add(job.key)
+                    records[job.key] = record
+                    trained.setdefault(choice_of(job), job.key)
                 yield record
+
+
+def _choice(job: Job, records: Mapping[str, Any]) -> str:
+    """Of runs that skip the same units and are alike otherwise; empty: not known, or of no run."""
+    run = job.run
+    if job.task is not None or run.search is None or run.eight:
+        return ""
+    found = records.get(run.search.key, {}).get("search")
+    return "" if found is None else run.key_of_choice(found["skipped"])
 
 
 def _is_there(job: Job, places: Places, known: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import hashlib
 import importlib
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -43,7 +43,15 @@ class Run:
     @functools.cached_property
     def key(self) -> str:
         """What the run computes, in 16 hexadecimal digits."""
-        before = [run.key for run in (self.parent, self.search) if run is not None]
+        return self._key(self.search.key if self.search else "")
+
+    def key_of_choice(self, skipped: Collection[str]) -> str:
+        """Like ``key``, but by what was chosen to be skipped, whichever search has chosen it."""
+        return self._key(f"skips {sorted(skipped)}")
+
+    def _key(self, chosen: str) -> str:
+        before = [self.parent.key] if self.parent else []
+        before += [chosen] if chosen else []
         before += [f"cut {self.cut}"] if self.cut else []
         before += ["eight bits"] if self.eight else []
         return digest(self.config, " ".join(before))[:16]

@@ -10,11 +10,13 @@ import fcntl
 import functools
 import pathlib
 import statistics
+import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from absl import logging
 
 from tools.random_data import classes_of, random_extra
 from vlp_jax.compress.buckets import StepBucket
@@ -106,6 +108,7 @@ def forward_times(
     repeats: int,
     warm_up: int = WARM_UP,
     turns: Turns = NO_OTHERS,
+    ahead: int = 0,
 ) -> dict[_Name, float]:
     """Milliseconds of each pass, its result waited for.
 
@@ -118,11 +121,24 @@ def forward_times(
         repeats: calls of each that count, 1 or more.
         warm_up: calls of each before.
         turns: with other processes that do the same at the same time.
+        ahead: passes, the first ones, that compile before the others. Which of cuBLAS' kernels
+            suits a product is tried out on the GPU, one at a time, and remembered: networks that
+            share most of their products would all try the same side by side.
     """
+    started = time.perf_counter()
+
+    def took(what: str) -> None:
+        logging.info("%s within %.0f s", what, time.perf_counter() - started)
+
     with concurrent.futures.ThreadPoolExecutor() as pool:
         lowered = list(pool.map(lambda one: one.lowered(), passes.values()))
+        took("traced")
         with turns.beside():
-            compiled = pool.map(lambda one: one.compile(), lowered)
+            took("the device was free")
+            compiled = list(pool.map(lambda one: one.compile(), lowered[:ahead]))
+            took(f"{ahead} of {len(lowered)} passes compiled")
+            compiled += pool.map(lambda one: one.compile(), lowered[ahead:])
+            took("all passes compiled")
             known: dict[tuple[int, jax.Device], jax.Array] = {}
             placed = [one.placed(known) for one in passes.values()]
             runs = {

@@ -130,7 +130,10 @@ def latencies(
         pass_of = _passes(network)
         passes |= {(key, count): pass_of(count) for count in rows}
     measured: dict[str, dict[str, float]] = {}
-    for (key, count), time in forward_times(passes, repeats, turns=turns).items():
+    times = forward_times(
+        passes, repeats, turns=turns, ahead=len(rows)
+    )  # those of the first network
+    for (key, count), time in times.items():
         measured.setdefault(key, {})[str(count)] = round(time, 4)
     for key, network in missing.items():
         yield {
@@ -187,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=REPEATS, help="passes that are timed")
     parser.add_argument("--lock", type=pathlib.Path, help="file that commands at a time share")
     given = parser.parse_args(arguments)
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.INFO)
     with bad_input():
         study = named_tuning_study(given.study)
         tasks = [task for task in given.tasks.split(",") if task] or list(study.figures)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -163,6 +164,52 @@ def test_what_a_search_has_chosen_is_taken_from_its_record(tmp_path: pathlib.Pat
     [only] = execute(jobs, places, 1, known, lambda _: True, whence)
     assert only["job"] == run.key
     assert json.loads((places.workdir(run.search) / SEARCH_FILE).read_text()) == found
+
+
+def chosen(job: Job, places: Places) -> dict[str, object]:
+    """In place of ``do``: every search with the text tower's first block, or that of its seed."""
+    record: dict[str, object] = {"job": job.key, "name": job.name, "seconds": 1.0}
+    if job.run.config.name.endswith("search"):
+        alike = job.run.config.seed == 0
+        record["search"] = {"skipped": ["text_lower_0" if alike else job.key]}
+    time.sleep(0.2)  # long enough for others to be begun beside it
+    return record
+
+
+def test_runs_of_equal_choices_are_trained_once(tmp_path: pathlib.Path) -> None:
+    study = pcetl.study()
+    places = Places(tmp_path, "", base=tmp_path / "base.safetensors")
+
+    def key(way: str, seed: int = 0) -> str:
+        return study.run(way, "nlvr2", seed).key
+
+    def done(ways: Sequence[str], seeds: range, known: Mapping[str, Any], in_time: bool) -> Any:
+        jobs = study.jobs([f"nlvr2: {way}" for way in ways], seeds, SETTINGS)
+        found = execute(jobs, places, 3, known, lambda _: in_time, chosen)
+        return {record["job"]: record for record in found}
+
+    ways = ("DAS 4", "DAS 25%", "similarity 4", "DAS 4, scaled parallel")
+    records = done(ways, range(2), {}, True)
+    assert {key(way, seed) for way in ways for seed in range(2)} <= {*records}
+    [first] = {record["same_as"] for record in records.values() if "same_as" in record}
+    alike = [key(way) for way in ways[:3]]
+    assert first in alike
+    for other in {*alike} - {first}:
+        assert records[other] == {**records[first], "job": other, "same_as": first}
+    assert sum("same_as" in record for record in records.values()) == 2
+
+    # What an archive holds is not trained under another name either, whether there is time or not.
+    known = {key: record for key, record in records.items() if "search" in record}
+    known[alike[2]] = records[alike[2]]
+    again = done(ways[:3], range(1), known, False)
+    assert {k: record["same_as"] for k, record in again.items()} == dict.fromkeys(
+        alike[:2], alike[2]
+    )
+    # But a run is there for those that need what it leaves.
+    again = done((*ways[:2], "DAS 4, int8"), range(1), known, True)
+    assert {k for k, record in again.items() if "same_as" not in record} == {
+        *(alike[0], key("DAS 4, int8"))
+    }
 
 
 def dying(job: Job, places: Places) -> dict[str, object]:

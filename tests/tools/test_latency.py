@@ -44,6 +44,25 @@ def test_networks_compile_together_and_take_turns() -> None:
     assert set(times) == {"full", "pruned"}
 
 
+def test_the_first_ones_compile_before_the_others() -> None:
+    told: list[str] = []
+
+    class Compiled(Told):
+        def compile(self) -> functools.partial[None]:
+            self.together.wait(timeout=60)
+            self.told.append(self.name)
+            return functools.partial(self.run)
+
+    first, others = threading.Barrier(2), threading.Barrier(3)
+    passes = {
+        name: ForwardPass(Compiled(name, together, told), (), DEVICE)
+        for name, together in (("a", first), ("b", first), *((name, others) for name in "cde"))
+    }
+    times = forward_times(passes, repeats=1, warm_up=0, ahead=2)
+    assert ({*told[:2]}, {*told[2:5]}, told[5:]) == ({"a", "b"}, {"c", "d", "e"}, [*"abcde"])
+    assert list(times) == [*"abcde"]
+
+
 def test_of_several_processes_only_one_times_while_none_compiles(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "lock"
 
