@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What pcetl.md lacks: the rest of NLVR2's part, around its base, and latencies.
+# What pcetl.jsonl lacks of NLVR2's part, around its base, and of latencies.
 #
 #   docs/results/pcetl.sh base OUT [FLAG of tools.compare_stages ...]
 #   docs/results/pcetl.sh rates OUT [FLAG of tools.compare_stages ...]

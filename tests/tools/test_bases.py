@@ -125,6 +125,7 @@ def test_commands_whose_cells_are_all_done_train_nothing() -> None:
         (pcetl.alone(), ("vqa",), 1),
         (pcetl.robustness(), ("vqa",), 5),
         (pcetl.timed(), ("vqa",), 1),
+        (pcetl.faster_heads(), ("nlvr2",), 2),
     ):
         cells = [name for name, (task, _) in study.cells.items() if task in tasks]
         assert not wanted_jobs(study.jobs(cells, range(seeds), study.settings), known)

@@ -97,6 +97,14 @@ def test_what_is_missing_is_measured_once_beside_the_first(
     assert not list(latencies(study, known | {again["job"]: again}, "vqa", [0], (1,), 1))
 
 
+@pytest.mark.parametrize("task", ["vqa", "nlvr2", "retrieval"])
+def test_every_network_of_the_study_is_measured(task: str) -> None:
+    known = read_archive(pathlib.Path(pcetl.__file__).with_name("pcetl.jsonl"))
+    assert not list(latencies(pcetl.study(), known, task, [0], (1,), 1))
+    of = pcetl.study().run("DAS 4", task, 0)
+    assert set(known[latency_key(of.key)]["ms"]) == {str(count) for count in study_latency.ROWS}
+
+
 def test_lines_are_added_to_the_archive(
     study: TuningStudy, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
