@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from docs.results import pcetl
+from docs.results import pcetl_ways
+from docs.results.pcetl import tell_of_base
 from tools.compare.table import markdown_table
 from tools.fit_replacements import arrays_of, fit
 from vlp_jax.infra.sharding import by_path, nested
@@ -36,7 +37,7 @@ CHOICES = {
 
 def gated(base: str, units: Sequence[str], workdir: pathlib.Path) -> Setup:
     """A run of the base's objective in which these units can be switched."""
-    config = pcetl.base().config
+    config = pcetl_ways.base().config
     config.init_from = base
     config.total_steps = FITTED_ON + TOLD_OF
     config.data.batch_size, config.data.num_edges = ROWS, 1
@@ -78,4 +79,4 @@ def table(base: str, scratch: str) -> str:
 
 
 if __name__ == "__main__":
-    pcetl.tell_of_base("docs.results.pcetl_fitted", __doc__, table)
+    tell_of_base("docs.results.pcetl_fitted", __doc__, table)

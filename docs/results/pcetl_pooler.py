@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from docs.results import pcetl
+from docs.results.pcetl import tell_of_base
+from docs.results.pcetl_ways import task_config
 from tools.compare.table import markdown_table
 from vlp_jax.objectives.classification import NLVR2
 from vlp_jax.train.gradient_error import probe_batches
@@ -35,7 +36,7 @@ SATURATED = 3.0  # where the slope of tanh is 1 %
 
 def run(base: str, rate: float, factor: float, workdir: pathlib.Path) -> Setup:
     """A run of NLVR2 without the skipped units, as far as it is set up."""
-    config = pcetl.task_config("nlvr2", "adapter", 0, rate)
+    config = task_config("nlvr2", "adapter", 0, rate)
     config.init_from = base
     config.model.tuning.skip = SKIPPED
     config.optim.groups.heads.rate_factor = factor
@@ -96,4 +97,4 @@ def _told(entering: np.ndarray) -> list[str]:
 
 
 if __name__ == "__main__":
-    pcetl.tell_of_base("docs.results.pcetl_pooler", __doc__, table)
+    tell_of_base("docs.results.pcetl_pooler", __doc__, table)

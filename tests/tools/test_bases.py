@@ -15,7 +15,7 @@ from tools.execution import do
 from tools.jobs import Job, Places, Run, read_archive, wanted_jobs
 from vlp_jax.infra.report import RUN_FILE
 
-STUDY = pcetl.study()
+STUDY, FIRST = pcetl.study(), pcetl.first_base()
 ARCHIVE = pathlib.Path(pcetl.__file__).with_name("pcetl.jsonl")
 REPO = pathlib.Path(__file__).parents[2]
 
@@ -37,7 +37,7 @@ def test_what_was_made_from_one_base_is_not_continued_from_another(tmp_path: pat
     assert bases_to_keep(jobs, {}) == {}  # the first of an archive
 
     known = {key: record(das, base=made) for key in ("the base", "a search")}
-    known |= {"of another base": record(STUDY.run("adapter", "nlvr2", 0))}  # nobody asks for it
+    known |= {"of another base": record(FIRST.run("adapter", "vqa", 0))}  # nobody asks for it
     kept = bases_to_keep(jobs, known)
     assert kept == {das.root.key: made}
     here, there = (Places(tmp_path, "", place.base, kept) for place in (here, there))
@@ -58,7 +58,7 @@ def test_nothing_is_added_to_runs_that_do_not_tell_what_they_began_with() -> Non
 
 
 def test_one_base_is_not_put_in_the_place_of_several(tmp_path: pathlib.Path) -> None:
-    jobs = STUDY.jobs(["vqa: adapter", "nlvr2: adapter"], [0], STUDY.settings)
+    jobs = [*jobs_of("adapter"), *FIRST.jobs(["vqa: adapter"], [0], FIRST.settings)]
     with pytest.raises(ValueError, match="in the place of 2 bases"):
         check_given(jobs, Places(tmp_path, "", base=parameters(tmp_path, 0)))
 
@@ -119,8 +119,9 @@ def test_a_base_is_over_before_it_is_tuned(tmp_path: pathlib.Path) -> None:
 def test_commands_whose_cells_are_all_done_train_nothing() -> None:
     known = read_archive(ARCHIVE)
     for study, tasks, seeds in (
-        (STUDY, ("vqa", "retrieval"), 6),
-        (pcetl.rates(), ("vqa", "nlvr2", "retrieval"), 2),
+        (pcetl.first_base(), ("vqa", "retrieval"), 6),
+        (pcetl.first_rates(), ("vqa", "retrieval"), 2),
+        (pcetl.rates(), ("nlvr2",), 2),
         (pcetl.second_base(), ("vqa",), 3),
         (pcetl.alone(), ("vqa",), 1),
         (pcetl.robustness(), ("vqa",), 5),
@@ -198,9 +199,9 @@ def test_the_command_refuses_another_base_before_anything_is_done(tmp_path: path
 def test_what_does_not_tell_its_base_has_its_tables_and_nothing_is_added(
     tmp_path: pathlib.Path,
 ) -> None:
-    cells = ("docs.results.pcetl", "--cells=vqa: adapter", "--seeds=6")
+    cells = ("docs.results.pcetl:first_base", "--cells=vqa: adapter", "--seeds=6")
     archive = tmp_path / "archive.jsonl"
-    archive.write_text(json.dumps(record(STUDY.run("full", "vqa", 0))) + "\n")
+    archive.write_text(json.dumps(record(FIRST.run("full", "vqa", 0))) + "\n")
     assert "does not tell from which parameters" in handed(tmp_path, archive, *cells)
     assert handed(tmp_path, ARCHIVE, *cells, "--max_seconds=0") == "nothing"
     # Times are measured around whatever one update makes.

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 from matplotlib.axes import Axes
 
-from docs.results import pcetl
+from docs.results import pcetl, pcetl_ways
 from tools import pareto
 from tools.compare.plot import PALETTE
 from tools.jobs import Run
@@ -102,9 +102,11 @@ def test_what_is_far_below_stands_at_the_edge_as_a_number(
 def test_a_study_is_drawn_from_its_archive(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run: Run = pcetl.tuned("adapter")("vqa", 0)
+    run: Run = pcetl.third().tuned("adapter")("vqa", 0)
     figures = {"vqa": ("test/accuracy",)}
-    study = TuningStudy({"adapter": pcetl.tuned("adapter")}, figures, pcetl.SETTINGS, ())
+    study = TuningStudy(
+        {"adapter": pcetl.third().tuned("adapter")}, figures, pcetl_ways.SETTINGS, ()
+    )
     monkeypatch.setattr(pcetl, "study", lambda: study)
     costs = {"without_heads_parameters": 1, "forward_flops": 2.0, "extra_share": 0.1}
     costs["update_seconds"] = 0.1

@@ -8,14 +8,15 @@ from collections.abc import Collection
 import pytest
 
 from configs.transfer import nlvr2
-from docs.results import pcetl
+from docs.results import pcetl, pcetl_ways
 from tests.tools.bases import parameters
 from tools.execution import _origin
 from tools.jobs import Job, Places, Run, expected_seconds
 from tools.tuning_study import TuningStudy, latency_key
 from vlp_jax.train.config import check_keys
 
-STUDY = pcetl.study()
+STUDY, FIRST = pcetl.study(), pcetl.first_base()
+AROUND = pcetl.third()
 
 
 def record(run: Run, score: float, saved: float = 0.0) -> dict:
@@ -31,18 +32,18 @@ def record(run: Run, score: float, saved: float = 0.0) -> dict:
 @pytest.fixture(scope="module")
 def small() -> tuple[TuningStudy, dict[str, Run]]:
     """Two ways of one task; what is chosen comes from a search."""
-    ways = {"adapter": pcetl.tuned("adapter"), "DAS 4": pcetl.searched({"skipped": 4})}
+    ways = {"adapter": AROUND.tuned("adapter"), "DAS 4": AROUND.searched({"skipped": 4})}
     study = TuningStudy(ways, {"vqa": ("test/accuracy",)}, STUDY.settings, ("adapter",))
     return study, {way: of("vqa", 0) for way, of in ways.items()}
 
 
-@pytest.mark.parametrize("task", pcetl.UPDATES)
+@pytest.mark.parametrize("task", pcetl_ways.UPDATES)
 def test_every_way_is_a_config_whose_search_fits_it(task: str) -> None:
     for way, of in STUDY.ways.items():
         run = of(task, 0)
         assert run is not None, way
         parent = run.parent.parent if run.eight else run.parent
-        assert parent.key == pcetl.base_of(task).key
+        assert parent.key == pcetl_ways.base(seed=2).key
         check_keys(run.config)
         assert not run.config.search.method
         if run.search is None:
@@ -67,7 +68,7 @@ def test_jobs_come_after_what_they_need(small) -> None:
     [last] = [job for job in jobs if job.key == das.key]
     assert last.needs == das.search.key
     # Another search is another run, though the config is the same.
-    other = pcetl.searched({"skipped": 2})("vqa", 0)
+    other = AROUND.searched({"skipped": 2})("vqa", 0)
     assert other.config.to_json_best_effort() == das.config.to_json_best_effort()
     assert other.key != das.key
 
@@ -75,7 +76,7 @@ def test_jobs_come_after_what_they_need(small) -> None:
 def test_what_has_no_score_of_its_own_waits_for_the_quickest_of_what_needs_it(small) -> None:
     study, runs = small
     das = runs["DAS 4"]
-    wide = pcetl.searched({"skipped": 4}, updates=2.0)("vqa", 0)
+    wide = AROUND.searched({"skipped": 4}, updates=2.0)("vqa", 0)
     wide.config.name = "wide"
     assert das.search.key == wide.search.key
     eight = Run(das.config, das, eight=True)
@@ -148,7 +149,7 @@ def test_tables_tell_scores_costs_differences_and_choices(small) -> None:
 
 def test_choices_are_compared_with_those_of_the_first_search(small) -> None:
     study, _ = small
-    other = pcetl.searched({"skipped": 4}, **{"schedule.peak": 1e-4})
+    other = AROUND.searched({"skipped": 4}, **{"schedule.peak": 1e-4})
     study = dataclasses.replace(study, ways={**study.ways, "other": other})
     known = {}
     for way, skipped in (("DAS 4", ["a", "b"]), ("other", ["b", "c"])):
@@ -180,8 +181,8 @@ def test_what_follows_a_search_may_differ_and_the_search_is_the_same() -> None:
 def test_references_leave_out_every_unit_alone_and_labels_are_worse_in_the_search_alone() -> None:
     alone = pcetl.alone()
     skipped = [of("vqa", 0).config.model.tuning.skip for of in alone.ways.values()]
-    assert [unit for units in skipped for unit in units] == list(pcetl.units())
-    assert len(pcetl.units()) == 16
+    assert [unit for units in skipped for unit in units] == list(pcetl_ways.units())
+    assert len(pcetl_ways.units()) == 16
     for of in pcetl.robustness().ways.values():
         run = of("vqa", 0)
         check_keys(run.search.config)
@@ -193,12 +194,12 @@ def test_references_leave_out_every_unit_alone_and_labels_are_worse_in_the_searc
         0.3,
     }
     # Without worse labels it is the search of the study, done once.
-    same = (study.ways["DAS 4"]("vqa", 0).key for study in (STUDY, pcetl.robustness()))
+    same = (study.ways["DAS 4"]("vqa", 0).key for study in (FIRST, pcetl.robustness()))
     assert len(set(same)) == 1
 
 
 def test_the_lowest_rate_within_noise_of_the_best_is_taken_once_all_were_tried(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path,
 ) -> None:
     rates = pcetl.rates()
     scores = {
@@ -212,10 +213,10 @@ def test_the_lowest_rate_within_noise_of_the_best_is_taken_once_all_were_tried(
     }
     lines = []
     for (task, method), found in scores.items():
-        for rate, seeds in zip(pcetl.TRIED[method][task], found, strict=False):
+        for rate, seeds in zip(pcetl_ways.TRIED[method][task], found, strict=False):
             for seed, score in enumerate(seeds if isinstance(seeds, tuple) else (seeds,)):
                 run = rates.run(f"{task}, {method}, {rate:g}", task, seed)
-                metrics = dict.fromkeys(pcetl.VALIDATED[task], score)
+                metrics = dict.fromkeys(pcetl_ways.VALIDATED[task], score)
                 lines.append(json.dumps({**record(run, 0), "metrics": metrics}))
     archive = tmp_path / "archive.jsonl"
     archive.write_text("\n".join(lines) + "\n")
@@ -223,19 +224,18 @@ def test_the_lowest_rate_within_noise_of_the_best_is_taken_once_all_were_tried(
     taken += [("retrieval", "head", 1), ("nlvr2", "adapter", 1)]
     expected: dict[str, dict[str, float]] = {}
     for task, method, index in taken:
-        expected.setdefault(method, {})[task] = pcetl.TRIED[method][task][index]
-    assert pcetl.choose(archive) == expected
+        expected.setdefault(method, {})[task] = pcetl_ways.TRIED[method][task][index]
+    assert pcetl.choose(archive, rates) == expected
     # What was not tried whole stays as it was.
     before = {"adapter": {"vqa": 0.5, "retrieval": 0.25}, "head": {"nlvr2": 0.125}}
-    monkeypatch.setattr(pcetl, "RATES", before)
-    after = pcetl.chosen_anew(archive)
+    after = pcetl.chosen_anew(archive, rates, before)
     assert after["adapter"] == expected["adapter"] | {"retrieval": 0.25}
     assert after["head"] == expected["head"] | {"nlvr2": 0.125}
     assert after["lora"] == expected["lora"]
     assert after["bitfit"] == {}
 
 
-def test_rates_are_tried_on_their_task_alone_and_taken_by_it(monkeypatch) -> None:
+def test_rates_are_tried_on_their_task_alone_and_taken_by_it() -> None:
     rates = pcetl.rates()
     tried = [(way, task) for way in rates.ways for task in rates.figures if rates.run(way, task, 0)]
     assert len(tried) == len(rates.ways) == 51
@@ -243,47 +243,49 @@ def test_rates_are_tried_on_their_task_alone_and_taken_by_it(monkeypatch) -> Non
     twice = [way for way in rates.ways if rates.run(way, "nlvr2", 1)]
     assert twice == [
         f"nlvr2, {method}, {rate:g}"
-        for method in pcetl.TRIED_SEEDS
-        for rate in pcetl.TRIED[method]["nlvr2"]
+        for method in pcetl_ways.TRIED_SEEDS
+        for rate in pcetl_ways.TRIED[method]["nlvr2"]
     ]
     chosen = {"adapter": {"vqa": 0.5, "nlvr2": 0.25}, "scaled_parallel": {"vqa": 0.125}}
-    monkeypatch.setattr(pcetl, "RATES", chosen)
-    untold = pcetl.TRIED["adapter"]["retrieval"][1]
-    runs = {task: pcetl.searched({"skipped": 4})(task, 0) for task in pcetl.UPDATES}
+    around = pcetl_ways.Around(pcetl_ways.base(), chosen)
+    untold = pcetl_ways.TRIED["adapter"]["retrieval"][1]
+    runs = {task: around.searched({"skipped": 4})(task, 0) for task in pcetl_ways.UPDATES}
     peaks = {task: run.config.schedule.peak for task, run in runs.items()}
     assert peaks == {"vqa": 0.5, "nlvr2": 0.25, "retrieval": untold}
     assert peaks == {task: run.search.config.schedule.peak for task, run in runs.items()}
-    parallel = pcetl.searched({"skipped": 4}, "scaled_parallel")("vqa", 0)
+    parallel = around.searched({"skipped": 4}, "scaled_parallel")("vqa", 0)
     assert parallel.config.schedule.peak == 0.125
     assert parallel.search.config.schedule.peak == 0.5  # a search has that of adapters
 
 
 def test_more_units_are_drawn_at_random_than_other_ways_have_seeds() -> None:
-    made = {way: [STUDY.run(way, "vqa", seed) for seed in range(pcetl.DRAWS)] for way in STUDY.ways}
+    draws = range(pcetl_ways.DRAWS)
+    made = {way: [FIRST.run(way, "vqa", seed) for seed in draws] for way in FIRST.ways}
     draws = made.pop("random 4")
     assert len({run.search.config.seed for run in draws}) == 6
     assert [run.config.seed for run in draws] == list(range(6))
-    assert set(pcetl.CLOSE) < set(made)
+    assert set(pcetl_ways.CLOSE) < set(made)
     for way, runs in made.items():
-        seeds = 5 if way in pcetl.CLOSE else 3
+        seeds = 5 if way in pcetl_ways.CLOSE else 3
         assert [run is None for run in runs] == [False] * seeds + [True] * (6 - seeds)
-    assert STUDY.run("adapter", "retrieval", 3) is None  # more of VQA alone
+    assert FIRST.run("adapter", "retrieval", 3) is None  # more of VQA alone
+    assert STUDY.run("adapter", "vqa", 3) is None
+    assert STUDY.run("random 4", "vqa", 5) is not None
 
 
 def test_what_is_timed_and_done_around_a_second_base_differs_by_its_base_alone() -> None:
     timed, second = pcetl.timed(), pcetl.second_base()
     assert {run.parent.config.total_steps for run in runs_of(timed)} == {1}
-    assert {run.root.key for run in runs_of(second)} == {pcetl.base(seed=1).key}
-    seeds = {task: pcetl.base_of(task).config.seed for task in pcetl.UPDATES}
-    assert seeds == {"vqa": 0, "retrieval": 0, "nlvr2": 2}
-    tried = pcetl.rates()
-    bases = {run.parent.key for way in tried.ways if (run := tried.run(way, "nlvr2", 0))}
-    assert bases == {pcetl.base(seed=2).key}
+    assert {run.root.key for run in runs_of(second)} == {pcetl_ways.base(seed=1).key}
+    assert {run.root.key for run in runs_of(FIRST)} == {pcetl_ways.base(seed=0).key}
+    for tried, seed in ((pcetl.rates(), 2), (pcetl.first_rates(), 0)):
+        found = [tried.run(way, task, 0) for way in tried.ways for task in tried.figures]
+        assert {run.parent.key for run in found if run} == {pcetl_ways.base(seed=seed).key}
     for study in (timed, second):
         for way, run in zip(study.ways, runs_of(study), strict=True):
-            if way not in STUDY.ways:
+            if way not in FIRST.ways:
                 continue
-            whole = STUDY.run(way, "vqa", 0)
+            whole = FIRST.run(way, "vqa", 0)
             assert run.parent.key != whole.parent.key
             pairs = [(run, whole)]
             if run.search is not None:
