@@ -28,6 +28,7 @@ from vlp_jax.infra.command import argument_parser, bad_input
 Cost = Callable[[Point], float | None]
 _MARKS = "os^Dv<>pP*Xhd+x1234"  # in turns among the ways of one colour
 _ALONE = PALETTE[5]  # grey: of ways that have no relatives
+_LEGEND = 0.18  # inches, of a line of the legend
 _FAR = 3.0  # times as far below the median as the best is above it
 _APART = 0.02  # what that is at least
 
@@ -94,7 +95,8 @@ def draw(points: Sequence[Point], tasks: Sequence[str], path: pathlib.Path) -> N
     for count in rows:
         costs[f"time of a pass of {count}, less full tuning's"] = _time(count)
     ways = list(dict.fromkeys(point.way for point in points))
-    size = (4.6 * len(costs) + 2.2, 0.6 + 3.6 * len(shown))
+    height = max(0.6 + 3.6 * len(shown), 0.3 + _LEGEND * len(ways))
+    size = (4.6 * len(costs) + 2.2, height)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(shown), len(costs), squeeze=False, sharey="row")
     for axes_row, task in zip(grid, shown, strict=True):

@@ -62,7 +62,7 @@ def base(
         set_method(config, method)
         if method == SEARCH:
             config.search.skipped = 2  # some sizes have four blocks of fusion
-            config.search.prior = 1.0  # docs/results/pcetl.md, "Retrieval"
+            config.search.prior = 1.0  # docs/results/pcetl.md, "Retrieval around the first base"
     if which == "scenes":
         config.data.image_size = 64
         config.data.batch_size = 256

@@ -2,9 +2,12 @@
 
 import json
 import pathlib
+from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from docs.results import pcetl, pcetl_ways
 from tools import pareto
@@ -19,6 +22,24 @@ def test_the_front_is_what_nothing_cheaper_or_as_cheap_beats() -> None:
     points = [(3.0, 5.0), (1.0, 2.0), (2.0, 1.0), (1.0, 1.0), (2.0, 4.0), (4.0, 5.0)]
     assert front(points) == [1, 4, 0]
     assert front([]) == []
+
+
+def test_all_ways_of_one_task_are_in_the_legend(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+
+    def figure(**size: Any) -> Figure:
+        figures.append(Figure(**size))
+        return figures[0]
+
+    monkeypatch.setattr(pareto, "Figure", figure)
+    ways = pcetl.study().ways
+    draw([point(way, "a", 0.7, 0.0) for way in ways], ["a"], tmp_path / "pareto.png")
+    FigureCanvasAgg(figures[0]).draw()
+    [legend] = figures[0].legends
+    assert len(legend.get_texts()) == len(ways)
+    assert legend.get_window_extent().y0 > 0
 
 
 def test_a_run_that_failed_does_not_flatten_the_others() -> None:
