@@ -8,11 +8,12 @@
 #   docs/results/pcetl.sh latency OUT [FLAG of tools.study_latency ...]
 #
 # `rates` tries rates (python -m docs.results.pcetl ARCHIVE chooses of them), `study` does the cells
-# that ARCHIVE (pcetl.jsonl) lacks, those that are tested again and the longest first, and
-# `faster_heads` those of heads at a higher rate; all of them those of TASKS (vqa nlvr2 retrieval).
+# that ARCHIVE (pcetl.jsonl) lacks, those that are tested again and the longest first, both of TASKS
+# (vqa nlvr2 retrieval), and `faster_heads` those of NLVR2's heads at a higher rate.
 # They tune what `base` has trained in OUT, or --base=BASE, a workdir or a parameter file. No second
 # training comes to the same parameters, and an archive is not continued around others: keep the
-# first (tools.export_weights). `latency` times the networks, a process for each task; what else
+# first (tools.export_weights). `latency` times the networks of TASKS, a process for each (those of
+# the first base by tools.study_latency docs.results.pcetl:first_base); what else
 # uses the GPU is to hold OUT/latency.lock meanwhile (flock OUT/latency.lock COMMAND). With
 # --workers, processes share a GPU well only where NVIDIA's multi-process service runs
 # (nvidia-cuda-mps-control -d).
