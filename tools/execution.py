@@ -129,7 +129,8 @@ def execute(
 
     A job that fails, or whose process dies, yields its ``error``, and what needs it is left out. Of
     runs that skip the same units, whichever searches have chosen them, and differ in nothing else,
-    one is trained: the record of another is that of the first, and names it as ``same_as``.
+    one is trained, and each that others need: the record of another is that of the first, and names
+    it as ``same_as``.
 
     Args:
         jobs: in the order in which they are begun.
@@ -145,15 +146,8 @@ def execute(
     waiting = wanted_jobs(jobs, known)
     done = {job.key for job in waiting if _is_there(job, places, known)}
     waiting = [job for job in waiting if job.key not in done]
-    records, choices = dict(known), dict[str, str]()
-
-    def choice_of(job: Job) -> str:
-        """See ``_choice``; what was found once is kept, for it takes a while."""
-        if job.key not in choices and (choice := _choice(job, records)):
-            choices[job.key] = choice
-        return choices.get(job.key, "")
-
-    trained = {choice_of(job): job.key for job in reversed(jobs) if job.key in known}
+    records = dict(known)
+    trained = {_choice(job, records): job.key for job in reversed(jobs) if job.key in known}
     if workers > 1:
         os.environ.setdefault(_MEMORY, f"{_SHARE * max(1, len(devices)) / workers:.3f}")
     context = multiprocessing.get_context("spawn")  # a process that has begun JAX cannot be forked
@@ -180,17 +174,14 @@ def execute(
         idle = set(range(workers))
         while True:
             for job in [job for job in waiting if not job.needs or job.needs in done]:
-                choice = choice_of(job)
-                if choice and choice in (choice_of(other) for other, _ in running.values()):
+                needed = any(other.needs == job.key for other in waiting)  # itself, not its record
+                choice = "" if needed else _choice(job, records)
+                if choice and choice in (_choice(other, records) for other, _ in running.values()):
                     continue  # what becomes of that one is waited for
-                if (
-                    choice
-                    and choice in trained
-                    and not any(other.needs == job.key for other in waiting)
-                ):
+                if choice and choice in trained:
                     waiting.remove(job)
-                    first = trained[choice]
-                    yield {**records[first], "job": job.key, "same_as": first}
+                    first = records[trained[choice]]
+                    yield {"same_as": trained[choice], **first, "job": job.key}
                 elif idle and may_start(job):
                     waiting.remove(job)
                     idle.remove(number := min(idle))
@@ -209,7 +200,7 @@ def execute(
                 if "error" not in record:
                     done.add(job.key)
                     records[job.key] = record
-                    trained.setdefault(choice_of(job), job.key)
+                    trained.setdefault(_choice(job, records), job.key)
                 yield record
 
 

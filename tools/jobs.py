@@ -47,7 +47,11 @@ class Run:
 
     def key_of_choice(self, skipped: Collection[str]) -> str:
         """Like ``key``, but by what was chosen to be skipped, whichever search has chosen it."""
-        return self._key(f"skips {sorted(skipped)}")
+        return f"{self._key_without_search} {sorted(skipped)}"
+
+    @functools.cached_property
+    def _key_without_search(self) -> str:
+        return self._key("")
 
     def _key(self, chosen: str) -> str:
         before = [self.parent.key] if self.parent else []

@@ -136,7 +136,7 @@ def forward_times(
         with turns.beside():
             took("the device was free")
             compiled = list(pool.map(lambda one: one.compile(), lowered[:ahead]))
-            took(f"{ahead} of {len(lowered)} passes compiled")
+            took(f"{len(compiled)} of {len(lowered)} passes compiled")
             compiled += pool.map(lambda one: one.compile(), lowered[ahead:])
             took("all passes compiled")
             known: dict[tuple[int, jax.Device], jax.Array] = {}

@@ -130,9 +130,8 @@ def latencies(
         pass_of = _passes(network)
         passes |= {(key, count): pass_of(count) for count in rows}
     measured: dict[str, dict[str, float]] = {}
-    times = forward_times(
-        passes, repeats, turns=turns, ahead=len(rows)
-    )  # those of the first network
+    # Those of the first network are ahead.
+    times = forward_times(passes, repeats, turns=turns, ahead=len(rows))
     for (key, count), time in times.items():
         measured.setdefault(key, {})[str(count)] = round(time, 4)
     for key, network in missing.items():

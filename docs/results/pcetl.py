@@ -104,7 +104,7 @@ def timed() -> TuningStudy:
     On a base of one update: how long updates take does not depend on what they make of it, so that
     scores say nothing here.
     """
-    ways = Around(base(1), first().rates).ways()
+    ways = Around(base(1), rates_of(FIRST_RATES_FILE)).ways()
     return TuningStudy(
         {name: below(MORE if name in CLOSE else {}, ways[name]) for name in TIMED},
         {task: FIGURES[task] for task in EARLIER},
@@ -120,7 +120,7 @@ def second_base() -> TuningStudy:
     With what may lift searches, by themselves or beside adapters, where they lose: adapters that
     are wider in the place of what is skipped, more updates, and the next rate.
     """
-    around = Around(base(seed=SECOND), first().rates)
+    around = Around(base(seed=SECOND), rates_of(FIRST_RATES_FILE))
     whole = around.ways()
     ways: dict[str, Way] = {name: whole[name] for name in AGAIN}
     ways["DAS 4, wide"] = around.searched({"skipped": 4}, then={"model.tuning.replacement": WIDE})
@@ -165,11 +165,12 @@ def robustness() -> TuningStudy:
 
     What follows is tuned on the labels as they are, so that what is lost is lost by the choice.
     """
+    around = first()
     ways: dict[str, Way] = {}
     for name, changes in WORSE.items():
         for reward, of in (("", {}), (", paper", PAPER)):
             key = {f"data.sources.questions.{k}": value for k, value in changes.items()}
-            ways[f"DAS 4{reward}{name}"] = first().searched({"skipped": 4, **of}, **key)
+            ways[f"DAS 4{reward}{name}"] = around.searched({"skipped": 4, **of}, **key)
     return TuningStudy(ways, {"vqa": FIGURES["vqa"]}, SETTINGS, tuple(ways)[:2])
 
 

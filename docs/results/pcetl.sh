@@ -9,31 +9,31 @@
 #
 # `rates` tries rates (python -m docs.results.pcetl ARCHIVE chooses of them), `study` does the cells
 # that ARCHIVE (pcetl.jsonl) lacks, those that are tested again and the longest first, both of TASKS
-# (vqa nlvr2 retrieval), and `faster_heads` those of NLVR2's heads at a higher rate.
-# They tune what `base` has trained in OUT, or --base=BASE, a workdir or a parameter file. No second
-# training comes to the same parameters, and an archive is not continued around others: keep the
-# first (tools.export_weights). `latency` times the networks of TASKS, a process for each (those of
-# the first base by tools.study_latency docs.results.pcetl:first_base); what else
-# uses the GPU is to hold OUT/latency.lock meanwhile (flock OUT/latency.lock COMMAND). With
-# --workers, processes share a GPU well only where NVIDIA's multi-process service runs
-# (nvidia-cuda-mps-control -d).
+# (vqa nlvr2 retrieval), and `faster_heads` those of NLVR2's heads at a higher rate. They tune what
+# `base` has trained in OUT, or --base=BASE, a workdir or a parameter file. No second training comes
+# to the same parameters, and an archive is not continued around others: keep the first
+# (tools.export_weights). `latency` times the networks of TASKS, a process for each (those of the
+# first base: tools.study_latency docs.results.pcetl:first_base); what else uses the GPU is to hold
+# OUT/latency.lock meanwhile (flock OUT/latency.lock COMMAND). With --workers, processes share a GPU
+# well only where NVIDIA's multi-process service runs (nvidia-cuda-mps-control -d).
 set -euo pipefail
 what=${1:?base, rates, study, faster_heads or latency} out=$(realpath -m "${2:?a folder}")
 archive=$(realpath -m "${ARCHIVE:-$(dirname "$0")/pcetl.jsonl}")
 shift 2
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python} tasks=${TASKS:-vqa nlvr2 retrieval}
-known() { "$python" -c "from docs.results import pcetl; print($1)"; }
+told() { "$python" -c "from docs.results import pcetl; print($1)"; }
 # all_of STUDY: its cells of the tasks; cells WAY ...: those of these ways.
 all_of() {
-    known "','.join(f'\"{name}\"' for name, (task, _) in pcetl.$1().cells.items() if task in '$tasks'.split())"
+    told "','.join(f'\"{name}\"' for name, (task, _) in pcetl.$1().cells.items()
+        if task in '$tasks'.split())"
 }
 cells() {
     local task way found=()
     for task in $tasks; do for way in "$@"; do found+=("\"$task: $way\""); done; done
     (IFS=, && echo "${found[*]}")
 }
-base=$out/runs/$(known "pcetl.third().base.key")
+base=$out/runs/$(told "pcetl.third().base.key")
 mkdir -p "$out"
 # No texts are read here; the folder must be there all the same.
 compare=("$python" -m tools.compare_stages --archive="$archive" --out="$out" --texts="$out")
@@ -49,7 +49,8 @@ case $what in
         ;;
     study)
         # What is only tested again needs runs that no later session has.
-        first=$(cells full "full, int8" adapter "adapter, int8" "DAS 4" "DAS 4, int8" "pruned 17%" "pruned 33%")
+        first=$(cells full "full, int8" adapter "adapter, int8" "DAS 4" "DAS 4, int8" \
+            "pruned 17%" "pruned 33%")
         exec "${compare[@]}" docs.results.pcetl --base="$base" --cells="$(all_of study)" \
             --first="$first" --seeds=6 "$@"
         ;;

@@ -156,7 +156,10 @@ class Around:
     rates: Mapping[str, Mapping[str, float]]
 
     def config(self, task: str, method: str, seed: int, rate: float | None = None) -> ConfigDict:
-        """Of a run that tunes; by default at the chosen rate, until then at the second of those."""
+        """Of a run that tunes, see ``task_config``.
+
+        By default at the chosen rate; until there is one, at the second of those that are tried.
+        """
         like = method if method in TRIED else "adapter"
         chosen = self.rates.get(like, {}).get(task, TRIED[like][task][1])
         return task_config(task, method, seed, rate or chosen)
@@ -259,11 +262,8 @@ class Around:
             tasks: of which it is.
             more: task -> seeds of the ways that are compared most closely.
         """
-        ways = self.ways()
-        for name, way in ways.items():
-            draws = dict.fromkeys(FIGURES, DRAWS)
-            seeds = draws if name == "random 4" else more if name in CLOSE else {}
-            ways[name] = below(seeds, way)
+        seeds = {**dict.fromkeys(CLOSE, more), "random 4": dict.fromkeys(tasks, DRAWS)}
+        ways = {name: below(seeds.get(name, {}), way) for name, way in self.ways().items()}
         figures = {task: FIGURES[task] for task in tasks}
         return TuningStudy(ways, figures, SETTINGS, ("adapter", "scaled_parallel"))
 

@@ -205,11 +205,19 @@ def test_runs_of_equal_choices_are_trained_once(tmp_path: pathlib.Path) -> None:
     assert {k: record["same_as"] for k, record in again.items()} == dict.fromkeys(
         alike[:2], alike[2]
     )
-    # But a run is there for those that need what it leaves.
+    # But a run is there for those that need what it leaves, and waits for no other.
     again = done((*ways[:2], "DAS 4, int8"), range(1), known, True)
     assert {k for k, record in again.items() if "same_as" not in record} == {
         *(alike[0], key("DAS 4, int8"))
     }
+    del known[alike[2]]
+    again = done((ways[1], ways[0], "DAS 4, int8"), range(1), known, True)
+    assert {*again} == {*alike[:2], key("DAS 4, int8")}
+    assert not any("same_as" in record for record in again.values())
+    # A copy of a copy names what was trained.
+    known[alike[1]] = {**records[first], "job": alike[1], "same_as": "trained"}
+    [copy] = done((ways[2], ways[1]), range(1), known, False).values()
+    assert (copy["job"], copy["same_as"]) == (alike[2], "trained")
 
 
 def dying(job: Job, places: Places) -> dict[str, object]:
