@@ -180,8 +180,11 @@ def execute(
                     continue  # what becomes of that one is waited for
                 if choice and choice in trained:
                     waiting.remove(job)
-                    first = records[trained[choice]]
-                    yield {"same_as": trained[choice], **first, "job": job.key}
+                    first = trained[choice]
+                    record = {"same_as": first, **records[first], "job": job.key}
+                    if record["same_as"] == job.key:  # its own record is lost, not that of a copy
+                        del record["same_as"]
+                    yield record
                 elif idle and may_start(job):
                     waiting.remove(job)
                     idle.remove(number := min(idle))

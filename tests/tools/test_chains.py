@@ -200,7 +200,7 @@ def test_runs_of_equal_choices_are_trained_once(tmp_path: pathlib.Path) -> None:
 
     # What an archive holds is not trained under another name either, whether there is time or not.
     known = {key: record for key, record in records.items() if "search" in record}
-    known[alike[2]] = records[alike[2]]
+    known[alike[2]] = {**records[first], "job": alike[2]}
     again = done(ways[:3], range(1), known, False)
     assert {k: record["same_as"] for k, record in again.items()} == dict.fromkeys(
         alike[:2], alike[2]
@@ -214,10 +214,13 @@ def test_runs_of_equal_choices_are_trained_once(tmp_path: pathlib.Path) -> None:
     again = done((ways[1], ways[0], "DAS 4, int8"), range(1), known, True)
     assert {*again} == {*alike[:2], key("DAS 4, int8")}
     assert not any("same_as" in record for record in again.values())
-    # A copy of a copy names what was trained.
+    # A copy of a copy names what was trained, and what was trained does not name itself.
     known[alike[1]] = {**records[first], "job": alike[1], "same_as": "trained"}
     [copy] = done((ways[2], ways[1]), range(1), known, False).values()
     assert (copy["job"], copy["same_as"]) == (alike[2], "trained")
+    known[alike[1]] |= {"same_as": alike[2]}
+    [own] = done((ways[2], ways[1]), range(1), known, False).values()
+    assert own == {**records[first], "job": alike[2]}
 
 
 def dying(job: Job, places: Places) -> dict[str, object]:
