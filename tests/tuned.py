@@ -30,6 +30,7 @@ from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.flops import prompt_flops
 from vlp_jax.models.masks import bidirectional_mask, two_stream_mask
 from vlp_jax.models.sizes import build_model, model_config
+from vlp_jax.models.tuning import PARTS, units_of
 from vlp_jax.models.tuning_config import tuning_config
 from vlp_jax.objectives import build_objectives
 from vlp_jax.objectives.base import Objective
@@ -136,6 +137,28 @@ def drawn(config: ConfigDict) -> Any:
     draw = np.random.default_rng(0)
     values = {p: 0.3 * draw.normal(size=x.shape).astype(np.float32) for p, x in shapes.items()}
     return nested({p: np.float32(1) if p.endswith("_kept") else x for p, x in values.items()})
+
+
+def all_units(name: str) -> tuple[str, ...]:
+    """Of one of ``MODELS``: its blocks, their attentions and their feed-forward parts."""
+    stacks = build(MODELS[name]()).config.stacks
+    return units_of([block for stack in stacks.values() for block in stack], PARTS)
+
+
+def patterns(name: str) -> list[tuple[str, ...]]:
+    """Nothing, everything, and random ones of all three kinds of unit."""
+    units = all_units(name)
+    whole = [unit for unit in units if unit.rpartition("/")[2] not in PARTS]
+    found: list[tuple[str, ...]] = [(), tuple(whole)]
+    for seed in range(3):
+        draw = np.random.default_rng(seed)
+        chosen: list[str] = []
+        for block in whole:
+            kind = draw.choice(["", "block", "attention", "mlp", "both"])
+            names = {"block": [block], "both": [f"{block}/attention", f"{block}/mlp"], "": []}
+            chosen += names.get(kind, [f"{block}/{kind}"])
+        found.append(tuple(chosen))
+    return found
 
 
 @functools.cache

@@ -182,7 +182,7 @@ def test_attention_of_the_text_over_the_image(params: Any) -> None:
     model = co_attention_model()
     applied = nn.apply(forward, model, mutable="intermediates")
     _, sown = jax.jit(applied)({"params": params})
-    found = text_over_image(model, sown["intermediates"], TOKENS)
+    found = text_over_image(model, params, sown["intermediates"], (4, 1, TOKENS))
     assert found.shape == (4, TOKENS, model.config.image.tokens)
     np.testing.assert_allclose(found.sum(axis=-1), 1, atol=1e-5)
 

@@ -12,12 +12,14 @@ from ml_collections import ConfigDict
 from tiny import VOCABULARY, lowered_flops
 from tuned import (
     MODELS,
+    all_units,
     base,
     build,
     compiled,
     drawn,
     forward,
     geometry,
+    patterns,
     small_geometry,
     small_vqa,
     tuned_size,
@@ -30,7 +32,7 @@ from vlp_jax.infra.sharding import by_path, nested
 from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.flops import block_flops, prompt_flops, text_flops
 from vlp_jax.models.sizes import build_model
-from vlp_jax.models.tuning import PARTS, LoraConfig, is_added, is_skipped, units_of
+from vlp_jax.models.tuning import LoraConfig, is_added, is_skipped
 from vlp_jax.models.tuning_config import tuning_config
 from vlp_jax.objectives import build_objectives
 from vlp_jax.train.config import check_keys, default_config
@@ -42,32 +44,11 @@ ADAPTER = {"kind": "serial", "width": 3}
 ADDED = {"adapter": ADAPTER, "prompt": {"kind": "deep", "length": 3}, "blocks": "all"}
 
 
-def all_units(name: str) -> tuple[str, ...]:
-    stacks = build(MODELS[name]()).config.stacks
-    return units_of([block for stack in stacks.values() for block in stack], PARTS)
-
-
 @functools.cache
 def gated(name: str, streams: tuple[str, ...]) -> tuple[Any, Any]:
     """Parameters with everything gated, and the compiled pass."""
     config = geometry(name, gated=all_units(name), replacement=2, **ADDED)
     return drawn(config), compiled(build(config), streams)
-
-
-def patterns(name: str) -> list[tuple[str, ...]]:
-    """Nothing, everything, and random ones of all three kinds of unit."""
-    units = all_units(name)
-    whole = [unit for unit in units if unit.rpartition("/")[2] not in PARTS]
-    found: list[tuple[str, ...]] = [(), tuple(whole)]
-    for seed in range(3):
-        draw = np.random.default_rng(seed)
-        chosen: list[str] = []
-        for block in whole:
-            kind = draw.choice(["", "block", "attention", "mlp", "both"])
-            names = {"block": [block], "both": [f"{block}/attention", f"{block}/mlp"], "": []}
-            chosen += names.get(kind, [f"{block}/{kind}"])
-        found.append(tuple(chosen))
-    return found
 
 
 ONE_SIDED = ("forward", "reverse")

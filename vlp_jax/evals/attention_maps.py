@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from vlp_jax.models.encoder import Encoder
 from vlp_jax.models.shared import SharedModel
 from vlp_jax.models.three_towers import ThreeTowers
+from vlp_jax.models.tuning import Part, kept_name
 from vlp_jax.models.vision_language import VisionLanguageModel
 
 
@@ -30,48 +31,62 @@ def attention_rollout(weights: Sequence[jax.Array]) -> jax.Array:
     return rollout
 
 
-def text_over_image(model: Encoder, weights: Mapping[str, Any], tokens: int) -> jax.Array:
+def text_over_image(
+    model: Encoder, params: Any, weights: Mapping[str, Any], texts: tuple[int, int, int]
+) -> jax.Array:
     """How much each token of a text has read of each token of its image.
 
     Where blocks read the image by cross-attention, by the last of them. Where they read both as one
-    sequence, or the image beside the text, by the rollout of all that do.
+    sequence, or the image beside the text, by the rollout of all that do. What is skipped, or
+    switched off, reads nothing.
 
     Args:
         model: whose pass it was, of texts with their image.
+        params: of the model, for its switches (``models.block``).
         weights: what the pass has sown.
-        tokens: N, of a text.
+        texts: B, S, N: examples, streams of each and tokens of a stream.
 
     Returns:
         float32 [B, S * N, I], the streams of an example one after the other, as the keys of a
         reconstructor are.
     """
     image, prompts = model.config.image.tokens, model.config.text.tuning.shallow_prompts
+    examples, streams, tokens = texts
+    nothing = jnp.zeros((examples, streams * tokens, image))
     if isinstance(model, VisionLanguageModel):
-        return _last_attention(model, weights, "text_upper")[..., :image]
+        return _last_reading(model, params, weights, "text_upper", nothing)
     if isinstance(model, ThreeTowers) and model.config.co_attention:
-        read = _last_attention(model, weights, "fusion_tower/text_block")[:, prompts:, :image]
-        return read.reshape(len(jax.tree.leaves(weights["image_tower"])[0]), -1, image)
+        shape = (examples * streams, prompts + tokens, image)
+        read = _last_reading(model, params, weights, "fusion_text", jnp.zeros(shape))
+        return read[:, prompts:].reshape(nothing.shape)
     stack = "fusion_tower" if isinstance(model, ThreeTowers) else "image_tower"
     beside = image + prompts
-    reach = attention_rollout(
-        [_joint(layer, beside) for layer in _self_attentions(model, weights, stack)]
-    )
-    reach = reach[..., beside : beside + tokens, :image]
-    return reach.reshape(len(reach), -1, image)
+    layers = [
+        _where_on(params, block, _joint(layer, beside))
+        for block, layer in _self_attentions(model, weights, stack)
+    ]
+    if not layers:
+        return nothing
+    reach = attention_rollout(layers)
+    return reach[..., beside : beside + tokens, :image].reshape(nothing.shape)
 
 
-def patches_over_image(model: Encoder, weights: Mapping[str, Any]) -> jax.Array:
+def patches_over_image(model: Encoder, params: Any, weights: Mapping[str, Any]) -> jax.Array:
     """How much of each token of an image is in each that texts read: float32 [B, I, I], or [I, I].
 
     Args:
         model: whose pass it was.
+        params: of the model, for its switches (``models.block``).
         weights: what the pass has sown.
     """
+    alone = jnp.eye(model.config.image.tokens)
     if isinstance(model, SharedModel):  # texts read patches that have met no block
-        return jnp.eye(model.config.image.tokens)
-    return attention_rollout(
-        [_over_heads(sown) for [sown] in _self_attentions(model, weights, "image_tower")]
-    )
+        return alone
+    layers = [
+        _where_on(params, block, _over_heads(layer))
+        for block, [layer] in _self_attentions(model, weights, "image_tower")
+    ]
+    return attention_rollout(layers) if layers else alone
 
 
 def query_over_text(model: Encoder, weights: Mapping[str, Any]) -> jax.Array:
@@ -82,31 +97,60 @@ def query_over_text(model: Encoder, weights: Mapping[str, Any]) -> jax.Array:
         weights: what the pass has sown.
     """
     halves = isinstance(model, VisionLanguageModel)
-    return _last_attention(model, weights, "reconstructor_upper" if halves else "reconstructor")
-
-
-def _last_attention(model: Encoder, weights: Mapping[str, Any], stack: str) -> jax.Array:
-    """The last cross-attention of a stack of blocks, a mean over heads: float32 [B, Q, K]."""
-    tower, _, stack = stack.rpartition("/")
-    sown = weights[tower] if tower else weights
-    blocks = [name for name in sown if name.startswith(stack)]
+    stack = "reconstructor_upper" if halves else "reconstructor"
+    blocks = [name for name in weights if name.startswith(stack)]
     last = max(blocks, key=lambda name: int(name.rpartition("_")[2]))
-    [read] = sown[last]["cross_attention"]["weights"]
-    return _over_heads(_without_prompts(model, f"{tower}/{last}".removeprefix("/"), read))
+    [read] = _sown(weights, last, "cross_attention")
+    return _over_heads(_without_prompts(model, last, read))
+
+
+def _last_reading(
+    model: Encoder, params: Any, weights: Mapping[str, Any], stack: str, nothing: jax.Array
+) -> jax.Array:
+    """The last cross-attention of a stack, a mean over heads, of what a text reads of its image.
+
+    Float32 [B, Q, I], as ``nothing`` is, which it comes to where no block reads the image.
+    """
+    found = nothing
+    for block in model.config.stacks[stack]:
+        for sown in _sown(weights, block, "cross_attention"):
+            read = _over_heads(_without_prompts(model, block, sown))
+            found = jnp.where(_is_on(params, block), read[..., : nothing.shape[-1]], found)
+    return found
 
 
 def _self_attentions(
-    model: Encoder, weights: Mapping[str, Any], tower: str
-) -> list[tuple[jax.Array, ...]]:
-    """What the blocks of a tower have sown, in their order."""
-    names = [name for name in sorted(weights[tower]) if name.startswith("block_")]
+    model: Encoder, weights: Mapping[str, Any], stack: str
+) -> list[tuple[str, tuple[jax.Array, ...]]]:
+    """The blocks of a stack whose self-attention is there, in their order, and what it has sown."""
     return [
-        tuple(
-            _without_prompts(model, f"{tower}/{name}", sown)
-            for sown in weights[tower][name]["self_attention"]["weights"]
-        )
-        for name in names
+        (block, tuple(_without_prompts(model, block, one) for one in sown))
+        for block in model.config.stacks.get(stack, ())
+        if (sown := _sown(weights, block, "self_attention"))
     ]
+
+
+def _sown(weights: Mapping[str, Any], block: str, attention: str) -> tuple[jax.Array, ...]:
+    """What an attention of a block has sown; nothing where it is skipped."""
+    inside: Any = weights
+    for key in (*block.split("/"), attention, "weights"):
+        inside = inside.get(key, {})
+    return tuple(inside)
+
+
+def _where_on(params: Any, block: str, layer: jax.Array) -> jax.Array:
+    """Attention [..., T, T] of a block; where it is switched off, of tokens to themselves."""
+    return jnp.where(_is_on(params, block), layer, jnp.eye(layer.shape[-1]))
+
+
+def _is_on(params: Any, block: str) -> jax.Array:
+    """Whether nothing stands in the place of a block's attention, or of all of it: bool []."""
+    inside = params
+    for key in block.split("/"):
+        inside = inside[key]
+    parts: tuple[Part, ...] = ("block", "attention")
+    switches = [inside[kept_name(part)] for part in parts if kept_name(part) in inside]
+    return jnp.all(jnp.array(switches) > 0)
 
 
 def _without_prompts(model: Encoder, block: str, weights: jax.Array) -> jax.Array:

@@ -168,7 +168,7 @@ class Cloze:
         logits = logits[..., : self._model.config.vocab_size]
         probabilities, guesses = jax.lax.top_k(jax.nn.softmax(logits), GUESSES)
         weights = variables["intermediates"]
-        reading = text_over_image(self._model, weights, tokens)
+        reading = text_over_image(self._model, params, weights, (len(ids), 2, tokens))
         attention = query_over_text(self._model, weights) @ reading
         query = batch["query"][:, None, None]
         return Answers(guesses, probabilities, jnp.take_along_axis(attention, query, axis=1)[:, 0])

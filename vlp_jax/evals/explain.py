@@ -168,8 +168,10 @@ class Explain:
 
         model = self._objective.model
         _, variables = nn.apply(forward, model, mutable=["intermediates"])({"params": params})
-        weights = variables["intermediates"]
-        reading = text_over_image(model, weights, batch["text_ids"].shape[1])
+        weights = variables.get("intermediates", {})  # none where all attention is skipped
+        examples, tokens = batch["text_ids"].shape
+        texts = examples, reader.streams, tokens
+        reading = text_over_image(model, params, weights, texts)
         if reader.kind == "query":
             reading = (query_over_text(model, weights) @ reading)[:, 0]
         elif reader.kind == "bidirectional":
@@ -177,7 +179,7 @@ class Explain:
         else:
             end = (batch["text_length"] - 1)[:, None, None]
             reading = jnp.take_along_axis(reading, end, axis=1)[:, 0]
-        shares = (reading[:, None] @ patches_over_image(model, weights))[:, 0, 1:]
+        shares = (reading[:, None] @ patches_over_image(model, params, weights))[:, 0, 1:]
         side = round(shares.shape[1] ** 0.5)
         return shares.reshape(-1, side, side)
 
