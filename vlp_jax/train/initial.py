@@ -30,6 +30,7 @@ from vlp_jax.models.pretrained import (
     load_parameters,
 )
 from vlp_jax.models.pretrained.merge import fit
+from vlp_jax.models.tuning import is_added, is_skipped
 from vlp_jax.models.tuning_config import tuning_config
 from vlp_jax.objectives import OBJECTIVES
 from vlp_jax.train import base as of_base
@@ -103,6 +104,14 @@ class Origin:
                 remedy = (
                     "Set these to what the weights were made with (config.adopt_model=True does), "
                     "or cut the weights by `python -m tools.prune_weights` and start from that"
+                )
+            elif any(
+                is_skipped(path, skipped_units(self.config["model"])) and not is_added(path)
+                for path in shapes.keys() - self.arrays.keys()
+            ):
+                remedy = (
+                    "Skip the units that these weights lack (config.model.tuning.skip), or start "
+                    "from weights that have them"
                 )
             raise WeightsError(self.where, problem, remedy) from error
 
