@@ -35,6 +35,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
             }
         classes = {"scenes": 8, "pack": 10, "folder": 1000}[which]
         config.objectives.image_classification = {"num_classes": classes}
+    tuning = config.model.get("tuning")
+    if tuning and (tuning.adapter.kind or tuning.lora.rank or tuning.prompt.kind):
+        tuning.blocks = "image_tower/.*"  # no other block is run
+        if tuning.gated:
+            tuning.gated = ("image_tower",)
     evaluate(
         config, which, "accuracy", type="task", source="images", objective="image_classification"
     )

@@ -2,7 +2,10 @@
 
 import re
 
+import chex
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import (
@@ -14,12 +17,14 @@ from tiny import (
     towers_config,
 )
 
-from configs.transfer import vqa
+from configs.transfer import classification, vqa
 from vlp_jax.infra.errors import ConfigError
 from vlp_jax.infra.sharding import by_path
+from vlp_jax.models.similarity import cosines
 from vlp_jax.models.sizes import build_model
 from vlp_jax.models.tuning import is_added
 from vlp_jax.models.tuning_config import units_among
+from vlp_jax.objectives.tower import encode
 from vlp_jax.train.config import check_keys
 from vlp_jax.train.optim import rate_factors
 from vlp_jax.train.search import Search
@@ -117,6 +122,26 @@ def test_a_search_has_units_to_choose_among(size):
     units = units_among(model.config, config.model.tuning.gated, "model.tuning.gated")
     search = Search.of(config.search, dict.fromkeys(units, 0.1), {"train"}, 240)
     assert search.choice.count < len(units)
+
+
+@pytest.mark.parametrize("size", ["small", "shared_small", "towers_mini", "co_attention_mini"])
+def test_a_search_by_images_alone_has_the_units_that_they_pass(size):
+    """All of them, whether the tower runs in a model or by itself; others save nothing there."""
+    config = classification.get_config(f"scenes,{size},das")
+    model = build_model(config.model, 100, 0, 32)
+    units = units_among(model.config, config.model.tuning.gated, "model.tuning.gated")
+    assert units == model.config.stacks["image_tower"]
+    pixels = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), jnp.float32)
+    params = jax.jit(nn.init(lambda one: one.image_feature(one.encode_image(pixels)), model))(
+        jax.random.key(0)
+    )["params"]
+    alone = jax.jit(lambda: cosines(units, lambda: encode(model.config.image, params, pixels)))()
+    image = nn.apply(lambda one: one.image_feature(one.encode_image(pixels)), model)
+    inside = jax.jit(lambda: cosines(units, lambda: image({"params": params})))()
+    chex.assert_trees_all_close(alone, inside, atol=1e-4)
+    costs = {**dict.fromkeys(units, 0.1), "text": 0.0}
+    with pytest.raises(ConfigError, match=r"gated: text: without them no FLOPs are saved"):
+        Search.of(config.search, costs, {"train"}, 240)
 
 
 @pytest.mark.parametrize("method", METHODS)

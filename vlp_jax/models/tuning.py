@@ -168,6 +168,7 @@ class Tuning:
         gated: units that a parameter switches.
         replacement: width of the adapter in the place of a branch; 0: none.
         prune: what is cut out of blocks.
+        module: path of the module in which these paths are; empty: the model.
     """
 
     adapter: AdapterConfig | None = None
@@ -178,6 +179,7 @@ class Tuning:
     gated: tuple[str, ...] = ()
     replacement: int = 0
     prune: PruneConfig | None = None
+    module: str = ""
 
     @property
     def serial(self) -> bool:
@@ -231,6 +233,7 @@ class Tuning:
             skipped=inside(self.skipped),
             gated=inside(self.gated),
             prune=prune,
+            module=module,
         )
 
     def replacement_at(self, part: Part, attentions: int) -> int:

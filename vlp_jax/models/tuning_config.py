@@ -41,7 +41,8 @@ def tuning_config() -> ConfigDict:
     ``prompt`` (``kind``, empty: none, ``shallow`` or ``deep``; ``length``), ``blocks`` that have
     them (``fusion``, ``all``, or a regular expression of their paths), ``skip`` (units that do not
     exist), ``gated`` (units that are switched while a search looks for those to skip; ``fusion``,
-    ``fusion/attention``, ``all/mlp`` and the like stand for those of all their blocks),
+    ``fusion/attention``, ``all/mlp``, ``image_tower``, ``text_upper/mlp`` and the like, of any
+    stack, stand for those of all their blocks),
     ``replacement`` (width of the adapter in the place of each branch that is skipped; -1: that of
     the adapters of branches that are not), and ``prune``: the share of ``heads`` and of channels
     (``mlp``) that its ``blocks`` do without (empty: those above), of which
@@ -91,11 +92,11 @@ def blocks_among(config: EncoderConfig, chosen: str, key: str) -> tuple[str, ...
 
 
 def units_among(config: EncoderConfig, named: Sequence[str], key: str) -> tuple[str, ...]:
-    """The units of a model that are named one by one, or by a word for the blocks they are in.
+    """The units of a model that are named one by one, or by a word or stack that they are in.
 
     Args:
         config: geometry.
-        named: units, or ``fusion`` or ``all`` with or without a part, such as ``fusion/mlp``.
+        named: units, or ``fusion``, ``all`` or a stack with or without a part: ``fusion/mlp``.
         key: of the config, for messages.
 
     Raises:
@@ -104,8 +105,12 @@ def units_among(config: EncoderConfig, named: Sequence[str], key: str) -> tuple[
     found: list[str] = []
     for name in named:
         word, part = split_unit(name)
-        one_by_one = word not in (FUSION, ALL)
-        found += [name] if one_by_one else units_of(blocks_among(config, word, key), (part,))
+        if word in config.stacks:
+            found += units_of(config.stacks[word], (part,))
+        elif word in (FUSION, ALL):
+            found += units_of(blocks_among(config, word, key), (part,))
+        else:
+            found.append(name)
     return check_units(tuple(dict.fromkeys(found)), config.stacks, key)
 
 

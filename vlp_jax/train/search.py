@@ -83,6 +83,14 @@ class Search:
                 f"Use one of {', '.join(get_args(Method))}, or leave it empty",
             )
         check_apart(tuple(costs), "model.tuning.gated")
+        idle = [unit for unit, cost in costs.items() if cost <= 0]
+        if idle:
+            raise ConfigError(
+                "model.tuning.gated",
+                f"{', '.join(idle)}: without them no FLOPs are saved, as where the objectives of "
+                "the run do not run them",
+                "Gate others, by name or by the name of their stack, such as image_tower",
+            )
         choice = Choice(
             tuple(costs),
             tuple(costs.values()),
