@@ -11,8 +11,10 @@
 Data: `scenes`, level hard, by the shape of the largest object (--config.data.sources.images.label:
 another attribute, with its number of classes); `pack`, the 350 training pictures of ten classes of
 ../shared/data (a smoke test); `folder`, train/CLASS/*.jpg, val/... and test/..., or a labels.json.
-Without --config.init_from, and with --config.adopt_model=False, it trains from scratch. Hardware:
-one GPU; `pack` runs on a CPU in minutes. Score to expect: not measured yet.
+What is tuned by a METHOD lies in the image tower, the only one that is run; there are no shallow
+prompts, which texts read. Without --config.init_from, and with --config.adopt_model=False, it
+trains from scratch. Hardware: one GPU; `pack` runs on a CPU in minutes. Score to expect: not
+measured yet.
 """
 
 from ml_collections import ConfigDict
@@ -37,6 +39,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.objectives.image_classification = {"num_classes": classes}
     tuning = config.model.get("tuning")
     if tuning and (tuning.adapter.kind or tuning.lora.rank or tuning.prompt.kind):
+        if tuning.prompt.kind == "shallow":
+            raise ValueError(
+                f"--config=configs/transfer/classification.py:{arg}: shallow prompts are read by "
+                "texts, and there are none here. Use deep_prompt"
+            )
         tuning.blocks = "image_tower/.*"  # no other block is run
         if tuning.gated:
             tuning.gated = ("image_tower",)

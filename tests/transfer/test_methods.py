@@ -144,6 +144,15 @@ def test_a_search_by_images_alone_has_the_units_that_they_pass(size):
         Search.of(config.search, costs, {"train"}, 240)
 
 
+def test_nothing_is_tuned_that_images_alone_do_not_pass():
+    for method in ("adapter", "lora", "deep_prompt"):
+        config = classification.get_config(f"scenes,,{method}")
+        model = build_model(config.model, 100, 0, 32)
+        assert model.config.text.tuning.placed == model.config.stacks["image_tower"]
+    with pytest.raises(ValueError, match=r"scenes,,shallow_prompt: .* Use deep_prompt"):
+        classification.get_config("scenes,,shallow_prompt")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_told_from_its_config(method):
     config = config_of("two_stacks", method)

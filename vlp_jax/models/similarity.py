@@ -47,8 +47,8 @@ def watched(
         after = call(*args, **kwargs)
         if isinstance(context.module, Block) and context.method_name == Block._part.__name__:
             part, before = args[:2]
-            module = context.module.config.tuning.module  # of a tower that runs by itself
-            unit = unit_name("/".join((*filter(None, [module]), *context.module.path)), part)
+            prefix = context.module.config.tuning.prefix  # of a tower that runs by itself
+            unit = unit_name(prefix + "/".join(context.module.path), part)
             if unit in units:
                 see(unit, before, after, context.module)
         return after

@@ -168,7 +168,7 @@ class Tuning:
         gated: units that a parameter switches.
         replacement: width of the adapter in the place of a branch; 0: none.
         prune: what is cut out of blocks.
-        module: path of the module in which these paths are; empty: the model.
+        prefix: of these paths in the model, where they are those of a module of it.
     """
 
     adapter: AdapterConfig | None = None
@@ -179,7 +179,7 @@ class Tuning:
     gated: tuple[str, ...] = ()
     replacement: int = 0
     prune: PruneConfig | None = None
-    module: str = ""
+    prefix: str = ""
 
     @property
     def serial(self) -> bool:
@@ -222,8 +222,9 @@ class Tuning:
     def within(self, module: str) -> "Tuning":
         """The same of the blocks inside a module, by their paths in it."""
 
+        start = f"{module}/"
+
         def inside(paths: Sequence[str]) -> tuple[str, ...]:
-            start = f"{module}/"
             return tuple(path.removeprefix(start) for path in paths if path.startswith(start))
 
         prune = self.prune and dataclasses.replace(self.prune, blocks=inside(self.prune.blocks))
@@ -233,7 +234,7 @@ class Tuning:
             skipped=inside(self.skipped),
             gated=inside(self.gated),
             prune=prune,
-            module=module,
+            prefix=start,
         )
 
     def replacement_at(self, part: Part, attentions: int) -> int:

@@ -79,7 +79,7 @@ class Choice:
             raise ConfigError(
                 "model.tuning.gated",
                 "it names no unit, so that there is nothing to choose from",
-                "Use ('fusion',), ('all',), or name units",
+                "Use ('fusion',), ('all',), or name stacks or units",
             )
         if (self.count > 0) == (self.flops_saved > 0):
             raise ConfigError(
